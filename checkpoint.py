@@ -1,0 +1,98 @@
+"""The files of a run: written whole or not at all, read without running anything that is in them."""
+import json
+import os
+import pickle
+from dataclasses import asdict, fields
+
+import torch
+
+from model import GPT, GPTConfig
+
+# settings that, like the model's flags, cannot change in the middle of a run
+FIXED = ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps', 'optimizer')
+
+
+def save(path, state):
+    """Write `state` (tensors, numbers, strings and containers of those) to path, replacing it in one step."""
+    part = f'{path}.part'
+    with open(part, 'wb') as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())  # a rename may reach the disk before the bytes do
+    os.replace(part, path)
+
+
+def load(path):
+    """What `save` wrote, on the CPU. FileNotFoundError or ValueError, one sentence, when that cannot be."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path} does not exist: train a model into that out_dir first, or name another')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+        raise ValueError(f'{path} is damaged or no checkpoint ({reason}): use another, or train again') from None
+    if not isinstance(state, dict) or not {'model', 'config', 'settings', 'meta', 'step'} <= state.keys():
+        raise ValueError(f'{path} must hold what train.py writes (model, config, settings, meta, step): '
+                         'use such a checkpoint')
+    return state
+
+
+def contents(model, **rest):
+    """The dict that `save` writes and `build` understands."""
+    return {'model': model.state_dict(), 'config': asdict(model.config), **rest}
+
+
+def build(state, path):
+    """The model of a loaded checkpoint. ValueError, one sentence, when its flags or weights are another model's."""
+    unknown = sorted(state['config'].keys() - {f.name for f in fields(GPTConfig)})
+    if unknown:
+        raise ValueError(f'{path} has model flags that this version does not know ({", ".join(unknown)}): '
+                         'use the version that wrote it')
+    model = GPT(GPTConfig(**state['config']))
+    ours, theirs = model.state_dict(), state['model']
+    odd = [name for name in ours.keys() | theirs.keys()
+           if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]
+    if odd:
+        raise ValueError(f'{path} has weights of another model than its config ({min(odd)} differs): '
+                         'use another checkpoint')
+    model.load_state_dict(theirs)
+    return model
+
+
+def refuse_contradictions(state, config, settings, given):
+    """ValueError, one sentence, when the command line wants another model or other data than a run began with."""
+    before = {name: state['settings'].get(name) for name in FIXED} | state['config']
+    now = {name: settings[name] for name in FIXED} | asdict(config)
+    changed = [f'{name} (checkpoint {before[name]!r}, now {now[name]!r} by {given[name]})'
+               for name in now if name in given and now[name] != before.get(name)]
+    if changed:
+        raise ValueError(f'a resumed run must keep what it began with: {"; ".join(changed)}; '
+                         'leave that out, or start a new run in another out_dir')
+
+
+def found(out_dir):
+    """Whether a folder holds a run that could be lost."""
+    return any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt'))
+
+
+def clear(out_dir):
+    """Remove the run that a folder holds."""
+    for name in ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'config.json'):
+        if os.path.exists(os.path.join(out_dir, name)):
+            os.remove(os.path.join(out_dir, name))
+
+
+def rewind_metrics(path, step):
+    """Drop the lines of metrics.jsonl that a killed run wrote after its checkpoint, and a last one cut short."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    for line in open(path):
+        try:
+            if json.loads(line)['step'] <= step:
+                kept.append(line)
+        except ValueError:
+            break
+    with open(f'{path}.part', 'w') as f:
+        f.writelines(kept)
+    os.replace(f'{path}.part', path)

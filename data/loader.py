@@ -1,0 +1,198 @@
+"""Batches addressed by number, from the token files that data/writer.py makes.
+
+A row of a batch is a window of block_size + 1 tokens. Which one is a pure function of the seed and the row's
+number:
+
+    epoch e = row // W                    W windows per epoch, each used once
+    window  = permutation_e(row % W)      shuffled by a seeded permutation, never written out
+    start   = shift_e + window * T        every epoch cuts the text at other places
+
+So there is no generator and no cursor to save: a resumed run goes on with the next row number, an evaluation
+cannot disturb the training order, and rows can be dealt to micro-batches and processes in any way. The files
+are memory-mapped; only the tokens of the rows asked for are read.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from bisect import bisect_right
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.writer import DTYPES
+
+# Datasets whose prepare.py needs no network, so that a first run can make them on its own.
+OFFLINE = {'pysource'}
+
+
+def open_dataset(folder, block_size, seed):
+    """The `Dataset` in `folder`, for rows of `block_size` tokens.
+
+    Raises FileNotFoundError where it was never prepared or a file is gone, and ValueError where a file is
+    damaged or a split is too short for one row.
+    """
+    folder = Path(folder)
+    if not (folder / 'meta.json').exists():
+        raise FileNotFoundError(unprepared(folder))
+    try:
+        meta = json.loads((folder / 'meta.json').read_text())
+        meta['vocab_size'], meta['tokenizer'], meta['val_bytes_per_token']
+        splits = {name: Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val')}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{folder}/meta.json is broken ({type(error).__name__}: {error}): '
+                         f'prepare the dataset again with {command(folder)}') from None
+    for name, tokens in splits.items():
+        if len(tokens) <= block_size:
+            raise ValueError(f'block_size={block_size} must be less than the {len(tokens):,} tokens of the {name} '
+                             f'split of {folder}: lower it, or prepare more text')
+    return Dataset(meta, splits['train'], splits['val'], block_size, seed)
+
+
+def ensure_prepared(folder):
+    """Prepare the dataset in `folder` if it is missing and needs no network.
+
+    Raises FileNotFoundError, naming the command to run, where it is missing and does need one.
+    """
+    folder, script = Path(folder), Path(folder) / 'prepare.py'
+    if (folder / 'meta.json').exists():
+        return
+    if folder.name not in OFFLINE or not script.exists():
+        raise FileNotFoundError(unprepared(folder))
+    import fcntl
+    with open(script) as lock:
+        # Several processes may arrive here at once: the first one prepares, the others wait and find it done.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / 'meta.json').exists():
+            if subprocess.run([sys.executable, script]).returncode:
+                raise RuntimeError(f'{command(folder)} failed: its message is above')
+
+
+def command(folder):
+    """The command that prepares `folder`, as the user would type it in the root of the repository."""
+    if (folder / 'prepare.py').exists():
+        return f'python data/{folder.resolve().name}/prepare.py'
+    return f'python data/text/prepare.py --input=YOUR_TEXT --name={folder.resolve().name}'
+
+
+def unprepared(folder):
+    problem = 'has not been prepared' if folder.exists() else 'does not exist'
+    return f'the dataset {folder} {problem}: run {command(folder)}'
+
+
+class Tokens:
+    """A split: its files as one long memory-mapped sequence, so that how it was cut into files changes nothing."""
+
+    def __init__(self, folder, files, dtype):
+        self.parts, self.ends, end = [], [], 0
+        for name, n_tokens in files.items():
+            path = folder / name
+            if not path.exists():
+                raise FileNotFoundError(f'{path} is missing: prepare the dataset again with {command(folder)}')
+            if path.stat().st_size != n_tokens * dtype.itemsize:
+                raise ValueError(f'{path} has {path.stat().st_size:,} bytes, but meta.json says {n_tokens:,} tokens '
+                                 f'of {dtype.itemsize}: prepare the dataset again with {command(folder)}')
+            if n_tokens:
+                end += n_tokens
+                # As a plain array, because every slice of a np.memmap pays for the subclass.
+                self.parts.append(np.asarray(np.memmap(path, dtype, mode='r')))
+                self.ends.append(end)
+
+    def __len__(self):
+        return self.ends[-1] if self.ends else 0
+
+    def rows(self, starts, length):
+        """The tokens [start, start + length) of each start, as int64 of shape (len(starts), length)."""
+        rows = np.empty((len(starts), length), np.int64)
+        for row, start in zip(rows, starts.tolist()):
+            filled = 0
+            while filled < length:
+                i = bisect_right(self.ends, start + filled)
+                begin = start + filled - self.ends[i] + len(self.parts[i])
+                piece = self.parts[i][begin:begin + length - filled]
+                row[filled:filled + len(piece)] = piece
+                filled += len(piece)
+        return rows
+
+
+class Dataset:
+    """What `open_dataset` returns: `meta`, `train_batch` and `eval_batches`."""
+
+    def __init__(self, meta, train, val, block_size, seed):
+        self.meta, self.train, self.val = meta, train, val
+        self.block_size = block_size
+        self.key = mix(np.array([seed % 2**64], np.uint64))
+        # A shift of up to R - 1 tokens must leave room for all W windows and for the target of the last
+        # token.
+        self.n_shifts = min(block_size, len(train) - block_size)
+        self.n_windows = max(1, (len(train) - block_size) // block_size)
+
+    def train_starts(self, first_row, n_rows):
+        """Where rows first_row .. first_row + n_rows - 1 begin in the training split, int64 (n_rows,)."""
+        epoch, index = np.divmod(np.arange(first_row, first_row + n_rows, dtype=np.uint64), self.n_windows)
+        key = mix(epoch + self.key)
+        window = permute(index, self.n_windows, key)
+        return (mix(key) % self.n_shifts + window * self.block_size).astype(np.int64)
+
+    def train_batch(self, first_row, n_rows):
+        """x and y, int64 (n_rows, block_size), of rows first_row .. first_row + n_rows - 1; y is x one token later."""
+        return inputs_and_targets(self.train.rows(self.train_starts(first_row, n_rows), self.block_size + 1))
+
+    def eval_batches(self, batch_size, max_tokens, rank=0, world=1):
+        """Yields x and y over windows spread evenly over the validation split, without overlap.
+
+        About `max_tokens` tokens are predicted (at least one window; all of them for None). The windows are
+        the same for every batch_size and world; process `rank` takes every world-th of them, which may be
+        none.
+        """
+        available = (len(self.val) - 1) // self.block_size
+        wanted = available if max_tokens is None else max(1, min(available, max_tokens // self.block_size))
+        starts = np.arange(wanted, dtype=np.int64) * available // wanted * self.block_size
+        starts = starts[rank::world]
+        for i in range(0, len(starts), batch_size):
+            yield inputs_and_targets(self.val.rows(starts[i:i + batch_size], self.block_size + 1))
+
+
+def inputs_and_targets(rows):
+    rows = torch.from_numpy(rows)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def mix(x):
+    """A bijection of 64-bit integers that looks random, on a uint64 array (SplitMix64, Steele et al. 2014)."""
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+def hash32(x):
+    """32 random-looking bits of a uint64 array: shorter than `mix`, for use in several rounds."""
+    x = x * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 32)) * 0xBF58476D1CE4E5B9
+    return x >> 32
+
+
+def permute(index, n, key):
+    """Where each index (uint64, below n) goes under the permutation of range(n) that its key (uint64) selects.
+
+    A Feistel network shuffles the cells of an a x b grid: each half round adds a hash of one coordinate to
+    the other, which can be undone, so it is a bijection of the a * b >= n cells. A cell that is not below n
+    goes through it again until it is (cycle walking), which leaves a bijection of range(n). Costs no memory,
+    whatever n is.
+    """
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    index, todo = index.copy(), np.arange(len(index))
+    while len(todo):
+        row, column = np.divmod(index[todo], b)
+        round_key = key[todo]
+        for _ in range(3):
+            row = (row + hash32(column ^ round_key)) % a
+            column = (column + hash32(row ^ ~round_key)) % b
+            round_key = round_key + 0x94D049BB133111EB
+        index[todo] = row * b + column
+        todo = todo[index[todo] >= n]
+    return index

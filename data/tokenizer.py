@@ -1,0 +1,204 @@
+"""Text to token ids and back: bytes, characters, tiktoken's vocabularies, and a small BPE trained on the spot.
+
+Every tokenizer has
+
+    vocab_size, eot           eot is the id that ends a document, or None
+    encode(text)              -> list of ids
+    decode(ids)               -> text; bytes that are not UTF-8 become U+FFFD
+    decode_bytes(ids)         -> bytes, for printing token by token, where a character may span tokens
+    meta()                    -> a dictionary of plain JSON types, from which `from_meta` builds the tokenizer again
+
+The description is stored beside the tokens and in every checkpoint, so a model always comes with its text.
+
+What a reader may get wrong: text is always ordinary text. A user's "<|endoftext|>" is encoded letter by
+letter, never as the special token. What UTF-8 cannot hold (a lone surrogate) becomes U+FFFD, except in a
+character vocabulary.
+"""
+
+import heapq
+from collections import Counter, defaultdict
+
+EOT_BYTES = b'<|endoftext|>'
+
+# Words, numbers of up to three digits, runs of punctuation, and white space, whose last blank goes with the
+# next word. Every character matches one of these, so that joining the pieces gives the text back.
+SPLIT = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s'
+
+
+def utf8(text):
+    """The UTF-8 bytes of `text`, with U+FFFD in place of lone surrogates, which JSON can hold and UTF-8 cannot."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode()
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as they are: ids 0 to 255, and 256 for the end of a document. Knows every text, needs no training."""
+
+    vocab_size = 257
+    eot = 256
+
+    def encode(self, text):
+        return list(utf8(text))
+
+    def decode_bytes(self, ids):
+        return b''.join(EOT_BYTES if i == self.eot else bytes([i]) for i in ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode(errors='replace')
+
+    def meta(self):
+        return {'kind': 'bytes'}
+
+
+class CharTokenizer:
+    """One id per character of a given text, in sorted order, as in nanoGPT. Has no end-of-document token."""
+
+    eot = None
+
+    def __init__(self, text):
+        self.chars = ''.join(sorted(set(text)))
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+        self.vocab_size = len(self.chars)
+
+    def encode(self, text):
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError:
+            unknown = ''.join(sorted(set(text) - set(self.chars)))[:20]
+            raise ValueError(f'the characters {unknown!r} are not among the {self.vocab_size} of this vocabulary: '
+                             'leave them out, or prepare the dataset with another tokenizer, say bytes') from None
+
+    def decode(self, ids):
+        return ''.join(self.chars[i] for i in ids)
+
+    def decode_bytes(self, ids):
+        return utf8(self.decode(ids))
+
+    def meta(self):
+        return {'kind': 'chars', 'chars': self.chars}
+
+
+class TiktokenTokenizer:
+    """A published vocabulary: 'gpt2', 'cl100k_base', 'o200k_base', ... tiktoken downloads it once and keeps it."""
+
+    def __init__(self, name):
+        import tiktoken
+        if name not in tiktoken.list_encoding_names():
+            known = ', '.join(sorted(tiktoken.list_encoding_names()))
+            raise ValueError(f'tokenizer={name!r} is unknown: it must be bytes, chars, bpe or one of tiktoken: {known}')
+        try:
+            self.encoding = tiktoken.get_encoding(name)
+        except OSError as error:
+            raise OSError(f'the vocabulary of {name!r} cannot be fetched ({type(error).__name__}): go online once, '
+                          'or set TIKTOKEN_CACHE_DIR to a folder that holds it') from None
+        self.name, self.vocab_size, self.eot = name, self.encoding.n_vocab, self.encoding.eot_token
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def decode_bytes(self, ids):
+        return self.encoding.decode_bytes(ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode(errors='replace')
+
+    def meta(self):
+        return {'kind': 'tiktoken', 'name': self.name}
+
+
+class BPETokenizer(TiktokenTokenizer):
+    """Byte-pair encoding (Sennrich et al. 2016) over bytes, trained by `train_bpe` and run by tiktoken.
+
+    `tokens` lists the merged tokens in the order in which they were learned, each a string with one character
+    (U+0000 to U+00FF) per byte. Ids 0 to 255 are the bytes themselves, and the last id ends a document.
+    """
+
+    def __init__(self, tokens, split=SPLIT):
+        import tiktoken
+        self.tokens, self.split = list(tokens), split
+        ranks = {bytes([i]): i for i in range(256)}
+        ranks.update({token.encode('latin-1'): 256 + i for i, token in enumerate(self.tokens)})
+        self.vocab_size, self.eot = len(ranks) + 1, len(ranks)
+        self.encoding = tiktoken.Encoding('bpe', pat_str=split, mergeable_ranks=ranks,
+                                          special_tokens={EOT_BYTES.decode(): self.eot})
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """A tokenizer of at most `vocab_size` ids (fewer where the texts hold no more pairs worth merging)."""
+        if vocab_size < 257:
+            raise ValueError(f'vocab_size={vocab_size} must be at least 257: 256 bytes and the end of document')
+        return cls(train_bpe(texts, vocab_size - 257))
+
+    def meta(self):
+        return {'kind': 'bpe', 'tokens': self.tokens, 'split': self.split}
+
+
+def train_bpe(texts, n_merges):
+    """The first `n_merges` tokens that byte-pair encoding learns from `texts`, in order, as `BPETokenizer` takes them.
+
+    The most frequent pair of neighbours becomes a token, again and again; of equally frequent pairs the
+    smaller wins. It is fast (12 MB in a few seconds) because each distinct word is counted once, and a merge
+    visits only the words that hold its pair.
+    """
+    import regex
+    counts = Counter(word for text in texts for word in regex.findall(SPLIT, text))
+    words = [[bytes([byte]) for byte in utf8(word)] for word in counts]
+    counts = list(counts.values())
+    pairs, where = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+
+    tokens = {}
+    while heap and len(tokens) < n_merges:
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:
+            # The count has fallen since this entry was made, so another pair may be more frequent now.
+            if pairs[pair] > 0:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        if -count < 2:
+            break
+        # Two pairs can spell the same token, which then counts once.
+        tokens[b''.join(pair)] = None
+        changed = set()
+        for i in where.pop(pair):
+            before, words[i] = words[i], merge(words[i], pair)
+            for old in zip(before, before[1:]):
+                pairs[old] -= counts[i]
+            for new in zip(words[i], words[i][1:]):
+                pairs[new] += counts[i]
+                where[new].add(i)
+                changed.add(new)
+        for new in changed:
+            heapq.heappush(heap, (-pairs[new], new))
+    return [token.decode('latin-1') for token in tokens]
+
+
+def merge(word, pair):
+    """The list `word` with every occurrence of the two neighbours `pair` joined into one, from the left."""
+    out, i = [], 0
+    while i < len(word):
+        n = 2 if tuple(word[i:i + 2]) == pair else 1
+        out.append(b''.join(word[i:i + n]))
+        i += n
+    return out
+
+
+def from_meta(meta):
+    """The tokenizer that `tokenizer.meta()` described. Raises ValueError for a description that no tokenizer wrote."""
+    kind = meta.get('kind')
+    if kind == 'bytes':
+        return ByteTokenizer()
+    if kind == 'chars':
+        return CharTokenizer(meta['chars'])
+    if kind == 'tiktoken':
+        return TiktokenTokenizer(meta['name'])
+    if kind == 'bpe':
+        return BPETokenizer(meta['tokens'], meta['split'])
+    raise ValueError(f'tokenizer kind {kind!r} is unknown: it must be bytes, chars, tiktoken or bpe')

@@ -1,0 +1,164 @@
+"""Documents to token files: the bins of both splits, and the meta.json that describes them.
+
+    train.bin, val.bin       token ids, uint16 (uint32 for large vocabularies), one document after another
+    train_000.bin, ...       the same cut into several files, for large corpora
+    meta.json                tokenizer, counts, files and hashes
+
+meta.json comes last, and a dataset is prepared when it is there. Until then the files end in .tmp, so an
+interrupted preparation is never taken for a complete one, and the dataset that was there before stays usable
+until the new one is whole. The next preparation writes over what an interrupted one left.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from data.tokenizer import utf8
+
+# Little-endian on every machine, so that token files can be copied between them.
+DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+
+
+def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_tokens=None, save_every=20_000_000):
+    """Write `documents`, an iterable of ('train' or 'val', text), to `folder`; returns the content of meta.json.
+
+    source        where the text comes from and how it was split, in words
+    append_eot    end every document with tokenizer.eot, where the tokenizer has one
+    shard_tokens  begin a new file after the document that fills a file with so many tokens; None: one file per split
+
+    Holds one document in memory. If `documents` has state_dict() and load_state_dict(), as a `datasets`
+    stream has, then progress is saved every `save_every` tokens, and the same call after an interruption goes
+    on from there; the files come out the same, byte for byte. Raises ValueError when a split would be empty.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {'tokenizer': tokenizer.meta(), 'source': source,
+                'append_eot': append_eot, 'shard_tokens': shard_tokens}
+    resumable = hasattr(documents, 'state_dict')
+    saved = load_progress(folder, settings) if resumable else None
+    if saved:
+        documents.load_state_dict(saved['documents'])
+    dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
+    splits = {name: SplitWriter(folder, name, DTYPES[dtype], shard_tokens, saved and saved['splits'][name])
+              for name in ('train', 'val')}
+    unsaved = 0
+    for split, text in documents:
+        if not text:
+            continue
+        ids = tokenizer.encode(text)
+        if append_eot and tokenizer.eot is not None:
+            ids.append(tokenizer.eot)
+        splits[split].add(ids, len(utf8(text)))
+        unsaved += len(ids)
+        if resumable and unsaved >= save_every:
+            states = {name: split.save() for name, split in splits.items()}
+            write_json(folder / 'progress.json',
+                       {'settings': settings, 'splits': states, 'documents': documents.state_dict()})
+            unsaved = 0
+    return publish(folder, settings, tokenizer.vocab_size, dtype, splits)
+
+
+class SplitWriter:
+    """The files of one split, under temporary names. `state` is what meta.json tells of them and a resume needs."""
+
+    def __init__(self, folder, name, dtype, shard_tokens, state=None):
+        self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
+        self.state = state or {'documents': 0, 'bytes': 0, 'tokens': 0, 'files': {}}
+        self.file = None
+        if self.state['files']:
+            # What was written after the progress was saved is cut off, and comes again.
+            last, n_tokens = list(self.state['files'].items())[-1]
+            self.file = open(temporary(folder / last), 'r+b')
+            self.file.truncate(n_tokens * dtype.itemsize)
+            self.file.seek(0, os.SEEK_END)
+
+    def add(self, ids, n_bytes):
+        files = self.state['files']
+        last = list(files)[-1] if files else None
+        if last is None or self.shard_tokens and files[last] >= self.shard_tokens:
+            self.close()
+            last = f'{self.name}_{len(files):03d}.bin' if self.shard_tokens else f'{self.name}.bin'
+            self.file, files[last] = open(temporary(self.folder / last), 'wb'), 0
+        self.file.write(np.array(ids, self.dtype).tobytes())
+        files[last] += len(ids)
+        self.state['documents'] += 1
+        self.state['bytes'] += n_bytes
+        self.state['tokens'] += len(ids)
+
+    def save(self):
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return self.state
+
+    def close(self):
+        if self.file:
+            self.save()
+            self.file.close()
+            self.file = None
+
+    def sha256(self):
+        """The hash of all tokens of the split, whatever files they were cut into."""
+        digest = hashlib.sha256()
+        for name in self.state['files']:
+            with open(temporary(self.folder / name), 'rb') as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+
+def publish(folder, settings, vocab_size, dtype, splits):
+    """Give the finished files their names and describe them in meta.json."""
+    for name, split in splits.items():
+        split.close()
+        if not split.state['tokens']:
+            raise ValueError(f'the {name} split of {folder} would be empty: give more text, or change its share')
+    train, val = splits['train'].state, splits['val'].state
+    meta = {'tokenizer': settings['tokenizer'], 'vocab_size': vocab_size, 'dtype': dtype, 'source': settings['source']}
+    for key in ('tokens', 'bytes', 'documents'):
+        meta |= {f'train_{key}': train[key], f'val_{key}': val[key]}
+    meta['val_bytes_per_token'] = val['bytes'] / val['tokens']
+    meta['files'] = {name: split.state['files'] for name, split in splits.items()}
+    meta['sha256'] = {name: split.sha256() for name, split in splits.items()}
+
+    (folder / 'meta.json').unlink(missing_ok=True)
+    names = [*train['files'], *val['files']]
+    for name in names:
+        os.replace(temporary(folder / name), folder / name)
+    for path in folder.iterdir():
+        # What an earlier preparation left, finished in other pieces or interrupted.
+        if re.fullmatch(r'(train|val)(_\d+)?\.bin(\.tmp)?', path.name) and path.name not in names:
+            path.unlink()
+    write_json(folder / 'meta.json', meta)
+    (folder / 'progress.json').unlink(missing_ok=True)
+    return meta
+
+
+def load_progress(folder, settings):
+    """What an interrupted call with the same settings saved, or None where nothing can be continued."""
+    try:
+        saved = json.loads((folder / 'progress.json').read_text())
+    except (OSError, ValueError):
+        return None
+    files = [name for split in saved['splits'].values() for name in split['files']]
+    if saved['settings'] != settings or not all(temporary(folder / name).exists() for name in files):
+        return None
+    print(f'continuing in {folder} after {sum(s["tokens"] for s in saved["splits"].values()):,} tokens')
+    return saved
+
+
+def temporary(path):
+    return path.with_name(path.name + '.tmp')
+
+
+def write_json(path, value):
+    """Write a file that is either whole or not there."""
+    with open(temporary(path), 'w') as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary(path), path)

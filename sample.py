@@ -1,0 +1,86 @@
+"""
+Write text with a trained model.
+
+    python sample.py --out_dir=out/llama_small --start="def main"
+    python sample.py --out_dir=out/llama_small --start=FILE:prompt.txt --num_samples=3 --temperature=0.7
+"""
+import codecs
+import os
+import sys
+import time
+
+import torch
+
+import checkpoint
+from configurator import configure, one_sentence
+from data.tokenizer import from_meta
+
+# ----------------------------------------------------------------------------------------------------------
+# Settings
+
+out_dir = 'out'                     # the run to read
+ckpt = 'best.pt'                    # best.pt (lowest validation loss) or ckpt.pt (newest)
+start = '\n'                        # what to continue: a text, FILE:path, or <|endoftext|> for a new document
+num_samples = 3                     # continuations of it
+max_new_tokens = 500                # tokens in each; fewer where the document or learned positions end
+temperature = 0.8                   # 0: always the likeliest token; 1: as the model says; higher: wilder
+top_k: int | None = 200             # draw from the k likeliest tokens only; None: from all
+top_p: float | None = None          # draw from the fewest tokens that hold this share of the probability; None: all
+seed = 1337                         # of the draws
+device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'                      # of the weights: auto (float32, on a GPU bfloat16), float32, bfloat16, float16
+compile = False                     # torch.compile the model: a minute before the first token, faster ones after
+
+configure(globals())
+
+# ----------------------------------------------------------------------------------------------------------
+# The model, its tokenizer and the prompt
+
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+if dtype == 'auto':
+    dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+
+with one_sentence():
+    path = os.path.join(out_dir, ckpt)
+    if ckpt == 'best.pt' and not os.path.exists(path):
+        path = os.path.join(out_dir, 'ckpt.pt')
+    state = checkpoint.load(path)
+    model = checkpoint.build(state, path).eval().to(device, getattr(torch, dtype))
+    tokenizer = from_meta(state['meta']['tokenizer'])
+    if start.startswith('FILE:'):
+        with open(start.removeprefix('FILE:'), encoding='utf-8') as f:
+            start = f.read()
+    new_document = start in ('', '<|endoftext|>') and tokenizer.eot is not None
+    prompt = [tokenizer.eot] if new_document else tokenizer.encode(start)
+    if not prompt:
+        raise ValueError('start must not be empty, as this tokenizer has no token that begins a document')
+    room = max_new_tokens if model.wpe.max_tokens is None else model.wpe.max_tokens - len(prompt)
+    if room < 1:
+        raise ValueError(f'start has {len(prompt)} tokens and must have fewer than block_size={model.wpe.max_tokens}, '
+                         'where learned positions end: shorten it')
+# rows of a vocabulary that was rounded up have no text: without them they cannot be drawn
+model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:tokenizer.vocab_size])
+if compile:
+    model.compile()
+
+# ----------------------------------------------------------------------------------------------------------
+# Samples, printed as they come
+
+idx = torch.tensor([prompt], device=device)
+for n in range(num_samples):
+    # a character may be spread over several tokens: nothing is printed before its last byte
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    print('' if new_document else start, end='', flush=True)
+    began, count = time.time(), 0
+    for token in model.stream(idx, min(room, max_new_tokens), temperature, top_k, top_p, tokenizer.eot, seed + n):
+        if count == 0:
+            prefilled = time.time()
+        count += 1
+        if token.item() != tokenizer.eot:
+            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end='', flush=True)
+    print(decoder.decode(b'', final=True))
+    rate = (count - 1) / (time.time() - prefilled) if count > 1 else 0.0
+    print(f'--------------- {count} tokens, the first after {prefilled - began:.3f} s, then {rate:.1f} tokens/s')
+if room < max_new_tokens:
+    print(f'stopped at block_size={model.wpe.max_tokens}, where learned positions end; a model with pos=rope goes on')
