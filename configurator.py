@@ -37,8 +37,8 @@ class Flag(NamedTuple):
 
 def configure(settings, config_class=None, argv=None, given=None):
     """
-    Apply the command line to `settings`, the globals() of a script, and return the fields of config_class that it
-    gave as a dict. A dict passed as `given` receives {name: the file or flag that had the last word}.
+    Apply the command line to `settings`, the globals() of a script; return the fields of config_class that it
+    gave, as a dict. A dict passed as `given` receives {name: the file or flag that had the last word}.
 
     A user's mistake raises SystemExit with one sentence, which Python prints before it exits with code 1.
     """
@@ -72,7 +72,7 @@ def plain_settings(settings):
 
 @contextmanager
 def one_sentence():
-    """Within it, a ValueError or a missing file, which are refusals, ends the script with its message alone."""
+    """Within it, a ValueError or a missing file, both refusals, ends the script with its message alone."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -135,6 +135,7 @@ def convert(value, flag, label, is_flag):
 
 def parse(text, kinds):
     """What a config file would say for a flag's text: a string just as it stands, or else a literal."""
+    # Python would warn about some texts
     if kinds == (str,):
         return text
     words = {'true': True, 'false': False, 'none': None}

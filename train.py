@@ -147,7 +147,7 @@ raw_model, T = model, config.block_size
 
 if dtype == 'auto':
     # processors with bf16 matrix instructions gain from the width on where products outweigh the conversions
-    cpu_bf16 = torch.cpu._is_avx512_bf16_supported() and config.n_embd >= 128
+    cpu_bf16 = torch.cpu._is_avx512_bf16_supported() and config.n_embd >= 256
     dtype = {'cuda': 'bfloat16' if device_type == 'cuda' and torch.cuda.is_bf16_supported() else 'float16',
              'cpu': 'bfloat16' if cpu_bf16 else 'float32'}.get(device_type, 'float32')
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))

@@ -1,11 +1,10 @@
 """
-Llama's blocks (Touvron et al. 2023) at the size of GPT-2 124M: rotary positions, RMS norm, gated ffn, no biases, an
-untied head, and grouped-query attention as in Llama 2 70B and all of Llama 3.
+Llama's blocks (Touvron et al. 2023) in the shape of GPT-2 124M: rotary positions, RMS norm, a gated ffn, no biases, and
+grouped-query attention as in Llama 3. The head stays tied, as in the small models of that family (Llama 3.2 1B).
 """
 out_dir = 'out/llama_small'
 pos = 'rope'
 norm = 'rmsnorm'
 ffn = 'swiglu'
 bias = False
-tie = False
-n_kv_head = 4
+n_kv_head = 2

@@ -1,7 +1,6 @@
 """Batches addressed by number, from the token files that data/writer.py makes.
 
-A row of a batch is a window of block_size + 1 tokens. Which one is a pure function of the seed and the row's
-number:
+A row is a window of T + 1 tokens, T = block_size. Which one depends on the seed and the row's number alone:
 
     epoch e = row // W                    W windows per epoch, each used once
     window  = permutation_e(row % W)      shuffled by a seeded permutation, never written out
@@ -9,11 +8,12 @@ number:
 
 So there is no generator and no cursor to save: a resumed run goes on with the next row number, an evaluation
 cannot disturb the training order, and rows can be dealt to micro-batches and processes in any way. The files
-are memory-mapped; only the tokens of the rows asked for are read.
+are mapped into memory, and only the rows asked for are read.
 """
 
 import json
 import math
+import mmap
 import subprocess
 import sys
 from bisect import bisect_right
@@ -40,15 +40,15 @@ def open_dataset(folder, block_size, seed):
     try:
         meta = json.loads((folder / 'meta.json').read_text())
         meta['vocab_size'], meta['tokenizer'], meta['val_bytes_per_token']
-        splits = {name: Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val')}
+        train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val'))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{folder}/meta.json is broken ({type(error).__name__}: {error}): '
-                         f'prepare the dataset again with {command(folder)}') from None
-    for name, tokens in splits.items():
+                         f'run {command(folder)} again') from None
+    for name, tokens in ('train', train), ('val', val):
         if len(tokens) <= block_size:
-            raise ValueError(f'block_size={block_size} must be less than the {len(tokens):,} tokens of the {name} '
-                             f'split of {folder}: lower it, or prepare more text')
-    return Dataset(meta, splits['train'], splits['val'], block_size, seed)
+            raise ValueError(f'block_size={block_size} must be less than the {len(tokens):,} tokens of '
+                             f'the {name} split of {folder}: lower it, or prepare more text')
+    return Dataset(meta, train, val, block_size, seed)
 
 
 def ensure_prepared(folder):
@@ -83,25 +83,28 @@ def unprepared(folder):
 
 
 class Tokens:
-    """A split: its files as one long memory-mapped sequence, so that how it was cut into files changes nothing."""
+    """A split: its files as one long memory-mapped sequence, so that nothing depends on how it was cut."""
 
     def __init__(self, folder, files, dtype):
         self.parts, self.ends, end = [], [], 0
         for name, n_tokens in files.items():
             path = folder / name
             if not path.exists():
-                raise FileNotFoundError(f'{path} is missing: prepare the dataset again with {command(folder)}')
+                raise FileNotFoundError(f'{path} is missing: run {command(folder)} again')
             if path.stat().st_size != n_tokens * dtype.itemsize:
-                raise ValueError(f'{path} has {path.stat().st_size:,} bytes, but meta.json says {n_tokens:,} tokens '
-                                 f'of {dtype.itemsize}: prepare the dataset again with {command(folder)}')
-            if n_tokens:
-                end += n_tokens
-                # As a plain array, because every slice of a np.memmap pays for the subclass.
-                self.parts.append(np.asarray(np.memmap(path, dtype, mode='r')))
-                self.ends.append(end)
+                raise ValueError(f'{path} has {path.stat().st_size:,} bytes, not the {n_tokens:,} tokens of '
+                                 f'{dtype.itemsize} bytes in meta.json: run {command(folder)} again')
+            end += n_tokens
+            with open(path, 'rb') as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, 'MADV_RANDOM'):
+                # Rows lie anywhere in the file; otherwise the system reads far ahead for each of them.
+                mapped.madvise(mmap.MADV_RANDOM)
+            self.parts.append(np.frombuffer(mapped, dtype))
+            self.ends.append(end)
 
     def __len__(self):
-        return self.ends[-1] if self.ends else 0
+        return self.ends[-1]
 
     def rows(self, starts, length):
         """The tokens [start, start + length) of each start, as int64 of shape (len(starts), length)."""
@@ -124,28 +127,26 @@ class Dataset:
         self.meta, self.train, self.val = meta, train, val
         self.block_size = block_size
         self.key = mix(np.array([seed % 2**64], np.uint64))
-        # A shift of up to R - 1 tokens must leave room for all W windows and for the target of the last
-        # token.
+        # The largest shift still leaves room for all windows and for the target of the last token.
         self.n_shifts = min(block_size, len(train) - block_size)
         self.n_windows = max(1, (len(train) - block_size) // block_size)
 
     def train_starts(self, first_row, n_rows):
-        """Where rows first_row .. first_row + n_rows - 1 begin in the training split, int64 (n_rows,)."""
+        """Where the rows from first_row on begin in the training split, int64 (n_rows,)."""
         epoch, index = np.divmod(np.arange(first_row, first_row + n_rows, dtype=np.uint64), self.n_windows)
         key = mix(epoch + self.key)
         window = permute(index, self.n_windows, key)
         return (mix(key) % self.n_shifts + window * self.block_size).astype(np.int64)
 
     def train_batch(self, first_row, n_rows):
-        """x and y, int64 (n_rows, block_size), of rows first_row .. first_row + n_rows - 1; y is x one token later."""
+        """x and y, int64 (n_rows, block_size), of the rows from first_row on; y is x shifted by one token."""
         return inputs_and_targets(self.train.rows(self.train_starts(first_row, n_rows), self.block_size + 1))
 
     def eval_batches(self, batch_size, max_tokens, rank=0, world=1):
         """Yields x and y over windows spread evenly over the validation split, without overlap.
 
-        About `max_tokens` tokens are predicted (at least one window; all of them for None). The windows are
-        the same for every batch_size and world; process `rank` takes every world-th of them, which may be
-        none.
+        They hold at most `max_tokens` tokens, but are at least one; None takes all there are. They are the
+        same for every batch_size and world; process `rank` takes every world-th of them, which may be none.
         """
         available = (len(self.val) - 1) // self.block_size
         wanted = available if max_tokens is None else max(1, min(available, max_tokens // self.block_size))
@@ -161,7 +162,7 @@ def inputs_and_targets(rows):
 
 
 def mix(x):
-    """A bijection of 64-bit integers that looks random, on a uint64 array (SplitMix64, Steele et al. 2014)."""
+    """A random-looking bijection of 64-bit integers (SplitMix64, Steele et al. 2014); x is a uint64 array."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -176,12 +177,11 @@ def hash32(x):
 
 
 def permute(index, n, key):
-    """Where each index (uint64, below n) goes under the permutation of range(n) that its key (uint64) selects.
+    """Where each index below n goes, under the permutation of range(n) that its key selects; uint64 arrays.
 
     A Feistel network shuffles the cells of an a x b grid: each half round adds a hash of one coordinate to
     the other, which can be undone, so it is a bijection of the a * b >= n cells. A cell that is not below n
-    goes through it again until it is (cycle walking), which leaves a bijection of range(n). Costs no memory,
-    whatever n is.
+    goes through it again until it is (cycle walking): a bijection of range(n), without any memory.
     """
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)

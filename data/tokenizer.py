@@ -1,18 +1,19 @@
-"""Text to token ids and back: bytes, characters, tiktoken's vocabularies, and a small BPE trained on the spot.
+"""Text to token ids and back: bytes, characters, tiktoken's vocabularies, a small BPE trained on the spot.
 
 Every tokenizer has
 
-    vocab_size, eot           eot is the id that ends a document, or None
-    encode(text)              -> list of ids
-    decode(ids)               -> text; bytes that are not UTF-8 become U+FFFD
-    decode_bytes(ids)         -> bytes, for printing token by token, where a character may span tokens
-    meta()                    -> a dictionary of plain JSON types, from which `from_meta` builds the tokenizer again
+    vocab_size, eot       eot is the id that ends a document, or None
+    encode(text)          -> list of ids
+    decode(ids)           -> text; bytes that are not UTF-8 become U+FFFD
+    decode_bytes(ids)     -> bytes, for printing token by token: a character may span several tokens
+    meta()                -> a dictionary of plain JSON types, from which `from_meta` builds it again
 
-The description is stored beside the tokens and in every checkpoint, so a model always comes with its text.
+The description is stored beside the tokens and in every checkpoint, so a model is never without its
+tokenizer.
 
 What a reader may get wrong: text is always ordinary text. A user's "<|endoftext|>" is encoded letter by
-letter, never as the special token. What UTF-8 cannot hold (a lone surrogate) becomes U+FFFD, except in a
-character vocabulary.
+letter, never as the special token. What UTF-8 cannot hold (a lone surrogate) becomes U+FFFD, except as a
+`CharTokenizer`'s own character.
 """
 
 import heapq
@@ -26,7 +27,7 @@ SPLIT = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s'
 
 
 def utf8(text):
-    """The UTF-8 bytes of `text`, with U+FFFD in place of lone surrogates, which JSON can hold and UTF-8 cannot."""
+    """The UTF-8 bytes of `text`, with U+FFFD for lone surrogates, which JSON can hold and UTF-8 cannot."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -34,7 +35,7 @@ def utf8(text):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as they are: ids 0 to 255, and 256 for the end of a document. Knows every text, needs no training."""
+    """UTF-8 bytes as they are, ids 0 to 255, and 256 for the end of a document. Knows every text."""
 
     vocab_size = 257
     eot = 256
@@ -67,8 +68,8 @@ class CharTokenizer:
             return [self.ids[char] for char in text]
         except KeyError:
             unknown = ''.join(sorted(set(text) - set(self.chars)))[:20]
-            raise ValueError(f'the characters {unknown!r} are not among the {self.vocab_size} of this vocabulary: '
-                             'leave them out, or prepare the dataset with another tokenizer, say bytes') from None
+            raise ValueError(f'the vocabulary of {self.vocab_size} characters has no {unknown!r}: leave them '
+                             'out, or prepare the dataset with a tokenizer for all, such as bytes') from None
 
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids)
@@ -81,18 +82,21 @@ class CharTokenizer:
 
 
 class TiktokenTokenizer:
-    """A published vocabulary: 'gpt2', 'cl100k_base', 'o200k_base', ... tiktoken downloads it once and keeps it."""
+    """A published vocabulary: 'gpt2', 'cl100k_base', ... which tiktoken downloads once and keeps.
+
+    Raises ValueError for a name that tiktoken does not know, and OSError where it has to download and cannot.
+    """
 
     def __init__(self, name):
         import tiktoken
         if name not in tiktoken.list_encoding_names():
-            known = ', '.join(sorted(tiktoken.list_encoding_names()))
-            raise ValueError(f'tokenizer={name!r} is unknown: it must be bytes, chars, bpe or one of tiktoken: {known}')
+            known = ', '.join(['bytes', 'chars', 'bpe'] + sorted(tiktoken.list_encoding_names()))
+            raise ValueError(f'tokenizer={name!r} is unknown: choose one of {known}')
         try:
             self.encoding = tiktoken.get_encoding(name)
         except OSError as error:
-            raise OSError(f'the vocabulary of {name!r} cannot be fetched ({type(error).__name__}): go online once, '
-                          'or set TIKTOKEN_CACHE_DIR to a folder that holds it') from None
+            raise OSError(f'the vocabulary of {name!r} cannot be fetched ({type(error).__name__}): go online '
+                          'once, or set TIKTOKEN_CACHE_DIR to a folder that holds it') from None
         self.name, self.vocab_size, self.eot = name, self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
@@ -126,9 +130,9 @@ class BPETokenizer(TiktokenTokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A tokenizer of at most `vocab_size` ids (fewer where the texts hold no more pairs worth merging)."""
+        """A tokenizer of `vocab_size` ids, fewer where no pair occurs twice; ValueError below 257."""
         if vocab_size < 257:
-            raise ValueError(f'vocab_size={vocab_size} must be at least 257: 256 bytes and the end of document')
+            raise ValueError(f'vocab_size={vocab_size} must be at least 257: bytes and the end of a document')
         return cls(train_bpe(texts, vocab_size - 257))
 
     def meta(self):
@@ -136,16 +140,15 @@ class BPETokenizer(TiktokenTokenizer):
 
 
 def train_bpe(texts, n_merges):
-    """The first `n_merges` tokens that byte-pair encoding learns from `texts`, in order, as `BPETokenizer` takes them.
+    """The first `n_merges` tokens that byte-pair encoding learns from `texts`, in order, for BPETokenizer.
 
     The most frequent pair of neighbours becomes a token, again and again; of equally frequent pairs the
     smaller wins. It is fast (12 MB in a few seconds) because each distinct word is counted once, and a merge
     visits only the words that hold its pair.
     """
     import regex
-    counts = Counter(word for text in texts for word in regex.findall(SPLIT, text))
-    words = [[bytes([byte]) for byte in utf8(word)] for word in counts]
-    counts = list(counts.values())
+    words = Counter(word for text in texts for word in regex.findall(SPLIT, text))
+    words, counts = [[bytes([byte]) for byte in utf8(word)] for word in words], list(words.values())
     pairs, where = Counter(), defaultdict(set)
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
@@ -159,10 +162,9 @@ def train_bpe(texts, n_merges):
         count, pair = heapq.heappop(heap)
         if -count != pairs[pair]:
             # The count has fallen since this entry was made, so another pair may be more frequent now.
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
+            heapq.heappush(heap, (-pairs[pair], pair))
             continue
-        if -count < 2:
+        if pairs[pair] < 2:
             break
         # Two pairs can spell the same token, which then counts once.
         tokens[b''.join(pair)] = None
@@ -191,7 +193,7 @@ def merge(word, pair):
 
 
 def from_meta(meta):
-    """The tokenizer that `tokenizer.meta()` described. Raises ValueError for a description that no tokenizer wrote."""
+    """The tokenizer that `tokenizer.meta()` described. Raises ValueError for a kind that does not exist."""
     kind = meta.get('kind')
     if kind == 'bytes':
         return ByteTokenizer()

@@ -22,27 +22,32 @@ from data.tokenizer import utf8
 # Little-endian on every machine, so that token files can be copied between them.
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 
+# Tokens between two saves of the progress: some seconds of work.
+SAVE_EVERY = 20_000_000
 
-def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_tokens=None, save_every=20_000_000):
-    """Write `documents`, an iterable of ('train' or 'val', text), to `folder`; returns the content of meta.json.
+
+def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_tokens=None,
+                  save_every=SAVE_EVERY):
+    """Write `documents`, an iterable of ('train' or 'val', text), to `folder`; returns what meta.json holds.
 
     source        where the text comes from and how it was split, in words
     append_eot    end every document with tokenizer.eot, where the tokenizer has one
-    shard_tokens  begin a new file after the document that fills a file with so many tokens; None: one file per split
+    shard_tokens  begin a new file after the document that fills one with so many; None: one file per split
 
-    Holds one document in memory. If `documents` has state_dict() and load_state_dict(), as a `datasets`
-    stream has, then progress is saved every `save_every` tokens, and the same call after an interruption goes
-    on from there; the files come out the same, byte for byte. Raises ValueError when a split would be empty.
+    Holds one document in memory. If `documents` has state_dict() and load_state_dict(), as the streams of
+    `datasets` have, then progress is saved every `save_every` tokens, and the same call after an interruption
+    goes on from there; the files come out the same, byte for byte. Raises ValueError when a split would be
+    empty.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {'tokenizer': tokenizer.meta(), 'source': source,
-                'append_eot': append_eot, 'shard_tokens': shard_tokens}
+    dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
+    settings = {'source': source, 'tokenizer': tokenizer.meta(), 'vocab_size': tokenizer.vocab_size,
+                'dtype': dtype, 'append_eot': append_eot, 'shard_tokens': shard_tokens}
     resumable = hasattr(documents, 'state_dict')
     saved = load_progress(folder, settings) if resumable else None
     if saved:
         documents.load_state_dict(saved['documents'])
-    dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
     splits = {name: SplitWriter(folder, name, DTYPES[dtype], shard_tokens, saved and saved['splits'][name])
               for name in ('train', 'val')}
     unsaved = 0
@@ -59,11 +64,11 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
             write_json(folder / 'progress.json',
                        {'settings': settings, 'splits': states, 'documents': documents.state_dict()})
             unsaved = 0
-    return publish(folder, settings, tokenizer.vocab_size, dtype, splits)
+    return publish(folder, settings, splits)
 
 
 class SplitWriter:
-    """The files of one split, under temporary names. `state` is what meta.json tells of them and a resume needs."""
+    """The files of one split, under temporary names. `state` is all that meta.json and a resume need."""
 
     def __init__(self, folder, name, dtype, shard_tokens, state=None):
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
@@ -85,9 +90,9 @@ class SplitWriter:
             self.file, files[last] = open(temporary(self.folder / last), 'wb'), 0
         self.file.write(np.array(ids, self.dtype).tobytes())
         files[last] += len(ids)
-        self.state['documents'] += 1
-        self.state['bytes'] += n_bytes
         self.state['tokens'] += len(ids)
+        self.state['bytes'] += n_bytes
+        self.state['documents'] += 1
 
     def save(self):
         if self.file:
@@ -111,14 +116,14 @@ class SplitWriter:
         return digest.hexdigest()
 
 
-def publish(folder, settings, vocab_size, dtype, splits):
-    """Give the finished files their names and describe them in meta.json."""
+def publish(folder, settings, splits):
+    """Give the finished files their names, and describe them in meta.json."""
     for name, split in splits.items():
         split.close()
         if not split.state['tokens']:
-            raise ValueError(f'the {name} split of {folder} would be empty: give more text, or change its share')
+            raise ValueError(f'the {name} split of {folder} is empty: give more text, or change its share')
     train, val = splits['train'].state, splits['val'].state
-    meta = {'tokenizer': settings['tokenizer'], 'vocab_size': vocab_size, 'dtype': dtype, 'source': settings['source']}
+    meta = {key: settings[key] for key in ('source', 'tokenizer', 'vocab_size', 'dtype')}
     for key in ('tokens', 'bytes', 'documents'):
         meta |= {f'train_{key}': train[key], f'val_{key}': val[key]}
     meta['val_bytes_per_token'] = val['bytes'] / val['tokens']
@@ -129,8 +134,8 @@ def publish(folder, settings, vocab_size, dtype, splits):
     names = [*train['files'], *val['files']]
     for name in names:
         os.replace(temporary(folder / name), folder / name)
-    for path in folder.iterdir():
-        # What an earlier preparation left, finished in other pieces or interrupted.
+    for path in list(folder.iterdir()):
+        # What an earlier preparation left, cut into other files or interrupted.
         if re.fullmatch(r'(train|val)(_\d+)?\.bin(\.tmp)?', path.name) and path.name not in names:
             path.unlink()
     write_json(folder / 'meta.json', meta)
@@ -144,10 +149,14 @@ def load_progress(folder, settings):
         saved = json.loads((folder / 'progress.json').read_text())
     except (OSError, ValueError):
         return None
-    files = [name for split in saved['splits'].values() for name in split['files']]
-    if saved['settings'] != settings or not all(temporary(folder / name).exists() for name in files):
+    if saved['settings'] != settings:
         return None
-    print(f'continuing in {folder} after {sum(s["tokens"] for s in saved["splits"].values()):,} tokens')
+    for split in saved['splits'].values():
+        for name, n_tokens in split['files'].items():
+            path = temporary(folder / name)
+            if not path.exists() or path.stat().st_size < n_tokens * DTYPES[settings['dtype']].itemsize:
+                return None
+    print(f'going on in {folder} after {sum(split["tokens"] for split in saved["splits"].values()):,} tokens')
     return saved
 
 

@@ -21,7 +21,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         wide = x if x.dtype == torch.float64 else x.float()
-        r = torch.rsqrt(torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps)  # (..., 1)
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, r)
         return (wide * r).mul_(weight).to(x.dtype)
 
@@ -30,9 +30,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         wide, grad = x.to(r.dtype), grad.to(r.dtype)
         normed = wide * r
-        d_weight = torch.linalg.vecdot(grad.flatten(0, -2), normed.flatten(0, -2), dim=0).to(weight.dtype)
+        d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         gw = grad * weight
-        mean = torch.linalg.vecdot(gw, normed).unsqueeze(-1) / x.shape[-1]  # (..., 1)
+        mean = (gw * normed).mean(-1, keepdim=True)  # (..., 1)
         return gw.addcmul_(normed, mean, value=-1).mul_(r).to(x.dtype), d_weight, None
 
 

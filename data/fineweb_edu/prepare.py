@@ -1,7 +1,7 @@
-"""FineWeb-Edu, web pages chosen for their educational value: a sample of about 10 billion tokens (Penedo et al. 2024).
+"""FineWeb-Edu, web pages chosen for their educational value (Penedo et al. 2024): 10 billion tokens of it.
 
 Streams for some hours and needs 20 GB of disk. When it is interrupted, the same command goes on where it was.
-Larger parts: --config=sample-100BT, --config=sample-350BT, --config=default (1.3 trillion).
+Larger parts: --config=sample-100BT, --config=sample-350BT, --config=default (1.3 trillion tokens).
 """
 
 import sys

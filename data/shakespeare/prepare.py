@@ -1,4 +1,4 @@
-"""Tiny Shakespeare in GPT-2's vocabulary, for finetuning a released model. The tokens and the split are nanoGPT's."""
+"""Tiny Shakespeare in GPT-2's vocabulary, for finetuning a released model. Split as in nanoGPT."""
 
 import sys
 from pathlib import Path

@@ -1,0 +1,20 @@
+"""A size for a laptop: minutes on two cores. Put it behind an architecture: config/llama_small.py config/tiny.py"""
+n_layer = 6
+n_head = 4
+n_embd = 256
+block_size = 256
+
+dataset = 'pysource'
+batch_size = 8
+gradient_accumulation_steps = 1  # 8 x 256 = 2048 tokens a step
+max_iters = 600
+warmup_iters = 20
+optimizer = 'muon'
+learning_rate = 3e-3
+min_lr = 0.0
+schedule = 'wsd'
+weight_decay = 0.0
+
+log_interval = 20
+eval_interval = 200
+eval_tokens = 65536

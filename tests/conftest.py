@@ -1,0 +1,195 @@
+"""
+What the tests share: every file of config/ at toy size, and one row for each flag of the model.
+
+A new config file is tested unasked. A new field of GPTConfig needs a row in FIELDS.
+"""
+import ast
+import functools
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import NamedTuple
+
+# toy models are too small for several threads, which would wait for each other longer than they compute
+os.environ['OMP_NUM_THREADS'] = '1'
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from configurator import configure  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+class Field(NamedTuple):
+    """How the tests meet one field of GPTConfig."""
+    values: tuple                   # legal ones at toy size: flags are flipped to them, random combinations draw them
+    bad: tuple = ()                 # refused, whatever the other flags say
+    toy: Callable = lambda value, flags: value  # what a config file says -> what it says at toy size
+
+
+def same_for_all(size):
+    return lambda value, flags: size
+
+
+FIELDS = {
+    'block_size': Field((24, 40), (0, -5), same_for_all(24)),
+    'vocab_size': Field((61, 97), (0,), same_for_all(61)),
+    'n_layer': Field((2, 1, 3), (0,), lambda value, flags: shortest(flags)),
+    'n_head': Field((4, 2, 8), (0, -1), same_for_all(4)),
+    'n_embd': Field((32, 48), (0,), same_for_all(32)),
+    # multi-head, grouped and multi-query stay what they are
+    'n_kv_head': Field((None, 1, 2), (0, -2), lambda value, flags: (
+        {None: None, 1: 1, flags.get('n_head', 12): 4}.get(value, 2))),
+    'head_dim': Field((None, 6, 20), (0,), lambda value, flags: None if value is None else 12),
+    'pos': Field(('learned', 'sinusoidal', 'rope', 'none'), ('absolute', '')),
+    'rope_theta': Field((10000.0, 100.0), (1.0, 0.0, -10.0)),
+    'norm': Field(('layernorm', 'rmsnorm'), ('batchnorm',)),
+    'norm_at': Field(('pre', 'post', 'output', 'sandwich'), ('before',)),
+    'norm_eps': Field((1e-5, 1e-2), (0.0, -1e-5)),
+    'qk_norm': Field((False, True)),
+    'ffn': Field(('gelu', 'relu', 'relu2', 'swiglu', 'geglu'), ('GELU', 'silu')),
+    'ffn_width': Field((None, 40, 7), (0, -1), lambda value, flags: None if value is None else 40),
+    'bias': Field((True, False)),
+    'tie': Field((True, False)),
+    # families are compared with themselves: dropout has tests of its own
+    'dropout': Field((0.0, 0.3), (1.0, -0.1, 1.5), same_for_all(0.0)),
+    'logit_softcap': Field((None, 3.0), (0.0, -30.0)),
+    'zero_init': Field((False, True)),
+}
+# what every toy model says, with and without a config file
+TOY = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
+
+
+def shortest(flags):
+    """Layers until every letter of every pattern has had its turn, and at least two."""
+    patterns = [value for name, value in flags.items() if name.endswith('_pattern') and value]
+    return max([2] + [1 + max(map(pattern.index, pattern)) for pattern in patterns])
+
+
+def unknown_fields():
+    """Fields of GPTConfig that the tests have no values for."""
+    return [field.name for field in fields(GPTConfig) if field.name not in FIELDS]
+
+
+def defaults():
+    return {field.name: field.default for field in fields(GPTConfig) if field.default is not MISSING}
+
+
+def toy(**flags):
+    """Flags at toy size: sizes of a toy, then these, which are left as they are."""
+    return {name: FIELDS[name].values[0] for name in TOY} | flags
+
+
+def shrink(flags):
+    """The same family at toy size: block_size 24, vocab_size 61, two layers, 4 heads, n_embd 32."""
+    known = {name: value for name, value in flags.items() if name in FIELDS}
+    return flags | {name: FIELDS[name].toy(flags.get(name), flags) for name in (*TOY, *known)}
+
+
+@functools.cache
+def train_settings():
+    """The settings of train.py with their defaults, read and not run."""
+    settings = {}
+    for node in ast.parse((ROOT / 'train.py').read_text(encoding='utf-8')).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if 'configure(' in ast.unparse(node.value):
+                break
+            settings[target.id] = ast.literal_eval(node.value)
+    return settings
+
+
+def config_files():
+    return sorted((ROOT / 'config').glob('*.py'))
+
+
+def flags_of(path):
+    """The model flags of a config file, read as train.py reads it."""
+    return configure(dict(train_settings()), GPTConfig, [str(path)])
+
+
+@functools.cache
+def families():
+    """{name: flags} of every config file at toy size; files that differ in nothing but size share one entry."""
+    same = {}
+    for path in config_files():
+        flags = shrink(flags_of(path))
+        same.setdefault(repr(sorted(flags.items())), (flags, []))[1].append(path.stem)
+    return {'+'.join(names): flags for flags, names in same.values()}
+
+
+def every_family(test):
+    """The test once for each config file at toy size, as `flags`."""
+    return pytest.mark.parametrize('flags', list(families().values()), ids=list(families()))(test)
+
+
+def legal(flags):
+    try:
+        GPTConfig(**flags)
+    except ValueError:
+        return False
+    return True
+
+
+@functools.cache
+def combinations(count, seed):
+    """Different legal flags: a family, with half of the fields redrawn one after the other where that is legal."""
+    rng, found = random.Random(seed), []
+    while len(found) < count:
+        flags = dict(rng.choice(list(families().values())))
+        for name in rng.sample(sorted(FIELDS), len(FIELDS)):
+            redrawn = flags | {name: rng.choice(FIELDS[name].values)}
+            if rng.random() < 0.5 and legal(redrawn):
+                flags = redrawn
+        if flags not in found:
+            found.append(flags)
+    return found
+
+
+def random_flags(count, seed):
+    """The test once for each of `count` combinations, as `flags`. What differs from the defaults is the test's id."""
+    found = combinations(count, seed)
+    base = defaults() | toy()
+    ids = [','.join(f'{k}={v}' for k, v in flags.items() if v != base.get(k)) or 'defaults' for flags in found]
+    return pytest.mark.parametrize('flags', found, ids=ids)
+
+
+def build(flags, seed=1337, **more):
+    """GPT of these flags, in eval mode."""
+    return GPT(GPTConfig(**(flags | more)), seed=seed).eval()
+
+
+@torch.no_grad()
+def scaled(model, factor):
+    """
+    The model with all weights of two or more dimensions multiplied, so that faults stand out from rounding. What
+    starts at zero or one for all (biases, norms, zero_init) gets noise, or its faults would not show at all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        noise = 0.2 * torch.randn(p.shape, generator=generator)
+        if p.dim() < 2:
+            p.add_(noise)
+        else:
+            p.copy_(p * factor if p.any() else noise)
+    return model
+
+
+def tokens(flags, B, T, seed=0):
+    """(B,T) int64, drawn from the vocabulary."""
+    return torch.randint(flags['vocab_size'], (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(got, want, bound, what):
+    """Largest error at most bound times the largest value wanted."""
+    assert got.shape == want.shape, f'{what}: shape {tuple(got.shape)} must be {tuple(want.shape)}'
+    got, want = got.detach().double(), want.detach().double()
+    error, size = (got - want).abs().max().item(), want.abs().max().item()
+    assert error <= bound * size, f'{what}: error {error:.3e} must be at most {bound:.0e} of the largest, {size:.3e}'

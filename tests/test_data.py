@@ -1,0 +1,771 @@
+"""Data: texts survive tokenizers, rows depend on their number alone, files are whole or refused, scripts say what is wrong.
+
+Tests that need GPT-2's vocabulary look for it in TIKTOKEN_CACHE_DIR, else in ../shared/tiktoken_cache.
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data.hub import Stream  # noqa: E402
+from data.loader import ensure_prepared, mix, open_dataset, permute  # noqa: E402
+from data.tokenizer import (SPLIT, BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer,  # noqa: E402
+                            from_meta, train_bpe, utf8)
+from data.writer import write_dataset  # noqa: E402
+
+VOCABULARIES = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ROOT.parent / 'shared' / 'tiktoken_cache'))
+SHAKESPEARE = ROOT.parent / 'shared' / 'data' / 'tinyshakespeare.txt'
+needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f'no {SHAKESPEARE}')
+
+ODD_TEXTS = ['', ' ', '\n', '\r\n', 'a\r\nb\rc\n\n  d\t', '\x00\x01\x7f', '\ufeffstart', 'e\u0301 \u0301', '\u200d\u200b',
+             '👩‍👩‍👧 🏳️‍🌈', '漢字かな交じり', 'שלום مرحبا', '<|endoftext|>', 'x<|endoftext|><|fim_prefix|>y', 'aaaaaaa' * 99,
+             ' ' * 2000 + 'x', '\n' * 999, '12345678901 ½ ² Ⅷ', '\U0010ffff\ue000\ufffd', "don't  we'll\u00a0\u2003x"]
+
+
+def random_texts(n, seed=0):
+    """Texts of characters from all over Unicode, without surrogates, which are no text."""
+    rng = random.Random(seed)
+    alphabets = [range(32, 127), range(0, 256), range(0, 0xD800), range(0xE000, 0x110000), [9, 10, 13, 32]]
+    return [''.join(chr(rng.choice(rng.choice(alphabets))) for _ in range(rng.randrange(60))) for _ in range(n)]
+
+
+@pytest.fixture(scope='module')
+def gpt2():
+    if not VOCABULARIES.is_dir():
+        pytest.skip(f"GPT-2's vocabulary is not in {VOCABULARIES}")
+    os.environ['TIKTOKEN_CACHE_DIR'] = str(VOCABULARIES)
+    return TiktokenTokenizer('gpt2')
+
+
+@pytest.fixture(params=['bytes', 'chars', 'bpe', 'gpt2'])
+def tokenizer(request):
+    if request.param == 'gpt2':
+        return request.getfixturevalue('gpt2')
+    return {'bytes': ByteTokenizer, 'chars': lambda: CharTokenizer(''.join(ODD_TEXTS + random_texts(300))),
+            'bpe': lambda: BPETokenizer.train([Path(__file__).read_text()], 400)}[request.param]()
+
+
+# ----------------------------------------------------------------------------
+# tokenizers
+
+def test_encoding_and_decoding_gives_the_text_back(tokenizer):
+    for text in ODD_TEXTS + random_texts(300):
+        ids = tokenizer.encode(text)
+        assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
+        assert tokenizer.decode(ids) == text
+        assert b''.join(tokenizer.decode_bytes([i]) for i in ids) == tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_text_never_becomes_the_end_of_document_token(tokenizer):
+    assert tokenizer.eot not in tokenizer.encode('a<|endoftext|>b')
+    if tokenizer.eot is not None:
+        assert tokenizer.decode([tokenizer.eot]) == '<|endoftext|>'
+
+
+def test_bytes_that_are_not_text_decode_to_the_replacement_character():
+    assert ByteTokenizer().decode([0xE6, 65]) == '\ufffdA'
+
+
+def test_lone_surrogates_become_replacement_characters(tokenizer):
+    if isinstance(tokenizer, CharTokenizer):
+        tokenizer = CharTokenizer('a\ud800b')
+        assert tokenizer.decode(tokenizer.encode('a\ud800b')) == 'a\ud800b'
+        assert tokenizer.decode_bytes(tokenizer.encode('\ud800')) == '\ufffd'.encode()
+    else:
+        assert tokenizer.decode(tokenizer.encode('a\ud800b\udfff')) == 'a\ufffdb\ufffd'
+
+
+def test_meta_is_json_and_builds_the_same_tokenizer(tokenizer):
+    again = from_meta(json.loads(json.dumps(tokenizer.meta())))
+    assert type(again) is type(tokenizer) and again.meta() == tokenizer.meta()
+    assert (again.vocab_size, again.eot) == (tokenizer.vocab_size, tokenizer.eot)
+    for text in ODD_TEXTS:
+        assert again.encode(text) == tokenizer.encode(text)
+
+
+def test_unknown_characters_kinds_and_names_are_refused():
+    with pytest.raises(ValueError, match=r"no 'xz': leave"):
+        CharTokenizer('abc').encode('abzxa')
+    with pytest.raises(ValueError, match="kind 'words' is unknown"):
+        from_meta({'kind': 'words'})
+    with pytest.raises(ValueError, match="tokenizer='gpt9' is unknown: choose one of bytes, chars, bpe, cl100k_base"):
+        TiktokenTokenizer('gpt9')
+    with pytest.raises(ValueError, match='vocab_size=256 must be at least 257'):
+        BPETokenizer.train(['abc'], 256)
+
+
+def test_a_vocabulary_that_cannot_be_fetched_names_the_folder_to_set(monkeypatch, tmp_path):
+    def offline(*args):
+        raise ConnectionError('no network')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr('tiktoken.load.read_file', offline)
+    with pytest.raises(OSError, match="'p50k_base' cannot be fetched .* TIKTOKEN_CACHE_DIR"):
+        TiktokenTokenizer('p50k_base')
+
+
+def test_bytes_and_characters_need_no_tiktoken(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    with pytest.raises(ImportError):
+        BPETokenizer([])
+    for meta in {'kind': 'bytes'}, {'kind': 'chars', 'chars': 'abc'}:
+        tokenizer = from_meta(meta)
+        assert tokenizer.decode(tokenizer.encode('cab')) == 'cab'
+
+
+def naive_bpe(texts, n_merges):
+    """Byte-pair encoding from its definition: count all pairs, merge the most frequent, begin again."""
+    import regex
+    words = [[bytes([byte]) for byte in utf8(word)] for text in texts for word in regex.findall(SPLIT, text)]
+    tokens = []
+    while len(tokens) < n_merges:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not pairs or max(pairs.values()) < 2:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        if b''.join(best) not in tokens:
+            tokens.append(b''.join(best))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [b''.join(best)]
+                i += 1
+    return tokens
+
+
+def test_trained_bpe_equals_naive_bpe():
+    rng = random.Random(1)
+    for _ in range(150):
+        alphabet = rng.choice(['ab', 'ab ', 'aab\n ', 'abcdé漢 1', '0123456789 x'])
+        texts = [''.join(rng.choices(alphabet, k=rng.randrange(80))) for _ in range(rng.randrange(1, 5))]
+        n_merges = rng.randrange(1, 40)
+        assert [token.encode('latin-1') for token in train_bpe(texts, n_merges)] == naive_bpe(texts, n_merges), texts
+
+
+def test_bpe_encodes_by_merging_the_lowest_rank_first():
+    import regex
+    text = Path(__file__).read_text()
+    tokenizer = BPETokenizer.train([text], 500)
+    ranks = {token.encode('latin-1'): 256 + i for i, token in enumerate(tokenizer.tokens)}
+    expected = []
+    for word in regex.findall(SPLIT, text[:9000]):
+        parts = [bytes([byte]) for byte in word.encode()]
+        while True:
+            found = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
+            if not found:
+                break
+            i = min(found)[1]
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        expected += [ranks.get(part, part[0]) for part in parts]
+    assert tokenizer.encode(text[:9000]) == expected
+    assert tokenizer.vocab_size == 500 and len(expected) < 0.6 * 9000
+
+
+def test_bpe_of_a_text_without_pairs_is_smaller_than_asked():
+    assert BPETokenizer.train(['abc'], 1000).vocab_size == 257
+
+
+# ----------------------------------------------------------------------------
+# writer
+
+DOCUMENTS = [('val' if i % 5 == 0 else 'train', text) for i, text in enumerate(random_texts(200, seed=2))]
+
+
+def write(folder, documents=DOCUMENTS, **kwargs):
+    return write_dataset(folder, documents, kwargs.pop('tokenizer', ByteTokenizer()), 'a test', **kwargs)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_counts_and_hashes_of_meta_are_those_of_the_files(tmp_path):
+    meta = write(tmp_path)
+    assert sorted(contents(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+    assert meta == json.loads((tmp_path / 'meta.json').read_text())
+    assert (meta['dtype'], meta['vocab_size'], meta['tokenizer']) == ('uint16', 257, {'kind': 'bytes'})
+    for split in ('train', 'val'):
+        texts = [text for name, text in DOCUMENTS if name == split and text]
+        raw = (tmp_path / f'{split}.bin').read_bytes()
+        assert np.frombuffer(raw, '<u2').tolist() == [i for text in texts for i in [*text.encode(), 256]]
+        assert meta['files'][split] == {f'{split}.bin': len(raw) // 2}
+        assert meta[f'{split}_tokens'] == len(raw) // 2
+        assert meta[f'{split}_documents'] == len(texts)
+        assert meta[f'{split}_bytes'] == len(raw) // 2 - len(texts)
+        assert meta['sha256'][split] == hashlib.sha256(raw).hexdigest()
+    assert meta['val_bytes_per_token'] == meta['val_bytes'] / meta['val_tokens']
+
+
+def test_documents_are_not_ended_without_an_end_token_or_when_asked_not_to(tmp_path):
+    assert write(tmp_path, append_eot=False)['val_bytes_per_token'] == 1
+    chars = CharTokenizer(''.join(text for _, text in DOCUMENTS))
+    assert write(tmp_path, tokenizer=chars)['train_tokens'] == sum(len(t) for s, t in DOCUMENTS if s == 'train')
+
+
+@pytest.mark.parametrize('vocab_size, dtype', [(65536, 'uint16'), (65537, 'uint32')])
+def test_large_vocabularies_take_four_bytes(tmp_path, vocab_size, dtype):
+    text = ''.join(chr(0x10000 + i) for i in range(vocab_size))
+    meta = write(tmp_path, [('train', text), ('val', text)], tokenizer=CharTokenizer(text))
+    assert meta['dtype'] == dtype
+    assert (tmp_path / 'train.bin').stat().st_size == np.dtype(dtype).itemsize * vocab_size
+    x, y = open_dataset(tmp_path, vocab_size - 1, 0).train_batch(0, 1)
+    assert y[0].tolist() == list(range(1, vocab_size))
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='the val split of .* is empty'):
+        write(tmp_path, [('train', 'abc'), ('val', '')])
+    assert not (tmp_path / 'meta.json').exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def interrupted(documents, n):
+    for i, document in enumerate(documents):
+        if i == n:
+            raise Killed
+        yield document
+
+
+def test_an_interrupted_preparation_is_not_a_dataset(tmp_path):
+    with pytest.raises(Killed):
+        write(tmp_path, interrupted(DOCUMENTS, 150))
+    with pytest.raises(FileNotFoundError, match='has not been prepared'):
+        open_dataset(tmp_path, 8, 0)
+    write(tmp_path)
+    assert sorted(contents(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_an_interrupted_preparation_leaves_the_old_dataset_as_it_was(tmp_path):
+    write(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(Killed):
+        write(tmp_path, interrupted(reversed(DOCUMENTS), 150))
+    after = contents(tmp_path)
+    assert before == {name: after[name] for name in before}
+
+
+def test_files_of_an_earlier_preparation_are_removed(tmp_path):
+    write(tmp_path, shard_tokens=500)
+    assert 'train_003.bin' in contents(tmp_path)
+    (tmp_path / 'train_notes.bin').write_text('not ours')
+    write(tmp_path)
+    assert sorted(contents(tmp_path)) == ['meta.json', 'train.bin', 'train_notes.bin', 'val.bin']
+
+
+@pytest.fixture(scope='module')
+def web(tmp_path_factory):
+    """A small corpus of three files, as .parquet and as .jsonl."""
+    import pyarrow
+    import pyarrow.parquet
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ('parquet', 'jsonl')}
+    for i in range(3):
+        rows = [{'id': n, 'text': text} for n, text in enumerate(random_texts(500, seed=10 + i))]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folders['parquet'] / f'{i}.parquet', row_group_size=70)
+        (folders['jsonl'] / f'{i}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return folders
+
+
+def stream(folder):
+    from datasets import load_dataset
+    files = sorted(str(path) for path in folder.iterdir())
+    kind = 'json' if files[0].endswith('.jsonl') else 'parquet'
+    return Stream(load_dataset(kind, data_files=files, split='train', streaming=True), val_fraction=0.1)
+
+
+@pytest.mark.parametrize('kind', ['parquet', 'jsonl'])
+def test_a_killed_stream_goes_on_and_gives_identical_files(web, tmp_path, kind):
+    def prepare(name, kill=None):
+        documents, seen = stream(web[kind]), [0]
+
+        class Tokenizer(ByteTokenizer):
+            def encode(self, text):
+                seen[0] += 1
+                if seen[0] == kill:
+                    raise Killed
+                return super().encode(text)
+
+        write(tmp_path / name, documents, tokenizer=Tokenizer(), shard_tokens=9000, save_every=2000)
+        return seen[0]
+
+    total = prepare('whole')
+    whole = contents(tmp_path / 'whole')
+    assert len(whole) > 6 and 'val_000.bin' in whole
+    for kill in (1, 20, 333, 500, 501, 900, total):
+        for again in (7, kill // 2 or 1):
+            with pytest.raises(Killed):
+                prepare(f'at{kill}', again)
+        with pytest.raises(Killed):
+            prepare(f'at{kill}', kill if kill < 334 else 334)
+        assert prepare(f'at{kill}') <= total
+        assert contents(tmp_path / f'at{kill}') == whole, kill
+    # And it did go on: the last attempt had little left to do.
+    with pytest.raises(Killed):
+        prepare('late', total)
+    assert prepare('late') < 60
+    assert contents(tmp_path / 'late') == whole
+
+
+def test_progress_with_other_settings_or_lost_files_is_not_continued(web, tmp_path):
+    def killed(folder, **settings):
+        with pytest.raises(Killed):
+            documents = stream(web['parquet'])
+            documents.val_fraction = 0.1
+            write(folder, _Breaking(documents, 800), save_every=2000, **settings)
+
+    killed(tmp_path / 'a', shard_tokens=5000)
+    killed(tmp_path / 'b')
+    (tmp_path / 'b' / 'train.bin.tmp').unlink()
+    killed(tmp_path / 'c')
+    os.truncate(tmp_path / 'c' / 'train.bin.tmp', 100)
+    killed(tmp_path / 'd')
+    (tmp_path / 'd' / 'progress.json').write_text('{"settings"')
+    write(tmp_path / 'whole', stream(web['parquet']))
+    for name in 'abcd':
+        write(tmp_path / name, stream(web['parquet']), save_every=2000)
+        assert contents(tmp_path / name) == contents(tmp_path / 'whole'), name
+
+
+class _Breaking:
+    """A stream that breaks off after n documents."""
+
+    def __init__(self, documents, n):
+        self.documents, self.n = documents, n
+        self.state_dict, self.load_state_dict = documents.state_dict, documents.load_state_dict
+
+    def __iter__(self):
+        return interrupted(self.documents, self.n)
+
+
+# ----------------------------------------------------------------------------
+# loader
+
+def dataset(folder, n_train=1000, n_val=500, T=16, seed=0, **kwargs):
+    """A dataset in which the token at place i is i, so that a row tells where it began."""
+    if not (folder / 'meta.json').exists():
+        text = ''.join(map(chr, range(0x10000, 0x10000 + max(n_train, n_val))))
+        train = [('train', text[i:min(i + 100, n_train)]) for i in range(0, n_train, 100)]
+        write(folder, [*train, ('val', text[:n_val])], tokenizer=CharTokenizer(text), **kwargs)
+    return open_dataset(folder, T, seed)
+
+
+def starts(data, first_row, n_rows):
+    x, y = data.train_batch(first_row, n_rows)
+    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (n_rows, data.block_size)
+    assert x.is_contiguous() and y.is_contiguous()
+    assert torch.equal(x, x[:, :1] + torch.arange(data.block_size)) and torch.equal(y, x + 1)
+    return x[:, 0].tolist()
+
+
+def test_permutations_are_bijections_that_depend_on_the_key():
+    for n in [*range(1, 130), 1000, 1009, 4096, 4097, 30011]:
+        orders = [permute(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64)) for key in (0, 1, 2**64 - 1)]
+        for order in orders:
+            assert np.array_equal(np.sort(order), np.arange(n)), n
+        assert n < 20 or len({tuple(order) for order in orders}) == 3
+
+
+def test_every_window_goes_everywhere_equally_often():
+    n, n_keys = 7, 7000
+    keys = mix(np.arange(n_keys, dtype=np.uint64))
+    for i in range(n):
+        counts = np.bincount(permute(np.full(n_keys, i, np.uint64), n, keys).astype(np.int64), minlength=n)
+        # Five standard deviations.
+        assert np.abs(counts - n_keys / n).max() < 5 * (n_keys / n) ** 0.5, counts
+
+
+@pytest.mark.parametrize('n_train', [17, 18, 31, 32, 33, 47, 48, 49, 1000, 1001, 1007])
+def test_an_epoch_holds_every_window_once(tmp_path, n_train):
+    T, data = 16, dataset(tmp_path, n_train)
+    W, shifts = max(1, (n_train - T) // T), set()
+    for epoch in range(60):
+        found = sorted(starts(data, epoch * W, W))
+        shifts.add(found[0])
+        assert found == list(range(found[0], found[0] + W * T, T))
+        assert 0 <= found[0] < min(T, n_train - T) and found[-1] + T < n_train
+    # 60 draws: every shift is seen where there are two, and most where there are sixteen.
+    assert len(shifts) >= min(T, n_train - T) * 0.7
+
+
+def test_rows_depend_on_seed_and_number_alone(tmp_path):
+    data = dataset(tmp_path)
+    rows = starts(data, 0, 300)
+    again = dataset(tmp_path)
+    assert [start for i in range(290, -10, -10) for start in starts(again, i, 10)][::-1] != rows
+    assert [start for i in range(0, 300, 10) for start in starts(again, i, 10)] == rows
+    assert starts(again, 123, 1) == rows[123:124]
+    for seed in (1, -1, 2**63):
+        assert starts(dataset(tmp_path, seed=seed), 0, 300) != rows
+    assert rows[:61] != rows[61:122], 'the second epoch has its own order'
+
+
+def test_rows_of_a_seed_never_change(tmp_path):
+    # A checkpoint resumes with the batches that it would have seen only if these stay as they are.
+    assert starts(dataset(tmp_path, seed=1337), 58, 8) == FROZEN
+    assert len(starts(dataset(tmp_path), 10**15, 3)) == 3
+
+
+FROZEN = []
+
+
+def test_ranks_and_micro_batches_make_up_one_batch(tmp_path):
+    data = dataset(tmp_path)
+    x, y = data.train_batch(40, 24)
+    for n in (1, 6, 12):
+        parts = [data.train_batch(40 + i, n) for i in range(0, 24, n)]
+        assert torch.equal(torch.cat([part[0] for part in parts]), x)
+        assert torch.equal(torch.cat([part[1] for part in parts]), y)
+
+
+def test_cutting_a_split_into_files_changes_no_row(tmp_path):
+    whole, cut = dataset(tmp_path / 'whole'), dataset(tmp_path / 'cut', shard_tokens=90)
+    assert len(cut.meta['files']['train']) == 10
+    assert whole.meta['sha256'] == cut.meta['sha256']
+    assert starts(whole, 0, 200) == starts(cut, 0, 200)
+    # Windows longer than a file.
+    assert starts(dataset(tmp_path / 'cut', T=350), 0, 50) == starts(dataset(tmp_path / 'whole', T=350), 0, 50)
+
+
+def test_reading_leaves_global_generators_alone(tmp_path):
+    data = dataset(tmp_path)
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    data.train_batch(0, 100), list(data.eval_batches(4, None))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1]) and before[2] == random.getstate()
+
+
+def windows(data, batch_size, max_tokens, rank=0, world=1):
+    found = []
+    for x, y in data.eval_batches(batch_size, max_tokens, rank, world):
+        assert 0 < len(x) <= batch_size and x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+        assert torch.equal(x, x[:, :1] + torch.arange(data.block_size)) and torch.equal(y, x + 1)
+        found += x[:, 0].tolist()
+    return found
+
+
+@pytest.mark.parametrize('max_tokens', [None, 0, 1, 16, 17, 100, 250, 499, 10**9])
+def test_evaluation_windows_do_not_depend_on_batch_size_or_world(tmp_path, max_tokens):
+    data = dataset(tmp_path)
+    found = windows(data, 1, max_tokens)
+    # 499 tokens have a successor: 31 whole windows.
+    assert len(found) == (31 if max_tokens is None else min(31, max(1, max_tokens // 16)))
+    assert found[0] == 0 and found[-1] + 16 < 500
+    gaps = set(np.diff(found).tolist())
+    assert not gaps or min(gaps) >= 16 and max(gaps) - min(gaps) <= 16, 'no overlap, evenly spaced'
+    for batch_size in (2, 7, 100):
+        assert windows(data, batch_size, max_tokens) == found
+        for world in (2, 3, 40):
+            shares = [windows(data, batch_size, max_tokens, rank, world) for rank in range(world)]
+            assert sorted(sum(shares, [])) == found
+            assert shares == [found[rank::world] for rank in range(world)]
+    assert windows(dataset(tmp_path, seed=9), 4, max_tokens) == found
+
+
+def edit_meta(**changes):
+    def change(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return change
+
+
+@pytest.mark.parametrize('file, change, error, sentence', [
+    ('meta.json', Path.unlink, FileNotFoundError, 'has not been prepared: run python data/text/prepare.py --input='),
+    ('train.bin', Path.unlink, FileNotFoundError, r'train.bin is missing: run python data/'),
+    ('val.bin', Path.unlink, FileNotFoundError, r'val.bin is missing'),
+    ('train.bin', lambda path: os.truncate(path, 1999), ValueError, 'has 1,999 bytes, not the 1,000 tokens of 2 bytes'),
+    ('val.bin', lambda path: os.truncate(path, 2000), ValueError, 'has 2,000 bytes, not the 500 tokens of 2 bytes'),
+    ('meta.json', lambda path: path.write_text('{"a": 1'), ValueError, r'meta.json is broken \(JSONDecodeError'),
+    ('meta.json', lambda path: path.write_text('[]'), ValueError, 'meta.json is broken'),
+    ('meta.json', lambda path: path.write_text('{}'), ValueError, r"meta.json is broken \(KeyError: 'vocab_size'"),
+    ('meta.json', lambda path: path.write_bytes(b'\xff\xfe'), ValueError, 'meta.json is broken'),
+    ('meta.json', edit_meta(dtype='float32'), ValueError, r"meta.json is broken \(KeyError: 'float32'"),
+    ('meta.json', edit_meta(files={'train': {'train.bin': 1000}}), ValueError, r"broken \(KeyError: 'val'"),
+    ('meta.json', edit_meta(files=['train.bin']), ValueError, 'meta.json is broken'),
+])
+def test_damaged_datasets_are_refused_in_a_sentence(tmp_path, file, change, error, sentence):
+    dataset(tmp_path)
+    change(tmp_path / file)
+    with pytest.raises(error, match=sentence) as caught:
+        open_dataset(tmp_path, 16, 0)
+    assert '\n' not in str(caught.value)
+
+
+def test_missing_and_short_datasets_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere does not exist: run python data/text/prepare.py .*--name=nowhere'):
+        open_dataset(tmp_path / 'nowhere', 16, 0)
+    with pytest.raises(ValueError, match='block_size=1000 must be less than the 1,000 tokens of the train split'):
+        dataset(tmp_path, T=1000)
+    with pytest.raises(ValueError, match='block_size=500 must be less than the 500 tokens of the val split'):
+        dataset(tmp_path, T=500)
+    assert starts(dataset(tmp_path, T=499), 0, 3) and windows(dataset(tmp_path, T=499), 4, None) == [0]
+
+
+def test_a_large_file_is_neither_read_nor_permuted_in_full(tmp_path):
+    n_tokens = 10_000_000_000
+    dataset(tmp_path)
+    with open(tmp_path / 'train.bin', 'r+b') as file:
+        file.truncate(2 * n_tokens)
+    edit_meta(files={'train': {'train.bin': n_tokens}, 'val': {'val.bin': 500}})(tmp_path / 'meta.json')
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    data = open_dataset(tmp_path, 256, 0)
+    for row in range(0, 10**10, 10**8):
+        data.train_batch(row, 8)
+    seconds = time.perf_counter() - start
+    megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before.ru_maxrss) / 1024
+    assert data.n_windows == (n_tokens - 256) // 256
+    assert seconds < 2 and megabytes < 100, (seconds, megabytes)
+
+
+def test_a_small_batch_costs_little(tmp_path):
+    data, times = dataset(tmp_path, T=64), []
+    for i in range(500):
+        start = time.perf_counter()
+        data.train_batch(12 * i, 12)
+        times.append(time.perf_counter() - start)
+    # Below 0.1 ms where it was written; the bound leaves room for a busy machine.
+    assert min(times) < 5e-4, min(times)
+
+
+def test_only_an_offline_dataset_is_prepared_unasked(tmp_path):
+    for name in ('openwebtext', 'pysource'):
+        folder = tmp_path / name
+        folder.mkdir()
+        # What an interrupted preparation leaves.
+        (folder / 'train.bin.tmp').write_bytes(b'1234')
+        (folder / 'progress.json').write_text('{}')
+        (folder / 'prepare.py').write_text('import pathlib, time\nfolder = pathlib.Path(__file__).parent\ntime.sleep(0.3)\n'
+                                           'open(folder / "log", "a").write("x")\n(folder / "meta.json").write_text("{}")\n')
+    with pytest.raises(FileNotFoundError, match='has not been prepared: run python data/openwebtext/prepare.py'):
+        ensure_prepared(tmp_path / 'openwebtext')
+    # Two at once, as the processes of one run come: one prepares, the other waits.
+    code = f'from data.loader import ensure_prepared; ensure_prepared({str(tmp_path / "pysource")!r})'
+    processes = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert (tmp_path / 'pysource' / 'log').read_text() == 'x'
+    (tmp_path / 'pysource' / 'meta.json').unlink()
+    (tmp_path / 'pysource' / 'prepare.py').write_text('raise SystemExit(3)')
+    with pytest.raises(RuntimeError, match='prepare.py failed'):
+        ensure_prepared(tmp_path / 'pysource')
+
+
+# ----------------------------------------------------------------------------
+# prepare scripts
+
+def prepare(monkeypatch, name, *flags):
+    """Run data/<name>/prepare.py with these flags; returns the sentence or status it exits with, or None."""
+    script = ROOT / 'data' / name / 'prepare.py'
+    monkeypatch.setattr(sys, 'argv', [str(script), *map(str, flags)])
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except SystemExit as stop:
+        return stop.code
+
+
+def texts_of(folder, split):
+    """The documents of a split, decoded."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    tokenizer = from_meta(meta['tokenizer'])
+    ids = np.concatenate([np.fromfile(folder / name, '<u2') for name in meta['files'][split]])
+    cuts = [0, *(np.flatnonzero(ids == tokenizer.eot) + 1)] if tokenizer.eot else [0, len(ids)]
+    return [tokenizer.decode(ids[a:b - 1 if tokenizer.eot else b].tolist()) for a, b in zip(cuts, cuts[1:])]
+
+
+def test_pysource_holds_the_standard_library(tmp_path):
+    # As a user runs it, from another folder.
+    script, library = ROOT / 'data' / 'pysource' / 'prepare.py', Path(sysconfig.get_paths()['stdlib'])
+    start = time.perf_counter()
+    for flags in ['--tokenizer=bytes'], ['--vocab_size=300']:
+        done = subprocess.run([sys.executable, script, f'--out={tmp_path}', *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert 'documents' in done.stdout and str(tmp_path) in done.stdout
+        train, val = texts_of(tmp_path, 'train'), texts_of(tmp_path, 'val')
+        assert (library / 'argparse.py').read_bytes().decode() in train + val
+        assert 0.02 < len(val) / len(train + val) < 0.1
+        assert sum(map(len, train)) > 5_000_000 and not set(train) & set(val)
+    meta = open_dataset(tmp_path, 64, 0).meta
+    assert meta['vocab_size'] == 300 and meta['val_bytes_per_token'] > 1.2
+    assert time.perf_counter() - start < 40
+
+
+@needs_shakespeare
+def test_shakespeare_has_nanogpts_counts(tmp_path, monkeypatch, gpt2):
+    prepare(monkeypatch, 'shakespeare_char', f'--input={SHAKESPEARE}', f'--out={tmp_path / "a"}')
+    prepare(monkeypatch, 'shakespeare', f'--input={SHAKESPEARE}', f'--out={tmp_path / "b"}')
+    counts = [open_dataset(tmp_path / name, 64, 0).meta for name in 'ab']
+    assert [(meta['vocab_size'], meta['train_tokens'], meta['val_tokens']) for meta in counts] == [
+        (65, 1_003_854, 111_540), (50257, 301_966, 36_059)]
+    text = SHAKESPEARE.read_bytes().decode()
+    assert texts_of(tmp_path / 'a', 'train') + texts_of(tmp_path / 'a', 'val') == [text[:1_003_854], text[1_003_854:]]
+
+
+def test_a_download_is_kept_and_a_failed_one_names_the_way_out(tmp_path, monkeypatch):
+    source = tmp_path / 'source.txt'
+    source.write_bytes(('To be, or not to be.\r\n' * 30).encode())
+    flag = f'--out={tmp_path / "out"}'
+    import urllib.request
+    urlopen = urllib.request.urlopen
+    monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: urlopen('file:///nowhere'))
+    assert 'cannot be downloaded' in (message := prepare(monkeypatch, 'shakespeare_char', flag)) and '--input=FILE' in message
+    monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: urlopen(source.as_uri()))
+    assert prepare(monkeypatch, 'shakespeare_char', flag) is None
+    source.unlink()
+    assert prepare(monkeypatch, 'shakespeare_char', flag) is None
+    assert ''.join(texts_of(tmp_path / 'out', 'train') + texts_of(tmp_path / 'out', 'val')) == 'To be, or not to be.\r\n' * 30
+
+
+def test_web_corpora_survive_kill_and_come_out_the_same(web, tmp_path):
+    script = ROOT / 'data' / 'openwebtext' / 'prepare.py'
+    rows = [json.dumps({'text': text}) for text in random_texts(20_000, seed=3)]
+    (tmp_path / 'rows.jsonl').write_text('\n'.join(rows))
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, script, f'--input={tmp_path / "rows.jsonl"}', f'--out={tmp_path / folder}',
+                                 '--tokenizer=bytes', '--shard_tokens=300000', '--save_every=150000', '--val_fraction=0.05'],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = start('killed')
+    while not (tmp_path / 'killed' / 'progress.json').exists() and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with pytest.raises(FileNotFoundError, match='has not been prepared'):
+        open_dataset(tmp_path / 'killed', 8, 0)
+    again, whole = start('killed'), start('whole')
+    assert 'going on in' in again.communicate()[0] and again.returncode == 0
+    assert 'going on in' not in whole.communicate()[0] and whole.returncode == 0
+    assert contents(tmp_path / 'killed') == contents(tmp_path / 'whole')
+    assert sorted(texts_of(tmp_path / 'whole', 'train') + texts_of(tmp_path / 'whole', 'val')) == sorted(
+        text for text in map(lambda row: json.loads(row)['text'], rows) if text)
+
+
+def test_web_corpora_take_local_files_and_a_number_of_documents(web, tmp_path, monkeypatch, gpt2):
+    assert prepare(monkeypatch, 'fineweb_edu', f'--input={web["parquet"]}', f'--out={tmp_path}', '--val_fraction=0.1',
+                   '--max_documents=300') is None
+    meta = open_dataset(tmp_path, 8, 0).meta
+    texts = [text for text in random_texts(500, seed=10)[:300] if text]
+    assert meta['tokenizer'] == {'kind': 'tiktoken', 'name': 'gpt2'} and meta['train_documents'] < len(texts)
+    assert sorted(texts_of(tmp_path, 'train') + texts_of(tmp_path, 'val')) == sorted(texts)
+    for flags, sentence in [([f'--input={ROOT / "data"}'], 'all .jsonl or all .parquet'),
+                            ([f'--input={web["jsonl"]}', '--column=body'], 'choose one of id, text with --column='),
+                            ([f'--input={web["jsonl"]}', '--column=id'], "no text in column 'id'"),
+                            (['--tokenizer=bpe'], 'needs a pass over all text')]:
+        assert sentence in prepare(monkeypatch, 'openwebtext', f'--out={tmp_path / "other"}', *flags)
+
+
+def test_a_hub_out_of_reach_names_the_ways_out(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub\nsecond line")
+    monkeypatch.setattr('datasets.load_dataset', offline)
+    message = prepare(monkeypatch, 'fineweb_edu', f'--out={tmp_path}', '--tokenizer=bytes')
+    assert 'HuggingFaceFW/fineweb-edu cannot be opened' in message and '--input=PATH' in message and '\n' not in message
+
+
+@pytest.mark.parametrize('kind', ['txt', 'md', 'py', 'jsonl', 'parquet', 'other'])
+@pytest.mark.parametrize('as_folder', [True, False])
+def test_text_takes_every_kind_of_file(tmp_path, monkeypatch, kind, as_folder):
+    texts = [text + ' the end of it' for text in random_texts(120)]
+    path = tmp_path / 'in' / 'deep' / f'one.{kind}'
+    path.parent.mkdir(parents=True)
+    if kind == 'jsonl':
+        path.write_text(''.join(json.dumps({'body': text}) + '\n' for text in texts))
+    elif kind == 'parquet':
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({'n': range(120), 'body': texts}), path)
+    else:
+        path.write_bytes(''.join(texts).encode())
+    (tmp_path / 'in' / '.git').mkdir()
+    (tmp_path / 'in' / '.git' / 'hidden.txt').write_text('hidden')
+    flags = f'--input={tmp_path / "in" if as_folder else path}', f'--out={tmp_path / "out"}', '--column=body'
+    stop = prepare(monkeypatch, 'text', *flags, '--vocab_size=300')
+    if kind == 'other' and as_folder:
+        assert 'a folder that holds .txt' in stop
+        return
+    assert stop is None
+    train, val = texts_of(tmp_path / 'out', 'train'), texts_of(tmp_path / 'out', 'val')
+    if kind in ('jsonl', 'parquet'):
+        assert sorted(train + val) == sorted(texts) and 2 <= len(val) <= 30
+    else:
+        whole = ''.join(texts)
+        assert train == [whole[:int(len(whole) * 0.9)]] and train + val == [train[0], whole[len(train[0]):]]
+
+
+@pytest.mark.parametrize('name', ['bytes', 'chars', 'bpe', 'gpt2'])
+def test_text_takes_every_tokenizer(tmp_path, monkeypatch, name, gpt2):
+    for i in range(3):
+        (tmp_path / f'{i}.txt').write_text(f'{i} is a number, and z{i} a name. ' * 20)
+    flags = f'--input={tmp_path}', f'--out={tmp_path / "out"}', f'--tokenizer={name}', '--val_fraction=0.2'
+    assert prepare(monkeypatch, 'text', *flags) is None
+    meta = open_dataset(tmp_path / 'out', 8, 0).meta
+    assert meta['tokenizer']['kind'] == {'gpt2': 'tiktoken'}.get(name, name)
+    text = ''.join((tmp_path / f'{i}.txt').read_text() for i in range(3))
+    assert len(''.join(texts_of(tmp_path / 'out', 'train'))) == pytest.approx(len(text) * 0.8, abs=3)
+
+
+@pytest.mark.parametrize('files, flags, sentence', [
+    ({}, [], 'must be a file, or a folder that holds .txt'),
+    ({'a.txt': b'fine \xff'}, [], 'a.txt is not UTF-8 (byte 5): convert it or leave it out'),
+    ({'a.jsonl': b'{"text": "x"}\n{"body": 1}'}, [], "line 2 of {}/a.jsonl has no column 'text': choose one of body"),
+    ({'a.jsonl': b'{"text": "x"}\noops'}, [], 'line 2 of {}/a.jsonl is not JSON'),
+    ({'a.jsonl': b'{"text": "x"}\n[1]'}, [], "line 2 of {}/a.jsonl has no column 'text'"),
+    ({'a.jsonl': b'{"text": "x"}\n{"text": 3}'}, [], "row 2 of {}/a.jsonl has no text in column 'text' but 3"),
+    ({'a.txt': b'abc'}, ['--tokenizer=gpt9'], "tokenizer='gpt9' is unknown: choose one of bytes, chars, bpe"),
+    ({'a.txt': b'abc'}, ['--vocab_size=9'], 'vocab_size=9 must be at least 257'),
+    ({'a.txt': b'abc'}, ['--name=pysource'], '--name=pysource must be a plain name that no other dataset has'),
+    ({'a.txt': b'abc'}, ['--name=../x'], '--name=../x must be a plain name'),
+    ({'a.txt': b''}, [], 'the train split of {}/out is empty'),
+])
+def test_text_that_cannot_be_taken_is_refused_in_a_sentence(tmp_path, monkeypatch, files, flags, sentence):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    message = prepare(monkeypatch, 'text', f'--input={tmp_path}', f'--out={tmp_path / "out"}', *flags)
+    assert sentence.replace('{}', str(tmp_path)) in message and '\n' not in message
+    assert not (tmp_path / 'out' / 'meta.json').exists()
+
+
+def test_a_missing_column_of_a_table_names_the_columns(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({'id': [1], 'body': ['x']}), tmp_path / 'a.parquet')
+    message = prepare(monkeypatch, 'text', f'--input={tmp_path}', f'--out={tmp_path / "out"}')
+    assert "a.parquet has no column 'text': choose one of id, body with --column=" in message
+
+
+@pytest.mark.parametrize('name, flag, sentence', [
+    ('text', '--val_fraction=2', 'argument --val_fraction: 2 must be between 0 and 1 (--help lists the flags)\n'),
+    ('text', '--vocab_size=many', "argument --vocab_size: invalid int value: 'many' (--help lists the flags)\n"),
+    ('pysource', '--tokenizer=gpt2', 'argument --tokenizer: invalid choice'),
+    ('pysource', '--vocab=9', 'unrecognized arguments: --vocab=9'),
+    ('shakespeare_char', '--inptu=x', 'unrecognized arguments: --inptu=x'),
+    ('openwebtext', '--max_documents=x', 'argument --max_documents: invalid int value'),
+])
+def test_a_bad_flag_is_answered_with_one_sentence(monkeypatch, capsys, name, flag, sentence):
+    flags = [flag, '--input=x'] if name == 'text' else [flag]
+    assert prepare(monkeypatch, name, *flags) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('name', [path.parent.name for path in sorted(ROOT.glob('data/*/prepare.py'))])
+def test_help_says_what_the_dataset_is(monkeypatch, capsys, name):
+    assert prepare(monkeypatch, name, '--help') == 0
+    assert '--out' in (out := capsys.readouterr().out) and len(out.split('\n\n')[1]) > 60
