@@ -1,7 +1,7 @@
 """The files of a run: written whole or not at all, read without running anything that is in them."""
 import json
 import os
-import pickle
+import warnings
 from dataclasses import asdict, fields
 
 import torch
@@ -27,10 +27,12 @@ def load(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path} does not exist: train a model into that out_dir first, or name another')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
-        raise ValueError(f'{path} is damaged or no checkpoint ({reason}): use another, or train again') from None
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # damaged bytes can raise anything, and what torch advises is to trust them
+        raise ValueError(f'{path} is damaged, or holds more than tensors and plain values '
+                         f'({type(error).__name__}): use another checkpoint, or train again') from None
     if not isinstance(state, dict) or not {'model', 'config', 'settings', 'meta', 'step'} <= state.keys():
         raise ValueError(f'{path} must hold what train.py writes (model, config, settings, meta, step): '
                          'use such a checkpoint')
@@ -68,6 +70,15 @@ def refuse_contradictions(state, config, settings, given):
     if changed:
         raise ValueError(f'a resumed run must keep what it began with: {"; ".join(changed)}; '
                          'leave that out, or start a new run in another out_dir')
+
+
+def claim(out_dir):
+    """Make the folder of a run. ValueError, one sentence, where there can be none."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'out_dir={out_dir} must be a folder that can be made ({error.strerror}): '
+                         'choose another') from None
 
 
 def found(out_dir):

@@ -7,6 +7,7 @@ Train a model. A flat script: settings, setup, the loop.
 
 Config files and --key=value are applied in the order given; later wins. --help lists every setting and model flag.
 """
+import importlib.util
 import json
 import math
 import os
@@ -84,19 +85,35 @@ with one_sentence():
         settings |= {k: v for k, v in resumed['settings'].items() if k in settings and k not in given}
         settings |= {'out_dir': out_dir, 'init_from': init_from}
         globals().update(settings)
-    elif not (eval_only or overwrite) and checkpoint.found(out_dir):
-        raise ValueError(f'{out_dir} holds a run already: go on with it by --init_from=resume, replace it by '
-                         '--overwrite=True, or choose another --out_dir')
     for name, words in (('init_from', ('scratch', 'resume')), ('optimizer', ('adamw', 'muon')),
                         ('schedule', ('cosine', 'wsd')), ('dtype', ('auto', 'float32', 'bfloat16', 'float16'))):
         if settings[name] not in words:
             raise ValueError(f'{name}={settings[name]} must be one of {", ".join(words)}')
-    for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
-        if settings[name] < 1:
+    for name in ('max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'batch_size',
+                 'gradient_accumulation_steps', 'lr_decay_iters'):
+        if settings[name] is not None and settings[name] < 1:
             raise ValueError(f'{name}={settings[name]} must be at least 1')
+    for name in ('weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'muon_lr'):
+        if settings[name] is not None and settings[name] < 0:
+            raise ValueError(f'{name}={settings[name]} must be at least 0')
+    for name in ('beta1', 'beta2', 'wsd_decay'):
+        if not 0 <= settings[name] <= 1 or settings[name] == 1 and name != 'wsd_decay':
+            raise ValueError(f'{name}={settings[name]} must be between 0 and 1')
+    if learning_rate <= 0:
+        raise ValueError(f'learning_rate={learning_rate} must be above 0')
+    if min_lr is not None and min_lr > learning_rate:
+        raise ValueError(f'min_lr={min_lr} must be at most learning_rate={learning_rate}')
     if gradient_accumulation_steps % world:
         raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the '
                          f'{world} processes that share its micro-batches')
+    if resumed and max_iters < resumed['step']:
+        raise ValueError(f'max_iters={max_iters} must be at least the {resumed["step"]} steps that {ckpt_path} has '
+                         'behind it')
+    if not (resumed or eval_only or overwrite) and checkpoint.found(out_dir):
+        raise ValueError(f'{out_dir} holds a run already: go on with it by --init_from=resume, replace it by '
+                         '--overwrite=True, or choose another --out_dir')
+    if wandb_log and importlib.util.find_spec('wandb') is None:
+        raise ValueError('wandb_log=True needs wandb: pip install wandb, or leave it out')
 
 # ----------------------------------------------------------------------------------------------------------
 # Machine
@@ -114,7 +131,6 @@ with one_sentence():
         raise ValueError(f'device={device} must be one that this machine has: try --device=auto') from None
 if device_type == 'cuda':
     torch.cuda.set_device(device)
-torch.manual_seed(seed + rank)  # of dropout alone: weights and batches are seeded by name and by number
 torch.set_float32_matmul_precision('high')
 
 # ----------------------------------------------------------------------------------------------------------
@@ -127,9 +143,9 @@ with one_sentence():
     if world > 1:
         dist.barrier()
     if resumed:
+        model = checkpoint.build(resumed, ckpt_path)
         config = GPTConfig(**(resumed['config'] | model_args))
         checkpoint.refuse_contradictions(resumed, config, settings, given)
-        model = checkpoint.build(resumed, ckpt_path)
         data = open_dataset(folder, config.block_size, seed)
         if data.meta != resumed['meta']:
             raise ValueError(f'dataset={dataset} must be the one that {ckpt_path} was trained on: it has been '
@@ -142,8 +158,13 @@ with one_sentence():
                              f'dataset={dataset}: leave it out and it is set')
         data = open_dataset(folder, config.block_size, seed)
         model = GPT(config, seed=seed)
-model.to(device)
-raw_model, T = model, config.block_size
+    T = config.block_size
+    if eval_tokens is not None and eval_tokens < T:
+        raise ValueError(f'eval_tokens={eval_tokens} must be at least block_size={T}')
+    if master and not eval_only:
+        checkpoint.claim(out_dir)
+# one model under three names: itself, compiled, and as what exchanges gradients between processes
+raw_model = fast_model = model.to(device)
 
 if dtype == 'auto':
     # processors with bf16 matrix instructions gain from the width on where products outweigh the conversions
@@ -158,12 +179,13 @@ if compile is None:
 if compile:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))  # is there a compiler at all?
-        model = torch.compile(model)
+        fast_model = torch.compile(raw_model)
     except Exception as error:
         compile, reason = False, str(error).strip().splitlines()[0]
         print(f'torch.compile does not work here ({type(error).__name__}: {reason}): training eagerly, which is slower')
+model = fast_model
 if world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model, [torch.device(device)] if device_type == 'cuda' else None)
+    model = torch.nn.parallel.DistributedDataParallel(fast_model, broadcast_buffers=False)
 
 # ----------------------------------------------------------------------------------------------------------
 # Optimizers: every parameter is in one group, by the kind of module that owns it
@@ -209,13 +231,9 @@ if resumed:
         for group in opt.param_groups:
             group['peak_lr'] = muon_lr if isinstance(opt, torch.optim.Muon) else learning_rate
     scaler.load_state_dict(resumed['scaler'])
-    torch.set_rng_state(resumed['rng'])
-    if device_type == 'cuda' and resumed['cuda_rng'] is not None:
-        torch.cuda.set_rng_state(resumed['cuda_rng'], device)
 first_step, tokens_per_step = step, gradient_accumulation_steps * batch_size * T
 metrics_path = os.path.join(out_dir, 'metrics.jsonl')
 if master and not eval_only:
-    os.makedirs(out_dir, exist_ok=True)
     checkpoint.rewind_metrics(metrics_path, step) if resumed else checkpoint.clear(out_dir)
     with open(os.path.join(out_dir, 'config.json'), 'w') as f:
         json.dump({'model': vars(config), 'settings': settings}, f, indent=1)
@@ -256,14 +274,14 @@ def save(name, **more):
 @torch.no_grad()
 def evaluate():
     """Mean loss over the validation windows, which are the same ones every time."""
-    model.eval()
+    raw_model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for x, y in data.eval_batches(batch_size, eval_tokens or eval_iters * batch_size * T, rank, world):
         with autocast:
-            # an odd last batch would make a compiled model compile again
-            _, loss = (model if len(x) == batch_size else raw_model)(x.to(device), y.to(device))
+            # a smaller last batch would make a compiled model compile again
+            _, loss = (fast_model if len(x) == batch_size else raw_model)(x.to(device), y.to(device))
         sums += torch.tensor([loss.item() * y.numel(), y.numel()], dtype=torch.float64)
-    model.train()
+    raw_model.train()
     if world > 1:
         sums = sums.float().to(device)
         dist.all_reduce(sums)
@@ -311,6 +329,8 @@ say(f'step      {gradient_accumulation_steps} micro-batches of {batch_size} x {T
     f'{max_iters} steps: {human(max_iters * tokens_per_step)} tokens')
 say(f'machine   {world} x {card}, {dtype} products, {"compiled" if compile else "eager"}')
 say(f'run       {out_dir}' + (f', going on at step {step}' if resumed else ''))
+if warmup_iters >= max_iters:
+    say(f'warmup_iters={warmup_iters} is not over after max_iters={max_iters}: learning_rate is never reached')
 if device_type == 'cpu' and flops * tokens_per_step * max_iters > 1e16:
     say('this is a large model for a CPU and may take days: add config/tiny.py for a size that takes minutes')
 
@@ -318,7 +338,11 @@ if device_type == 'cpu' and flops * tokens_per_step * max_iters > 1e16:
 # The loop
 
 start_time = interval_start = time.time()
-interval_loss, interval_steps, timed = torch.zeros((), device=device), 0, None
+timed_steps = 0
+interval_loss, interval_steps = torch.zeros((), device=device), 0  # of this process, since the last log line
+if resumed:
+    interval_loss += resumed['interval'][0]
+    interval_steps = resumed['interval'][1]
 
 while True:
     if eval_only or step == max_iters or (step % eval_interval == 0 and step > first_step):
@@ -332,12 +356,14 @@ while True:
                 save('best.pt')
             if improved or always_save_checkpoint:
                 save('ckpt.pt', optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
-                     rng=torch.get_rng_state(), seconds=seconds_before + time.time() - start_time,
-                     cuda_rng=torch.cuda.get_rng_state(device) if device_type == 'cuda' else None)
+                     interval=(interval_loss.item(), interval_steps),
+                     seconds=seconds_before + time.time() - start_time)
         interval_start += time.time() - paused
     if eval_only or step >= max_iters:
         break
 
+    # dropout draws from (seed, step, rank), so that there is no generator to save
+    torch.manual_seed((seed * 2**32 + step) * world + rank)
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = group['peak_lr'] * lr_scale(step)
@@ -361,6 +387,7 @@ while True:
     scaler.update()
     step += 1
     interval_steps += 1
+    timed_steps += 1
     bar.update()
 
     if step == first_step + 2:
@@ -369,15 +396,17 @@ while True:
         say(f'time      about {clock((max_iters - step) * (time.time() - timed) / 10)} for {max_iters - step} steps, '
             'evaluations not counted')
     if step % log_interval == 0 or step == max_iters:
-        train_loss = interval_loss.item() / interval_steps  # waits for the device
-        rate = interval_steps * tokens_per_step / (time.time() - interval_start)
+        if world > 1:
+            dist.all_reduce(interval_loss)
+        train_loss = interval_loss.item() / interval_steps / world  # waits for the device
+        rate = timed_steps * tokens_per_step / (time.time() - interval_start)
         mfu = rate * flops / (peak * world) if peak else None
         record(train_loss=train_loss, tokens_per_s=round(rate, 1), mfu=mfu)
         line = f'loss {train_loss:.4f}, {human(rate)} tokens/s' + (f', MFU {mfu:.1%}' if mfu else '')
         if bar.disable:
             say(f'step {step}: {line}')
         bar.set_postfix_str(line)
-        interval_start, interval_steps = time.time(), 0
+        interval_start, interval_steps, timed_steps = time.time(), 0, 0
         interval_loss.zero_()
 
 bar.close()

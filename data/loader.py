@@ -104,7 +104,7 @@ class Tokens:
             self.ends.append(end)
 
     def __len__(self):
-        return self.ends[-1]
+        return self.ends[-1] if self.ends else 0
 
     def rows(self, starts, length):
         """The tokens [start, start + length) of each start, as int64 of shape (len(starts), length)."""

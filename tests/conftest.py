@@ -121,7 +121,7 @@ def families():
     same = {}
     for path in config_files():
         flags = shrink(flags_of(path))
-        same.setdefault(repr(sorted(flags.items())), (flags, []))[1].append(path.stem)
+        same.setdefault(repr(defaults() | flags), (flags, []))[1].append(path.stem)
     return {'+'.join(names): flags for flags, names in same.values()}
 
 

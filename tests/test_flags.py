@@ -1,0 +1,227 @@
+"""No flag is silently ignored, none touches weights that it does not concern, and what cannot be is refused."""
+import itertools
+import re
+import time
+from dataclasses import asdict, fields
+
+import conftest
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FIELDS, assert_close, build, every_family, families, legal, random_flags, scaled, tokens, toy
+from test_model import assert_causal, assert_gradients
+
+from model import GPT, GPTConfig, kv_cache_bytes
+
+LEGAL = 120     # random combinations of flags
+# Flags that change how some tensors are drawn, with the name of those: a projection onto the residual stream is
+# scaled by the number of layers, or zero. Direction and sign are kept.
+RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight'}
+
+
+def test_the_tests_have_values_for_every_field():
+    new = conftest.unknown_fields()
+    assert not new, (f'GPTConfig has {", ".join(new)}, which the tests have no values for: '
+                     'add a row for each to FIELDS in tests/conftest.py')
+    gone = sorted(FIELDS.keys() - {field.name for field in fields(GPTConfig)})
+    assert not gone, f'GPTConfig has no {", ".join(gone)} any more: remove the row from FIELDS in tests/conftest.py'
+    for name, field in FIELDS.items():
+        assert len(field.values) > 1, f'{name} needs a value to be flipped to in FIELDS of tests/conftest.py'
+        assert field.bad or set(field.values) == {True, False}, f'{name} needs bad values in FIELDS of tests/conftest.py'
+
+
+def bases():
+    """Every family, and the defaults at toy size first."""
+    return [toy(), *families().values()]
+
+
+def flips(name):
+    """(flags, the same with another value for `name`) wherever both are legal."""
+    for flags in bases():
+        now = flags.get(name, conftest.defaults().get(name))
+        for value in FIELDS[name].values:
+            if value != now and legal(flags | {name: value}):
+                yield flags, flags | {name: value}
+
+
+def measure(flags):
+    """All that a flag can change: parameters, logits, the loss in training, and cost."""
+    model = build(flags)
+    torch.manual_seed(0)
+    idx = tokens({'vocab_size': 61}, 2, 17)
+    with torch.no_grad():
+        logits = model(idx)[0]
+        loss = model.train()(idx[:, :-1], idx[:, 1:])[1]
+    cost = model.flops_per_token(24), model.num_params(active=True), kv_cache_bytes(model.config, 24, 1, 2)
+    # a limit on the positions is the size of a parameter already
+    return model.state_dict(), logits, loss, cost
+
+
+def same(one, other):
+    weights, logits, loss, cost = one
+    return (weights.keys() == other[0].keys() and cost == other[3] and loss.equal(other[2])
+            and logits.shape == other[1].shape and logits.equal(other[1])
+            and all(torch.equal(w, other[0][name]) for name, w in weights.items()))
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_every_value_of_a_flag_changes_something(name):
+    values = FIELDS[name].values
+    alike = set(itertools.combinations(values, 2))
+    for flags in bases():
+        measured = {value: measure(flags | {name: value}) for value in values if legal(flags | {name: value})}
+        for value in list(measured)[:1]:
+            again = measure(flags | {name: value})
+            assert same(measured[value], again), 'the same flags must measure the same, or a difference means nothing'
+        alike = {pair for pair in alike if not measured.keys() >= set(pair) or same(*map(measured.get, pair))}
+        if not alike:
+            return
+    raise AssertionError(f'{name}: {sorted(alike, key=str)} make no difference, whatever family they are tried on')
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_flag_leaves_other_weights_bit_identical(name):
+    compared = 0
+    for flags, flipped in flips(name):
+        ours, theirs = (dict(build(f).named_parameters()) for f in (flags, flipped))
+        for tensor in ours.keys() & theirs.keys():
+            a, b = ours[tensor].detach(), theirs[tensor].detach()
+            if a.shape != b.shape:
+                continue
+            compared += a.dim() >= 2
+            if name in RESCALE and tensor.endswith(RESCALE[name]) and not torch.equal(a, b):
+                assert_close(b * a.norm(), a * b.norm(), 1e-5, f'{tensor} must differ by a factor alone')
+            else:
+                assert torch.equal(a, b), f'{tensor} differs between {flags} and {flipped}'
+    # the width is in the shape of every matrix
+    assert compared or name == 'n_embd', f'nothing was compared for {name}'
+
+
+def test_another_seed_draws_every_random_tensor_anew():
+    for flags in bases():
+        first, again, other = build(flags, seed=1), build(flags, seed=1), build(flags, seed=2)
+        drawn = 0
+        for (name, p), q, r in zip(first.named_parameters(), again.parameters(), other.parameters()):
+            assert torch.equal(p, q), f'{name} must be the same with the same seed'
+            if p.unique().numel() > 1:
+                drawn += 1
+                assert (p != r).float().mean() > 0.99, f'{name} must be another with another seed'
+        assert drawn > 4
+
+
+def test_no_two_tensors_are_drawn_alike():
+    for flags in bases():
+        seen = {}
+        for name, p in build(flags).named_parameters():
+            if p.unique().numel() > 1:
+                # without the scale, which differs by kind
+                start = tuple((p.flatten()[:8] / p.flatten()[0]).tolist())
+                assert start not in seen, f'{name} is drawn like {seen[start]}'
+                seen[start] = name
+
+
+@every_family
+def test_building_leaves_the_global_generator_alone(flags):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    build(flags)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_do_not_depend_on_what_was_built_before():
+    torch.manual_seed(1)
+    first = build(toy()).state_dict()
+    torch.manual_seed(2)
+    torch.rand(3)
+    build(toy(n_layer=3))
+    assert all(torch.equal(w, first[name]) for name, w in build(toy()).state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Refusals
+
+# so large that memory would run out long before a model stands
+HUGE = {'n_embd': 2**40, 'n_head': 2**10, 'n_layer': 2**30, 'vocab_size': 2**50, 'block_size': 2**50}
+
+
+def assert_refuses(flags, name, value):
+    began = time.perf_counter()
+    with pytest.raises(ValueError) as error:
+        GPT(GPTConfig(**flags))
+    sentence = str(error.value)
+    assert time.perf_counter() - began < 1, 'a refusal must not wait for anything'
+    assert re.match(rf'{name}={re.escape(str(value))} must \w.+', sentence), f'{sentence!r} must begin {name}={value} must'
+    assert '\n' not in sentence and not sentence.endswith('.'), f'{sentence!r} must be one sentence'
+
+
+@pytest.mark.parametrize('name, value', [(name, value) for name, field in FIELDS.items() for value in field.bad])
+def test_bad_value_is_refused_in_a_sentence(name, value):
+    for flags in bases():
+        assert_refuses(flags | {name: value}, name, value)
+        assert_refuses(flags | HUGE | {name: value}, name, value)
+
+
+# flags, the field that the sentence is about, and the remedy that it names
+@pytest.mark.parametrize('flags, name, remedy', [
+    ({'n_embd': 100, 'n_head': 3}, 'n_embd', 'n_head=3|head_dim'),
+    ({'n_head': 4, 'n_kv_head': 3}, 'n_kv_head', 'n_head=4'),
+    ({'n_head': 4, 'n_kv_head': 8}, 'n_kv_head', 'n_head=4'),
+    ({'head_dim': 7, 'pos': 'rope'}, 'head_dim', 'pos=rope'),
+    ({'n_embd': 36, 'n_head': 4, 'pos': 'rope'}, 'head_dim', 'pos=rope'),
+    ({'n_embd': 33, 'n_head': 3, 'pos': 'sinusoidal'}, 'n_embd', 'pos=sinusoidal')], ids=str)
+def test_bad_combination_is_refused_in_a_sentence(flags, name, remedy):
+    value = flags.get(name, 9)
+    for sizes in ({}, {key: size for key, size in HUGE.items() if key not in ('n_embd', 'n_head')}):
+        assert_refuses(toy() | sizes | flags, name, value)
+    with pytest.raises(ValueError, match=remedy):
+        GPTConfig(**toy() | flags)
+
+
+@pytest.mark.parametrize('name', ['pos', 'norm', 'norm_at', 'ffn'])
+def test_unknown_word_is_answered_by_the_known_ones(name):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**{name: 'nothing'})
+    assert all(value in str(error.value) for value in FIELDS[name].values)
+
+
+def test_field_without_a_meaning_is_refused():
+    with pytest.raises(TypeError, match='n_heads'):
+        GPTConfig(n_heads=4)
+
+
+def test_none_is_filled_in():
+    c = GPTConfig(**toy())
+    assert (c.n_kv_head, c.head_dim, c.ffn_width) == (4, 8, 128)
+    assert GPTConfig(**toy(n_kv_head=4, head_dim=8, ffn_width=128)) == c
+    assert all(value is not None for name, value in asdict(c).items() if name != 'logit_softcap'), \
+        'a field that stays None must be named here, with what None then means'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# All together
+
+
+@random_flags(LEGAL, seed=1)
+def test_random_combination_works(flags):
+    model, T = scaled(build(flags), 5), flags['block_size']
+    idx = tokens(flags, 2, T + 1)
+    logits, targets = model(idx[:, :-1])[0], idx[:, 1:]
+    assert logits.isfinite().all() and logits.shape == (2, T, flags['vocab_size'])
+    assert_close(model(idx[:, :-1], targets)[1], F.cross_entropy(logits.flatten(0, 1), targets.flatten()), 1e-5, 'loss')
+    assert_causal(model, idx[:1, :-1])
+    cache, start = model.new_cache(2, T), 0
+    for size in (7, 1, 1, 5, T - 14):
+        pos = torch.arange(start, start + size)
+        chunk = model(idx[:, start:start + size], cache=cache, pos=pos)[0]
+        assert_close(chunk, logits[:, start:start + size], 1e-4, f'cached logits of tokens {start} to {start + size - 1}')
+        start += size
+    assert sum(entry.nbytes() for entry in cache) == kv_cache_bytes(model.config, T, 2, 4)
+    assert_gradients(build(flags))
+
+
+def test_random_combinations_reach_every_value():
+    found = conftest.combinations(LEGAL, 1)
+    assert len(found) == LEGAL
+    for name, field in FIELDS.items():
+        missing = set(field.values) - {flags.get(name, conftest.defaults().get(name)) for flags in found}
+        assert not missing, f'no combination has {name} = {missing}'

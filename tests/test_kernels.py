@@ -1,0 +1,382 @@
+"""
+Every operation of kernels/ against its definition: values and all gradients, for odd sizes, strides and dtypes.
+
+A new operation needs a row in OPS and its inputs in CASES.
+"""
+import importlib
+import math
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import conftest  # noqa: F401
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+BF16 = torch.bfloat16
+
+# ----------------------------------------------------------------------------------------------------------
+# Definitions, as in the papers: what float64 evaluates for the truth
+
+
+def rms_norm(x, weight, eps):
+    return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * weight
+
+
+def rope(x, cos, sin):
+    # pairs are complex numbers, which a complex number of length one turns
+    half = x.shape[-1] // 2
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin).unsqueeze(-2)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def swiglu(gate_up):
+    gate, up = gate_up.split(gate_up.shape[-1] // 2, -1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def geglu(gate_up):
+    gate, up = gate_up.split(gate_up.shape[-1] // 2, -1)
+    return gate / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate ** 3))) * up
+
+
+def linear_cross_entropy(x, weight, targets, softcap=None):
+    z = x @ weight.T
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    counted = targets != -1
+    nats = torch.log(torch.exp(z).sum(-1)) - z[torch.arange(len(z)), targets.clamp(min=0)]
+    return (nats * counted).sum() / max(1, counted.sum())
+
+
+# What PyTorch has to offer in the same dtype: the error that an operation is measured by
+def plain_rope(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def plain_linear_cross_entropy(x, weight, targets, softcap=None):
+    z = F.linear(x, weight).float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return F.cross_entropy(z, targets, ignore_index=-1, reduction='sum') / max(1, (targets != -1).sum())
+
+
+OPS = {
+    'rms_norm': (rms_norm, lambda x, weight, eps: F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)),
+    'rope': (rope, plain_rope),
+    'swiglu': (swiglu, lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]),
+    'geglu': (geglu, lambda x: F.gelu(x.chunk(2, -1)[0], approximate='tanh') * x.chunk(2, -1)[1]),
+    'linear_cross_entropy': (linear_cross_entropy, plain_linear_cross_entropy),
+}
+
+# ----------------------------------------------------------------------------------------------------------
+# Inputs: float64 tensors, which are differentiated, and whatever is no float tensor
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randint(high, *shape, seed=0):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def strided(x):
+    """The same numbers in a buffer of twice the width, the last dimension not the fastest."""
+    wide = torch.zeros(x.shape[-1], *x.shape[:-1], 2, dtype=x.dtype)[..., 0]
+    return wide.movedim(0, -1).copy_(x)
+
+
+def turned(B, T, H, D, rows):
+    """x and the angles of its tokens, for all rows alike or for each."""
+    angle = 3 * randn(*((B, T) if rows else (T,)), D // 2, seed=1)
+    return randn(B, T, H, D), Wide(angle.cos(), False), Wide(angle.sin(), False)
+
+
+def head(N, C, V, ignored=(), softcap=None):
+    targets = randint(V, N, seed=2)
+    targets[list(ignored)] = -1
+    return randn(N, C), randn(V, C, seed=1), targets, softcap
+
+
+class Wide(NamedTuple):
+    """A tensor that stays fp32 where the others are narrower."""
+    tensor: torch.Tensor
+    has_grad: bool
+
+
+CASES = {
+    'rms_norm': {
+        'odd width': (randn(2, 3, 7), randn(7, seed=1), 1e-5),
+        'one row': (randn(1, 33), randn(33, seed=1), 1e-5),
+        'width of one': (randn(5, 1), randn(1, seed=1), 1e-2),
+        'four dimensions, large eps': (randn(2, 3, 4, 5), randn(5, seed=1), 0.5),
+        'far from zero': (100 + 10 * randn(3, 64), randn(64, seed=1), 1e-5),
+        'tiny numbers': (1e-4 * randn(3, 10), randn(10, seed=1), 1e-5),
+        'no numbers at all': (torch.zeros(2, 6, dtype=torch.float64), randn(6, seed=1), 1e-2),
+        'not contiguous': (strided(randn(3, 5, 6)), strided(randn(1, 6, seed=1))[0], 1e-5),
+        'a slice': (randn(3, 5, 18)[..., 6:12], randn(6, seed=1), 1e-5),
+        # under autocast the activations are narrow and the parameters are not
+        'weights of fp32': (randn(4, 5, 9), Wide(randn(9, seed=1), True), 1e-5),
+    },
+    'rope': {
+        'shared angles': turned(2, 5, 3, 6, rows=False),
+        'angles of each row': turned(2, 5, 3, 6, rows=True),
+        'one pair': turned(1, 1, 1, 2, rows=False),
+        'not contiguous': (strided(turned(2, 5, 3, 10, rows=True)[0]), *turned(2, 5, 3, 10, rows=True)[1:]),
+        'transposed': (turned(2, 3, 5, 6, rows=True)[0].transpose(1, 2), *turned(2, 5, 3, 6, rows=True)[1:]),
+    },
+    **{name: {
+        'odd width': (3 * randn(2, 3, 14),),
+        'width of one': (3 * randn(4, 2),),
+        'large numbers': (30 * randn(3, 12),),
+        'one dimension': (randn(10),),
+        'not contiguous': (strided(3 * randn(2, 3, 10)),),
+    } for name in ('swiglu', 'geglu')},
+    'linear_cross_entropy': {
+        'odd sizes': head(13, 7, 19),
+        'some ignored': head(11, 6, 10, ignored=(0, 4, 5, 10)),
+        'all ignored': head(5, 4, 6, ignored=range(5)),
+        'a whole chunk ignored': head(16, 4, 6, ignored=range(4)),
+        'one row': head(1, 5, 9),
+        'one token': head(4, 3, 1),
+        'soft-capped': head(13, 7, 19, softcap=2.0),
+        'soft-capped, some ignored': head(9, 6, 10, ignored=(2, 8), softcap=0.5),
+        'large numbers': (20 * randn(5, 4), randn(7, 4, seed=1), randint(7, 5), None),
+        'not contiguous': (strided(randn(9, 6)), strided(randn(11, 6, seed=1)), randint(11, 9, 3)[:, 1], None),
+        'rows of a larger head': (randn(9, 6), randn(30, 6, seed=1)[:11], randint(11, 9), None),
+    },
+}
+IN_CHUNKS = pytest.mark.parametrize('chunks', ['one chunk', 'many chunks'], indirect=True)
+EVERY_CASE = pytest.mark.parametrize('op, case, chunks', [
+    (op, case, chunks) for op, cases in CASES.items() for case in cases
+    for chunks in ['one chunk', 'many chunks'][:1 + (op == 'linear_cross_entropy')]], indirect=['chunks'])
+
+
+def test_every_operation_has_a_definition_and_cases():
+    new = sorted(set(kernels.__all__) - (OPS.keys() & CASES.keys()))
+    assert not new, f'kernels has {new}, which the tests do not know: add rows to OPS and CASES in tests/test_kernels.py'
+
+
+@pytest.fixture
+def chunks(request, monkeypatch):
+    """linear_cross_entropy goes chunk by chunk only where a chunk is worth it."""
+    if request.param == 'many chunks':
+        monkeypatch.setattr(importlib.import_module('kernels.linear_cross_entropy'), 'CHUNK_NUMEL', 1)
+
+
+def arguments(op, case, dtype, draw=0):
+    """The inputs of a case in a dtype, ready to be differentiated, strides kept. Other draws are 10 % off."""
+    made = []
+    for n, value in enumerate(CASES[op][case]):
+        wide = isinstance(value, Wide)
+        tensor = value.tensor if wide else value
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            drawn = tensor * (1 + 0.1 * randn(*tensor.shape, seed=100 * draw + n)) if draw else tensor
+            cast = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype if not wide else
+                                       torch.promote_types(dtype, torch.float32)).copy_(drawn)
+            value = cast.requires_grad_(not wide or value.has_grad)
+        made.append(value)
+    return made
+
+
+def as_float64(args):
+    """The same numbers, rounding included, in float64."""
+    return [a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) and a.is_floating_point()
+            else a for a in args]
+
+
+def incoming_gradient(out):
+    """Not one, and exact in every dtype."""
+    return ((8 * randn(*out.shape, seed=9)).round() / 8 + 2).to(out.dtype)
+
+
+def run(function, args):
+    """{name: tensor} of the output and the gradients."""
+    out = function(*args)
+    out.backward(incoming_gradient(out))
+    grads = {f'gradient of argument {n}': a.grad for n, a in enumerate(args)
+             if isinstance(a, torch.Tensor) and a.requires_grad}
+    assert grads and all(g is not None for g in grads.values())
+    return {'output': out.detach()} | grads
+
+
+def assert_follows_the_rule(function, op, case, dtype, autocast=False):
+    """An error of at most twice that of plain PyTorch in the same dtype, and one rounding."""
+    # the largest error of one small tensor is a matter of luck on either side: root mean squares over some draws
+    totals, draws = {}, 6
+    definition, plain = OPS[op]
+    for draw in range(draws):
+        args = arguments(op, case, dtype, draw)
+        truth = run(definition, as_float64(args))
+        with torch.autocast('cpu', BF16, enabled=autocast):
+            got, baseline = (run(f, arguments(op, case, dtype, draw)) for f in (function, plain))
+        for name, want in truth.items():
+            kind = args[int(name.split()[-1])].dtype if name != 'output' else (
+                torch.float32 if op == 'linear_cross_entropy' else dtype)
+            assert got[name].shape == want.shape, f'{name}: {got[name].shape} must be {want.shape}'
+            assert got[name].dtype == kind, f'{name}: {got[name].dtype} must be {kind}'
+            squares = [(x.double() - want).square().mean() for x in (got[name], baseline[name])]
+            totals[name] = totals.get(name, 0) + torch.stack([*squares, want.square().mean()])
+    for name, total in totals.items():
+        error, plain_error, size = (total / draws).sqrt().tolist()
+        bound = 2 * plain_error + torch.finfo(BF16 if autocast else got[name].dtype).eps * size
+        assert error <= bound, f'{name}: error {error:.3e} must be at most {bound:.3e}; plain PyTorch has {plain_error:.3e}'
+
+
+@EVERY_CASE
+def test_values_and_gradients_in_float64(op, case, chunks):
+    # two orders of the same sums: 1e-11 of the largest is far above their rounding, far below that of fp32
+    got, truth = (run(f, arguments(op, case, torch.float64)) for f in (getattr(kernels, op), OPS[op][0]))
+    for name, want in truth.items():
+        assert got[name].dtype == torch.float64, f'{name} must be float64 like the input'
+        error, bound = (got[name] - want).abs().max().item(), 1e-11 * want.abs().max().item() + 1e-14
+        assert error <= bound, f'{name}: error {error:.3e} must be at most {bound:.3e}'
+
+
+@EVERY_CASE
+def test_gradients_equal_finite_differences(op, case, chunks):
+    args = arguments(op, case, torch.float64)
+    assert torch.autograd.gradcheck(getattr(kernels, op), args, atol=1e-6, rtol=1e-4)
+
+
+@EVERY_CASE
+@pytest.mark.parametrize('autocast', [False, True], ids=['plainly', 'autocast'])
+@pytest.mark.parametrize('dtype', [torch.float32, BF16], ids=['fp32', 'bf16'])
+def test_error_is_at_most_twice_that_of_plain_pytorch(op, case, dtype, autocast, chunks):
+    assert_follows_the_rule(getattr(kernels, op), op, case, dtype, autocast)
+
+
+# the plain functions that stand beside an operation in its file
+REFERENCES = {op: getattr(file, f'{op}_reference') for op in kernels.__all__ for name, file in sys.modules.items()
+              if name.startswith('kernels.') and hasattr(file, f'{op}_reference')}
+
+
+@pytest.mark.parametrize('op, case', [(op, case) for op in REFERENCES for case in CASES[op]])
+def test_reference_equals_the_definition(op, case):
+    assert_follows_the_rule(REFERENCES[op], op, case, torch.float32)
+
+
+@EVERY_CASE
+def test_inputs_stay_and_backward_can_run_twice(op, case, chunks):
+    args = arguments(op, case, torch.float32)
+    before = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+    out = getattr(kernels, op)(*args)
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    incoming = incoming_gradient(out)
+    kept = incoming.clone()
+    first = [g.clone() for g in torch.autograd.grad(out, leaves, incoming, retain_graph=True)]
+    second = torch.autograd.grad(out, leaves, incoming)
+    assert all(torch.equal(a, b) for a, b in zip(first, second)), 'what was saved for the backward pass has changed'
+    assert torch.equal(incoming, kept), 'the incoming gradient must not be written to'
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(args, before))
+
+
+@EVERY_CASE
+def test_no_memory_is_read_before_it_is_written(op, case, chunks):
+    args = partial(arguments, op, case, torch.float32)
+    want = run(getattr(kernels, op), args())
+    # in this mode torch.empty is full of NaN
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = run(getattr(kernels, op), args())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in want:
+        assert got[name].isfinite().all(), f'{name} has numbers that nobody wrote'
+        torch.testing.assert_close(got[name], want[name])
+
+
+@EVERY_CASE
+def test_forward_without_gradients_is_the_same(op, case, chunks):
+    args = arguments(op, case, torch.float32)
+    want = getattr(kernels, op)(*args)
+    with torch.no_grad():
+        got = getattr(kernels, op)(*args)
+    assert not got.requires_grad and torch.equal(got, want)
+
+
+@EVERY_CASE
+def test_every_argument_may_be_the_only_one_with_a_gradient(op, case, chunks):
+    want = run(getattr(kernels, op), arguments(op, case, torch.float32))
+    for name in want.keys() - {'output'}:
+        args, n = arguments(op, case, torch.float32), int(name.split()[-1])
+        for i, a in enumerate(args):
+            if isinstance(a, torch.Tensor) and a.is_floating_point():
+                a.requires_grad_(i == n)
+        got = run(getattr(kernels, op), args)
+        torch.testing.assert_close(got[name], want[name])
+
+
+@pytest.mark.parametrize('op, case', [(op, case) for op in CASES for case in list(CASES[op])[:2]])
+def test_operation_is_part_of_one_graph(op, case):
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(kernels, op), fullgraph=True, backend='eager', dynamic=False)
+    want = run(getattr(kernels, op), arguments(op, case, torch.float32))
+    got = run(compiled, arguments(op, case, torch.float32))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What only one of them promises
+
+
+def test_rope_keeps_lengths_and_undoes_itself():
+    x, cos, sin = arguments('rope', 'angles of each row', torch.float32)
+    y = kernels.rope(x, cos, sin)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(kernels.rope(y, cos, -sin), x)
+
+
+@pytest.mark.parametrize('softcap', [None, 2.0])
+def test_loss_of_many_chunks_is_that_of_one(softcap, monkeypatch):
+    module, args = importlib.import_module('kernels.linear_cross_entropy'), head(37, 8, 50, range(3, 9), softcap)
+    x, weight, targets, _ = args
+    want = run(kernels.linear_cross_entropy, [x.float().requires_grad_(), weight.float().requires_grad_(), *args[2:]])
+    calls, chunk = [], module._chunk
+    monkeypatch.setattr(module, '_chunk', lambda x, *rest: calls.append(len(x)) or chunk(x, *rest))
+    for numel, rows in ((37 * 50, [37]), (37 * 50 - 1, [19, 18]), (500, [10, 10, 10, 7]), (1, [5, 5, 5, 5, 5, 5, 5, 2])):
+        monkeypatch.setattr(module, 'CHUNK_NUMEL', numel)
+        got = run(kernels.linear_cross_entropy, [x.float().requires_grad_(), weight.float().requires_grad_(), *args[2:]])
+        assert calls == rows, f'CHUNK_NUMEL={numel}'
+        calls.clear()
+        for name in want:
+            torch.testing.assert_close(got[name], want[name])
+
+
+@IN_CHUNKS
+def test_loss_is_fp32_for_every_narrower_dtype(chunks):
+    for dtype in (torch.float32, BF16, torch.float16):
+        args = arguments('linear_cross_entropy', 'odd sizes', dtype)
+        assert kernels.linear_cross_entropy(*args).dtype == torch.float32
+
+
+@IN_CHUNKS
+def test_loss_of_ignored_targets_is_zero_and_so_are_its_gradients(chunks):
+    got = run(kernels.linear_cross_entropy, arguments('linear_cross_entropy', 'all ignored', torch.float32))
+    assert all(not tensor.any() for tensor in got.values())
+
+
+@IN_CHUNKS
+def test_ignored_rows_get_no_gradient(chunks):
+    got = run(kernels.linear_cross_entropy, arguments('linear_cross_entropy', 'some ignored', torch.float32))
+    rows = got['gradient of argument 0'].any(-1)
+    assert (~rows).nonzero().flatten().tolist() == [0, 4, 5, 10]
+
+
+def test_gradient_sums_of_bf16_do_not_lose_late_chunks(monkeypatch):
+    # eight chunks that say the same: a running sum in bf16 would drop what is below its last bit
+    monkeypatch.setattr(importlib.import_module('kernels.linear_cross_entropy'), 'CHUNK_NUMEL', 1)
+    x, weight = randn(512, 8).to(BF16), randn(16, 8, seed=1).to(BF16).requires_grad_()
+    targets = randint(16, 512, seed=2)
+    kernels.linear_cross_entropy(x, weight, targets).backward()
+    truth = weight.detach().double().requires_grad_()
+    linear_cross_entropy(x.double(), truth, targets).backward()
+    error = (weight.grad.double() - truth.grad).abs().max() / truth.grad.abs().max()
+    assert error < 3 * torch.finfo(BF16).eps, f'error {error:.2e} of the largest gradient'

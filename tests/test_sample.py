@@ -1,0 +1,261 @@
+"""
+Sampling, as a user runs it: what is printed, what decides it, where it ends, and what is refused in one sentence.
+
+Most models here are written by hand: one that says a given text over and over shows every lost or invented byte.
+"""
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+import checkpoint  # noqa: E402
+from data.tokenizer import ByteTokenizer, from_meta  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from test_train import DAMAGES, assert_refused, damage, dataset, flags, python, real_python, trained  # noqa: E402
+
+CHARS = dict(pos='rope', dtype='float32', eval_interval=60)
+
+
+def chars():
+    """The out_dir of a trained model with rotary positions, whose tokens are characters."""
+    return trained(dataset=dataset('chars'), **CHARS)
+
+
+def parrot(folder, *texts, name='best.pt', vocab_size=257, room=None, padding=0.0):
+    """
+    A model of bytes that continues each text from any of its bytes, which must be different ones: the first over and
+    over, the others until the end of the document. room: learned positions; padding: how much the head wants the
+    tokens that are rows without a meaning.
+    """
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=320, vocab_size=vocab_size, block_size=room or 16, tie=False,
+                       pos='learned' if room else 'rope', zero_init=True)
+    model, following = GPT(config), {}
+    for number, text in enumerate(texts):
+        data = [*text.encode(), *([] if number == 0 else [ByteTokenizer.eot])]
+        pairs = dict(zip(data, data[1:] + data[:1]))
+        assert len(pairs) == len(data) and not pairs.keys() & following.keys(), f'{text} repeats a byte'
+        following |= pairs
+    with torch.no_grad():
+        model.wte.weight.copy_(torch.eye(vocab_size, 320))
+        if room:
+            model.wpe.weight.zero_()
+        model.lm_head.weight.zero_()
+        for byte, after in following.items():
+            model.lm_head.weight[after, byte] = 10.0
+        model.lm_head.weight[257:] = padding
+    folder.mkdir(exist_ok=True)
+    meta = json.loads((dataset() / 'meta.json').read_text())
+    checkpoint.save(folder / name, checkpoint.contents(model, settings={}, meta=meta, step=1))
+    return folder
+
+
+def sample(out_dir, **settings):
+    """[(text, tokens)] of each sample, and everything printed."""
+    done = python('sample.py', *flags(out_dir=out_dir, device='cpu', **settings))
+    assert done.code == 0 and not done.err, done
+    parts = re.split(r'\n-{15} (\d+) tokens, .*\n', done.out)
+    return list(zip(parts[:-1:2], map(int, parts[1::2]))), done.out
+
+
+def text_of(out_dir, **settings):
+    """The one text that is sampled."""
+    (one,), _ = sample(out_dir, num_samples=1, **settings)
+    return one[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def test_prompt_continuation_and_speed():
+    samples, out = sample(chars(), start='abc', num_samples=3, max_new_tokens=20)
+    assert len(samples) == 3
+    for text, count in samples:
+        assert text.startswith('abc') and len(text) == 23 and count == 20
+        assert set(text) <= set('abcdefghij \n')
+    assert len({text for text, _ in samples}) == 3
+    assert len(re.findall(r'[\d.]+ tokens/s', out)) == 3
+
+
+def test_the_same_in_a_process_of_its_own():
+    args = flags(out_dir=chars(), start='abc', num_samples=1, max_new_tokens=20, device='cpu')
+    done = real_python('sample.py', *args)
+    assert done.code == 0 and not done.err, done
+    assert done.out.split('\n---')[0] == text_of(chars(), start='abc', max_new_tokens=20)
+
+
+def test_text_is_what_the_model_generates():
+    """With these very settings: none is lost between the command line and the draw."""
+    state = checkpoint.load(chars() / 'best.pt')
+    model, tokenizer = checkpoint.build(state, 'best.pt'), from_meta(state['meta']['tokenizer'])
+    idx = torch.tensor([tokenizer.encode('a b')])
+    for settings in (dict(temperature=1.5, top_k=None), dict(temperature=0.5, top_k=4), dict(top_p=0.6, top_k=None)):
+        new = model.generate(idx, 40, **{'temperature': 0.8} | settings, seed=5)
+        text = text_of(chars(), start='a b', max_new_tokens=40, seed=5, **settings)
+        assert text == tokenizer.decode(new[0].tolist())
+
+
+def test_seed_decides_the_text():
+    settings = dict(start='a', max_new_tokens=40)
+    texts = [text_of(chars(), seed=seed, **settings) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_temperature_zero_and_the_likeliest_token_alone_need_no_seed():
+    settings = dict(start='a', max_new_tokens=40)
+    greedy = text_of(chars(), temperature=0, seed=1, **settings)
+    assert greedy == text_of(chars(), temperature=0, seed=2, **settings)
+    assert greedy == text_of(chars(), temperature=1.0, top_k=1, seed=3, **settings)
+    assert greedy == text_of(chars(), temperature=1.0, top_p=1e-9, seed=4, **settings)
+    assert greedy != text_of(chars(), temperature=1.0, seed=4, **settings)
+
+
+def test_prompt_from_a_file(tmp_path):
+    (tmp_path / 'prompt.txt').write_text('fée\n', encoding='utf-8')
+    out_dir = parrot(tmp_path / 'run', '\nab')
+    assert text_of(out_dir, start=f'FILE:{tmp_path / "prompt.txt"}', max_new_tokens=5) == 'fée\nab\nab'
+
+
+def test_characters_of_several_tokens_are_whole(tmp_path):
+    cycle = 'é漢😀-'
+    out_dir = parrot(tmp_path, cycle)
+    for tokens in (len(cycle.encode()), 10 * len(cycle.encode())):
+        assert text_of(out_dir, start=cycle, max_new_tokens=tokens) == cycle + cycle * (tokens // 10)
+
+
+def test_bytes_that_are_no_text_do_not_stop_it(tmp_path):
+    """A lead byte without what it leads: U+FFFD for it, and the text goes on."""
+    out_dir = parrot(tmp_path, 'ab')
+    state = checkpoint.load(out_dir / 'best.pt')
+    state['model']['lm_head.weight'][:, ord('b')] = 0.0
+    state['model']['lm_head.weight'][0xC3, ord('b')] = state['model']['lm_head.weight'][ord('a'), 0xC3] = 10.0
+    checkpoint.save(out_dir / 'best.pt', state)
+    assert text_of(out_dir, start='a', max_new_tokens=6) == 'ab\ufffdab\ufffda'
+
+
+def test_the_end_of_the_document_ends_the_text(tmp_path):
+    out_dir = parrot(tmp_path, '-', 'abc')
+    samples, out = sample(out_dir, start='a', num_samples=2, max_new_tokens=50)
+    assert samples == [('abc', 3)] * 2 and 'endoftext' not in out
+
+
+def test_it_does_not_claim_a_limit_that_it_did_not_reach(tmp_path):
+    out_dir = parrot(tmp_path, '-', 'abc', room=16)
+    assert 'block_size' not in sample(out_dir, start='a', max_new_tokens=50)[1]
+
+
+@pytest.mark.parametrize('start', ['', '<|endoftext|>'])
+def test_a_new_document(tmp_path, start):
+    out_dir = parrot(tmp_path, '-+')
+    state = checkpoint.load(out_dir / 'best.pt')
+    state['model']['lm_head.weight'][ord('+'), ByteTokenizer.eot] = 10.0
+    checkpoint.save(out_dir / 'best.pt', state)
+    assert text_of(out_dir, start=start, max_new_tokens=5) == '+-+-+'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which model
+
+
+def test_best_is_read_unless_another_is_named(tmp_path):
+    parrot(tmp_path, 'ab')
+    parrot(tmp_path, 'ac', name='ckpt.pt')
+    assert text_of(tmp_path, start='a', max_new_tokens=2) == 'aba'
+    assert text_of(tmp_path, start='a', max_new_tokens=2, ckpt='ckpt.pt') == 'aca'
+    (tmp_path / 'best.pt').unlink()
+    assert text_of(tmp_path, start='a', max_new_tokens=2) == 'aca'
+
+
+def test_rows_of_the_vocabulary_without_a_meaning_are_never_drawn(tmp_path):
+    out_dir = parrot(tmp_path, 'abc', vocab_size=320, padding=100.0)
+    for settings in (dict(temperature=0), dict(temperature=5.0, top_k=None), dict(top_k=3, top_p=0.9)):
+        text = text_of(out_dir, start='a', max_new_tokens=30, **settings)
+        assert text == 'abc' * 10 + 'a'
+
+
+def test_a_trained_model_with_a_rounded_vocabulary():
+    """The draws are wild, so that a fifth of them would be tokens without a text."""
+    out_dir = trained(vocab_size=320, max_iters=5, eval_interval=5)
+    samples, _ = sample(out_dir, start='ab', max_new_tokens=30, temperature=100.0, top_k=None, num_samples=5)
+    assert len(samples) == 5 and all(text.startswith('ab') for text, _ in samples)
+
+
+def test_weights_can_be_of_another_dtype(tmp_path):
+    out_dir = parrot(tmp_path, 'abc')
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        assert text_of(out_dir, start='a', max_new_tokens=6, dtype=dtype) == 'abcabca'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How far
+
+
+def test_rotary_positions_go_on_beyond_block_size():
+    samples, out = sample(chars(), start='a' * 50, max_new_tokens=50, num_samples=1)
+    assert samples[0][1] == 50 and len(samples[0][0]) == 100 and 'block_size' not in out
+
+
+def test_learned_positions_end_with_a_sentence(tmp_path):
+    out_dir = parrot(tmp_path, 'abc', room=16)
+    samples, out = sample(out_dir, start='a', max_new_tokens=50, num_samples=2)
+    assert samples == [('abc' * 5 + 'a', 15)] * 2
+    assert 'block_size=16' in out.splitlines()[-1]
+    samples, out = sample(out_dir, start='a', max_new_tokens=15, num_samples=1)
+    assert samples == [('abc' * 5 + 'a', 15)] and 'block_size' not in out
+
+
+@pytest.mark.parametrize('length', [16, 17, 400])
+def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
+    done = python('sample.py', *flags(out_dir=parrot(tmp_path, 'abc', room=16), start='a' * length))
+    assert_refused(done, f'{length} tokens', 'block_size=16')
+    assert not done.out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(start='aXbYZ'), ['XYZ']),
+    (dict(start=''), ['empty']),
+    (dict(start='FILE:no_such_file.txt'), ['no_such_file.txt']),
+    (dict(start='FILE:data'), ['data']),
+    (dict(temperature=-1), ['temperature=-1']),
+    (dict(top_k=0), ['top_k=0']),
+    (dict(top_p=2), ['top_p=2']),
+    (dict(top_p=0), ['top_p=0']),
+    (dict(num_samples=0), ['num_samples=0']),
+    (dict(max_new_tokens=0), ['max_new_tokens=0']),
+    (dict(max_new_tokens=-5), ['max_new_tokens=-5']),
+    (dict(device='cuda:99'), ['device=cuda:99']),
+    (dict(device='gpu'), ['device=gpu']),
+    (dict(dtype='fp16'), ['dtype=fp16', 'float16']),
+    (dict(dtype='int8'), ['dtype=int8', 'float16']),
+    (dict(ckpt='newest.pt'), ['newest.pt']),
+    (dict(temprature=1), ['--temprature', '--temperature']),
+], ids=lambda value: '-'.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else '')
+def test_bad_input_is_refused_in_a_sentence(settings, words):
+    done = python('sample.py', *flags(**dict(out_dir=chars(), start='a', device='cpu', max_new_tokens=5) | settings))
+    assert_refused(done, *words)
+    assert not done.out
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / 'prompt').write_bytes(b'ab\xff\xfe')
+    done = python('sample.py', *flags(out_dir=chars(), start=f'FILE:{tmp_path / "prompt"}'))
+    assert_refused(done, str(tmp_path / 'prompt'), 'UTF-8')
+
+
+@pytest.mark.parametrize('kind', DAMAGES)
+def test_a_damaged_checkpoint_is_refused(tmp_path, kind):
+    shutil.copy(chars() / 'ckpt.pt', tmp_path / 'ckpt.pt')
+    damage(tmp_path / 'ckpt.pt', kind)
+    done = python('sample.py', *flags(out_dir=tmp_path))
+    assert_refused(done, 'n_head' if kind == 'flags that cannot be' else str(tmp_path / 'ckpt.pt'))
+    assert not done.out and not (tmp_path / 'bomb').exists()

@@ -1,0 +1,932 @@
+"""
+Training, as a user runs it: a run learns and reports, goes on bit by bit after a stop, and refuses in one sentence.
+
+Importing torch takes longer than these runs. So most of them start in a child of one process that has imported it
+(class Forks); the runs that are killed, compiled or spread over processes are started as a user would.
+"""
+import atexit
+import errno
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import checkpoint  # noqa: E402
+from data.tokenizer import ByteTokenizer, CharTokenizer  # noqa: E402
+from data.writer import write_dataset  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+TMP = Path(tempfile.mkdtemp(prefix='test_train_'))
+atexit.register(shutil.rmtree, TMP, ignore_errors=True)
+ENV = os.environ | {'OMP_NUM_THREADS': '1'}
+names = (TMP / f'run_{n}' for n in itertools.count())
+
+# ----------------------------------------------------------------------------------------------------------
+# Running scripts
+
+SERVER = '''
+import json, os, runpy, signal, sys, traceback
+sys.path.insert(0, os.getcwd())
+import torch, torch._dynamo, torch.distributed, tqdm
+import checkpoint, configurator, data.loader, data.tokenizer, kernels, model
+
+def child(job):
+    signal.alarm(job['seconds'])
+    for number, path in enumerate((os.devnull, job['out'], job['err'])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    os.environ.update(job['env'])
+    sys.argv, code = job['argv'], 0
+    try:
+        exec(job['before'], {})
+        runpy.run_path(job['argv'][0], run_name='__main__')
+    except SystemExit as end:
+        code = end.code if type(end.code) is int else int(end.code is not None)
+        if type(end.code) is str:
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+for line in sys.stdin:
+    pids = []
+    for job in json.loads(line):
+        pid = os.fork()
+        if pid == 0:
+            child(job)
+        pids.append(pid)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+'''
+
+
+class Forks:
+    """`python SCRIPT ARGUMENTS` without the seconds that Python and torch take to start."""
+    process = None
+
+    @classmethod
+    def run(cls, *jobs):
+        """jobs: (argv, environment, Python that the child runs first) -> a Result for each; they run side by side."""
+        if cls.process is None:
+            cls.process = subprocess.Popen([sys.executable, '-c', SERVER], cwd=ROOT, env=ENV, text=True,
+                                           stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            atexit.register(cls.process.wait)
+            atexit.register(cls.process.stdin.close)
+        outs = [str(next(names)) for _ in jobs]
+        sent = [{'argv': argv, 'env': env, 'before': before, 'out': f'{out}.out', 'err': f'{out}.err', 'seconds': 60}
+                for (argv, env, before), out in zip(jobs, outs)]
+        print(json.dumps(sent), file=cls.process.stdin, flush=True)
+        codes = json.loads(cls.process.stdout.readline())
+        return [Result(code, Path(f'{out}.out').read_text(), Path(f'{out}.err').read_text())
+                for code, out in zip(codes, outs)]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def python(script, *args, env={}, before=''):
+    return Forks.run(([script, *map(str, args)], env, before))[0]
+
+
+def real_python(*args, env={}, seconds=300):
+    """The same in a process of its own, from its first line on."""
+    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env=ENV | env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        # with the processes that it has started itself
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+    return Result(process.returncode, out, err)
+
+
+def flags(**settings):
+    return [f'--{name}={value}' for name, value in settings.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Toys
+
+TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, gradient_accumulation_steps=1, device='cpu',
+           max_iters=60, lr_decay_iters=60, warmup_iters=5, learning_rate=3e-3, log_interval=5, eval_interval=20,
+           eval_tokens=2048)
+
+
+def documents(n=100, words=60, seed=0):
+    """Texts from a small vocabulary of made-up words, every tenth for validation."""
+    rng = np.random.default_rng(seed)
+    known = [''.join(rng.choice(list('abcdefghij'), size)) for size in rng.integers(2, 6, 30)]
+    return [('val' if i % 10 == 0 else 'train', ' '.join(rng.choice(known, words)) + '\n') for i in range(n)]
+
+
+@functools.cache
+def dataset(name='bytes'):
+    """The folder of a prepared toy dataset: bytes, chars, or other, which has the bytes of other texts."""
+    folder, texts = TMP / 'data' / name, documents(seed=name == 'other')
+    tokenizer = CharTokenizer(''.join(text for _, text in texts)) if name == 'chars' else ByteTokenizer()
+    write_dataset(folder, texts, tokenizer, 'toy')
+    return folder
+
+
+def toy(out_dir, **settings):
+    """Arguments of train.py; those set here come last, so they win."""
+    data = {} if 'dataset' in settings else {'dataset': dataset()}
+    return flags(**TOY | data | {'out_dir': out_dir} | settings)
+
+
+def train(out_dir=None, **settings):
+    """Train a toy; the out_dir, and what the run printed."""
+    out_dir = out_dir or next(names)
+    done = python('train.py', *toy(out_dir, **settings))
+    assert done.code == 0 and not done.err, done
+    return Path(out_dir), done.out
+
+
+def resume(out_dir, **settings):
+    """Go on with a run, saying nothing but what is new."""
+    done = python('train.py', *flags(init_from='resume', out_dir=out_dir, **settings))
+    assert done.code == 0 and not done.err, done
+    return done.out
+
+
+@functools.cache
+def trained(**settings):
+    """The out_dir of a run that no test changes."""
+    return train(**settings)[0]
+
+
+@pytest.fixture
+def run_copy(tmp_path):
+    """A toy run of one's own."""
+    shutil.copytree(trained(), tmp_path / 'run')
+    return tmp_path / 'run'
+
+
+def load(out_dir, name='ckpt.pt'):
+    return torch.load(out_dir / name, weights_only=True)
+
+
+def metrics(out_dir):
+    return [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def curve(out_dir, *keys):
+    """What training and evaluations measured, without times."""
+    keys = keys or ('step', 'tokens', 'lr', 'train_loss', 'val_loss', 'val_bpb')
+    return [{key: line[key] for key in keys if key in line} for line in metrics(out_dir)]
+
+
+def losses(out_dir, key='train_loss'):
+    return [line[key] for line in metrics(out_dir) if key in line]
+
+
+def files(folder):
+    """Everything in a folder: {path: bytes}."""
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
+
+
+def differences(a, b, path=''):
+    """Paths at which two nested structures of tensors and plain values are not the same, bit for bit."""
+    if type(a) is not type(b):
+        return [f'{path}: {type(a).__name__} and {type(b).__name__}']
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f'{path}: {sorted(map(str, a.keys() ^ b.keys()))}']
+        return [d for key in a for d in differences(a[key], b[key], f'{path}/{key}')]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f'{path}: {len(a)} and {len(b)} entries']
+        return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f'{path}/{i}')]
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [f'{path}: {(a.double() - b.double()).abs().max()} apart']
+    return [] if a == b else [f'{path}: {a!r} and {b!r}']
+
+
+def assert_same_run(a, b):
+    """Two runs ended in the same state by the same way."""
+    assert curve(a) == curve(b)
+    for name in ('ckpt.pt', 'best.pt'):
+        one, two = load(a, name), load(b, name)
+        for key in ('settings', 'seconds'):
+            one.pop(key, None), two.pop(key, None)
+        assert not differences(one, two)
+
+
+def assert_refused(done, *words):
+    """It failed, with one sentence that holds these words."""
+    sentences = done.err.strip().splitlines()
+    assert done.code == 1 and len(sentences) == 1 and 'Traceback' not in done.err, done.err or done.out
+    for word in words:
+        assert word in done.err, f'{word!r} is not in: {done.err}'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+@functools.cache
+def first_run():
+    """The toy run, once as a user starts it: the out_dir and the output."""
+    out_dir = next(names)
+    done = real_python('train.py', *toy(out_dir))
+    assert done.code == 0 and not done.err, done
+    return out_dir, done.out
+
+
+def test_a_run_learns():
+    val = losses(first_run()[0], 'val_loss')
+    # an even guess costs ln 257 = 5.5, knowing how often each letter comes about 2.4
+    assert len(val) == 3 and val[-1] < 2.7, val
+    assert losses(first_run()[0])[0] > 4.9
+
+
+def test_forked_runs_equal_real_ones():
+    assert_same_run(trained(), first_run()[0])
+
+
+def test_metrics_say_what_was_measured():
+    lines, meta = metrics(first_run()[0]), json.loads((dataset() / 'meta.json').read_text())
+    for line in lines:
+        known = {'step', 'tokens', 'lr', 'seconds'}
+        kind = {'val_loss', 'val_bpb'} if 'val_loss' in line else {'train_loss', 'tokens_per_s', 'mfu'}
+        assert line.keys() == known | kind
+        assert line['tokens'] == line['step'] * 8 * 32
+        if 'val_loss' in line:
+            bits = line['val_loss'] / math.log(2) / meta['val_bytes_per_token']
+            assert line['val_bpb'] == pytest.approx(bits, rel=1e-12)
+    assert [line['step'] for line in lines if 'train_loss' in line] == list(range(5, 61, 5))
+    assert [line['step'] for line in lines if 'val_loss' in line] == [20, 40, 60]
+    seconds = [line['seconds'] for line in lines]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_speed_is_tokens_by_time():
+    """The speeds between log lines agree with the clock, which runs on during the few evaluations."""
+    lines = [line for line in metrics(trained(eval_interval=60, batch_size=16)) if 'train_loss' in line]
+    by_speed = sum(5 * 16 * 32 / line['tokens_per_s'] for line in lines[1:])
+    by_clock = lines[-1]['seconds'] - lines[0]['seconds']
+    assert 0.8 * by_clock < by_speed < 1.2 * by_clock + 0.01
+
+
+def test_files_of_a_run():
+    out_dir = first_run()[0]
+    assert {path.name for path in out_dir.iterdir()} == {'ckpt.pt', 'best.pt', 'metrics.jsonl', 'config.json'}
+    config = json.loads((out_dir / 'config.json').read_text())
+    assert GPTConfig(**config['model']).n_embd == 32
+    assert config['settings']['max_iters'] == 60 and config['settings']['learning_rate'] == 3e-3
+    newest, best = load(out_dir), load(out_dir, 'best.pt')
+    assert newest['step'] == 60 and newest['config'] == config['model']
+    assert newest['meta'] == json.loads((dataset() / 'meta.json').read_text())
+    # every float of an optimizer would have a key
+    assert not best.keys() & {'optimizers', 'rng', 'cuda_rng', 'scaler'}
+    assert not differences(best['model'], newest['model'])
+
+
+def test_best_is_the_lowest_validation_loss():
+    """A learning rate that explodes after its first checkpoint: the best stays, the newest goes on."""
+    settings = dict(max_iters=60, warmup_iters=50, learning_rate=3.0, grad_clip=0, eval_interval=5)
+    kept = trained(**settings)
+    val = losses(kept, 'val_loss')
+    best = 5 * (1 + val.index(min(val)))
+    assert best < 60 and load(kept, 'best.pt')['step'] == best and load(kept)['step'] == 60
+    assert load(kept, 'best.pt')['best_val_loss'] == load(kept)['best_val_loss'] == min(val)
+    # nanoGPT's setting for small data
+    assert load(trained(always_save_checkpoint=False, **settings))['step'] == best
+
+
+def test_start_report():
+    out = first_run()[1]
+    head, _, tail = out.partition('step 5:')
+    # wte 257 x 32, wpe 32 x 32, and in each of two blocks 12 x 32 x 32 weights, 11 x 32 biases, two norms of 64
+    weights, rest = 2 * 12 * 32 * 32, 257 * 32 + 32 * 32 + 2 * (9 + 4) * 32 + 2 * 32
+    assert f'{(weights + rest) / 1e3:.3g}k parameters' in head
+    # six for each weight that multiplies, and the scores of 32 keys in each layer
+    flops = 6 * (weights + 257 * 32) + 2 * 12 * 32 * 32
+    assert f'{flops / 1e3:.3g}k FLOPs per token' in head
+    # keys and values of two bytes, and a position of four
+    assert f'{2 * 32 * (2 * 32 * 2 + 4) / 1e3:.3g}kB of cache' in head
+    assert re.search(r'\b256 tokens\b', head) and '60 steps: 15.4k tokens' in head
+    assert 'cpu' in head and 'float32' in head and 'eager' in head
+    assert re.search(r'time +about .* for 48 steps', tail)
+    assert re.search(r'step 20: val loss \d\.\d{4}, \d\.\d{4} bits per byte', tail)
+
+
+def test_eval_only_writes_nothing(run_copy, tmp_path):
+    before = files(run_copy)
+    out = resume(run_copy, eval_only=True)
+    assert f'step 60: val loss {losses(run_copy, "val_loss")[-1]:.4f}' in out
+    train(run_copy, eval_only=True)
+    assert files(run_copy) == before
+    assert 'step 0: val loss 5.' in train(tmp_path / 'new', eval_only=True)[1]
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_run_is_not_overwritten_unasked(run_copy):
+    before = files(run_copy)
+    done = python('train.py', *toy(run_copy))
+    assert_refused(done, str(run_copy), '--init_from=resume', '--overwrite=True')
+    assert files(run_copy) == before
+    train(run_copy, overwrite=True, max_iters=10, eval_interval=10)
+    assert load(run_copy)['step'] == load(run_copy, 'best.pt')['step'] == 10
+    assert [line['step'] for line in metrics(run_copy)] == [5, 10, 10]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Going on
+
+
+@pytest.mark.parametrize('settings', [
+    dict(optimizer='adamw'),
+    dict(optimizer='muon', dropout=0.1),
+    dict(optimizer='adamw', dropout=0.1, dtype='bfloat16'),
+    dict(optimizer='muon', dtype='bfloat16', schedule='wsd'),
+    dict(optimizer='muon', dropout=0.1, dtype='float16'),
+], ids=lambda settings: '-'.join(map(str, settings.values())))
+def test_resume_is_bit_exact_twice(settings):
+    whole = trained(**settings)
+    parts, _ = train(max_iters=20, **settings)
+    assert load(parts)['step'] == 20
+    for stop in (40, 60):
+        assert f'going on at step {stop - 20}' in resume(parts, max_iters=stop)
+    assert_same_run(parts, whole)
+
+
+def start_and_signal(args, step, kind):
+    """A training process that gets a signal after it has printed a step; its exit code."""
+    process = subprocess.Popen([sys.executable, 'train.py', *args], cwd=ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with process.stdout:
+        for line in process.stdout:
+            if line.startswith(f'step {step}:'):
+                process.send_signal(kind)
+                break
+    return process.wait()
+
+
+def test_kill_and_resume_end_with_the_same_weights(tmp_path):
+    # a second and more after each signal, so that it finds the process at work
+    settings = dict(gradient_accumulation_steps=4, log_interval=1, dropout=0.1)
+    killed = tmp_path / 'killed'
+    assert start_and_signal(toy(killed, **settings), 25, signal.SIGKILL) == -signal.SIGKILL
+    at = load(killed)['step']
+    assert at in (20, 40) and metrics(killed)[-1]['step'] > at
+    again = flags(init_from='resume', out_dir=killed)
+    assert start_and_signal(again, 45, signal.SIGTERM) == -signal.SIGTERM
+    assert load(killed)['step'] == 40
+    steps = [line['step'] for line in metrics(killed) if 'train_loss' in line]
+    assert steps == list(range(1, 1 + steps[-1])) and steps[-1] > 40
+    resume(killed)
+    assert_same_run(killed, trained(**settings))
+
+
+def test_resume_between_log_lines_leaves_the_curve_as_it_was():
+    """Log lines are means over the steps since the last: those before the checkpoint count too."""
+    settings = dict(log_interval=7, eval_interval=10, max_iters=30)
+    whole, stopped = trained(**settings), next(names)
+    # no signal is so exact: the process ends itself in the middle of step 25
+    done = python('train.py', *toy(stopped, **settings), before='''
+import os, data.loader
+batch, calls = data.loader.Dataset.train_batch, []
+def train_batch(self, *args):
+    calls.append(args)
+    if len(calls) == 25:
+        os._exit(9)
+    return batch(self, *args)
+data.loader.Dataset.train_batch = train_batch''')
+    assert done.code == 9 and load(stopped)['step'] == 20
+    resume(stopped)
+    assert curve(stopped) == curve(whole)
+
+
+def test_metrics_are_rewound_to_the_checkpoint(run_copy):
+    whole = curve(run_copy)
+    line = (run_copy / 'metrics.jsonl').read_text().splitlines()[-2]
+    assert json.loads(line)['step'] == 60
+    with open(run_copy / 'metrics.jsonl', 'a') as f:
+        # a killed run was further than its checkpoint, and in the middle of a line
+        f.write(line.replace('"step": 60', '"step": 65') + '\n')
+        f.write(line.replace('"step": 60', '"step": 70')[:30] + '\0\0')
+    resume(run_copy)
+    assert curve(run_copy) == whole
+    resume(run_copy, max_iters=70, eval_interval=5)
+    assert [line['step'] for line in metrics(run_copy)][-5:] == [60, 65, 65, 70, 70]
+
+
+def test_a_torn_line_alone_is_dropped(run_copy):
+    text = (run_copy / 'metrics.jsonl').read_text()
+    (run_copy / 'metrics.jsonl').write_text(text + '{"step": 60, "tok')
+    resume(run_copy, max_iters=65)
+    assert (run_copy / 'metrics.jsonl').read_text().startswith(text)
+    assert metrics(run_copy)[-1]['step'] == 65
+
+
+def test_seconds_go_on_after_resume(run_copy):
+    before = metrics(run_copy)[-1]['seconds']
+    resume(run_copy, max_iters=70)
+    assert metrics(run_copy)[-1]['seconds'] > before
+
+
+def test_resume_of_a_finished_run_changes_nothing(run_copy):
+    before = files(run_copy)
+    resume(run_copy)
+    assert {path: data for path, data in files(run_copy).items() if path.name != 'config.json'} == {
+        path: data for path, data in before.items() if path.name != 'config.json'}
+
+
+def test_resume_takes_a_moved_run_and_repeated_flags(run_copy):
+    """Flags that say what the checkpoint says are no contradiction, nor are those that may change."""
+    done = python('train.py', *toy(run_copy, init_from='resume', max_iters=65, eval_interval=65, learning_rate=1e-3))
+    assert done.code == 0, done
+    assert load(run_copy)['step'] == 65
+
+
+@pytest.mark.parametrize('flag, was, now', [
+    ('n_layer', '2', '3'), ('batch_size', '8', '4'), ('gradient_accumulation_steps', '1', '2'), ('seed', '1337', '1'),
+    ('optimizer', 'adamw', 'muon'), ('norm', 'layernorm', 'rmsnorm'), ('block_size', '32', '16'), ('dataset', '', ''),
+])
+def test_resume_refuses_contradictions(run_copy, flag, was, now):
+    before = files(run_copy)
+    if flag == 'dataset':
+        was, now = dataset(), dataset('other')
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80, **{flag: now}))
+    assert_refused(done, flag, str(was), str(now))
+    assert files(run_copy) == before
+
+
+def test_resume_lists_all_contradictions(run_copy):
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, n_layer=3, batch_size=4))
+    assert_refused(done, 'n_layer (checkpoint 2, now 3', 'batch_size (checkpoint 8, now 4')
+
+
+def test_resume_refuses_fewer_steps_than_were_made(run_copy):
+    before = files(run_copy)
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=20))
+    assert_refused(done, 'max_iters=20', '60')
+    assert files(run_copy) == before
+
+
+def test_resume_refuses_a_dataset_prepared_anew(tmp_path):
+    folder, run = tmp_path / 'data', tmp_path / 'run'
+    shutil.copytree(dataset(), folder)
+    train(run, dataset=folder, max_iters=5)
+    write_dataset(folder, documents(seed=2), ByteTokenizer(), 'toy')
+    before = files(run)
+    done = python('train.py', *flags(init_from='resume', out_dir=run, max_iters=10))
+    assert_refused(done, str(folder), 'anew')
+    assert files(run) == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return str(s.getsockname()[1])
+
+
+def pair(*args):
+    """train.py in two processes, as torchrun starts them; their Results."""
+    port = free_port()
+    return Forks.run(*(([['train.py', *map(str, args)], {
+        'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}, ''])
+        for rank in '01'))
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Three windows: one process evaluates a full batch, the other half of one. Rotary models have buffers."""
+    settings = dict(gradient_accumulation_steps=2, max_iters=20, log_interval=2, eval_interval=10, batch_size=2,
+                    eval_tokens=3 * 32 + 5, pos='rope')
+    done = real_python('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py',
+                       *toy(tmp_path, **settings), seconds=90)
+    assert done.code == 0, done
+    one = trained(**settings)
+    assert curve(tmp_path, 'step', 'tokens', 'lr') == curve(one, 'step', 'tokens', 'lr')
+    for key, count in (('train_loss', 10), ('val_loss', 2)):
+        assert len(losses(one, key)) == count
+        assert losses(tmp_path, key) == pytest.approx(losses(one, key), rel=1e-5)
+    # one of them speaks
+    assert done.out.count('step 20: val loss') == 1 and '2 x cpu' in done.out
+    for name, weight in load(one)['model'].items():
+        torch.testing.assert_close(load(tmp_path)['model'][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_draw_different_dropout_and_resume_bit_exact(tmp_path):
+    settings = dict(gradient_accumulation_steps=2, batch_size=2, dropout=0.2, log_interval=2, eval_interval=10,
+                    lr_decay_iters=20)
+    for done in pair(*toy(tmp_path / 'whole', max_iters=20, **settings)):
+        assert done.code == 0, done
+    for done in pair(*toy(tmp_path / 'parts', max_iters=10, **settings)):
+        assert done.code == 0, done
+    for done in pair(*flags(init_from='resume', out_dir=tmp_path / 'parts', max_iters=20)):
+        assert done.code == 0, done
+    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+def test_micro_batches_must_divide_among_processes(tmp_path):
+    done = python('train.py', *toy(tmp_path / 'run', gradient_accumulation_steps=3),
+                  env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'})
+    assert_refused(done, 'gradient_accumulation_steps=3', '2')
+    assert not (tmp_path / 'run').exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What must not matter
+
+
+def test_accumulation_equals_a_larger_batch():
+    """And the validation loss is a mean over tokens: seven windows are 4 + 3 or 7, and 3 + 3 + 1."""
+    settings = dict(eval_tokens=7 * 32 + 5, eval_interval=10, max_iters=20, log_interval=1)
+    whole = trained(batch_size=12, **settings)
+    for batch_size, micro_batches in ((4, 3), (3, 4)):
+        parts = trained(batch_size=batch_size, gradient_accumulation_steps=micro_batches, **settings)
+        assert curve(parts, 'step', 'tokens') == curve(whole, 'step', 'tokens')
+        for key in ('train_loss', 'val_loss'):
+            assert losses(parts, key) == pytest.approx(losses(whole, key), rel=1e-5)
+
+
+def test_evaluation_does_not_change_training():
+    settings = dict(max_iters=50, log_interval=1, dropout=0.1)
+    often, seldom = trained(eval_interval=5, **settings), trained(eval_interval=50, eval_tokens=64, **settings)
+    assert len(losses(often)) == 50 and losses(often) == losses(seldom)
+    assert not differences(load(often)['model'], load(seldom)['model'])
+
+
+def test_log_interval_does_not_change_training():
+    assert not differences(load(trained())['model'], load(trained(log_interval=7))['model'])
+
+
+def test_seed_decides_weights_and_batches(tmp_path):
+    settings = dict(max_iters=5, log_interval=1, learning_rate=1e-9, min_lr=0.0)
+    same, other = trained(**settings), trained(seed=1, **settings)
+    # hardly any learning: these are the losses of initial weights on other batches
+    assert all(a != b for a, b in zip(losses(same), losses(other)))
+    assert losses(train(tmp_path / 'again', **settings)[0]) == losses(same)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Optimization
+
+
+def cosine(n):
+    part = (n - 5) / (30 - 5)
+    return 1e-4 + (2e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * part)) if n < 30 else 1e-4
+
+
+def wsd(n):
+    # half of 30 steps go down
+    return 2e-3 if n < 15 else 2e-3 + (1e-4 - 2e-3) * (n - 15) / 15 if n < 30 else 1e-4
+
+
+@pytest.mark.parametrize('after_warmup, settings', [
+    (cosine, dict(schedule='cosine')),
+    (wsd, dict(schedule='wsd', wsd_decay=0.5)),
+    (wsd, dict(schedule='wsd', wsd_decay=0.5, optimizer='muon', muon_lr=0.01)),
+    (lambda n: 2e-3, dict(decay_lr=False)),
+], ids=['cosine', 'wsd', 'wsd_muon', 'constant'])
+def test_learning_rate_schedule(after_warmup, settings):
+    out_dir = trained(learning_rate=2e-3, min_lr=1e-4, warmup_iters=5, lr_decay_iters=30, max_iters=34,
+                      log_interval=1, eval_interval=17, **settings)
+    rates = {line['step']: line['lr'] for line in metrics(out_dir) if 'train_loss' in line}
+    # the line of step n tells the rate with which step n was made, the one that nanoGPT calls iteration n - 1
+    want = {n + 1: 2e-3 * (n + 1) / 6 if n < 5 else after_warmup(n) for n in range(34)}
+    assert rates == pytest.approx(want, rel=1e-9)
+    groups = [group for state in load(out_dir)['optimizers'] for group in state['param_groups']]
+    used = {group['lr'] / group['peak_lr'] for group in groups}
+    assert max(used) == pytest.approx(want[34] / 2e-3, rel=1e-9) and max(used) - min(used) < 1e-12
+    assert {group['peak_lr'] for group in groups} == ({0.01, 2e-3} if 'optimizer' in settings else {2e-3})
+
+
+def test_min_lr_is_a_tenth_unless_said():
+    assert metrics(trained(max_iters=61))[-1]['lr'] == pytest.approx(3e-4, rel=1e-9)
+
+
+def test_gradients_are_clipped():
+    """AdamW divides by the size of the gradient, plus 1e-8: only a gradient clipped below that moves little."""
+    settings = dict(max_iters=20, weight_decay=0.0, log_interval=1)
+    assert losses(trained(grad_clip=1e-12, **settings))[-1] > 5.3
+    without = losses(trained(grad_clip=0, **settings))
+    assert without[-1] < 4.5
+    assert without == losses(trained(grad_clip=1e9, **settings))
+    assert without != losses(trained(grad_clip=0.1, **settings))
+
+
+@pytest.mark.parametrize('tie', [True, False])
+def test_every_parameter_has_one_kind(tie):
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=61, qk_norm=True, tie=tie))
+    kinds, named = model.param_kinds(), dict(model.named_parameters())
+    assert kinds.keys() == named.keys()
+    for name, p in named.items():
+        outer = name in ('wte.weight', 'wpe.weight', 'lm_head.weight')
+        assert kinds[name] == ('vector' if p.dim() == 1 else 'embedding' if outer else 'matrix'), name
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_every_parameter_is_optimized_once_and_vectors_do_not_decay(optimizer):
+    state = load(trained(optimizer=optimizer, tie=False, max_iters=5, weight_decay=0.3))
+    shapes = {0.0: [], 0.3: []}
+    for opt in state['optimizers']:
+        for group in opt['param_groups']:
+            moments = [opt['state'][i] for i in group['params']]
+            shapes[group['weight_decay']] += [tuple(m.get('exp_avg', m.get('momentum_buffer')).shape) for m in moments]
+    weights = [tuple(w.shape) for w in state['model'].values()]
+    assert sorted(shapes[0.0]) == sorted(s for s in weights if len(s) == 1)
+    assert sorted(shapes[0.3]) == sorted(s for s in weights if len(s) == 2)
+    if optimizer == 'muon':
+        muon = [tuple(m['momentum_buffer'].shape) for m in state['optimizers'][0]['state'].values()]
+        assert sorted(muon) == sorted(2 * [(96, 32), (32, 32), (128, 32), (32, 128)])
+
+
+def test_weight_decay_shrinks_matrices_alone():
+    """With a gradient clipped away, decay is all that moves: (1 - rate * decay) a step for matrices and embeddings."""
+    settings = dict(max_iters=20, grad_clip=1e-20, decay_lr=False, warmup_iters=0, learning_rate=0.01)
+    still = load(trained(weight_decay=0.0, **settings))['model']
+    decayed = load(trained(weight_decay=1.0, **settings))['model']
+    for name, weight in still.items():
+        factor = 1.0 if weight.dim() == 1 else 0.99 ** 20
+        torch.testing.assert_close(decayed[name], factor * weight, rtol=1e-3, atol=1e-6, msg=name)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Compilation
+
+
+def test_compile_equals_eager(tmp_path):
+    """The graphs are traced, forward and backward, but run by PyTorch: C++ would take a minute to compile."""
+    settings = dict(max_iters=4, n_layer=1, log_interval=2, eval_interval=2, eval_tokens=11 * 32)
+    done = python('train.py', *toy(tmp_path / 'run', compile=True, **settings), before='''
+import torch
+torch_compile = torch.compile
+def compile(what):
+    return torch_compile(what, backend='aot_eager' if isinstance(what, torch.nn.Module) else 'eager')
+torch.compile = compile''')
+    assert done.code == 0 and ', compiled' in done.out, done
+    eager = trained(**settings)
+    for key in ('train_loss', 'val_loss'):
+        assert losses(tmp_path / 'run', key) == pytest.approx(losses(eager, key), rel=1e-4)
+    # a compiled model's names have a prefix that a checkpoint must not
+    assert load(tmp_path / 'run')['model'].keys() == load(eager)['model'].keys()
+
+
+def test_without_a_compiler_training_is_eager(tmp_path):
+    env = {'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no_compiler'), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    done = real_python('train.py', *toy(tmp_path / 'run', compile=True, max_iters=2), env=env)
+    assert done.code == 0 and 'Traceback' not in done.err, done
+    assert 'torch.compile does not work here' in done.out and 'eager' in done.out
+    assert load(tmp_path / 'run')['step'] == 2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def broken_save(monkeypatch, how):
+    """Fails like a full disk, at some point of writing a checkpoint."""
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def half(state, f):
+        f.write(b'half of a checkpoint')
+        full()
+
+    if how == 'while writing':
+        monkeypatch.setattr(torch, 'save', half)
+    else:
+        monkeypatch.setattr(os, {'at the end': 'replace', 'on flushing': 'fsync'}[how], full)
+
+
+@pytest.mark.parametrize('how', ['while writing', 'on flushing', 'at the end'])
+def test_a_failed_write_leaves_the_old_checkpoint(monkeypatch, tmp_path, how):
+    path = str(tmp_path / 'ckpt.pt')
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=5))
+    old, new = (checkpoint.contents(model, settings={}, meta={}, step=step) for step in (1, 2))
+    checkpoint.save(path, old)
+    with monkeypatch.context() as patch:
+        broken_save(patch, how)
+        with pytest.raises(OSError, match='No space'):
+            checkpoint.save(path, new)
+    assert checkpoint.load(path)['step'] == 1
+    checkpoint.save(path, new)
+    assert checkpoint.load(path)['step'] == 2
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(run_copy):
+    """The largest file that the system lets it write is smaller than a checkpoint."""
+    before = (run_copy / 'ckpt.pt').read_bytes(), (run_copy / 'best.pt').read_bytes()
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80), before='''
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))''')
+    assert done.code != 0
+    assert ((run_copy / 'ckpt.pt').read_bytes(), (run_copy / 'best.pt').read_bytes()) == before
+    resume(run_copy, max_iters=80)
+    assert_same_run(run_copy, trained(max_iters=80))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def damage(path, kind):
+    """Put something else in place of a checkpoint."""
+    data = path.read_bytes()
+    if kind == 'missing':
+        path.unlink()
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'truncated':
+        path.write_bytes(data[:len(data) // 2])
+    elif kind == 'one byte short':
+        path.write_bytes(data[:-1])
+    elif kind == 'garbage':
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif kind == 'text':
+        path.write_text('version https://git-lfs.github.com/spec/v1\n')
+    elif kind == 'a list':
+        torch.save([1, 2], path)
+    elif kind == 'another script':
+        torch.save({'state_dict': {}}, path)
+    elif kind == 'pickle':
+        path.write_bytes(pickle.dumps(Bomb(path.parent / 'bomb')))
+    elif kind == 'code inside':
+        torch.save(torch.load(path, weights_only=True) | {'step': Bomb(path.parent / 'bomb')}, path)
+    else:
+        state = torch.load(path, weights_only=True)
+        if kind == 'weights of another model':
+            state['config']['n_layer'] = 3
+        elif kind == 'weights of another size':
+            state['config']['n_embd'] = 64
+        elif kind == 'flags of the future':
+            state['config']['flux'] = 1.21
+        elif kind == 'flags that cannot be':
+            state['config']['n_head'] = 5
+        elif kind == 'weights lost':
+            del state['model']['ln_f.weight']
+        torch.save(state, path)
+
+
+DAMAGES = ['missing', 'empty', 'truncated', 'one byte short', 'garbage', 'text', 'a list', 'another script', 'pickle',
+           'code inside', 'weights of another model', 'weights of another size', 'flags of the future',
+           'flags that cannot be', 'weights lost']
+
+
+@pytest.mark.parametrize('kind', DAMAGES)
+def test_resume_refuses_a_damaged_checkpoint(run_copy, kind):
+    damage(run_copy / 'ckpt.pt', kind)
+    before = files(run_copy)
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80))
+    assert_refused(done, 'n_head' if kind == 'flags that cannot be' else str(run_copy / 'ckpt.pt'))
+    assert 'weights_only' not in done.err, 'it must not tell the user to run what is in there'
+    assert files(run_copy) == before
+    assert not (run_copy / 'bomb').exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize('arg, words', [
+    ('--n_layers=3', ['--n_layers', '--n_layer?']),
+    ('config/llama_smal.py', ['config/llama_smal.py', 'config/llama_small.py']),
+    ('--n_layer=two', ['--n_layer=two', 'int']),
+    ('--learning_rate=fast', ['--learning_rate=fast', 'float']),
+    ('--n_head=3', ['n_embd=32', 'n_head=3']),
+    ('--n_layer=0', ['n_layer=0']),
+    ('--block_size=0', ['block_size=0']),
+    ('--dropout=1.0', ['dropout=1.0']),
+    ('--dataset=never_prepared', ['never_prepared', 'python data/text/prepare.py', '--name=never_prepared']),
+    ('--vocab_size=100', ['vocab_size=100', '257']),
+    ('--block_size=100000', ['block_size=100000', 'train']),
+    ('--block_size=4000', ['block_size=4000', 'val']),
+    ('--device=cuda:99', ['device=cuda:99']),
+    ('--device=gpu', ['device=gpu']),
+    ('--init_from=resmue', ['init_from=resmue', 'scratch', 'resume']),
+    ('--optimizer=adam', ['optimizer=adam', 'adamw', 'muon']),
+    ('--schedule=linear', ['schedule=linear', 'cosine', 'wsd']),
+    ('--dtype=fp16', ['dtype=fp16', 'float16']),
+    ('--batch_size=0', ['batch_size=0']),
+    ('--batch_size=-8', ['batch_size=-8']),
+    ('--gradient_accumulation_steps=0', ['gradient_accumulation_steps=0']),
+    ('--max_iters=0', ['max_iters=0']),
+    ('--max_iters=-1', ['max_iters=-1']),
+    ('--log_interval=0', ['log_interval=0']),
+    ('--eval_interval=0', ['eval_interval=0']),
+    ('--eval_iters=0', ['eval_iters=0']),
+    ('--eval_tokens=31', ['eval_tokens=31', '32']),
+    ('--eval_tokens=0', ['eval_tokens=0']),
+    ('--eval_tokens=-5', ['eval_tokens=-5']),
+    ('--learning_rate=0', ['learning_rate=0']),
+    ('--learning_rate=-0.1', ['learning_rate=-0.1']),
+    ('--muon_lr=-0.1', ['muon_lr=-0.1']),
+    ('--min_lr=0.1', ['min_lr=0.1', 'learning_rate=0.003']),
+    ('--min_lr=-0.1', ['min_lr=-0.1']),
+    ('--warmup_iters=-1', ['warmup_iters=-1']),
+    ('--lr_decay_iters=0', ['lr_decay_iters=0']),
+    ('--wsd_decay=-0.1', ['wsd_decay=-0.1']),
+    ('--wsd_decay=1.5', ['wsd_decay=1.5']),
+    ('--weight_decay=-0.1', ['weight_decay=-0.1']),
+    ('--grad_clip=-1', ['grad_clip=-1']),
+    ('--beta1=1.0', ['beta1=1.0']),
+    ('--beta2=-0.5', ['beta2=-0.5']),
+])
+def test_bad_input_is_refused_in_a_sentence(arg, words, tmp_path):
+    done = python('train.py', *toy(tmp_path / 'run'), arg)
+    assert_refused(done, *words)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_refusals_are_the_same_in_a_process_of_their_own(tmp_path):
+    assert_refused(real_python('train.py', *toy(tmp_path / 'run'), '--n_head=3'), 'n_embd=32', 'n_head=3')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_dataset_that_has_a_script_names_it(tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'prepare.py').write_text('raise SystemExit(1)')
+    done = python('train.py', *toy(tmp_path / 'run', dataset=tmp_path / 'mine'))
+    assert_refused(done, 'python data/mine/prepare.py')
+
+
+@pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
+def test_truncated_dataset_is_refused(tmp_path, name):
+    folder = tmp_path / 'cut'
+    shutil.copytree(dataset(), folder)
+    os.truncate(folder / name, (folder / name).stat().st_size - 2)
+    done = python('train.py', *toy(tmp_path / 'run', dataset=folder))
+    assert_refused(done, str(folder / name), 'again')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_out_dir_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    for out_dir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        assert_refused(python('train.py', *toy(out_dir)), str(out_dir))
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_wandb_that_is_missing_is_refused_before_anything_is_lost(run_copy):
+    before = files(run_copy)
+    done = python('train.py', *toy(run_copy, overwrite=True, wandb_log=True), before='''
+import sys
+sys.modules['wandb'] = None''')
+    assert_refused(done, 'wandb', 'pip install wandb')
+    assert files(run_copy) == before
+
+
+def test_warmup_longer_than_the_run_is_said(tmp_path):
+    """nanoGPT's command lines cut short by --max_iters must run; but the rate never gets where it was set to."""
+    out = train(tmp_path / 'run', max_iters=10, warmup_iters=100)[1]
+    assert 'warmup_iters=100' in out
+    assert metrics(tmp_path / 'run')[-1]['lr'] == pytest.approx(3e-3 * 10 / 101, rel=1e-9)
+    assert 'warmup_iters=' not in first_run()[1]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# nanoGPT's command lines
+
+CUT = ['--max_iters=2', '--eval_interval=2', '--eval_iters=2']
+
+
+@pytest.mark.parametrize('line', [
+    'config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 '
+    '--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0',
+    'config/train_shakespeare_char.py --n_layer=2 --n_embd=48 --block_size=32 --batch_size=4 --device=cpu',
+    'config/train_gpt2.py --batch_size=2 --gradient_accumulation_steps=2 --compile=False --device=cpu --wandb_log=False '
+    '--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --vocab_size=304',
+    '--batch_size=2 --compile=False --device=cpu --eval_only=True --n_layer=2 --n_head=2 --n_embd=32 --block_size=32',
+])
+def test_command_lines_of_nanogpt_run(line, tmp_path):
+    data = dataset('chars' if 'shakespeare' in line else 'bytes')
+    done = python('train.py', *line.split(), f'--dataset={data}', f'--out_dir={tmp_path / "out"}', *CUT)
+    assert done.code == 0 and not done.err, done
+    if 'eval_only' in line:
+        assert not (tmp_path / 'out').exists()
+    else:
+        assert load(tmp_path / 'out')['step'] == 2
