@@ -72,6 +72,14 @@ def refuse_contradictions(state, config, settings, given):
                          'leave that out, or start a new run in another out_dir')
 
 
+def check_device(device):
+    """ValueError, one sentence, for a device that this machine does not have."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f'device={device} must be one that this machine has: try --device=auto') from None
+
+
 def claim(out_dir):
     """Make the folder of a run. ValueError, one sentence, where there can be none."""
     try:

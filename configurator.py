@@ -75,7 +75,7 @@ def one_sentence():
     """Within it, a ValueError or a missing file, both refusals, ends the script with its message alone."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

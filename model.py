@@ -67,6 +67,7 @@ class GPTConfig:
         self._must('head_dim', self.pos != 'rope' or self.head_dim % 2 == 0, 'be even when pos=rope')
         self._must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
         self._must('rope_theta', self.rope_theta > 1, 'be above 1')
+        self._must('rope_theta', self.pos == 'rope' or self.rope_theta == 10000.0, 'be left out unless pos=rope')
         self._must('ffn_width', self.ffn_width >= 1, 'be at least 1')
         self._must('norm_eps', self.norm_eps > 0, 'be above 0')
         self._must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
@@ -557,14 +558,19 @@ class GPT(nn.Module):
                     return
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token a row. logits (B,V) -> (B,1) int64. top_p: Holtzman et al. 2019 (nucleus sampling)."""
+def check_sampling(temperature, top_k, top_p):
+    """ValueError, one sentence, for values that `sample` cannot take."""
     if temperature < 0:
         raise ValueError(f'temperature={temperature} must be 0 (the likeliest token) or above')
     if top_k is not None and top_k < 1:
         raise ValueError(f'top_k={top_k} must be at least 1, or None for all tokens')
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f'top_p={top_p} must be above 0 and at most 1, or None for all tokens')
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw one token a row. logits (B,V) -> (B,1) int64. top_p: Holtzman et al. 2019 (nucleus sampling)."""
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature

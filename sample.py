@@ -13,7 +13,9 @@ import torch
 
 import checkpoint
 from configurator import configure, one_sentence
+from data.common import read_text
 from data.tokenizer import from_meta
+from model import check_sampling
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -42,6 +44,13 @@ if dtype == 'auto':
     dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
 
 with one_sentence():
+    checkpoint.check_device(device)
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f'dtype={dtype} must be one of auto, float32, bfloat16, float16')
+    for name, value in (('num_samples', num_samples), ('max_new_tokens', max_new_tokens)):
+        if value < 1:
+            raise ValueError(f'{name}={value} must be at least 1')
+    check_sampling(temperature, top_k, top_p)
     path = os.path.join(out_dir, ckpt)
     if ckpt == 'best.pt' and not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')
@@ -49,8 +58,7 @@ with one_sentence():
     model = checkpoint.build(state, path).eval().to(device, getattr(torch, dtype))
     tokenizer = from_meta(state['meta']['tokenizer'])
     if start.startswith('FILE:'):
-        with open(start.removeprefix('FILE:'), encoding='utf-8') as f:
-            start = f.read()
+        start = read_text(start.removeprefix('FILE:'))
     new_document = start in ('', '<|endoftext|>') and tokenizer.eot is not None
     prompt = [tokenizer.eot] if new_document else tokenizer.encode(start)
     if not prompt:
@@ -67,7 +75,7 @@ if compile:
 # ----------------------------------------------------------------------------------------------------------
 # Samples, printed as they come
 
-idx = torch.tensor([prompt], device=device)
+idx, ran_out = torch.tensor([prompt], device=device), False
 for n in range(num_samples):
     # a character may be spread over several tokens: nothing is printed before its last byte
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
@@ -80,7 +88,8 @@ for n in range(num_samples):
         if token.item() != tokenizer.eot:
             print(decoder.decode(tokenizer.decode_bytes([token.item()])), end='', flush=True)
     print(decoder.decode(b'', final=True))
+    ran_out |= count == room < max_new_tokens
     rate = (count - 1) / (time.time() - prefilled) if count > 1 else 0.0
     print(f'--------------- {count} tokens, the first after {prefilled - began:.3f} s, then {rate:.1f} tokens/s')
-if room < max_new_tokens:
+if ran_out:
     print(f'stopped at block_size={model.wpe.max_tokens}, where learned positions end; a model with pos=rope goes on')

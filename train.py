@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 
 import torch
@@ -125,10 +126,7 @@ if world > 1:
     dist.init_process_group('gloo' if device == 'cpu' else backend)
 device_type = device.split(':')[0]
 with one_sentence():
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f'device={device} must be one that this machine has: try --device=auto') from None
+    checkpoint.check_device(device)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
 torch.set_float32_matmul_precision('high')
@@ -341,7 +339,7 @@ start_time = interval_start = time.time()
 timed_steps = 0
 interval_loss, interval_steps = torch.zeros((), device=device), 0  # of this process, since the last log line
 if resumed:
-    interval_loss += resumed['interval'][0]
+    interval_loss += resumed['interval'][0] if master else 0.0
     interval_steps = resumed['interval'][1]
 
 while True:
@@ -355,15 +353,18 @@ while True:
             if improved:
                 save('best.pt')
             if improved or always_save_checkpoint:
+                so_far = interval_loss.clone()
+                if world > 1:
+                    dist.all_reduce(so_far)
                 save('ckpt.pt', optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
-                     interval=(interval_loss.item(), interval_steps),
+                     interval=(so_far.item(), interval_steps),
                      seconds=seconds_before + time.time() - start_time)
         interval_start += time.time() - paused
     if eval_only or step >= max_iters:
         break
 
     # dropout draws from (seed, step, rank), so that there is no generator to save
-    torch.manual_seed((seed * 2**32 + step) * world + rank)
+    torch.manual_seed(zlib.crc32(f'{seed} {step} {rank}'.encode()))
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = group['peak_lr'] * lr_scale(step)

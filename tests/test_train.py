@@ -373,51 +373,53 @@ def test_resume_is_bit_exact_twice(settings):
     assert_same_run(parts, whole)
 
 
-def start_and_signal(args, step, kind):
-    """A training process that gets a signal after it has printed a step; its exit code."""
-    process = subprocess.Popen([sys.executable, 'train.py', *args], cwd=ROOT, env=ENV, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    with process.stdout:
-        for line in process.stdout:
-            if line.startswith(f'step {step}:'):
-                process.send_signal(kind)
-                break
-    return process.wait()
-
-
-def test_kill_and_resume_end_with_the_same_weights(tmp_path):
-    # a second and more after each signal, so that it finds the process at work
-    settings = dict(gradient_accumulation_steps=4, log_interval=1, dropout=0.1)
-    killed = tmp_path / 'killed'
-    assert start_and_signal(toy(killed, **settings), 25, signal.SIGKILL) == -signal.SIGKILL
-    at = load(killed)['step']
-    assert at in (20, 40) and metrics(killed)[-1]['step'] > at
-    again = flags(init_from='resume', out_dir=killed)
-    assert start_and_signal(again, 45, signal.SIGTERM) == -signal.SIGTERM
-    assert load(killed)['step'] == 40
-    steps = [line['step'] for line in metrics(killed) if 'train_loss' in line]
-    assert steps == list(range(1, 1 + steps[-1])) and steps[-1] > 40
-    resume(killed)
-    assert_same_run(killed, trained(**settings))
-
-
-def test_resume_between_log_lines_leaves_the_curve_as_it_was():
-    """Log lines are means over the steps since the last: those before the checkpoint count too."""
-    settings = dict(log_interval=7, eval_interval=10, max_iters=30)
-    whole, stopped = trained(**settings), next(names)
-    # no signal is so exact: the process ends itself in the middle of step 25
-    done = python('train.py', *toy(stopped, **settings), before='''
+def at_step(number, action):
+    """Python for a child: it does this in the middle of a step (which asks for one batch, if it has one micro-batch)."""
+    return f'''
 import os, data.loader
-batch, calls = data.loader.Dataset.train_batch, []
+get, calls = data.loader.Dataset.train_batch, []
 def train_batch(self, *args):
     calls.append(args)
-    if len(calls) == 25:
-        os._exit(9)
-    return batch(self, *args)
-data.loader.Dataset.train_batch = train_batch''')
-    assert done.code == 9 and load(stopped)['step'] == 20
-    resume(stopped)
-    assert curve(stopped) == curve(whole)
+    if len(calls) == {number}:
+        {action}
+    return get(self, *args)
+data.loader.Dataset.train_batch = train_batch'''
+
+
+WHILE_WRITING = '''
+import os, torch
+save, calls = torch.save, []
+def half(state, f):
+    calls.append(f)
+    if len(calls) < 4:
+        return save(state, f)
+    f.write(b'half of the second ckpt.pt')
+    f.flush()
+    os.kill(os.getpid(), 9)
+torch.save = half'''
+
+
+@pytest.mark.parametrize('before, at', [
+    (at_step(25, 'os.kill(os.getpid(), 9)'), 20),
+    (at_step(55, 'os.kill(os.getpid(), 15)'), 40),
+    (WHILE_WRITING, 20),
+], ids=['SIGKILL', 'SIGTERM', 'while_writing'])
+def test_kill_and_resume_end_with_the_same_weights(before, at, tmp_path):
+    settings = dict(log_interval=1, dropout=0.1)
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before=before)
+    assert done.code != 0 and load(tmp_path / 'run')['step'] == at
+    assert metrics(tmp_path / 'run')[-1]['step'] > at
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(**settings))
+
+
+def test_resume_between_log_lines_leaves_the_curve_as_it_was(tmp_path):
+    """Log lines are means over the steps since the last: those before the checkpoint count too."""
+    settings = dict(log_interval=7, eval_interval=10, max_iters=30)
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before=at_step(25, 'os._exit(9)'))
+    assert done.code == 9 and load(tmp_path / 'run')['step'] == 20
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(**settings))
 
 
 def test_metrics_are_rewound_to_the_checkpoint(run_copy):
@@ -508,12 +510,11 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def pair(*args):
+def pair(*args, before=''):
     """train.py in two processes, as torchrun starts them; their Results."""
-    port = free_port()
-    return Forks.run(*(([['train.py', *map(str, args)], {
-        'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}, ''])
-        for rank in '01'))
+    env = {'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': free_port()}
+    return Forks.run(*((['train.py', *map(str, args)], env | {'RANK': rank, 'LOCAL_RANK': rank}, before)
+                       for rank in '01'))
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -534,14 +535,16 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(load(tmp_path)['model'][name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_two_processes_draw_different_dropout_and_resume_bit_exact(tmp_path):
-    settings = dict(gradient_accumulation_steps=2, batch_size=2, dropout=0.2, log_interval=2, eval_interval=10,
-                    lr_decay_iters=20)
-    for done in pair(*toy(tmp_path / 'whole', max_iters=20, **settings)):
+def test_two_processes_killed_and_resumed_are_bit_exact(tmp_path):
+    """With dropout, and between two log lines."""
+    settings = dict(gradient_accumulation_steps=2, batch_size=2, dropout=0.2, log_interval=3, eval_interval=10,
+                    max_iters=20)
+    for done in pair(*toy(tmp_path / 'whole', **settings)):
         assert done.code == 0, done
-    for done in pair(*toy(tmp_path / 'parts', max_iters=10, **settings)):
-        assert done.code == 0, done
-    for done in pair(*flags(init_from='resume', out_dir=tmp_path / 'parts', max_iters=20)):
+    for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(15, 'os._exit(9)')):
+        assert done.code == 9, done
+    assert load(tmp_path / 'parts')['step'] == 10
+    for done in pair(*flags(init_from='resume', out_dir=tmp_path / 'parts')):
         assert done.code == 0, done
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
 
@@ -585,6 +588,33 @@ def test_seed_decides_weights_and_batches(tmp_path):
     # hardly any learning: these are the losses of initial weights on other batches
     assert all(a != b for a, b in zip(losses(same), losses(other)))
     assert losses(train(tmp_path / 'again', **settings)[0]) == losses(same)
+
+
+SHOW_DRAWS = '''
+import torch, torch.nn.functional as F
+dropout = F.dropout
+def shown(x, p, training=True, inplace=False):
+    y = dropout(x, p, training, inplace)
+    if training and p:
+        print('mask', (y != 0).flatten()[:40].int().tolist())
+    return y
+F.dropout = torch.nn.functional.dropout = shown'''
+
+
+def test_dropout_is_drawn_anew_for_every_seed_step_layer_and_process(tmp_path):
+    settings = dict(max_iters=3, dropout=0.5, gradient_accumulation_steps=4)
+    masks = []
+    for seed in (1, 2):
+        for done in pair(*toy(tmp_path / str(seed), seed=seed, **settings), before=SHOW_DRAWS):
+            masks += re.findall('mask (.*)', done.out)
+    # two seeds, two processes, three steps of two micro-batches, and five places to drop
+    assert len(masks) == len(set(masks)) == 2 * 2 * 3 * 2 * 5
+
+
+@pytest.mark.parametrize('seed', [0, -1, 2**31, 2**40, 2**64 - 1])
+def test_any_seed_works(tmp_path, seed):
+    train(tmp_path, seed=seed, max_iters=2, dropout=0.1)
+    assert load(tmp_path)['settings']['seed'] == seed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -806,6 +836,12 @@ def test_resume_refuses_a_damaged_checkpoint(run_copy, kind):
     assert 'weights_only' not in done.err, 'it must not tell the user to run what is in there'
     assert files(run_copy) == before
     assert not (run_copy / 'bomb').exists()
+
+
+def test_resume_refuses_a_checkpoint_that_is_only_for_sampling(run_copy):
+    shutil.copy(run_copy / 'best.pt', run_copy / 'ckpt.pt')
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80))
+    assert_refused(done, str(run_copy / 'ckpt.pt'))
 
 
 # ----------------------------------------------------------------------------------------------------------
