@@ -8,6 +8,9 @@ import torch
 
 from model import GPT, GPTConfig
 
+# what train.py needs of a checkpoint to go on with a run
+TO_RESUME = ('model', 'config', 'settings', 'meta', 'step', 'best_val_loss', 'optimizers', 'scaler', 'interval', 'seconds')
+RUN_FILES = ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'config.json')
 # settings that, like the model's flags, cannot change in the middle of a run
 FIXED = ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps', 'optimizer')
 
@@ -22,7 +25,7 @@ def save(path, state):
     os.replace(part, path)
 
 
-def load(path):
+def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
     """What `save` wrote, on the CPU. FileNotFoundError or ValueError, one sentence, when that cannot be."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path} does not exist: train a model into that out_dir first, or name another')
@@ -30,12 +33,15 @@ def load(path):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # damaged bytes can raise anything, and what torch advises is to trust them
         raise ValueError(f'{path} is damaged, or holds more than tensors and plain values '
                          f'({type(error).__name__}): use another checkpoint, or train again') from None
-    if not isinstance(state, dict) or not {'model', 'config', 'settings', 'meta', 'step'} <= state.keys():
-        raise ValueError(f'{path} must hold what train.py writes (model, config, settings, meta, step): '
-                         'use such a checkpoint')
+    missing = [name for name in needed if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise ValueError(f'{path} lacks {", ".join(missing)}, which this needs: use a checkpoint of train.py, '
+                         'and to resume the one that it calls ckpt.pt')
     return state
 
 
@@ -50,7 +56,7 @@ def build(state, path):
     if unknown:
         raise ValueError(f'{path} has model flags that this version does not know ({", ".join(unknown)}): '
                          'use the version that wrote it')
-    model = GPT(GPTConfig(**state['config']))
+    model = GPT(GPTConfig(**state['config']), seed=None)
     ours, theirs = model.state_dict(), state['model']
     odd = [name for name in ours.keys() | theirs.keys()
            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]
@@ -66,7 +72,7 @@ def refuse_contradictions(state, config, settings, given):
     before = {name: state['settings'].get(name) for name in FIXED} | state['config']
     now = {name: settings[name] for name in FIXED} | asdict(config)
     changed = [f'{name} (checkpoint {before[name]!r}, now {now[name]!r} by {given[name]})'
-               for name in now if name in given and now[name] != before.get(name)]
+               for name in now if name in given and name in before and now[name] != before[name]]
     if changed:
         raise ValueError(f'a resumed run must keep what it began with: {"; ".join(changed)}; '
                          'leave that out, or start a new run in another out_dir')
@@ -91,12 +97,12 @@ def claim(out_dir):
 
 def found(out_dir):
     """Whether a folder holds a run that could be lost."""
-    return any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt'))
+    return any(os.path.exists(os.path.join(out_dir, name)) for name in RUN_FILES)
 
 
 def clear(out_dir):
     """Remove the run that a folder holds."""
-    for name in ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'config.json'):
+    for name in RUN_FILES:
         if os.path.exists(os.path.join(out_dir, name)):
             os.remove(os.path.join(out_dir, name))
 
@@ -106,12 +112,13 @@ def rewind_metrics(path, step):
     if not os.path.exists(path):
         return
     kept = []
-    for line in open(path):
-        try:
-            if json.loads(line)['step'] <= step:
-                kept.append(line)
-        except ValueError:
-            break
+    with open(path) as f:
+        for line in f:
+            try:
+                if json.loads(line)['step'] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                break
     with open(f'{path}.part', 'w') as f:
         f.writelines(kept)
     os.replace(f'{path}.part', path)

@@ -10,9 +10,9 @@ I ffn width, V vocabulary.
 """
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn as nn
@@ -49,6 +49,10 @@ class GPTConfig:
     zero_init: bool = False         # projections that write to the residual stream start at zero
 
     def __post_init__(self):
+        for f in fields(self):
+            kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
+            self._must(f.name, type(value) in kinds or type(value) is int and float in kinds,
+                       f'be of type {f.type if get_args(f.type) else f.type.__name__}')
         for name, table in (('pos', POSITIONS), ('norm', NORMS), ('norm_at', NORM_AT), ('ffn', FFN)):
             self._must(name, getattr(self, name) in table, f"be one of {', '.join(table)}")
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -67,7 +71,7 @@ class GPTConfig:
         self._must('head_dim', self.pos != 'rope' or self.head_dim % 2 == 0, 'be even when pos=rope')
         self._must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
         self._must('rope_theta', self.rope_theta > 1, 'be above 1')
-        self._must('rope_theta', self.pos == 'rope' or self.rope_theta == 10000.0, 'be left out unless pos=rope')
+        self._must('rope_theta', self.pos == 'rope' or self.rope_theta == GPTConfig.rope_theta, 'be left out unless pos=rope')
         self._must('ffn_width', self.ffn_width >= 1, 'be at least 1')
         self._must('norm_eps', self.norm_eps > 0, 'be above 0')
         self._must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
@@ -120,6 +124,20 @@ class Context(NamedTuple):
     rope: tuple | None  # cos and sin of every token's angles, each (T,D/2) or (B,T,D/2) fp32
 
 
+class Frequencies(nn.Module):
+    """base^(-2j/width) for each pair j of coordinates, in fp32 whatever the model is cast to."""
+
+    def __init__(self, base, width):
+        super().__init__()
+        freq = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        # kept as the integers of the same bits, because model.to(bfloat16) would round a buffer of floats
+        self.register_buffer('bits', freq.float().view(torch.int32), persistent=False)
+
+    def angles(self, pos):
+        """pos (...,T) -> (...,T,width/2) fp32"""
+        return pos.unsqueeze(-1) * self.bits.view(torch.float32)
+
+
 class NoPositions(nn.Module):
     """Positions have two ways into the model, the embedding and the attention layers. This one takes neither."""
     max_tokens = None   # no limit on how far positions reach
@@ -153,11 +171,10 @@ class SinusoidalPositions(NoPositions):
 
     def __init__(self, c):
         super().__init__(c)
-        freq = 10000.0 ** (-torch.arange(0, c.n_embd, 2, dtype=torch.float64) / c.n_embd)
-        self.register_buffer('freq', freq.float(), persistent=False)
+        self.freq = Frequencies(10000.0, c.n_embd)
 
     def forward(self, x, pos):
-        angle = pos.unsqueeze(-1) * self.freq                                   # (...,T,C/2)
+        angle = self.freq.angles(pos)                                           # (...,T,C/2)
         wave = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)      # (...,T,C)
         # the sines have amplitude one: the paper scales the embedding up to be heard beside them
         return x * math.sqrt(x.shape[-1]) + wave.to(x.dtype)
@@ -168,11 +185,10 @@ class RotaryPositions(NoPositions):
 
     def __init__(self, c):
         super().__init__(c)
-        freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-        self.register_buffer('freq', freq.float(), persistent=False)
+        self.freq = Frequencies(c.rope_theta, c.head_dim)
 
     def rope(self, pos):
-        angle = pos.unsqueeze(-1) * self.freq  # (...,T,D/2)
+        angle = self.freq.angles(pos)  # (...,T,D/2)
         return angle.cos(), angle.sin()
 
 
@@ -294,7 +310,10 @@ class TokenCache:
 
 def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
     """Bytes that new_cache(batch_size, seq_len) takes with numbers of dtype_bytes each, allocating nothing."""
-    dtype = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[dtype_bytes]
+    dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+    if dtype_bytes not in dtypes:
+        raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
+    dtype = dtypes[dtype_bytes]
     return sum(Attention.make_cache(config, batch_size, seq_len, dtype, 'meta').nbytes()
                for _ in range(config.n_layer))
 
@@ -363,9 +382,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers and an activation."""
 
+    parts = 1  # widths of hidden layer that c_fc makes
+
     def __init__(self, c, act):
         super().__init__()
-        self.c_fc = Linear(c.n_embd, c.ffn_width, c.bias)
+        self.c_fc = Linear(c.n_embd, self.parts * c.ffn_width, c.bias)
         self.c_proj = out_proj(c, c.ffn_width)
         self.act = act
 
@@ -381,9 +402,7 @@ class MLP(nn.Module):
 class GatedMLP(MLP):
     """One half of the hidden layer gates the other (Shazeer 2020): three matrices, so 8/3 as wide for the same size."""
 
-    def __init__(self, c, act):
-        super().__init__(c, act)
-        self.c_fc = Linear(c.n_embd, 2 * c.ffn_width, c.bias)  # gate and up, side by side
+    parts = 2  # gate and up, side by side
 
     @staticmethod
     def default_width(n_embd):
@@ -435,6 +454,7 @@ class GPT(nn.Module):
     """
 
     def __init__(self, config, seed=1337):
+        """seed=None leaves the parameters undrawn, for weights that are loaded next."""
         super().__init__()
         self.config = c = config
         self.wte = Embedding(c.vocab_size, c.n_embd)
@@ -446,7 +466,8 @@ class GPT(nn.Module):
         self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.wte.weight
-        self.init_weights(seed)
+        if seed is not None:
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -460,21 +481,22 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, pos=None, last_only=False):
         """
         idx (B,T) int64. pos (T,) or (B,T) int64 says where the tokens belong: consecutive, negative for padding on
-        the left, None for 0..T-1. cache: from new_cache; then pos may only be None on its first call.
+        the left, below block_size where positions are learned, None for 0..T-1. cache: from new_cache; then pos may
+        only be None on its first call.
 
         Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where there is
         none -> (None, mean cross entropy in nats): the logits are not kept (kernels/linear_cross_entropy.py).
         """
         ctx = self.context(idx, pos, cache)
         x = self.drop(self.wpe(self.wte(idx), ctx.pos))  # (B,T,C)
-        for block, entry in zip(self.h, cache or [None] * len(self.h)):
+        for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             x = block(x, ctx, entry)
         x = self.ln_f(x)
         cap = self.config.logit_softcap
         if targets is not None:
             return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap)
         logits = self.lm_head(x[:, -1:] if last_only else x)
-        return logits if cap is None else cap * torch.tanh(logits / cap), None
+        return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
 
     def context(self, idx, pos, cache):
         T = idx.shape[1]
@@ -489,12 +511,11 @@ class GPT(nn.Module):
         pos = torch.arange(T, device=idx.device) if pos is None else pos
         return Context(pos, causal, self.wpe.rope(pos))
 
-    def new_cache(self, batch_size, max_tokens, dtype=None):
-        """An empty cache for batch_size sequences of max_tokens: one entry per layer. dtype: that of the activations."""
+    def new_cache(self, batch_size, max_tokens):
+        """An empty cache for batch_size sequences of max_tokens: one entry per layer, in the activations' dtype."""
         weight = self.wte.weight
-        if dtype is None:
-            kind = weight.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         return [block.mixer.make_cache(self.config, batch_size, max_tokens, dtype, weight.device) for block in self.h]
 
     # -- counting
@@ -542,20 +563,22 @@ class GPT(nn.Module):
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         stop = None if stop is None else torch.as_tensor(stop, device=idx.device).view(-1)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        cache, pos, token = self.new_cache(B, total), None, idx
-        for t in range(T, total):
-            training = self.training
-            self.eval()  # and back before each yield: the caller may train between two tokens
-            logits, _ = self(token, cache=cache, pos=pos, last_only=True)
+        cache, token, pos, next_pos = self.new_cache(B, total), idx, None, torch.full((1,), T, device=idx.device)
+        training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                logits, _ = self(token, cache=cache, pos=pos, last_only=True)
+                drawn = sample(logits[:, -1], temperature, top_k, top_p, generator)
+                token = torch.where(done, token[:, -1:], drawn)
+                pos, next_pos = next_pos, next_pos + 1
+                yield token
+                if stop is not None:
+                    done |= torch.isin(token, stop)
+                    if done.all():
+                        return
+        finally:
             self.train(training)
-            drawn = sample(logits[:, -1], temperature, top_k, top_p, generator)
-            token = torch.where(done, token[:, -1:], drawn)
-            pos = torch.tensor([t], device=idx.device)
-            yield token
-            if stop is not None:
-                done |= torch.isin(token, stop)
-                if done.all():
-                    return
 
 
 def check_sampling(temperature, top_k, top_p):

@@ -30,10 +30,11 @@ top_k: int | None = 200             # draw from the k likeliest tokens only; Non
 top_p: float | None = None          # draw from the fewest tokens that hold this share of the probability; None: all
 seed = 1337                         # of the draws
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'                      # of the weights: auto (float32, on a GPU bfloat16), float32, bfloat16, float16
+dtype = 'auto'                      # of the weights: auto (on a GPU 16 bit), float32, bfloat16, float16
 compile = False                     # torch.compile the model: a minute before the first token, faster ones after
 
 configure(globals())
+sys.stdout.reconfigure(errors='replace')  # for consoles that cannot print every character
 
 # ----------------------------------------------------------------------------------------------------------
 # The model, its tokenizer and the prompt
@@ -41,7 +42,9 @@ configure(globals())
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 if dtype == 'auto':
-    dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+    dtype = 'float32'
+    if device.startswith('cuda'):
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 
 with one_sentence():
     checkpoint.check_device(device)

@@ -56,9 +56,9 @@ beta1 = 0.9                         # AdamW's momentum
 beta2 = 0.95                        # AdamW's second moment
 grad_clip = 1.0                     # largest norm of the gradient; 0: no clipping
 # learning rate schedule
-decay_lr = True                     # False: constant after the warmup
+decay_lr = True                     # False: constant, and no warmup
 schedule = 'cosine'                 # cosine, or wsd (constant, then a straight line down)
-warmup_iters = 2000                 # steps of linear warmup
+warmup_iters = 2000                 # steps of linear warmup, when decay_lr
 lr_decay_iters: int | None = None   # the step that reaches min_lr; None: max_iters
 min_lr: float | None = None         # where AdamW's rate ends, Muon's in proportion; None: learning_rate / 10
 wsd_decay = 0.6                     # the share of lr_decay_iters in which wsd goes down
@@ -81,7 +81,7 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 
 with one_sentence():
     if init_from == 'resume':
-        resumed = checkpoint.load(ckpt_path)
+        resumed = checkpoint.load(ckpt_path, checkpoint.TO_RESUME)
         # what the command line leaves open is as it was
         settings |= {k: v for k, v in resumed['settings'].items() if k in settings and k not in given}
         settings |= {'out_dir': out_dir, 'init_from': init_from}
@@ -98,11 +98,11 @@ with one_sentence():
         if settings[name] is not None and settings[name] < 0:
             raise ValueError(f'{name}={settings[name]} must be at least 0')
     for name in ('beta1', 'beta2', 'wsd_decay'):
-        if not 0 <= settings[name] <= 1 or settings[name] == 1 and name != 'wsd_decay':
+        if not 0 <= settings[name] <= 1:
             raise ValueError(f'{name}={settings[name]} must be between 0 and 1')
     if learning_rate <= 0:
         raise ValueError(f'learning_rate={learning_rate} must be above 0')
-    if min_lr is not None and min_lr > learning_rate:
+    if decay_lr and min_lr is not None and min_lr > learning_rate:
         raise ValueError(f'min_lr={min_lr} must be at most learning_rate={learning_rate}')
     if gradient_accumulation_steps % world:
         raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the '
@@ -121,22 +121,24 @@ with one_sentence():
 
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-if world > 1:
-    device = f'cuda:{os.environ["LOCAL_RANK"]}' if device.startswith('cuda') else device
-    dist.init_process_group('gloo' if device == 'cpu' else backend)
+if world > 1 and device.startswith('cuda'):
+    device = f'cuda:{os.environ["LOCAL_RANK"]}'
 device_type = device.split(':')[0]
 with one_sentence():
     checkpoint.check_device(device)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
+if world > 1:
+    dist.init_process_group('gloo' if device_type == 'cpu' else backend)
 torch.set_float32_matmul_precision('high')
 
 # ----------------------------------------------------------------------------------------------------------
 # Data and model
 
 with one_sentence():
-    folder = dataset if os.sep in dataset else os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset)
-    if master:
+    here = os.path.dirname(os.path.abspath(__file__))
+    folder = dataset if os.path.dirname(dataset) else os.path.join(here, 'data', dataset)
+    if os.environ.get('LOCAL_RANK', '0') == '0':
         ensure_prepared(folder)
     if world > 1:
         dist.barrier()
@@ -167,8 +169,12 @@ raw_model = fast_model = model.to(device)
 if dtype == 'auto':
     # processors with bf16 matrix instructions gain from the width on where products outweigh the conversions
     cpu_bf16 = torch.cpu._is_avx512_bf16_supported() and config.n_embd >= 256
-    dtype = {'cuda': 'bfloat16' if device_type == 'cuda' and torch.cuda.is_bf16_supported() else 'float16',
-             'cpu': 'bfloat16' if cpu_bf16 else 'float32'}.get(device_type, 'float32')
+    dtype = 'bfloat16' if device_type == 'cpu' and cpu_bf16 else 'float32'
+    if device_type == 'cuda':
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+if dtype == 'float16' and optimizer == 'muon':
+    # its scaler would skip one optimizer's step and not the other's
+    sys.exit('dtype=float16 must not be used with optimizer=muon: choose --dtype=float32 or --optimizer=adamw')
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
@@ -188,18 +194,19 @@ if world > 1:
 # ----------------------------------------------------------------------------------------------------------
 # Optimizers: every parameter is in one group, by the kind of module that owns it
 
+params = {'matrix': [], 'embedding': [], 'vector': []}
 kinds = raw_model.param_kinds()
-params = {kind: [p for name, p in raw_model.named_parameters() if kinds[name] == kind] for kind in set(kinds.values())}
-params = {'matrix': [], 'embedding': [], 'vector': []} | params
-fused = {'fused': device_type in ('cuda', 'cpu')}  # one pass over memory in place of a dozen
-adamw_params = [{'params': params['embedding'], 'weight_decay': weight_decay},
-                {'params': params['vector'], 'weight_decay': 0.0}]
-optimizers = []
+for name, p in raw_model.named_parameters():
+    params[kinds[name]].append(p)
+optimizers, decayed = [], params['embedding']
 if optimizer == 'muon':
     optimizers.append(torch.optim.Muon(params['matrix'], lr=muon_lr, weight_decay=weight_decay))
 else:
-    adamw_params[0]['params'] = params['matrix'] + params['embedding']
-optimizers.append(torch.optim.AdamW(adamw_params, lr=learning_rate, betas=(beta1, beta2), **fused))
+    decayed = decayed + params['matrix']
+groups = [{'params': decayed, 'weight_decay': weight_decay}, {'params': params['vector'], 'weight_decay': 0.0}]
+# fused: one pass over memory in place of a dozen
+optimizers.append(torch.optim.AdamW([group for group in groups if group['params']], lr=learning_rate,
+                                    betas=(beta1, beta2), fused=device_type in ('cuda', 'cpu')))
 for opt in optimizers:
     for group in opt.param_groups:
         group['peak_lr'] = group['lr']
@@ -207,10 +214,10 @@ for opt in optimizers:
 
 def lr_scale(step):
     """The learning rate of a step as a share of its peak; the first step is 0."""
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
     if not decay_lr:
         return 1.0
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
     end = (learning_rate / 10 if min_lr is None else min_lr) / learning_rate
     last = max_iters if lr_decay_iters is None else lr_decay_iters
     start = warmup_iters if schedule == 'cosine' else max(warmup_iters, (1 - wsd_decay) * last)
@@ -225,14 +232,20 @@ step, best_val_loss, seconds_before = 0, math.inf, 0.0
 if resumed:
     step, best_val_loss, seconds_before = resumed['step'], resumed['best_val_loss'], resumed['seconds']
     for opt, state in zip(optimizers, resumed['optimizers']):
+        # the moments are restored; rates and decay are what this command line says
+        options = [{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups]
         opt.load_state_dict(state)
-        for group in opt.param_groups:
-            group['peak_lr'] = muon_lr if isinstance(opt, torch.optim.Muon) else learning_rate
-    scaler.load_state_dict(resumed['scaler'])
+        for group, option in zip(opt.param_groups, options):
+            group.update(option)
+    if resumed['scaler']:
+        scaler.load_state_dict(resumed['scaler'])
 first_step, tokens_per_step = step, gradient_accumulation_steps * batch_size * T
 metrics_path = os.path.join(out_dir, 'metrics.jsonl')
 if master and not eval_only:
-    checkpoint.rewind_metrics(metrics_path, step) if resumed else checkpoint.clear(out_dir)
+    if resumed:
+        checkpoint.rewind_metrics(metrics_path, step)
+    else:
+        checkpoint.clear(out_dir)
     with open(os.path.join(out_dir, 'config.json'), 'w') as f:
         json.dump({'model': vars(config), 'settings': settings}, f, indent=1)
 if wandb_log and master and not eval_only:
@@ -240,13 +253,16 @@ if wandb_log and master and not eval_only:
     name = wandb_run_name or os.path.basename(os.path.normpath(out_dir))
     wandb.init(project=wandb_project, name=name, config=vars(config) | settings)
 
-bar = tqdm(total=max_iters, initial=step, disable=not (master and sys.stdout.isatty()), dynamic_ncols=True)
+bar = tqdm(total=max_iters, initial=step, disable=not (master and sys.stdout.isatty()), dynamic_ncols=True,
+           file=sys.stdout)
 
 
 def say(line):
     """Print a line, above the progress bar when there is one."""
-    if master:
-        bar.write(line) if not bar.disable else print(line, flush=True)
+    if master and bar.disable:
+        print(line, flush=True)
+    elif master:
+        bar.write(line)
 
 
 def record(**numbers):
@@ -299,8 +315,9 @@ def batch(micro):
 # What is about to happen
 
 # dense bf16 FLOP/s of the cards that people train on, from their data sheets; first match wins
-PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
-         'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, '4090': 165e12, '3090': 71e12, 'V100': 125e12}
+PEAKS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12, 'GH200': 989e12, 'B200': 2250e12,
+         'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12, 'A10': 125e12, 'V100': 125e12,
+         'RTX 4090': 165e12, 'RTX 3090': 71e12}
 card = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak = next((flops for name, flops in PEAKS.items() if name in card), None)
 flops = raw_model.flops_per_token(T)
@@ -327,7 +344,7 @@ say(f'step      {gradient_accumulation_steps} micro-batches of {batch_size} x {T
     f'{max_iters} steps: {human(max_iters * tokens_per_step)} tokens')
 say(f'machine   {world} x {card}, {dtype} products, {"compiled" if compile else "eager"}')
 say(f'run       {out_dir}' + (f', going on at step {step}' if resumed else ''))
-if warmup_iters >= max_iters:
+if decay_lr and warmup_iters >= max_iters:
     say(f'warmup_iters={warmup_iters} is not over after max_iters={max_iters}: learning_rate is never reached')
 if device_type == 'cpu' and flops * tokens_per_step * max_iters > 1e16:
     say('this is a large model for a CPU and may take days: add config/tiny.py for a size that takes minutes')
@@ -336,11 +353,12 @@ if device_type == 'cpu' and flops * tokens_per_step * max_iters > 1e16:
 # The loop
 
 start_time = interval_start = time.time()
-timed_steps = 0
-interval_loss, interval_steps = torch.zeros((), device=device), 0  # of this process, since the last log line
+pauses, timed_steps = 0.0, 0  # seconds spent in evaluations; steps since interval_start
+interval_loss, interval_steps = torch.zeros((), device=device), 0  # since the last log line
 if resumed:
-    interval_loss += resumed['interval'][0] if master else 0.0
+    interval_loss += resumed['interval'][0]
     interval_steps = resumed['interval'][1]
+    resumed = True  # its weights and moments need not stay in memory
 
 while True:
     if eval_only or step == max_iters or (step % eval_interval == 0 and step > first_step):
@@ -356,14 +374,16 @@ while True:
                 so_far = interval_loss.clone()
                 if world > 1:
                     dist.all_reduce(so_far)
+                so_far /= world
                 save('ckpt.pt', optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
                      interval=(so_far.item(), interval_steps),
                      seconds=seconds_before + time.time() - start_time)
         interval_start += time.time() - paused
+        pauses += time.time() - paused
     if eval_only or step >= max_iters:
         break
 
-    # dropout draws from (seed, step, rank), so that there is no generator to save
+    # dropout draws from (seed, step, rank): there is no generator to save
     torch.manual_seed(zlib.crc32(f'{seed} {step} {rank}'.encode()))
     for opt in optimizers:
         for group in opt.param_groups:
@@ -391,11 +411,13 @@ while True:
     timed_steps += 1
     bar.update()
 
-    if step == first_step + 2:
-        timed = time.time()
+    if step == first_step + 2:  # the first ones allocate and compile
+        interval_loss.item()        # wait for the device
+        timed = time.time() - pauses
     if step == first_step + 12:
-        say(f'time      about {clock((max_iters - step) * (time.time() - timed) / 10)} for {max_iters - step} steps, '
-            'evaluations not counted')
+        interval_loss.item()
+        to_go = (max_iters - step) * (time.time() - pauses - timed) / 10
+        say(f'time      about {clock(to_go)} for {max_iters - step} steps, evaluations not counted')
     if step % log_interval == 0 or step == max_iters:
         if world > 1:
             dist.all_reduce(interval_loss)

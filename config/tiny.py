@@ -2,6 +2,8 @@
 n_layer = 6
 n_head = 4
 n_embd = 256
+head_dim = None   # n_embd / n_head, whatever the architecture had
+ffn_width = None  # by its rule
 block_size = 256
 
 dataset = 'pysource'
@@ -9,6 +11,7 @@ batch_size = 8
 gradient_accumulation_steps = 1  # 8 x 256 = 2048 tokens a step
 max_iters = 600
 warmup_iters = 20
+lr_decay_iters = None
 optimizer = 'muon'
 learning_rate = 3e-3
 min_lr = 0.0
@@ -18,3 +21,4 @@ weight_decay = 0.0
 log_interval = 20
 eval_interval = 200
 eval_tokens = 65536
+wandb_log = False

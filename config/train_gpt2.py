@@ -7,7 +7,6 @@ wandb_run_name = 'gpt2-124M'
 
 dataset = 'openwebtext'
 bias = False
-vocab_size = 50304  # GPT-2's 50257, rounded up to a multiple of 64 for speed
 
 # 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step
 batch_size = 12

@@ -17,6 +17,7 @@ import mmap
 import subprocess
 import sys
 from bisect import bisect_right
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,12 @@ import torch
 
 from data.writer import DTYPES
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two first runs must not be started at once
+    fcntl = None
+
+HERE = Path(__file__).resolve().parent
 # Datasets whose prepare.py needs no network, so that a first run can make them on its own.
 OFFLINE = {'pysource'}
 
@@ -61,13 +68,12 @@ def ensure_prepared(folder):
         return
     if folder.name not in OFFLINE or not script.exists():
         raise FileNotFoundError(unprepared(folder))
-    import fcntl
     with open(script) as lock:
-        # Several processes may arrive here at once: the first one prepares, the others wait and find it done.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / 'meta.json').exists():
-            if subprocess.run([sys.executable, script]).returncode:
-                raise RuntimeError(f'{command(folder)} failed: its message is above')
+        # Several runs may arrive here at once: the first one prepares, the others wait and find it done.
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / 'meta.json').exists() and subprocess.run([sys.executable, script]).returncode:
+            raise ValueError(f'{command(folder)} failed, for the reason above: put that right and run it again')
 
 
 def command(folder):
@@ -78,8 +84,11 @@ def command(folder):
 
 
 def unprepared(folder):
-    problem = 'has not been prepared' if folder.exists() else 'does not exist'
-    return f'the dataset {folder} {problem}: run {command(folder)}'
+    if folder.exists():
+        return f'the dataset {folder} has not been prepared: run {command(folder)}'
+    near = get_close_matches(folder.name, [path.parent.name for path in HERE.glob('*/prepare.py')], 1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    return f'the dataset {folder} does not exist: run {command(folder)}{hint}'
 
 
 class Tokens:

@@ -8,12 +8,10 @@ Every tokenizer has
     decode_bytes(ids)     -> bytes, for printing token by token: a character may span several tokens
     meta()                -> a dictionary of plain JSON types, from which `from_meta` builds it again
 
-The description is stored beside the tokens and in every checkpoint, so a model is never without its
-tokenizer.
+The description is stored beside the tokens and in every checkpoint, so a model never lacks its tokenizer.
 
 What a reader may get wrong: text is always ordinary text. A user's "<|endoftext|>" is encoded letter by
-letter, never as the special token. What UTF-8 cannot hold (a lone surrogate) becomes U+FFFD, except as a
-`CharTokenizer`'s own character.
+letter, never as the special token. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
 """
 
 import heapq
@@ -146,6 +144,7 @@ def train_bpe(texts, n_merges):
     smaller wins. It is fast (12 MB in a few seconds) because each distinct word is counted once, and a merge
     visits only the words that hold its pair.
     """
+    # Comes with tiktoken, and understands its patterns.
     import regex
     words = Counter(word for text in texts for word in regex.findall(SPLIT, text))
     words, counts = [[bytes([byte]) for byte in utf8(word)] for word in words], list(words.values())

@@ -36,8 +36,7 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
 
     Holds one document in memory. If `documents` has state_dict() and load_state_dict(), as the streams of
     `datasets` have, then progress is saved every `save_every` tokens, and the same call after an interruption
-    goes on from there; the files come out the same, byte for byte. Raises ValueError when a split would be
-    empty.
+    goes on from there; the files come out the same, byte for byte. Raises ValueError for an empty split.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,43 +8,46 @@ The gradients are made chunk by chunk during the forward pass, when the logits a
     dz = (softmax(z) - onehot(target)) / count    (soft-capped: times 1 - (z/cap)^2)    dx = dz W    dW = dz^T x
 
 Saved for the backward pass: dx (N,C) and dW (V,C), which backward only has to scale by the incoming gradient.
-With N = 12288 tokens and V = 50257, fp32 logits take 2.5 GB and their gradient as much; eight chunks take an
-eighth of that.
+With N = 12288 tokens and V = 50257, fp32 logits take 2.5 GB and autograd as much again for their softmax; eight
+chunks keep an eighth of one.
 """
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-IGNORE = -1
 # Below this many logits a chunk is not worth a loop; above it, eight chunks are enough to forget the memory
 # and few enough for a compiler to unroll.
 CHUNK_NUMEL, MAX_CHUNKS = 2**24, 8
 
 
-def linear_cross_entropy_reference(x, weight, targets, softcap=None):
-    """The definition, with all logits at once. Same arguments and result as linear_cross_entropy."""
-    logits = F.linear(x, weight).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction='sum')
-    return total / (targets != IGNORE).sum().clamp(min=1)
-
-
-def _chunk(x, weight, targets, softcap, scale, grads):
-    """Loss summed over one chunk of rows, and its (dx, dW) or (None, None). scale (n,1): 1/count, 0 if ignored."""
+def capped_logits(x, weight, softcap):
+    """x W^T in fp32 (fp64 stays), soft-capped: (n,V)."""
     logits = F.linear(x, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_cross_entropy_reference(x, weight, targets, softcap=None):
+    """The definition, with all logits at once. Same arguments and result as linear_cross_entropy."""
+    logits = capped_logits(x, weight, softcap)
+    total = F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction='sum')
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+def _chunk(x, weight, targets, softcap, grads):
+    """Over one chunk of rows: the sum of the losses, and its gradients (dx, dW) or (None, None)."""
+    logits = capped_logits(x, weight, softcap)
+    counts = (targets >= 0).unsqueeze(-1)
     index = targets.clamp(min=0).unsqueeze(-1)
-    loss = ((lse - logits.gather(-1, index)) * scale).sum()
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    loss = ((lse - logits.gather(-1, index)) * counts).sum()
     if not grads:
         return loss, None, None
-    dz = torch.exp(logits - lse)
-    dz.scatter_add_(-1, index, torch.full_like(lse, -1.0))
-    dz = dz * scale
-    if softcap is not None:
-        dz = dz * (1 - (logits / softcap).square())
+    # one buffer from here on: the chunk's logits become their gradient
+    slope = None if softcap is None else 1 - (logits / softcap).square()
+    dz = logits.sub_(lse).exp_().scatter_add_(-1, index, torch.full_like(lse, -1.0)).mul_(counts)
+    if slope is not None:
+        dz.mul_(slope)
     dz = dz.to(x.dtype)
     return loss, dz @ weight, dz.T @ x
 
@@ -52,21 +55,23 @@ def _chunk(x, weight, targets, softcap, scale, grads):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, grads):
-        scale = (targets != IGNORE).unsqueeze(-1) / (targets != IGNORE).sum().clamp(min=1)
         n_chunk = min(MAX_CHUNKS, -(-x.shape[0] * weight.shape[0] // CHUNK_NUMEL))
         loss, dx, dw = 0.0, [], 0.0
-        for xs, ts, ss in zip(x.chunk(n_chunk), targets.chunk(n_chunk), scale.chunk(n_chunk)):
-            part, dxs, dws = _chunk(xs, weight, ts, softcap, ss, grads)
+        for xs, ts in zip(x.chunk(n_chunk), targets.chunk(n_chunk)):
+            part, dxs, dws = _chunk(xs, weight, ts, softcap, grads)
             loss = loss + part
             if grads:
                 dx.append(dxs)
                 # summed in fp32 whatever the products' dtype, or late chunks would be rounded away
                 dw = dw + dws.to(part.dtype)
+        # the count divides here and not within dz, where fp16 would lose what is small
+        mean = 1 / (targets >= 0).sum().clamp(min=1).to(loss.dtype)
         if grads:
-            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw.to(weight.dtype))
-        return loss
+            ctx.save_for_backward((torch.cat(dx) * mean).to(x.dtype), (dw * mean).to(weight.dtype))
+        return loss * mean
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         return dx * grad, dw * grad, None, None, None
@@ -74,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(x, weight, targets, softcap=None):
     """
-    x (N,C), weight (V,C), targets (N,) int64, IGNORE = -1 for rows that do not count, softcap float or None
+    x (N,C), weight (V,C), targets (N,) int64, negative for rows that do not count, softcap float or None
     -> scalar fp32: the mean cross entropy, in nats, over the rows that count (0 when none does).
     """
     grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

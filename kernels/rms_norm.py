@@ -7,12 +7,14 @@ Root mean square layer normalisation (Zhang and Sennrich 2019, https://arxiv.org
 Saved for the backward pass: x, w and r (one number a row).
 """
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm_reference(x, weight, eps):
     """The definition. x (..., C), weight (C,), eps float -> (..., C) in x's dtype; the mean is taken in fp32."""
-    r = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-    return (x * r * weight).to(x.dtype)
+    wide = x if x.dtype == torch.float64 else x.float()
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * r * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -26,6 +28,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * r).mul_(weight).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, r = ctx.saved_tensors
         wide, grad = x.to(r.dtype), grad.to(r.dtype)

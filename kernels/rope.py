@@ -10,5 +10,6 @@ import torch
 def rope(x, cos, sin):
     """x (B,T,H,D); cos and sin (T,D/2) or (B,T,D/2) of each token's angles, fp32 -> (B,T,H,D) in x's dtype."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (...,T,1,D/2), one angle for all heads
-    a, b = x.float().chunk(2, dim=-1)
+    wide = x if x.dtype == torch.float64 else x.float()
+    a, b = wide.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

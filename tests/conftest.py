@@ -29,9 +29,12 @@ torch.set_num_threads(1)
 
 class Field(NamedTuple):
     """How the tests meet one field of GPTConfig."""
-    values: tuple                   # legal ones at toy size: flags are flipped to them, random combinations draw them
-    bad: tuple = ()                 # refused, whatever the other flags say
-    toy: Callable = lambda value, flags: value  # what a config file says -> what it says at toy size
+    # legal at toy size: flags are flipped to them, random combinations draw them
+    values: tuple
+    # refused, whatever the other flags say
+    bad: tuple = ()
+    # what a config file says, and all that it says -> what it says at toy size
+    toy: Callable = lambda value, flags: value
 
 
 def same_for_all(size):
@@ -117,7 +120,7 @@ def flags_of(path):
 
 @functools.cache
 def families():
-    """{name: flags} of every config file at toy size; files that differ in nothing but size share one entry."""
+    """{name: flags} of every config file at toy size; files that differ in size alone share one entry."""
     same = {}
     for path in config_files():
         flags = shrink(flags_of(path))
@@ -140,7 +143,7 @@ def legal(flags):
 
 @functools.cache
 def combinations(count, seed):
-    """Different legal flags: a family, with half of the fields redrawn one after the other where that is legal."""
+    """Different legal flags: a family with half of its fields redrawn, one after the other, where that is legal."""
     rng, found = random.Random(seed), []
     while len(found) < count:
         flags = dict(rng.choice(list(families().values())))
@@ -154,11 +157,10 @@ def combinations(count, seed):
 
 
 def random_flags(count, seed):
-    """The test once for each of `count` combinations, as `flags`. What differs from the defaults is the test's id."""
-    found = combinations(count, seed)
-    base = defaults() | toy()
-    ids = [','.join(f'{k}={v}' for k, v in flags.items() if v != base.get(k)) or 'defaults' for flags in found]
-    return pytest.mark.parametrize('flags', found, ids=ids)
+    """The test once for each of `count` combinations, as `flags`. Its id is what differs from the defaults."""
+    found, base = combinations(count, seed), defaults() | toy()
+    ids = [','.join(f'{k}={v}' for k, v in flags.items() if v != base.get(k)) for flags in found]
+    return pytest.mark.parametrize('flags', found, ids=[name or 'defaults' for name in ids])
 
 
 def build(flags, seed=1337, **more):
@@ -169,8 +171,8 @@ def build(flags, seed=1337, **more):
 @torch.no_grad()
 def scaled(model, factor):
     """
-    The model with all weights of two or more dimensions multiplied, so that faults stand out from rounding. What
-    starts at zero or one for all (biases, norms, zero_init) gets noise, or its faults would not show at all.
+    The model with all weights of two or more dimensions multiplied, so that faults stand out from rounding.
+    What starts as zeros or ones (biases, norms, zero_init) gets noise, or its faults would not show at all.
     """
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
@@ -192,4 +194,4 @@ def assert_close(got, want, bound, what):
     assert got.shape == want.shape, f'{what}: shape {tuple(got.shape)} must be {tuple(want.shape)}'
     got, want = got.detach().double(), want.detach().double()
     error, size = (got - want).abs().max().item(), want.abs().max().item()
-    assert error <= bound * size, f'{what}: error {error:.3e} must be at most {bound:.0e} of the largest, {size:.3e}'
+    assert error <= bound * size, f'{what}: error {error:.2e} must be at most {bound:.0e} x {size:.2e}, the largest'

@@ -25,7 +25,7 @@ def assert_cached(model, idx, logits, sizes, S=T):
     cache, start = model.new_cache(len(idx), S), 0
     for size in sizes:
         got = model(idx[:, start:start + size], cache=cache, pos=torch.arange(start, start + size))[0]
-        assert_close(got, logits[:, start:start + size], BOUND, f'logits of tokens {start} to {start + size - 1}')
+        assert_close(got, logits[:, start:start + size], BOUND, f'logits of {size} tokens from {start} on')
         start += size
     assert start == idx.shape[1]
 
@@ -33,8 +33,8 @@ def assert_cached(model, idx, logits, sizes, S=T):
 @torch.no_grad()
 def assert_padded(model, idx, logits, lengths, sizes):
     """
-    Rows of unequal lengths, padded on the left, in one batch: prefilled in two pieces, then all continued by pieces
-    of `sizes`. Every logit of every token that is no padding must be as if its row were alone.
+    Rows of unequal lengths, padded on the left, in one batch: prefilled in two pieces, then all continued by
+    pieces of `sizes`. Every logit of every token that is no padding must be as if its row were alone.
     """
     longest, new = max(lengths), sum(sizes)
     pos = torch.stack([torch.arange(longest + new) - (longest - n) for n in lengths])      # (B,T)
@@ -104,7 +104,7 @@ def test_rewritten_positions_give_the_logits_of_the_new_text(flags):
         start = 9
         for size in back:
             got = model(idx[:, start:start + size], cache=cache, pos=torch.arange(start, start + size))[0]
-            assert_close(got, logits[:, start:start + size], BOUND, f'rewritten by {back}, from token {start}')
+            assert_close(got, logits[:, start:start + size], BOUND, f'rewritten by {back}, from {start} on')
             start += size
 
 
@@ -137,6 +137,9 @@ def test_reset_forgets_everything(flags):
         assert_close(model(idx[:, :n], cache=cache)[0], logits[:, :n], BOUND, f'{n} tokens after reset')
         for entry in cache:
             entry.reset()
+    # a text that begins later would see what the other one left at the positions before it
+    fresh, pos = model.new_cache(3, T), torch.tensor([9])
+    assert torch.equal(model(idx[:, :1], cache=cache, pos=pos)[0], model(idx[:, :1], cache=fresh, pos=pos)[0])
 
 
 @every_family
@@ -160,14 +163,13 @@ def test_expand_repeats_every_row_next_to_itself(flags):
 
 def tensors(entry):
     """Every tensor that an entry holds, in whatever attribute."""
-    held = entry if isinstance(entry, (list, tuple)) else entry.values() if isinstance(entry, dict) else [entry]
-    for thing in held:
-        if isinstance(thing, torch.Tensor):
-            yield thing
-        elif isinstance(thing, (list, tuple, dict)):
+    if isinstance(entry, torch.Tensor):
+        yield entry
+        return
+    held = vars(entry) if hasattr(entry, '__dict__') else entry
+    if isinstance(held, (dict, list, tuple)):
+        for thing in held.values() if isinstance(held, dict) else held:
             yield from tensors(thing)
-        elif hasattr(thing, '__dict__'):
-            yield from tensors(vars(thing))
 
 
 def assert_bytes(flags):
@@ -177,7 +179,8 @@ def assert_bytes(flags):
             cache = model.new_cache(B, S, dtype=dtype)
             said, told = kv_cache_bytes(model.config, S, B, size), sum(entry.nbytes() for entry in cache)
             # what several views share is allocated once
-            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for e in cache for t in tensors(e)}
+            storages = [t.untyped_storage() for entry in cache for t in tensors(entry)]
+            held = {storage.data_ptr(): storage.nbytes() for storage in storages}
             assert said == told == sum(held.values()), f'{B} sequences of {S} in {dtype}'
 
 
@@ -262,9 +265,9 @@ def test_ring_keeps_the_newest(slots):
                 for query in pos.tolist():
                     seen = seen_by(query, key_pos.expand(2, -1)[row], k[row])
                     newest = {p: 1000.0 + p for p in range(max(0, query - slots + 1), query + 1)}
-                    assert newest.items() <= seen.items(), f'the query at {query} must see {newest}, not {seen}'
+                    assert newest.items() <= seen.items(), f'the query at {query} must see {newest}: {seen}'
                     assert all(value == 1000 + p for p, value in seen.items())
-            held = {p: x for p, x in zip(cache.pos[0].tolist(), cache.rows[0][0].flatten().tolist()) if p >= 0}
+            held = seen_by(start, cache.pos[0], cache.rows[0][0])
             assert held == {p: 1000.0 + p for p in range(max(0, start - slots), start)}
 
 

@@ -1,7 +1,7 @@
 """
-Sampling, as a user runs it: what is printed, what decides it, where it ends, and what is refused in one sentence.
+Sampling, as a user runs it: what is printed, what decides it, where it ends, what is refused in one sentence.
 
-Most models here are written by hand: one that says a given text over and over shows every lost or invented byte.
+Most models here are written by hand: one that says a given text over and over shows every lost byte.
 """
 import json
 import re
@@ -17,7 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import checkpoint  # noqa: E402
 from data.tokenizer import ByteTokenizer, from_meta  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from test_train import DAMAGES, assert_refused, damage, dataset, flags, python, real_python, trained  # noqa: E402
+from test_train import (DAMAGES, assert_refused, damage, dataset, flags, python, real_python,  # noqa: E402
+                        trained)
 
 CHARS = dict(pos='rope', dtype='float32', eval_interval=60)
 
@@ -29,12 +30,12 @@ def chars():
 
 def parrot(folder, *texts, name='best.pt', vocab_size=257, room=None, padding=0.0):
     """
-    A model of bytes that continues each text from any of its bytes, which must be different ones: the first over and
-    over, the others until the end of the document. room: learned positions; padding: how much the head wants the
-    tokens that are rows without a meaning.
+    A model of bytes that continues each text from any of its bytes, which must be different ones: the first
+    over and over, the others until the end of the document. room: learned positions; padding: how much the
+    head wants the tokens that are rows without a meaning.
     """
-    config = GPTConfig(n_layer=1, n_head=1, n_embd=320, vocab_size=vocab_size, block_size=room or 16, tie=False,
-                       pos='learned' if room else 'rope', zero_init=True)
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=320, vocab_size=vocab_size, block_size=room or 16,
+                       pos='learned' if room else 'rope', tie=False, zero_init=True)
     model, following = GPT(config), {}
     for number, text in enumerate(texts):
         data = [*text.encode(), *([] if number == 0 else [ByteTokenizer.eot])]
@@ -95,8 +96,9 @@ def test_text_is_what_the_model_generates():
     state = checkpoint.load(chars() / 'best.pt')
     model, tokenizer = checkpoint.build(state, 'best.pt'), from_meta(state['meta']['tokenizer'])
     idx = torch.tensor([tokenizer.encode('a b')])
-    for settings in (dict(temperature=1.5, top_k=None), dict(temperature=0.5, top_k=4), dict(top_p=0.6, top_k=None)):
-        new = model.generate(idx, 40, **{'temperature': 0.8} | settings, seed=5)
+    for settings in (dict(temperature=1.5, top_k=None), dict(temperature=0.5, top_k=4),
+                     dict(temperature=1.0, top_k=None, top_p=0.6)):
+        new = model.generate(idx, 40, seed=5, **settings)
         text = text_of(chars(), start='a b', max_new_tokens=40, seed=5, **settings)
         assert text == tokenizer.decode(new[0].tolist())
 
@@ -241,7 +243,8 @@ def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
     (dict(temprature=1), ['--temprature', '--temperature']),
 ], ids=lambda value: '-'.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else '')
 def test_bad_input_is_refused_in_a_sentence(settings, words):
-    done = python('sample.py', *flags(**dict(out_dir=chars(), start='a', device='cpu', max_new_tokens=5) | settings))
+    usual = dict(out_dir=chars(), start='a', device='cpu', max_new_tokens=5)
+    done = python('sample.py', *flags(**usual | settings))
     assert_refused(done, *words)
     assert not done.out
 
@@ -250,6 +253,24 @@ def test_a_prompt_that_is_no_text_is_refused(tmp_path):
     (tmp_path / 'prompt').write_bytes(b'ab\xff\xfe')
     done = python('sample.py', *flags(out_dir=chars(), start=f'FILE:{tmp_path / "prompt"}'))
     assert_refused(done, str(tmp_path / 'prompt'), 'UTF-8')
+
+
+@pytest.mark.parametrize('before, words', [
+    ("import sys; sys.modules['tiktoken'] = None", ['pip install tiktoken']),
+    ('''
+import tiktoken
+def get_encoding(name):
+    raise OSError('no network')
+tiktoken.get_encoding = get_encoding''', ['gpt2', 'TIKTOKEN_CACHE_DIR']),
+], ids=['not_installed', 'offline'])
+def test_a_vocabulary_that_cannot_be_had_is_refused(tmp_path, before, words):
+    out_dir = parrot(tmp_path, 'ab')
+    state = checkpoint.load(out_dir / 'best.pt')
+    state['meta']['tokenizer'] = {'kind': 'tiktoken', 'name': 'gpt2'}
+    checkpoint.save(out_dir / 'best.pt', state)
+    done = python('sample.py', *flags(out_dir=out_dir), before=before)
+    assert_refused(done, *words)
+    assert not done.out
 
 
 @pytest.mark.parametrize('kind', DAMAGES)

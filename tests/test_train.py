@@ -1,8 +1,8 @@
 """
-Training, as a user runs it: a run learns and reports, goes on bit by bit after a stop, and refuses in one sentence.
+Training, as a user runs it: a run learns, reports, goes on bit by bit after a stop, refuses in one sentence.
 
-Importing torch takes longer than these runs. So most of them start in a child of one process that has imported it
-(class Forks); the runs that are killed, compiled or spread over processes are started as a user would.
+Importing torch takes longer than these runs. So most of them are children of one process that has imported it
+(class Forks). A few are started from nothing, as a user would, and one test says that both are the same.
 """
 import atexit
 import errno
@@ -84,15 +84,15 @@ class Forks:
 
     @classmethod
     def run(cls, *jobs):
-        """jobs: (argv, environment, Python that the child runs first) -> a Result for each; they run side by side."""
+        """jobs: (argv, environment, Python to run first) -> a Result for each; they run side by side."""
         if cls.process is None:
             cls.process = subprocess.Popen([sys.executable, '-c', SERVER], cwd=ROOT, env=ENV, text=True,
                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             atexit.register(cls.process.wait)
             atexit.register(cls.process.stdin.close)
         outs = [str(next(names)) for _ in jobs]
-        sent = [{'argv': argv, 'env': env, 'before': before, 'out': f'{out}.out', 'err': f'{out}.err', 'seconds': 60}
-                for (argv, env, before), out in zip(jobs, outs)]
+        sent = [{'argv': argv, 'env': env, 'before': before, 'out': f'{out}.out', 'err': f'{out}.err',
+                 'seconds': 60} for (argv, env, before), out in zip(jobs, outs)]
         print(json.dumps(sent), file=cls.process.stdin, flush=True)
         codes = json.loads(cls.process.stdout.readline())
         return [Result(code, Path(f'{out}.out').read_text(), Path(f'{out}.err').read_text())
@@ -111,8 +111,9 @@ def python(script, *args, env={}, before=''):
 
 def real_python(*args, env={}, seconds=300):
     """The same in a process of its own, from its first line on."""
-    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env=ENV | env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, text=True, start_new_session=True,
+                               env=ENV | {name: str(value) for name, value in env.items()},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -129,9 +130,9 @@ def flags(**settings):
 # ----------------------------------------------------------------------------------------------------------
 # Toys
 
-TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, gradient_accumulation_steps=1, device='cpu',
-           max_iters=60, lr_decay_iters=60, warmup_iters=5, learning_rate=3e-3, log_interval=5, eval_interval=20,
-           eval_tokens=2048)
+TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, gradient_accumulation_steps=1,
+           max_iters=60, lr_decay_iters=60, warmup_iters=5, learning_rate=3e-3, log_interval=5,
+           eval_interval=20, eval_tokens=2048, device='cpu')
 
 
 def documents(n=100, words=60, seed=0):
@@ -319,7 +320,7 @@ def test_best_is_the_lowest_validation_loss():
 def test_start_report():
     out = first_run()[1]
     head, _, tail = out.partition('step 5:')
-    # wte 257 x 32, wpe 32 x 32, and in each of two blocks 12 x 32 x 32 weights, 11 x 32 biases, two norms of 64
+    # two blocks of 12 x 32 x 32 weights, 9 x 32 biases and two norms; wte, wpe and a last norm
     weights, rest = 2 * 12 * 32 * 32, 257 * 32 + 32 * 32 + 2 * (9 + 4) * 32 + 2 * 32
     assert f'{(weights + rest) / 1e3:.3g}k parameters' in head
     # six for each weight that multiplies, and the scores of 32 keys in each layer
@@ -362,7 +363,7 @@ def test_a_run_is_not_overwritten_unasked(run_copy):
     dict(optimizer='muon', dropout=0.1),
     dict(optimizer='adamw', dropout=0.1, dtype='bfloat16'),
     dict(optimizer='muon', dtype='bfloat16', schedule='wsd'),
-    dict(optimizer='muon', dropout=0.1, dtype='float16'),
+    dict(optimizer='adamw', dropout=0.1, dtype='float16'),
 ], ids=lambda settings: '-'.join(map(str, settings.values())))
 def test_resume_is_bit_exact_twice(settings):
     whole = trained(**settings)
@@ -374,7 +375,7 @@ def test_resume_is_bit_exact_twice(settings):
 
 
 def at_step(number, action):
-    """Python for a child: it does this in the middle of a step (which asks for one batch, if it has one micro-batch)."""
+    """Python for a child: in the middle of this step (of one micro-batch in each process) it does that."""
     return f'''
 import os, data.loader
 get, calls = data.loader.Dataset.train_batch, []
@@ -459,14 +460,26 @@ def test_resume_of_a_finished_run_changes_nothing(run_copy):
 
 def test_resume_takes_a_moved_run_and_repeated_flags(run_copy):
     """Flags that say what the checkpoint says are no contradiction, nor are those that may change."""
-    done = python('train.py', *toy(run_copy, init_from='resume', max_iters=65, eval_interval=65, learning_rate=1e-3))
+    changed = dict(max_iters=65, eval_interval=65, learning_rate=1e-3)
+    done = python('train.py', *toy(run_copy, init_from='resume', **changed))
     assert done.code == 0, done
     assert load(run_copy)['step'] == 65
 
 
+def test_resume_takes_new_optimizer_settings(run_copy):
+    """An optimizer that is loaded brings its old settings with it: they must not win."""
+    resume(run_copy, max_iters=65, weight_decay=0.5, beta1=0.8, beta2=0.9, learning_rate=1e-3)
+    state, = load(run_copy)['optimizers']
+    assert {group['weight_decay'] for group in state['param_groups']} == {0.5, 0.0}
+    assert {tuple(group['betas']) for group in state['param_groups']} == {(0.8, 0.9)}
+    assert metrics(run_copy)[-1]['lr'] == pytest.approx(1e-4, rel=1e-9)
+    assert {group['lr'] for group in state['param_groups']} == {metrics(run_copy)[-1]['lr']}
+
+
 @pytest.mark.parametrize('flag, was, now', [
-    ('n_layer', '2', '3'), ('batch_size', '8', '4'), ('gradient_accumulation_steps', '1', '2'), ('seed', '1337', '1'),
-    ('optimizer', 'adamw', 'muon'), ('norm', 'layernorm', 'rmsnorm'), ('block_size', '32', '16'), ('dataset', '', ''),
+    ('n_layer', '2', '3'), ('norm', 'layernorm', 'rmsnorm'), ('block_size', '32', '16'), ('dataset', '', ''),
+    ('batch_size', '8', '4'), ('gradient_accumulation_steps', '1', '2'), ('seed', '1337', '1'),
+    ('optimizer', 'adamw', 'muon'),
 ])
 def test_resume_refuses_contradictions(run_copy, flag, was, now):
     before = files(run_copy)
@@ -518,9 +531,9 @@ def pair(*args, before=''):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Three windows: one process evaluates a full batch, the other half of one. Rotary models have buffers."""
-    settings = dict(gradient_accumulation_steps=2, max_iters=20, log_interval=2, eval_interval=10, batch_size=2,
-                    eval_tokens=3 * 32 + 5, pos='rope')
+    """Three windows: one process evaluates a full batch, the other half of one. And rope has buffers."""
+    settings = dict(gradient_accumulation_steps=2, batch_size=2, max_iters=20, log_interval=2,
+                    eval_interval=10, eval_tokens=3 * 32 + 5, pos='rope')
     done = real_python('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py',
                        *toy(tmp_path, **settings), seconds=90)
     assert done.code == 0, done
@@ -537,8 +550,8 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_two_processes_killed_and_resumed_are_bit_exact(tmp_path):
     """With dropout, and between two log lines."""
-    settings = dict(gradient_accumulation_steps=2, batch_size=2, dropout=0.2, log_interval=3, eval_interval=10,
-                    max_iters=20)
+    settings = dict(gradient_accumulation_steps=2, batch_size=2, max_iters=20, log_interval=3,
+                    eval_interval=10, dropout=0.2)
     for done in pair(*toy(tmp_path / 'whole', **settings)):
         assert done.code == 0, done
     for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(15, 'os._exit(9)')):
@@ -547,6 +560,12 @@ def test_two_processes_killed_and_resumed_are_bit_exact(tmp_path):
     for done in pair(*flags(init_from='resume', out_dir=tmp_path / 'parts')):
         assert done.code == 0, done
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+def test_a_refusal_ends_both_processes(tmp_path):
+    first, second = pair(*toy(tmp_path / 'run', dataset='never_prepared', gradient_accumulation_steps=2))
+    assert_refused(first, 'never_prepared')
+    assert second.code > 0, 'a negative one is the time limit'
 
 
 def test_micro_batches_must_divide_among_processes(tmp_path):
@@ -573,7 +592,8 @@ def test_accumulation_equals_a_larger_batch():
 
 def test_evaluation_does_not_change_training():
     settings = dict(max_iters=50, log_interval=1, dropout=0.1)
-    often, seldom = trained(eval_interval=5, **settings), trained(eval_interval=50, eval_tokens=64, **settings)
+    often = trained(eval_interval=5, **settings)
+    seldom = trained(eval_interval=50, eval_tokens=64, **settings)
     assert len(losses(often)) == 50 and losses(often) == losses(seldom)
     assert not differences(load(often)['model'], load(seldom)['model'])
 
@@ -655,7 +675,7 @@ def test_min_lr_is_a_tenth_unless_said():
 
 
 def test_gradients_are_clipped():
-    """AdamW divides by the size of the gradient, plus 1e-8: only a gradient clipped below that moves little."""
+    """AdamW divides by the size of the gradient plus 1e-8: only gradients clipped below that move little."""
     settings = dict(max_iters=20, weight_decay=0.0, log_interval=1)
     assert losses(trained(grad_clip=1e-12, **settings))[-1] > 5.3
     without = losses(trained(grad_clip=0, **settings))
@@ -680,8 +700,9 @@ def test_every_parameter_is_optimized_once_and_vectors_do_not_decay(optimizer):
     shapes = {0.0: [], 0.3: []}
     for opt in state['optimizers']:
         for group in opt['param_groups']:
-            moments = [opt['state'][i] for i in group['params']]
-            shapes[group['weight_decay']] += [tuple(m.get('exp_avg', m.get('momentum_buffer')).shape) for m in moments]
+            for moments in map(opt['state'].get, group['params']):
+                momentum = moments.get('exp_avg', moments.get('momentum_buffer'))
+                shapes[group['weight_decay']].append(tuple(momentum.shape))
     weights = [tuple(w.shape) for w in state['model'].values()]
     assert sorted(shapes[0.0]) == sorted(s for s in weights if len(s) == 1)
     assert sorted(shapes[0.3]) == sorted(s for s in weights if len(s) == 2)
@@ -691,7 +712,7 @@ def test_every_parameter_is_optimized_once_and_vectors_do_not_decay(optimizer):
 
 
 def test_weight_decay_shrinks_matrices_alone():
-    """With a gradient clipped away, decay is all that moves: (1 - rate * decay) a step for matrices and embeddings."""
+    """With a gradient clipped away decay is all that moves: by 1 - rate * decay a step, but for vectors."""
     settings = dict(max_iters=20, grad_clip=1e-20, decay_lr=False, warmup_iters=0, learning_rate=0.01)
     still = load(trained(weight_decay=0.0, **settings))['model']
     decayed = load(trained(weight_decay=1.0, **settings))['model']
@@ -722,7 +743,7 @@ torch.compile = compile''')
 
 
 def test_without_a_compiler_training_is_eager(tmp_path):
-    env = {'PATH': str(tmp_path), 'CXX': str(tmp_path / 'no_compiler'), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    env = {'PATH': tmp_path, 'CXX': tmp_path / 'no_compiler', 'TORCHINDUCTOR_CACHE_DIR': tmp_path / 'cache'}
     done = real_python('train.py', *toy(tmp_path / 'run', compile=True, max_iters=2), env=env)
     assert done.code == 0 and 'Traceback' not in done.err, done
     assert 'torch.compile does not work here' in done.out and 'eager' in done.out
@@ -822,9 +843,9 @@ def damage(path, kind):
         torch.save(state, path)
 
 
-DAMAGES = ['missing', 'empty', 'truncated', 'one byte short', 'garbage', 'text', 'a list', 'another script', 'pickle',
-           'code inside', 'weights of another model', 'weights of another size', 'flags of the future',
-           'flags that cannot be', 'weights lost']
+DAMAGES = ['missing', 'empty', 'truncated', 'one byte short', 'garbage', 'text', 'a list', 'another script',
+           'pickle', 'code inside', 'weights of another model', 'weights of another size',
+           'flags of the future', 'flags that cannot be', 'weights lost']
 
 
 @pytest.mark.parametrize('kind', DAMAGES)
@@ -910,6 +931,16 @@ def test_dataset_that_has_a_script_names_it(tmp_path):
     assert_refused(done, 'python data/mine/prepare.py')
 
 
+def test_a_preparation_that_fails_is_no_traceback(tmp_path):
+    """pysource needs no network, so the first run prepares it; here that goes wrong."""
+    (tmp_path / 'pysource').mkdir()
+    (tmp_path / 'pysource' / 'prepare.py').write_text('raise SystemExit("no sources on this machine")')
+    done = python('train.py', *toy(tmp_path / 'run', dataset=tmp_path / 'pysource'))
+    assert done.code == 1 and 'Traceback' not in done.err, done.err
+    assert 'no sources on this machine' in done.err and 'pysource' in done.err
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
 def test_truncated_dataset_is_refused(tmp_path, name):
     folder = tmp_path / 'cut'
@@ -937,7 +968,7 @@ sys.modules['wandb'] = None''')
 
 
 def test_warmup_longer_than_the_run_is_said(tmp_path):
-    """nanoGPT's command lines cut short by --max_iters must run; but the rate never gets where it was set to."""
+    """nanoGPT's command lines cut short by --max_iters must run, but the rate never gets where it was set."""
     out = train(tmp_path / 'run', max_iters=10, warmup_iters=100)[1]
     assert 'warmup_iters=100' in out
     assert metrics(tmp_path / 'run')[-1]['lr'] == pytest.approx(3e-3 * 10 / 101, rel=1e-9)
@@ -951,12 +982,14 @@ CUT = ['--max_iters=2', '--eval_interval=2', '--eval_iters=2']
 
 
 @pytest.mark.parametrize('line', [
-    'config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 '
-    '--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0',
+    'config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 '
+    '--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 '
+    '--lr_decay_iters=2000 --dropout=0.0',
     'config/train_shakespeare_char.py --n_layer=2 --n_embd=48 --block_size=32 --batch_size=4 --device=cpu',
-    'config/train_gpt2.py --batch_size=2 --gradient_accumulation_steps=2 --compile=False --device=cpu --wandb_log=False '
-    '--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --vocab_size=304',
-    '--batch_size=2 --compile=False --device=cpu --eval_only=True --n_layer=2 --n_head=2 --n_embd=32 --block_size=32',
+    'config/train_gpt2.py --batch_size=2 --gradient_accumulation_steps=2 --compile=False --device=cpu '
+    '--wandb_log=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --vocab_size=304',
+    '--batch_size=2 --compile=False --device=cpu --eval_only=True --n_layer=2 --n_head=2 --n_embd=32 '
+    '--block_size=32',
 ])
 def test_command_lines_of_nanogpt_run(line, tmp_path):
     data = dataset('chars' if 'shakespeare' in line else 'bytes')

@@ -46,6 +46,8 @@ def documents(root, column):
 def jsonl_rows(path, column):
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except ValueError:
