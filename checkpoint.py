@@ -9,7 +9,8 @@ import torch
 from model import GPT, GPTConfig
 
 # what train.py needs of a checkpoint to go on with a run
-TO_RESUME = ('model', 'config', 'settings', 'meta', 'step', 'best_val_loss', 'optimizers', 'scaler', 'interval', 'seconds')
+TO_RESUME = ('model', 'config', 'settings', 'meta', 'step', 'best_val_loss', 'optimizers', 'scaler',
+             'interval', 'seconds')
 RUN_FILES = ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'config.json')
 # settings that, like the model's flags, cannot change in the middle of a run
 FIXED = ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps', 'optimizer')
@@ -28,7 +29,8 @@ def save(path, state):
 def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
     """What `save` wrote, on the CPU. FileNotFoundError or ValueError, one sentence, when that cannot be."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path} does not exist: train a model into that out_dir first, or name another')
+        raise FileNotFoundError(f'{path} does not exist: train a model into that out_dir first, '
+                                'or name another')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -40,8 +42,8 @@ def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
                          f'({type(error).__name__}): use another checkpoint, or train again') from None
     missing = [name for name in needed if not isinstance(state, dict) or name not in state]
     if missing:
-        raise ValueError(f'{path} lacks {", ".join(missing)}, which this needs: use a checkpoint of train.py, '
-                         'and to resume the one that it calls ckpt.pt')
+        raise ValueError(f'{path} lacks {", ".join(missing)}, which this needs: use a checkpoint of '
+                         'train.py, and to resume the one that it calls ckpt.pt')
     return state
 
 
@@ -51,7 +53,7 @@ def contents(model, **rest):
 
 
 def build(state, path):
-    """The model of a loaded checkpoint. ValueError, one sentence, when its flags or weights are another model's."""
+    """The model of a loaded checkpoint. ValueError, one sentence, when its flags or weights are another's."""
     unknown = sorted(state['config'].keys() - {f.name for f in fields(GPTConfig)})
     if unknown:
         raise ValueError(f'{path} has model flags that this version does not know ({", ".join(unknown)}): '
@@ -68,7 +70,7 @@ def build(state, path):
 
 
 def refuse_contradictions(state, config, settings, given):
-    """ValueError, one sentence, when the command line wants another model or other data than a run began with."""
+    """ValueError, one sentence, when the command line wants a model or data other than a run began with."""
     before = {name: state['settings'].get(name) for name in FIXED} | state['config']
     now = {name: settings[name] for name in FIXED} | asdict(config)
     changed = [f'{name} (checkpoint {before[name]!r}, now {now[name]!r} by {given[name]})'
@@ -108,7 +110,7 @@ def clear(out_dir):
 
 
 def rewind_metrics(path, step):
-    """Drop the lines of metrics.jsonl that a killed run wrote after its checkpoint, and a last one cut short."""
+    """Drop what a killed run wrote to metrics.jsonl after its checkpoint, and a last line cut short."""
     if not os.path.exists(path):
         return
     kept = []

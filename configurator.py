@@ -35,10 +35,11 @@ class Flag(NamedTuple):
     default: object     # MISSING for a field without one
 
 
-def configure(settings, config_class=None, argv=None, given=None):
+def configure(settings, config_class=None, argv=None, given=None, skip=()):
     """
     Apply the command line to `settings`, the globals() of a script; return the fields of config_class that it
-    gave, as a dict. A dict passed as `given` receives {name: the file or flag that had the last word}.
+    gave, as a dict. A dict passed as `given` receives {name: the file or flag that had the last word}. Names in
+    `skip` are passed over: a config file may be meant for another script too (`names_in`).
 
     A user's mistake raises SystemExit with one sentence, which Python prints before it exits with code 1.
     """
@@ -55,6 +56,8 @@ def configure(settings, config_class=None, argv=None, given=None):
         is_flag = arg.startswith('--')
         for name, value, place in split_flag(arg) if is_flag else run_file(arg, flags, now):
             label = f'--{name}' if is_flag else f'{place}: {name}'
+            if name not in flags and name in skip:
+                continue
             if name not in flags:
                 kind = f'setting of {script}' + ' and no model flag' * bool(model)
                 raise SystemExit(f'{label} is no {kind}; {nearest(name, flags, is_flag)}')
@@ -63,6 +66,11 @@ def configure(settings, config_class=None, argv=None, given=None):
             if given is not None:
                 given[name] = label if is_flag else arg
     return model_args
+
+
+def names_in(path):
+    """Every name that a script assigns."""
+    return set(read_comments(Path(path).read_text(encoding='utf-8')))
 
 
 def plain_settings(settings):

@@ -1,12 +1,12 @@
 """
 GPT-2 and the blocks of newer decoders, each behind one flag of GPTConfig.
 
-Reads top to bottom: configuration, positions, norms, the cache, attention, feed-forward, block, GPT, sampling.
-A config string is looked up once in a table (POSITIONS, NORMS, NORM_AT, FFN) while the layer is built, so no
-forward asks which model this is. Every layer is `mixer(x, ctx, cache)`, then `ffn(x, ctx)`.
+Reads top to bottom: configuration, positions, norms, the cache, attention, feed-forward, block, GPT,
+sampling. A config string is looked up once in a table (POSITIONS, NORMS, NORM_AT, FFN) while the layer is
+built, so no forward asks which model this is. Every layer is `mixer(x, ctx, cache)`, then `ffn(x, ctx)`.
 
-Shapes: B batch, T tokens of this call, S slots or keys, C n_embd, H query heads, K key/value heads, D head_dim,
-I ffn width, V vocabulary.
+Shapes: B batch, T tokens of this call, S slots or keys, C n_embd, H query heads, K key/value heads,
+D head_dim, I ffn width, V vocabulary.
 """
 import hashlib
 import math
@@ -71,7 +71,8 @@ class GPTConfig:
         self._must('head_dim', self.pos != 'rope' or self.head_dim % 2 == 0, 'be even when pos=rope')
         self._must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
         self._must('rope_theta', self.rope_theta > 1, 'be above 1')
-        self._must('rope_theta', self.pos == 'rope' or self.rope_theta == GPTConfig.rope_theta, 'be left out unless pos=rope')
+        self._must('rope_theta', self.pos == 'rope' or self.rope_theta == GPTConfig.rope_theta,
+                   'be left out unless pos=rope')
         self._must('ffn_width', self.ffn_width >= 1, 'be at least 1')
         self._must('norm_eps', self.norm_eps > 0, 'be above 0')
         self._must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
@@ -95,11 +96,12 @@ class Linear(nn.Linear):
 
     def draw(self, leaf, generator):
         p = getattr(self, leaf)
-        return torch.zeros(p.shape) if leaf == 'bias' else torch.randn(p.shape, generator=generator) * self.std
+        return (torch.zeros(p.shape) if leaf == 'bias' else
+                torch.randn(p.shape, generator=generator) * self.std)
 
 
 def out_proj(c, n_in):
-    """A projection back to the residual stream: GPT-2 shrinks it, so that 2 n_layer branches sum to variance one."""
+    """A projection to the residual stream: GPT-2 shrinks it, so 2 n_layer branches sum to variance one."""
     return Linear(n_in, c.n_embd, c.bias, std=0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer))
 
 
@@ -139,7 +141,7 @@ class Frequencies(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Positions have two ways into the model, the embedding and the attention layers. This one takes neither."""
+    """Positions have two ways into the model, the embedding and the attention layers. This takes neither."""
     max_tokens = None   # no limit on how far positions reach
 
     def __init__(self, c):
@@ -193,7 +195,10 @@ class RotaryPositions(NoPositions):
 
 
 POSITIONS = {
-    'learned': LearnedPositions, 'sinusoidal': SinusoidalPositions, 'rope': RotaryPositions, 'none': NoPositions,
+    'learned': LearnedPositions,
+    'sinusoidal': SinusoidalPositions,
+    'rope': RotaryPositions,
+    'none': NoPositions,
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -201,7 +206,7 @@ POSITIONS = {
 
 
 class LayerNorm(nn.Module):
-    """Mean and variance normalised (Ba et al. 2016), with an optional bias that nn.LayerNorm cannot leave out."""
+    """Mean and variance normalised (Ba et al. 2016), with a bias that, unlike nn.LayerNorm's, is optional."""
 
     def __init__(self, width, c):
         super().__init__()
@@ -252,23 +257,24 @@ def norm_if(wanted, width, c):
 
 class TokenCache:
     """
-    What one layer keeps of past tokens: `slots` slots, each with the position it holds (-1: none) and one row of
-    every tensor in `widths`. The mask is computed from those positions, so a slot may hold any token:
-    the slot of a position is pos % slots.
+    What one layer keeps of past tokens: `slots` slots, each with the position it holds (-1: none) and one row
+    of every tensor in `widths`. The mask is computed from those positions, so a slot may hold any token: the
+    slot of a position is pos % slots.
 
     The caller owns the clock: it says where tokens belong, and positions within one call must be consecutive.
     """
 
     def __init__(self, batch_size, slots, widths, dtype, device):
-        self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)            # (B,S)
-        self.rows = [torch.zeros(batch_size, slots, *w, dtype=dtype, device=device) for w in widths]  # (B,S,...)
+        self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)  # (B,S)
+        self.rows = [torch.zeros(batch_size, slots, *w, dtype=dtype, device=device)       # (B,S,...)
+                     for w in widths]
         self.empty = True
 
     def update(self, pos, *new):
         """
-        Store `new`, tensors (B,T,...) that belong at pos (T,) or (B,T). Returns (pos, tensors) of all that these
-        tokens may attend to: slots of the cache, or on a first call the new tensors themselves, so that a prefill
-        is the training path.
+        Store `new`, tensors (B,T,...) that belong at pos (T,) or (B,T). Returns (pos, tensors) of all that
+        these tokens may attend to: slots of the cache, or on a first call the new tensors themselves, so that
+        a prefill is the training path.
         """
         new = [n.to(r.dtype) for n, r in zip(new, self.rows)]
         pos_BT = pos.to(torch.int32).expand(new[0].shape[:2])
@@ -277,7 +283,8 @@ class TokenCache:
         elif self.empty:
             seen = (pos_BT, *new)
         else:
-            # a copy of the old is made before it is overwritten; what the new tokens replace must not be seen twice
+            # a copy of the old is made before it is overwritten;
+            # what the new tokens replace must not be seen twice
             old = torch.where(self.pos >= pos_BT[:, :1], -1, self.pos)
             seen = (torch.cat((old, pos_BT), 1), *(torch.cat((r, n), 1) for r, n in zip(self.rows, new)))
         self._write(pos_BT, new)
@@ -309,7 +316,7 @@ class TokenCache:
 
 
 def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
-    """Bytes that new_cache(batch_size, seq_len) takes with numbers of dtype_bytes each, allocating nothing."""
+    """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
     dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     if dtype_bytes not in dtypes:
         raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
@@ -323,7 +330,7 @@ def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
 
 
 def visible(pos, key_pos):
-    """True where the query at pos (T,) or (B,T) may see the key at key_pos (S,) or (B,S) -> (1 or B,1,T,S)."""
+    """True where a query at pos (T,) or (B,T) may see the key at key_pos (S,) or (B,S) -> (1 or B,1,T,S)."""
     query, key = pos.unsqueeze(-1), key_pos.unsqueeze(-2)  # (...,T,1), (...,1,S)
     mask = (key <= query) & (key >= 0)
     return mask.view(-1, 1, *mask.shape[-2:])
@@ -331,9 +338,9 @@ def visible(pos, key_pos):
 
 def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     """
-    Scaled dot-product attention. q (B,T,H,D), k and v (B,S,K,D), mask broadcast to (B,H,T,S) bool with True where
-    attention may look, or causal=True for the plain triangle -> (B,T,H,D). Query head h reads key head h * K // H.
-    A query that may look nowhere gets zeros.
+    Scaled dot-product attention. q (B,T,H,D), k and v (B,S,K,D), mask broadcast to (B,H,T,S) bool with True
+    where attention may look, or causal=True for the plain triangle -> (B,T,H,D). Query head h reads key head
+    h * K // H. A query that may look nowhere gets zeros.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout,
@@ -342,13 +349,14 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023) or multi-query (Shazeer 2019)."""
+    """Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023), multi-query (Shazeer 2019)."""
 
     def __init__(self, c):
         super().__init__()
         self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
         self.head_dim, self.dropout = c.head_dim, c.dropout
-        self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.bias)  # query, key and value, side by side
+        # query, key and value, side by side
+        self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.bias)
         self.c_proj = out_proj(c, c.n_head * c.head_dim)
         self.q_norm = RMSNorm(c.head_dim, c) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c) if c.qk_norm else nn.Identity()
@@ -400,7 +408,10 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """One half of the hidden layer gates the other (Shazeer 2020): three matrices, so 8/3 as wide for the same size."""
+    """
+    One half of the hidden layer gates the other (Shazeer 2020):
+    three matrices, so 8/3 as wide for the same size.
+    """
 
     parts = 2  # gate and up, side by side
 
@@ -429,7 +440,7 @@ FFN = {
 
 
 class Block(nn.Module):
-    """Two branches on the residual stream. Where the norms stand is NORM_AT's affair; the others are identities."""
+    """Two branches on the residual stream. NORM_AT says where the norms stand; the others are identities."""
 
     def __init__(self, c):
         super().__init__()
@@ -449,8 +460,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    The decoder. Parameters are drawn one by one, each from a generator seeded by (seed, its name): two models that
-    differ in one flag share every other weight bit for bit.
+    The decoder. Parameters are drawn one by one, each from a generator seeded by (seed, its name): two models
+    that differ in one flag share every other weight bit for bit.
     """
 
     def __init__(self, config, seed=1337):
@@ -480,12 +491,13 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, pos=None, last_only=False):
         """
-        idx (B,T) int64. pos (T,) or (B,T) int64 says where the tokens belong: consecutive, negative for padding on
-        the left, below block_size where positions are learned, None for 0..T-1. cache: from new_cache; then pos may
-        only be None on its first call.
+        idx (B,T) int64. pos (T,) or (B,T) int64 says where the tokens belong: consecutive, negative for
+        padding on the left, below block_size where positions are learned, None for 0..T-1. cache: from
+        new_cache; then pos may only be None on its first call.
 
-        Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where there is
-        none -> (None, mean cross entropy in nats): the logits are not kept (kernels/linear_cross_entropy.py).
+        Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where
+        there is none -> (None, mean cross entropy in nats): the logits are not kept
+        (kernels/linear_cross_entropy.py).
         """
         ctx = self.context(idx, pos, cache)
         x = self.drop(self.wpe(self.wte(idx), ctx.pos))  # (B,T,C)
@@ -494,7 +506,8 @@ class GPT(nn.Module):
         x = self.ln_f(x)
         cap = self.config.logit_softcap
         if targets is not None:
-            return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap)
+            return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                                  cap)
         logits = self.lm_head(x[:, -1:] if last_only else x)
         return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
 
@@ -502,21 +515,23 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if pos is None:
             if cache is not None and not cache[0].empty:
-                raise ValueError('pos=None must be the positions of these tokens, as the cache holds tokens already')
+                raise ValueError('pos=None must be the positions of these tokens, as the cache holds tokens '
+                                 'already')
             if self.wpe.max_tokens is not None and T > self.wpe.max_tokens:
-                raise ValueError(f'{T} tokens must be at most block_size={self.wpe.max_tokens}, where learned '
-                                 'positions end; cut the text or train with pos=rope')
+                raise ValueError(f'{T} tokens must be at most block_size={self.wpe.max_tokens}, where '
+                                 'learned positions end; cut the text or train with pos=rope')
         # one token may be all there is to attend to, but its slot is one of many
         causal = pos is None and (cache is None or T > 1)
         pos = torch.arange(T, device=idx.device) if pos is None else pos
         return Context(pos, causal, self.wpe.rope(pos))
 
     def new_cache(self, batch_size, max_tokens):
-        """An empty cache for batch_size sequences of max_tokens: one entry per layer, in the activations' dtype."""
+        """An empty cache per layer, for batch_size sequences of max_tokens, in the activations' dtype."""
         weight = self.wte.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return [block.mixer.make_cache(self.config, batch_size, max_tokens, dtype, weight.device) for block in self.h]
+        return [block.mixer.make_cache(self.config, batch_size, max_tokens, dtype, weight.device)
+                for block in self.h]
 
     # -- counting
 
@@ -530,7 +545,7 @@ class GPT(nn.Module):
         return 6 * matmul + sum(block.mixer.flops(T) for block in self.h)
 
     def param_kinds(self):
-        """{parameter name: 'matrix', 'embedding' or 'vector'}, by the module that owns it: what optimizers go by."""
+        """{parameter name: 'matrix', 'embedding' or 'vector'} by the module that owns it, for optimizers."""
         kinds = {}
         for name, p in self.named_parameters():
             owner = self.get_submodule(name.rpartition('.')[0])
@@ -548,10 +563,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
         """
-        Continue idx (B,T) int64 by max_new_tokens, yielding (B,1) int64 as each is drawn. temperature 0 takes the
-        likeliest token; top_k keeps the k likeliest, top_p the fewest that hold a share p; stop: a token or several
-        that end a row (which repeats it while others go on; when all have, the stream ends). seed: the same draw
-        every time. Dropout is off. ValueError when there is nothing to continue or learned positions would run out.
+        Continue idx (B,T) int64 by max_new_tokens, yielding (B,1) int64 as each is drawn.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest
+        that hold a share p; stop: a token or several that end a row (which repeats it while
+        others go on; when all have, the stream ends). seed: the same draw every time. Dropout
+        is off. ValueError when there is nothing to continue or learned positions would run out.
         """
         B, T = idx.shape
         total, limit = T + max_new_tokens, self.wpe.max_tokens
@@ -559,11 +575,13 @@ class GPT(nn.Module):
             raise ValueError('idx must hold at least one token to continue: give a prompt')
         if limit is not None and total > limit:
             raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
-                             f'block_size={limit}, where learned positions end; a model with pos=rope has no such end')
+                             f'block_size={limit}, where learned positions end; a model with pos=rope has no '
+                             'such end')
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         stop = None if stop is None else torch.as_tensor(stop, device=idx.device).view(-1)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        cache, token, pos, next_pos = self.new_cache(B, total), idx, None, torch.full((1,), T, device=idx.device)
+        cache, token, pos, next_pos = (self.new_cache(B, total), idx, None,
+                                       torch.full((1,), T, device=idx.device))
         training = self.training
         self.eval()
         try:

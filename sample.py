@@ -27,11 +27,11 @@ num_samples = 3                     # continuations of it
 max_new_tokens = 500                # tokens in each; fewer where the document or learned positions end
 temperature = 0.8                   # 0: always the likeliest token; 1: as the model says; higher: wilder
 top_k: int | None = 200             # draw from the k likeliest tokens only; None: from all
-top_p: float | None = None          # draw from the fewest tokens that hold this share of the probability; None: all
+top_p: float | None = None          # draw from the fewest tokens with this share of probability; None: all
 seed = 1337                         # of the draws
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of the weights: auto (on a GPU 16 bit), float32, bfloat16, float16
-compile = False                     # torch.compile the model: a minute before the first token, faster ones after
+compile = False                     # torch.compile the model: a minute for the first token, faster ones after
 
 configure(globals())
 sys.stdout.reconfigure(errors='replace')  # for consoles that cannot print every character
@@ -68,8 +68,8 @@ with one_sentence():
         raise ValueError('start must not be empty, as this tokenizer has no token that begins a document')
     room = max_new_tokens if model.wpe.max_tokens is None else model.wpe.max_tokens - len(prompt)
     if room < 1:
-        raise ValueError(f'start has {len(prompt)} tokens and must have fewer than block_size={model.wpe.max_tokens}, '
-                         'where learned positions end: shorten it')
+        raise ValueError(f'start has {len(prompt)} tokens and must have fewer than '
+                         f'block_size={model.wpe.max_tokens}, where learned positions end: shorten it')
 # rows of a vocabulary that was rounded up have no text: without them they cannot be drawn
 model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:tokenizer.vocab_size])
 if compile:
@@ -84,7 +84,8 @@ for n in range(num_samples):
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     print('' if new_document else start, end='', flush=True)
     began, count = time.time(), 0
-    for token in model.stream(idx, min(room, max_new_tokens), temperature, top_k, top_p, tokenizer.eot, seed + n):
+    for token in model.stream(idx, min(room, max_new_tokens), temperature, top_k, top_p, tokenizer.eot,
+                              seed + n):
         if count == 0:
             prefilled = time.time()
         count += 1
@@ -93,6 +94,8 @@ for n in range(num_samples):
     print(decoder.decode(b'', final=True))
     ran_out |= count == room < max_new_tokens
     rate = (count - 1) / (time.time() - prefilled) if count > 1 else 0.0
-    print(f'--------------- {count} tokens, the first after {prefilled - began:.3f} s, then {rate:.1f} tokens/s')
+    print(f'--------------- {count} tokens, the first after {prefilled - began:.3f} s, '
+          f'then {rate:.1f} tokens/s')
 if ran_out:
-    print(f'stopped at block_size={model.wpe.max_tokens}, where learned positions end; a model with pos=rope goes on')
+    print(f'stopped at block_size={model.wpe.max_tokens}, where learned positions end; '
+          'a model with pos=rope goes on')

@@ -5,7 +5,8 @@ Train a model. A flat script: settings, setup, the loop.
     python train.py config/llama_small.py --dataset=fineweb_edu       # one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-Config files and --key=value are applied in the order given; later wins. --help lists every setting and model flag.
+Config files and --key=value are applied in the order given; later wins.
+--help lists every setting and model flag.
 """
 import importlib.util
 import json
@@ -30,16 +31,16 @@ from model import GPT, GPTConfig, kv_cache_bytes
 
 # run
 out_dir = 'out'                     # where checkpoints, metrics.jsonl and config.json go
-init_from = 'scratch'               # scratch, or resume (go on with the run in out_dir from its newest checkpoint)
+init_from = 'scratch'               # scratch, or resume (go on with out_dir's run from its newest checkpoint)
 overwrite = False                   # let a new run replace the one that out_dir holds
 seed = 1337                         # of weights, batches and dropout
 max_iters = 600000                  # optimizer steps in all
 log_interval = 10                   # steps between log lines
 eval_interval = 2000                # steps between evaluations, each of which saves a checkpoint
 eval_iters = 200                    # batches in an evaluation, unless eval_tokens is set
-eval_tokens: int | None = None      # tokens in an evaluation, whatever the batch size; None: eval_iters batches
+eval_tokens: int | None = None      # tokens in an evaluation, at any batch size; None: eval_iters batches
 eval_only = False                   # evaluate once, write nothing and leave
-always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only when the loss is the best so far
+always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only at the best loss so far
 wandb_log = False                   # log to Weights & Biases as well
 wandb_project = 'nanoblocks'        # its project
 wandb_run_name = ''                 # its run name; empty: the last part of out_dir
@@ -64,9 +65,9 @@ min_lr: float | None = None         # where AdamW's rate ends, Muon's in proport
 wsd_decay = 0.6                     # the share of lr_decay_iters in which wsd goes down
 # machine
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'                      # of matrix products: auto, float32, bfloat16, float16; weights stay float32
+dtype = 'auto'                      # of matrix products: auto, float32, bfloat16, float16; weights: float32
 compile: bool | None = None         # torch.compile; None: on a GPU, where the minute it takes pays
-backend = 'nccl'                    # of torch.distributed under torchrun: nccl, or gloo (always used on a CPU)
+backend = 'nccl'                    # of torch.distributed under torchrun: nccl, or gloo (always on a CPU)
 
 given = {}                          # the names that the command line set, each with the file or flag that did
 model_args = configure(globals(), GPTConfig, given=given)
@@ -87,7 +88,8 @@ with one_sentence():
         settings |= {'out_dir': out_dir, 'init_from': init_from}
         globals().update(settings)
     for name, words in (('init_from', ('scratch', 'resume')), ('optimizer', ('adamw', 'muon')),
-                        ('schedule', ('cosine', 'wsd')), ('dtype', ('auto', 'float32', 'bfloat16', 'float16'))):
+                        ('schedule', ('cosine', 'wsd')),
+                        ('dtype', ('auto', 'float32', 'bfloat16', 'float16'))):
         if settings[name] not in words:
             raise ValueError(f'{name}={settings[name]} must be one of {", ".join(words)}')
     for name in ('max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'batch_size',
@@ -105,11 +107,11 @@ with one_sentence():
     if decay_lr and min_lr is not None and min_lr > learning_rate:
         raise ValueError(f'min_lr={min_lr} must be at most learning_rate={learning_rate}')
     if gradient_accumulation_steps % world:
-        raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the '
-                         f'{world} processes that share its micro-batches')
+        raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of '
+                         f'the {world} processes that share its micro-batches')
     if resumed and max_iters < resumed['step']:
-        raise ValueError(f'max_iters={max_iters} must be at least the {resumed["step"]} steps that {ckpt_path} has '
-                         'behind it')
+        raise ValueError(f'max_iters={max_iters} must be at least the {resumed["step"]} steps that '
+                         f'{ckpt_path} has behind it')
     if not (resumed or eval_only or overwrite) and checkpoint.found(out_dir):
         raise ValueError(f'{out_dir} holds a run already: go on with it by --init_from=resume, replace it by '
                          '--overwrite=True, or choose another --out_dir')
@@ -148,8 +150,8 @@ with one_sentence():
         checkpoint.refuse_contradictions(resumed, config, settings, given)
         data = open_dataset(folder, config.block_size, seed)
         if data.meta != resumed['meta']:
-            raise ValueError(f'dataset={dataset} must be the one that {ckpt_path} was trained on: it has been '
-                             'prepared anew since; start a new run')
+            raise ValueError(f'dataset={dataset} must be the one that {ckpt_path} was trained on: it has '
+                             'been prepared anew since; start a new run')
     else:
         vocab_size = open_dataset(folder, 1, seed).meta['vocab_size']
         config = GPTConfig(**({'vocab_size': vocab_size} | model_args))
@@ -174,7 +176,8 @@ if dtype == 'auto':
         dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 if dtype == 'float16' and optimizer == 'muon':
     # its scaler would skip one optimizer's step and not the other's
-    sys.exit('dtype=float16 must not be used with optimizer=muon: choose --dtype=float32 or --optimizer=adamw')
+    sys.exit('dtype=float16 must not be used with optimizer=muon: choose --dtype=float32 or '
+             '--optimizer=adamw')
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
@@ -186,7 +189,8 @@ if compile:
         fast_model = torch.compile(raw_model)
     except Exception as error:
         compile, reason = False, str(error).strip().splitlines()[0]
-        print(f'torch.compile does not work here ({type(error).__name__}: {reason}): training eagerly, which is slower')
+        print(f'torch.compile does not work here ({type(error).__name__}: {reason}): training eagerly, '
+              'which is slower')
 model = fast_model
 if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(fast_model, broadcast_buffers=False)
@@ -203,7 +207,8 @@ if optimizer == 'muon':
     optimizers.append(torch.optim.Muon(params['matrix'], lr=muon_lr, weight_decay=weight_decay))
 else:
     decayed = decayed + params['matrix']
-groups = [{'params': decayed, 'weight_decay': weight_decay}, {'params': params['vector'], 'weight_decay': 0.0}]
+groups = [{'params': decayed, 'weight_decay': weight_decay},
+          {'params': params['vector'], 'weight_decay': 0.0}]
 # fused: one pass over memory in place of a dozen
 optimizers.append(torch.optim.AdamW([group for group in groups if group['params']], lr=learning_rate,
                                     betas=(beta1, beta2), fused=device_type in ('cuda', 'cpu')))
@@ -278,7 +283,7 @@ def record(**numbers):
 
 
 def save(name, **more):
-    """Write a checkpoint: everything that decides how the run goes on, or with no `more` only what sampling needs."""
+    """Write a checkpoint: all that decides how a run goes on, or with no `more` only what sampling needs."""
     if master and not eval_only:
         state = checkpoint.contents(raw_model, settings=settings, meta=data.meta, step=step,
                                     best_val_loss=best_val_loss, **more)
@@ -315,9 +320,9 @@ def batch(micro):
 # What is about to happen
 
 # dense bf16 FLOP/s of the cards that people train on, from their data sheets; first match wins
-PEAKS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12, 'GH200': 989e12, 'B200': 2250e12,
-         'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12, 'A10': 125e12, 'V100': 125e12,
-         'RTX 4090': 165e12, 'RTX 3090': 71e12}
+PEAKS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12, 'GH200': 989e12,
+         'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
+         'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 card = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak = next((flops for name, flops in PEAKS.items() if name in card), None)
 flops = raw_model.flops_per_token(T)
@@ -337,15 +342,18 @@ def clock(seconds):
     return f'{h} h {m} min' if h else f'{m} min {s} s' if m else f'{s} s'
 
 
-say(f'model     {human(raw_model.num_params())} parameters, {human(raw_model.num_params(active=True))} active, '
-    f'{human(flops)} FLOPs per token, {human(kv_cache_bytes(config, T, 1, 2))}B of cache at {T} tokens in 16 bit')
-say(f'data      {dataset}: {human(data.meta["train_tokens"])} tokens to train on, vocabulary {data.meta["vocab_size"]}')
-say(f'step      {gradient_accumulation_steps} micro-batches of {batch_size} x {T}: {tokens_per_step:,} tokens; '
-    f'{max_iters} steps: {human(max_iters * tokens_per_step)} tokens')
+say(f'model     {human(raw_model.num_params())} parameters, '
+    f'{human(raw_model.num_params(active=True))} active, {human(flops)} FLOPs per token, '
+    f'{human(kv_cache_bytes(config, T, 1, 2))}B of cache at {T} tokens in 16 bit')
+say(f'data      {dataset}: {human(data.meta["train_tokens"])} tokens to train on, '
+    f'vocabulary {data.meta["vocab_size"]}')
+say(f'step      {gradient_accumulation_steps} micro-batches of {batch_size} x {T}: '
+    f'{tokens_per_step:,} tokens; {max_iters} steps: {human(max_iters * tokens_per_step)} tokens')
 say(f'machine   {world} x {card}, {dtype} products, {"compiled" if compile else "eager"}')
 say(f'run       {out_dir}' + (f', going on at step {step}' if resumed else ''))
 if decay_lr and warmup_iters >= max_iters:
-    say(f'warmup_iters={warmup_iters} is not over after max_iters={max_iters}: learning_rate is never reached')
+    say(f'warmup_iters={warmup_iters} is not over after max_iters={max_iters}: '
+        'learning_rate is never reached')
 if device_type == 'cpu' and flops * tokens_per_step * max_iters > 1e16:
     say('this is a large model for a CPU and may take days: add config/tiny.py for a size that takes minutes')
 
@@ -375,8 +383,8 @@ while True:
                 if world > 1:
                     dist.all_reduce(so_far)
                 so_far /= world
-                save('ckpt.pt', optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
-                     interval=(so_far.item(), interval_steps),
+                save('ckpt.pt', optimizers=[opt.state_dict() for opt in optimizers],
+                     scaler=scaler.state_dict(), interval=(so_far.item(), interval_steps),
                      seconds=seconds_before + time.time() - start_time)
         interval_start += time.time() - paused
         pauses += time.time() - paused

@@ -1,4 +1,8 @@
-"""A size for a laptop: minutes on two cores. Put it behind an architecture: config/llama_small.py config/tiny.py"""
+"""
+A size for a laptop: minutes on two cores. Put it behind an architecture:
+
+    config/llama_small.py config/tiny.py
+"""
 n_layer = 6
 n_head = 4
 n_embd = 256

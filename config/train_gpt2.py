@@ -1,5 +1,7 @@
 """
-nanoGPT's GPT-2 124M run on OpenWebText, for 8 GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+nanoGPT's GPT-2 124M run on OpenWebText, for 8 GPUs:
+
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 wandb_log = True
 wandb_project = 'owt'

@@ -15,6 +15,7 @@ letter, never as the special token. A lone surrogate, which UTF-8 cannot hold, b
 """
 
 import heapq
+import importlib
 from collections import Counter, defaultdict
 
 EOT_BYTES = b'<|endoftext|>'
@@ -30,6 +31,14 @@ def utf8(text):
         return text.encode()
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode()
+
+
+def need(module, tokenizer):
+    """Import a module that only some tokenizers need. ValueError, one sentence, where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f'tokenizer={tokenizer} needs {module}: pip install {module}') from None
 
 
 class ByteTokenizer:
@@ -86,7 +95,7 @@ class TiktokenTokenizer:
     """
 
     def __init__(self, name):
-        import tiktoken
+        tiktoken = need('tiktoken', name)
         if name not in tiktoken.list_encoding_names():
             known = ', '.join(['bytes', 'chars', 'bpe'] + sorted(tiktoken.list_encoding_names()))
             raise ValueError(f'tokenizer={name!r} is unknown: choose one of {known}')
@@ -118,7 +127,7 @@ class BPETokenizer(TiktokenTokenizer):
     """
 
     def __init__(self, tokens, split=SPLIT):
-        import tiktoken
+        tiktoken = need('tiktoken', 'bpe')
         self.tokens, self.split = list(tokens), split
         ranks = {bytes([i]): i for i in range(256)}
         ranks.update({token.encode('latin-1'): 256 + i for i, token in enumerate(self.tokens)})
@@ -145,7 +154,7 @@ def train_bpe(texts, n_merges):
     visits only the words that hold its pair.
     """
     # Comes with tiktoken, and understands its patterns.
-    import regex
+    regex = need('regex', 'bpe')
     words = Counter(word for text in texts for word in regex.findall(SPLIT, text))
     words, counts = [[bytes([byte]) for byte in utf8(word)] for word in words], list(words.values())
     pairs, where = Counter(), defaultdict(set)

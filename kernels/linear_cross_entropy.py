@@ -1,15 +1,17 @@
 """
 The output head and its loss in one operation, so that the logits of all tokens never exist at once.
 
-    z = x W^T    (soft-capped: z = cap * tanh(z / cap))    loss = mean over targets of logsumexp(z) - z[target]
+    z = x W^T    (soft-capped: z = cap * tanh(z / cap))
+    loss = mean over targets of logsumexp(z) - z[target]
 
 The gradients are made chunk by chunk during the forward pass, when the logits are at hand anyway:
 
-    dz = (softmax(z) - onehot(target)) / count    (soft-capped: times 1 - (z/cap)^2)    dx = dz W    dW = dz^T x
+    dz = (softmax(z) - onehot(target)) / count    (soft-capped: times 1 - (z/cap)^2)
+    dx = dz W    dW = dz^T x
 
 Saved for the backward pass: dx (N,C) and dW (V,C), which backward only has to scale by the incoming gradient.
-With N = 12288 tokens and V = 50257, fp32 logits take 2.5 GB and autograd as much again for their softmax; eight
-chunks keep an eighth of one.
+With N = 12288 tokens and V = 50257, fp32 logits take 2.5 GB and autograd as much again for their softmax;
+eight chunks keep an eighth of one.
 """
 import torch
 import torch.nn.functional as F

@@ -11,14 +11,14 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm_reference(x, weight, eps):
-    """The definition. x (..., C), weight (C,), eps float -> (..., C) in x's dtype; the mean is taken in fp32."""
+    """The definition. x (..., C), weight (C,), eps float -> (..., C) in x's dtype; the mean is in fp32."""
     wide = x if x.dtype == torch.float64 else x.float()
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * r * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The same in half the passes over memory that autograd would make, which is what an eager CPU step feels."""
+    """The same in half the passes over memory that autograd would make, which an eager CPU step feels."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):

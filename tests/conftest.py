@@ -143,7 +143,7 @@ def legal(flags):
 
 @functools.cache
 def combinations(count, seed):
-    """Different legal flags: a family with half of its fields redrawn, one after the other, where that is legal."""
+    """Different legal flags: a family with half of its fields redrawn, in any order, where that is legal."""
     rng, found = random.Random(seed), []
     while len(found) < count:
         flags = dict(rng.choice(list(families().values())))
@@ -157,7 +157,7 @@ def combinations(count, seed):
 
 
 def random_flags(count, seed):
-    """The test once for each of `count` combinations, as `flags`. Its id is what differs from the defaults."""
+    """The test once for each of `count` combinations, as `flags`, named by what differs from the defaults."""
     found, base = combinations(count, seed), defaults() | toy()
     ids = [','.join(f'{k}={v}' for k, v in flags.items() if v != base.get(k)) for flags in found]
     return pytest.mark.parametrize('flags', found, ids=[name or 'defaults' for name in ids])
@@ -194,4 +194,4 @@ def assert_close(got, want, bound, what):
     assert got.shape == want.shape, f'{what}: shape {tuple(got.shape)} must be {tuple(want.shape)}'
     got, want = got.detach().double(), want.detach().double()
     error, size = (got - want).abs().max().item(), want.abs().max().item()
-    assert error <= bound * size, f'{what}: error {error:.2e} must be at most {bound:.0e} x {size:.2e}, the largest'
+    assert error <= bound * size, f'{what}: error {error:.2e} must be at most {bound:.0e} x {size:.2e}'

@@ -24,7 +24,7 @@ def test_the_tests_have_values_for_every_field():
     assert not new, (f'GPTConfig has {", ".join(new)}, which the tests have no values for: '
                      'add a row for each to FIELDS in tests/conftest.py')
     gone = sorted(FIELDS.keys() - {field.name for field in fields(GPTConfig)})
-    assert not gone, f'GPTConfig has no {", ".join(gone)} any more: remove it from FIELDS in tests/conftest.py'
+    assert not gone, f'GPTConfig has no {", ".join(gone)} any more: remove its row in tests/conftest.py'
     for name, field in FIELDS.items():
         assert len(field.values) > 1, f'{name} needs a value to be flipped to: add it in tests/conftest.py'
         refuses = field.bad or set(field.values) == {True, False}
@@ -73,7 +73,7 @@ def test_every_value_of_a_flag_changes_something(name):
         measured = {value: measure(flags | {name: value}) for value in values if legal(flags | {name: value})}
         for value in list(measured)[:1]:
             again = measure(flags | {name: value})
-            assert same(measured[value], again), 'the same flags must measure the same, or no difference counts'
+            assert same(measured[value], again), 'the same flags must measure the same twice'
         alike = {pair for pair in alike if not measured.keys() >= set(pair) or same(*map(measured.get, pair))}
         if not alike:
             return
@@ -150,7 +150,7 @@ def assert_refuses(flags, name, value):
     with pytest.raises(ValueError) as error:
         GPT(GPTConfig(**flags))
     sentence = str(error.value)
-    assert time.perf_counter() - began < 1, 'a refusal must not wait for anything'
+    assert time.perf_counter() - began < 5, 'a refusal must come before the work'
     told = re.match(rf'{name}={re.escape(str(value))} must \w.+', sentence)
     assert told, f'{sentence!r} must begin {name}={value} must'
     assert '\n' not in sentence and not sentence.endswith('.'), f'{sentence!r} must be one sentence'
@@ -187,7 +187,8 @@ WORDS = [name for name, field in FIELDS.items() if isinstance(field.values[0], s
 def test_unknown_word_is_answered_by_the_known_ones(name):
     with pytest.raises(ValueError) as error:
         GPTConfig(**{name: 'nothing'})
-    assert all(value in str(error.value) for value in FIELDS[name].values)
+    words = str(error.value).partition(' must be one of ')[2].split(', ')
+    assert set(words) == set(FIELDS[name].values), f'{name} must have these values in FIELDS of tests/conftest.py'
 
 
 def test_field_without_a_meaning_is_refused():
@@ -218,7 +219,7 @@ def test_random_combination_works(flags):
     for size in (7, 1, 1, 5, T - 14):
         pos = torch.arange(start, start + size)
         chunk = model(idx[:, start:start + size], cache=cache, pos=pos)[0]
-        assert_close(chunk, logits[:, start:start + size], 1e-4, f'cached logits of {size} tokens from {start} on')
+        assert_close(chunk, logits[:, start:start + size], 1e-4, f'cached logits of {size} from {start} on')
         start += size
     assert sum(entry.nbytes() for entry in cache) == kv_cache_bytes(model.config, T, 2, 4)
     assert_gradients(build(flags))

@@ -164,7 +164,7 @@ EVERY_CASE = pytest.mark.parametrize('op, case, chunks', [
 
 def test_every_operation_has_a_definition_and_cases():
     new = sorted(set(kernels.__all__) - (OPS.keys() & CASES.keys()))
-    assert not new, f'kernels has {new}, which is not tested: add rows to OPS and CASES in tests/test_kernels.py'
+    assert not new, f'kernels has {new}, which is untested: add it to OPS and CASES of tests/test_kernels.py'
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def run(function, args):
 
 def assert_follows_the_rule(function, op, case, dtype, autocast=False):
     """An error of at most twice that of plain PyTorch in the same dtype, and one rounding."""
-    # the largest error of one small tensor is a matter of luck on either side: so the mean square of some draws
+    # the largest error of one small tensor is a matter of luck on either side: mean squares of some draws
     totals, draws = {}, 6
     definition, plain = OPS[op]
     for draw in range(draws):
@@ -233,7 +233,7 @@ def assert_follows_the_rule(function, op, case, dtype, autocast=False):
     for name, total in totals.items():
         error, plain_error, size = (total / draws).sqrt().tolist()
         bound = 2 * plain_error + torch.finfo(BF16 if autocast else got[name].dtype).eps * size
-        assert error <= bound, f'{name}: error {error:.2e} must be at most {bound:.2e}, plain has {plain_error:.2e}'
+        assert error <= bound, f'{name}: error {error:.2e} must be at most {bound:.2e}, plain: {plain_error:.2e}'
 
 
 @EVERY_CASE

@@ -23,9 +23,9 @@ LLAMA = toy(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, tie=False, n_k
 @every_family
 def test_loss_at_start_is_that_of_guessing(flags):
     # The final norm leaves x with mean square one and the head has std 0.02, so logits have std
-    # s = 0.02 sqrt(C) = 0.11. That raises the mean loss above ln V by s^2 / 2 = 0.006, and the mean over 4 x 24
-    # random targets scatters by s / sqrt(96) = 0.012: 0.1 is far outside both, and far below what another init
-    # would give.
+    # s = 0.02 sqrt(C) = 0.11. That raises the mean loss above ln V by s^2 / 2 = 0.006, and the mean over 96
+    # random targets scatters by s / sqrt(96) = 0.012: 0.1 is far outside both, and far below what another
+    # init would give.
     idx = tokens(flags, 5, 24)
     loss = build(flags)(idx[:4], idx[1:])[1].item()
     assert abs(loss - math.log(flags['vocab_size'])) < 0.1, f'{loss} must be near ln V'
@@ -575,12 +575,13 @@ def test_llama_equals_transformers():
     state = {'lm_head.weight': ours.pop('lm_head.weight'), 'model.norm.weight': ours.pop('ln_f.weight'),
              'model.embed_tokens.weight': ours.pop('wte.weight')}
     for i in range(2):
-        parts = dict(zip(('q', 'k', 'v'), ours.pop(f'h.{i}.mixer.c_attn.weight').split([4 * 12, 2 * 12, 2 * 12])))
-        parts |= dict(zip(('gate', 'up'), ours.pop(f'h.{i}.ffn.c_fc.weight').chunk(2)))
+        qkv, gate_up = ours.pop(f'h.{i}.mixer.c_attn.weight'), ours.pop(f'h.{i}.ffn.c_fc.weight')
+        parts = dict(zip(('q', 'k', 'v', 'gate', 'up'), (*qkv.split([48, 24, 24]), *gate_up.chunk(2))))
         for theirs_is, ours_is in {
-                'input_layernorm': 'ln_1', 'self_attn.q_proj': 'q', 'self_attn.k_proj': 'k', 'self_attn.v_proj': 'v',
-                'self_attn.o_proj': 'mixer.c_proj', 'post_attention_layernorm': 'ln_2', 'mlp.gate_proj': 'gate',
-                'mlp.up_proj': 'up', 'mlp.down_proj': 'ffn.c_proj'}.items():
+                'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2',
+                'self_attn.q_proj': 'q', 'self_attn.k_proj': 'k', 'self_attn.v_proj': 'v',
+                'self_attn.o_proj': 'mixer.c_proj',
+                'mlp.gate_proj': 'gate', 'mlp.up_proj': 'up', 'mlp.down_proj': 'ffn.c_proj'}.items():
             p = parts[ours_is] if ours_is in parts else ours.pop(f'h.{i}.{ours_is}.weight')
             state[f'model.layers.{i}.{theirs_is}.weight'] = p
     assert not ours, f'not compared: {list(ours)}'
