@@ -206,7 +206,7 @@ POSITIONS = {
 
 
 class LayerNorm(nn.Module):
-    """Mean and variance normalised (Ba et al. 2016), with a bias that, unlike nn.LayerNorm's, is optional."""
+    """Mean and variance normalised (Ba et al. 2016). Has a bias where the linear layers have one."""
 
     def __init__(self, width, c):
         super().__init__()

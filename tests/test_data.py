@@ -128,7 +128,7 @@ def test_a_vocabulary_that_cannot_be_fetched_names_the_folder_to_set(monkeypatch
 
 def test_bytes_and_characters_need_no_tiktoken(monkeypatch):
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
-    with pytest.raises(ImportError):
+    with pytest.raises(ValueError, match='pip install tiktoken'):
         BPETokenizer([])
     for meta in {'kind': 'bytes'}, {'kind': 'chars', 'chars': 'abc'}:
         tokenizer = from_meta(meta)
