@@ -563,7 +563,7 @@ def test_only_an_offline_dataset_is_prepared_unasked(tmp_path):
     assert (tmp_path / 'pysource' / 'log').read_text() == 'x'
     (tmp_path / 'pysource' / 'meta.json').unlink()
     (tmp_path / 'pysource' / 'prepare.py').write_text('raise SystemExit(3)')
-    with pytest.raises(RuntimeError, match='prepare.py failed'):
+    with pytest.raises(ValueError, match='prepare.py failed'):
         ensure_prepared(tmp_path / 'pysource')
 
 
