@@ -22,7 +22,7 @@ from model import check_sampling
 
 out_dir = 'out'                     # the run to read
 ckpt = 'best.pt'                    # best.pt (lowest validation loss) or ckpt.pt (newest)
-start = '\n'                        # what to continue: a text, FILE:path, or <|endoftext|> for a new document
+start = ''                          # what to continue: a text, or FILE:path; empty: a new document
 num_samples = 3                     # continuations of it
 max_new_tokens = 500                # tokens in each; fewer where the document or learned positions end
 temperature = 0.8                   # 0: always the likeliest token; 1: as the model says; higher: wilder
@@ -63,9 +63,8 @@ with one_sentence():
     if start.startswith('FILE:'):
         start = read_text(start.removeprefix('FILE:'))
     new_document = start in ('', '<|endoftext|>') and tokenizer.eot is not None
+    start = start or '\n'  # where no token begins a document
     prompt = [tokenizer.eot] if new_document else tokenizer.encode(start)
-    if not prompt:
-        raise ValueError('start must not be empty, as this tokenizer has no token that begins a document')
     room = max_new_tokens if model.wpe.max_tokens is None else model.wpe.max_tokens - len(prompt)
     if room < 1:
         raise ValueError(f'start has {len(prompt)} tokens and must have fewer than '

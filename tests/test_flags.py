@@ -188,7 +188,7 @@ def test_unknown_word_is_answered_by_the_known_ones(name):
     with pytest.raises(ValueError) as error:
         GPTConfig(**{name: 'nothing'})
     words = str(error.value).partition(' must be one of ')[2].split(', ')
-    assert set(words) == set(FIELDS[name].values), f'{name} must have these values in FIELDS of tests/conftest.py'
+    assert set(words) == set(FIELDS[name].values), f'{name} must have these in FIELDS of conftest.py'
 
 
 def test_field_without_a_meaning_is_refused():

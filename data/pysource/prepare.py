@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.common import Flags, make_tokenizer, run, split_of, summary
 from data.writer import write_dataset
 
-SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
+# tables of characters and a manual in one string are no source text that anyone wrote
+SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', 'encodings', 'pydoc_data'}
 
 
 def documents(root):
