@@ -1,12 +1,12 @@
 """
 GPT-2 and the blocks of newer decoders, each behind one flag of GPTConfig.
 
-Reads top to bottom: configuration, positions, norms, the cache, attention, feed-forward, block, GPT,
-sampling. A config string is looked up once in a table (POSITIONS, NORMS, NORM_AT, FFN) while the layer is
-built, so no forward asks which model this is. Every layer is `mixer(x, ctx, cache)`, then `ffn(x, ctx)`.
+Reads top to bottom: configuration, positions, norms, caches, attention, state space, feed-forward, block, GPT, sampling.
+A config string is looked up once in a table (POSITIONS, NORMS, NORM_AT, ATTN, MIXERS, FFN, ...) while the layer is built,
+so no forward asks which model this is. Every layer is `mixer(x, ctx, cache)`, then `ffn(x, ctx)`.
 
-Shapes: B batch, T tokens of this call, S slots or keys, C n_embd, H query heads, K key/value heads,
-D head_dim, I ffn width, V vocabulary.
+Shapes: B batch, T tokens of this call, S slots or keys, C n_embd, H query heads, K key/value heads, D head_dim,
+I ffn or inner width, N tokens of all sequences, E experts, R latent width, V vocabulary.
 """
 import hashlib
 import math
@@ -32,56 +32,163 @@ class GPTConfig:
     n_layer: int = 12               # blocks
     n_head: int = 12                # query heads
     n_embd: int = 768               # width of the residual stream
-    n_kv_head: int | None = None    # key/value heads: None as many as n_head (MHA), fewer GQA, 1 MQA
-    head_dim: int | None = None     # width of one head: None n_embd / n_head
-    pos: str = 'learned'            # positions: learned, sinusoidal, rope, none
+    layer_pattern: str = 'a'        # mixer of each layer, repeated: a attention, w windowed, n without rope, m state space
+    ffn_pattern: str = 'f'          # what follows it, repeated: f one dense ffn, e experts, - nothing
+    # positions
+    pos: str = 'learned'            # learned, sinusoidal, rope, alibi, none
     rope_theta: float = 10000.0     # rope: the base of its wavelengths
+    rope_fraction: float = 1.0      # rope: the share of each head that turns
+    rope_scaling: str = 'none'      # rope beyond rope_context: none, linear, ntk, dynamic, yarn, llama3
+    rope_factor: float = 1.0        # rope_scaling: how many times longer the context becomes
+    rope_context: int | None = None  # rope_scaling: the context that was trained on; None: block_size
+    rope_beta_fast: float = 32.0    # yarn: pairs that turn more often than this in rope_context keep their frequency
+    rope_beta_slow: float = 1.0     # yarn: pairs that turn less often than this are stretched by rope_factor
+    rope_attention_factor: float | None = None  # yarn: scales cos and sin; None: 0.1 ln(rope_factor) + 1
+    rope_low_freq: float = 1.0      # llama3: as yarn's beta_slow
+    rope_high_freq: float = 4.0     # llama3: as yarn's beta_fast
+    # norms and the residual stream
     norm: str = 'layernorm'         # layernorm, rmsnorm
     norm_at: str = 'pre'            # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
     norm_eps: float = 1e-5          # added to the variance, or to the mean square, of every norm
-    qk_norm: bool = False           # RMS norm on each head's query and key, before rope
+    residual: str = 'serial'        # serial: ffn after mixer; parallel: both read the same x (GPT-NeoX, PaLM)
+    embed_scale: bool = False       # multiply the token embedding by sqrt(n_embd) (Gemma)
+    embed_skip: bool = False        # every block mixes the embedding back in, by two learned numbers
+    # attention
+    attn: str = 'standard'          # standard (MHA, GQA, MQA), mla (latent), diff (differential)
+    n_kv_head: int | None = None    # key/value heads: None as many as n_head (MHA), fewer GQA, 1 MQA
+    head_dim: int | None = None     # width of one head: None n_embd / n_head
+    qk_norm: bool | str = False     # RMS norm on queries and keys before rope: True per head, full over all heads
+    window: int | None = None       # letter w: how many tokens it sees, the newest included
+    softcap: float | None = None    # cap the attention scores smoothly: cap * tanh(score / cap)
+    sinks: bool = False             # a learned logit per head that takes attention away from all tokens (gpt-oss)
+    value_embed: bool = False       # add a second token embedding to the values, by one learned number a layer
+    kv_rank: int | None = None      # mla: width of the latent that is cached; None: n_embd / 4
+    q_rank: int | None = None       # mla: width of the query's latent; None: queries come straight from x
+    rope_head_dim: int | None = None  # mla: rotated width, one key for all heads; None: head_dim / 2
+    v_head_dim: int | None = None   # mla: width of a value head; None: head_dim
+    # feed-forward
     ffn: str = 'gelu'               # relu, gelu, relu2; gated: swiglu, geglu
     ffn_width: int | None = None    # hidden width: None 4 n_embd, gated 8/3 n_embd (the same parameters)
+    n_expert: int | None = None     # letter e: experts
+    n_expert_used: int = 2          # experts that each token passes through
+    expert_width: int | None = None  # hidden width of one expert; None: all that a token uses are ffn_width
+    n_shared: int = 0               # experts' worth of ffn that every token passes through as well
+    router: str = 'softmax'         # scores of the experts: softmax, sigmoid (DeepSeek V3)
+    router_norm: bool = True        # the weights of the chosen experts are made to sum to one
+    router_scale: float = 1.0       # and multiplied by this
+    n_group: int = 1                # experts lie in groups; a token chooses in the best n_group_used of them
+    n_group_used: int = 1           # groups a token chooses in
+    balance: str = 'aux'            # keep experts equally busy by: none, aux (Switch), bias (DeepSeek V3), both
+    aux_weight: float = 0.01        # aux: weight of the balancing loss
+    bias_rate: float = 0.001        # bias: how far the router's bias moves in one optimizer step
+    z_weight: float = 0.0           # weight of the router's z-loss, which keeps its logits small (ST-MoE)
+    # state space
+    ssm: str = 'mamba2'             # letter m: mamba1 (selective scan), mamba2 (SSD)
+    ssm_state: int | None = None    # state per channel; None: mamba1 16, mamba2 128
+    ssm_expand: int = 2             # inner width over n_embd
+    ssm_conv: int = 4               # taps of the causal convolution
+    ssm_head_dim: int = 64          # mamba2: channels that share one decay
+    ssm_groups: int = 1             # mamba2: groups of heads that share B and C
+    ssm_dt_rank: int | None = None  # mamba1: rank of the step size; None: n_embd / 16
+    ssm_norm: bool = False          # mamba1: RMS norms on the step size, B and C (Jamba)
+    # all
     bias: bool = True               # biases in linear layers and layer norms
     tie: bool = True                # the output head shares its weight with the token embedding
     dropout: float = 0.0            # on the embedding, the attention weights and every branch
     logit_softcap: float | None = None  # cap the logits smoothly: cap * tanh(logits / cap)
     zero_init: bool = False         # projections that write to the residual stream start at zero
+    n_predict: int = 1              # tokens predicted at every position in training, by a block more for each
+    predict_weight: float = 0.3     # weight of the loss of the further ones
 
     def __post_init__(self):
         for f in fields(self):
             kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
             self._must(f.name, type(value) in kinds or type(value) is int and float in kinds,
                        f'be of type {f.type if get_args(f.type) else f.type.__name__}')
-        for name, table in (('pos', POSITIONS), ('norm', NORMS), ('norm_at', NORM_AT), ('ffn', FFN)):
-            self._must(name, getattr(self, name) in table, f"be one of {', '.join(table)}")
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            self._must(name, getattr(self, name) >= 1, 'be at least 1')
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        if self.head_dim is None:
-            self._must('n_embd', self.n_embd % self.n_head == 0,
-                       f'be a multiple of n_head={self.n_head}, or head_dim must be set')
-            self.head_dim = self.n_embd // self.n_head
-        if self.ffn_width is None:
-            self.ffn_width = FFN[self.ffn].func.default_width(self.n_embd)
-        self._must('n_kv_head', self.n_kv_head >= 1 and self.n_head % self.n_kv_head == 0,
-                   f'divide n_head={self.n_head}')
-        self._must('head_dim', self.head_dim >= 1, 'be at least 1')
-        self._must('head_dim', self.pos != 'rope' or self.head_dim % 2 == 0, 'be even when pos=rope')
-        self._must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
-        self._must('rope_theta', self.rope_theta > 1, 'be above 1')
-        self._must('rope_theta', self.pos == 'rope' or self.rope_theta == GPTConfig.rope_theta,
-                   'be left out unless pos=rope')
-        self._must('ffn_width', self.ffn_width >= 1, 'be at least 1')
-        self._must('norm_eps', self.norm_eps > 0, 'be above 0')
-        self._must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
-        self._must('logit_softcap', self.logit_softcap is None or self.logit_softcap > 0,
-                   'be above 0, or None for no cap')
+        for name, table in WORDS.items():
+            self._must(name, getattr(self, name) in table, f"be one of {', '.join(map(str, table))}")
+        for name, letters in (('layer_pattern', MIXERS), ('ffn_pattern', FFNS)):
+            pattern = getattr(self, name)
+            self._must(name, pattern and set(pattern) <= letters.keys(), f"be letters of {''.join(letters)}")
+        for name, (sentence, applies) in BELONGS.items():
+            if not applies(self):
+                self._must(name, getattr(self, name) == getattr(GPTConfig, name), f'be left out unless {sentence}')
+        self._fill_in()
+        for name, low in LOWEST.items():
+            value = getattr(self, name)
+            self._must(name, value is None or value >= low, f'be at least {low}')
+        for name in ('norm_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq'):
+            self._must(name, getattr(self, name) is None or getattr(self, name) > 0, 'be above 0')
+        self._combinations()
 
     def _must(self, name, ok, rule):
         if not ok:
             raise ValueError(f'{name}={getattr(self, name)} must {rule}')
+
+    def _fill_in(self):
+        """Replace the None that stand for a value worked out from other flags."""
+        self._must('n_head', self.n_head >= 1, 'be at least 1')
+        if self.head_dim is None:
+            self._must('n_embd', self.n_embd % self.n_head == 0,
+                       f'be a multiple of n_head={self.n_head}, or head_dim must be set')
+        filled = {'n_kv_head': self.n_head, 'head_dim': self.n_embd // self.n_head,
+                  'ffn_width': FFN[self.ffn].func.default_width(self.n_embd)}
+        if self.rope_scaling != 'none':
+            filled |= {'rope_context': self.block_size}
+        if self.attn == 'mla':
+            head_dim = self.head_dim or filled['head_dim']
+            filled |= {'kv_rank': self.n_embd // 4, 'rope_head_dim': head_dim // 2, 'v_head_dim': head_dim}
+        if 'e' in self.ffn_pattern:
+            width = (self.ffn_width or filled['ffn_width']) // (self.n_expert_used + self.n_shared)
+            filled |= {'expert_width': max(1, width // 8 * 8 if width > 8 else width)}
+        if 'm' in self.layer_pattern:
+            filled |= {'ssm_state': SSM[self.ssm].default_state}
+            if self.ssm == 'mamba1':
+                filled |= {'ssm_dt_rank': Mamba1.default_dt_rank(self.n_embd)}
+        for name, value in filled.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _combinations(self):
+        must = self._must
+        must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
+        must('n_kv_head', self.n_head % self.n_kv_head == 0, f'divide n_head={self.n_head}')
+        must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
+        must('rope_theta', self.rope_theta > 1, 'be above 1')
+        must('rope_fraction', 0 < self.rope_fraction <= 1, 'be above 0 and at most 1')
+        must('rope_fraction', self.pos != 'rope' or rope_width(self) % 2 == 0 and rope_width(self) > 0,
+             f'leave an even number of the {self.head_dim} coordinates of a head to turn')
+        must('rope_scaling', self.rope_scaling == 'none' or self.rope_factor >= 1, 'come with rope_factor >= 1')
+        must('rope_beta_fast', self.rope_beta_fast > self.rope_beta_slow, f'be above {self.rope_beta_slow}')
+        must('rope_high_freq', self.rope_high_freq > self.rope_low_freq, f'be above {self.rope_low_freq}')
+        must('residual', self.residual == 'serial' or self.norm_at != 'post', 'be serial when norm_at=post')
+        must('residual', self.residual == 'serial' or '-' not in self.ffn_pattern,
+             "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
+        must('window', 'w' not in self.layer_pattern or self.window, "be set when layer_pattern has a 'w'")
+        if self.attn == 'mla':
+            must('attn', self.pos in ('rope', 'none'), f'not be mla with pos={self.pos}: use rope or none')
+            must('rope_head_dim', self.rope_head_dim % 2 == 0, 'be even')
+            for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0)):
+                must(name, getattr(self, name) == default, f'be {default} when attn=mla')
+            must('n_kv_head', self.n_kv_head == self.n_head, 'be left out when attn=mla, which caches no heads')
+        if self.attn == 'diff':
+            must('n_kv_head', self.n_kv_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs')
+            must('value_embed', not self.value_embed, 'be False when attn=diff')
+        if 'e' in self.ffn_pattern:
+            must('n_expert', self.n_expert, "be set when ffn_pattern has an 'e'")
+            must('n_group', self.n_expert % self.n_group == 0, f'divide n_expert={self.n_expert}')
+            must('n_group_used', self.n_group_used <= self.n_group, f'be at most n_group={self.n_group}')
+            choice = self.n_expert // self.n_group * self.n_group_used
+            must('n_expert_used', self.n_expert_used <= choice, f'be at most the {choice} experts to choose from')
+        if 'm' in self.layer_pattern and self.ssm == 'mamba2':
+            heads, odd = divmod(self.ssm_expand * self.n_embd, self.ssm_head_dim)
+            must('ssm_head_dim', odd == 0, f'divide the inner width {self.ssm_expand * self.n_embd}')
+            must('ssm_groups', heads % self.ssm_groups == 0, f'divide the {heads} heads of the state space')
+
+    def plan(self):
+        """One (mixer letter, ffn letter) pair per layer."""
+        return [(self.layer_pattern[i % len(self.layer_pattern)], self.ffn_pattern[i % len(self.ffn_pattern)])
+                for i in range(self.n_layer)]
 
 
 class Linear(nn.Linear):
@@ -96,13 +203,17 @@ class Linear(nn.Linear):
 
     def draw(self, leaf, generator):
         p = getattr(self, leaf)
-        return (torch.zeros(p.shape) if leaf == 'bias' else
-                torch.randn(p.shape, generator=generator) * self.std)
+        return torch.zeros(p.shape) if leaf == 'bias' else torch.randn(p.shape, generator=generator) * self.std
+
+
+def out_std(c):
+    """GPT-2 shrinks what writes to the residual stream, so that 2 n_layer branches sum to variance one."""
+    return 0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer)
 
 
 def out_proj(c, n_in):
-    """A projection to the residual stream: GPT-2 shrinks it, so 2 n_layer branches sum to variance one."""
-    return Linear(n_in, c.n_embd, c.bias, std=0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer))
+    """A projection back to the residual stream."""
+    return Linear(n_in, c.n_embd, c.bias, std=out_std(c))
 
 
 class Embedding(nn.Embedding):
@@ -124,14 +235,16 @@ class Context(NamedTuple):
     pos: torch.Tensor   # (T,) or (B,T) int64; negative marks padding, which nobody attends to
     causal: bool        # tokens 0..T-1 and nothing cached, so the mask is the plain triangle
     rope: tuple | None  # cos and sin of every token's angles, each (T,D/2) or (B,T,D/2) fp32
+    embedding: torch.Tensor | None = None  # embed_skip: what the blocks mix back in, (B,T,C)
+    values: torch.Tensor | None = None     # value_embed: what attention adds to its values, (B,T,K,D)
+    losses: list | None = None             # what layers add to the training loss
 
 
 class Frequencies(nn.Module):
-    """base^(-2j/width) for each pair j of coordinates, in fp32 whatever the model is cast to."""
+    """What turns positions into angles: one frequency per pair of coordinates, in fp32 whatever the model is cast to."""
 
-    def __init__(self, base, width):
+    def __init__(self, freq):
         super().__init__()
-        freq = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         # kept as the integers of the same bits, because model.to(bfloat16) would round a buffer of floats
         self.register_buffer('bits', freq.float().view(torch.int32), persistent=False)
 
@@ -141,7 +254,9 @@ class Frequencies(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Positions have two ways into the model, the embedding and the attention layers. This takes neither."""
+    """Positions have three ways into the model: the embedding, the rotation and the bias of attention. This takes none."""
+    rotary = False      # attention rotates queries and keys
+    alibi = False       # attention adds a bias that grows with distance
     max_tokens = None   # no limit on how far positions reach
 
     def __init__(self, c):
@@ -150,7 +265,7 @@ class NoPositions(nn.Module):
     def forward(self, x, pos):
         return x
 
-    def rope(self, pos):
+    def rope(self, pos, length):
         return None
 
 
@@ -173,7 +288,7 @@ class SinusoidalPositions(NoPositions):
 
     def __init__(self, c):
         super().__init__(c)
-        self.freq = Frequencies(10000.0, c.n_embd)
+        self.freq = Frequencies(10000.0 ** (-torch.arange(0, c.n_embd, 2, dtype=torch.float64) / c.n_embd))
 
     def forward(self, x, pos):
         angle = self.freq.angles(pos)                                           # (...,T,C/2)
@@ -182,23 +297,98 @@ class SinusoidalPositions(NoPositions):
         return x * math.sqrt(x.shape[-1]) + wave.to(x.dtype)
 
 
+class AlibiPositions(NoPositions):
+    """A bias on the scores that falls linearly with distance (Press et al. 2022); Scores adds it."""
+    alibi = True
+
+
+def alibi_slopes(n_head):
+    """2^(-8/n), 2^(-16/n), ... for n heads; a number that is no power of two takes every other of twice as many."""
+    n = 2 ** int(math.log2(n_head))
+    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    return torch.tensor(slopes + [2 ** (-4 * (2 * i + 1) / n) for i in range(n_head - n)])
+
+
 class RotaryPositions(NoPositions):
-    """Rotates queries and keys by angles that grow with position (kernels/rope.py)."""
+    """Rotates queries and keys by angles that grow with position (kernels/rope.py), at frequencies of ROPE_SCALING."""
+    rotary = True
 
     def __init__(self, c):
         super().__init__(c)
-        self.freq = Frequencies(c.rope_theta, c.head_dim)
+        self.by_length = partial(ROPE_SCALING[c.rope_scaling], c)
+        freq, self.magnitude = self.by_length(c.block_size)
+        self.freq = Frequencies(freq)
+        self.longest = c.rope_context if c.rope_scaling == 'dynamic' else math.inf
 
-    def rope(self, pos):
-        angle = self.freq.angles(pos)  # (...,T,D/2)
-        return angle.cos(), angle.sin()
+    def rope(self, pos, length):
+        freq = self.freq
+        if length > self.longest:
+            freq = Frequencies(self.by_length(length)[0]).to(pos.device)
+        angle = freq.angles(pos)  # (...,T,D/2)
+        return angle.cos() * self.magnitude, angle.sin() * self.magnitude
 
 
+def rope_width(c):
+    """How many coordinates of a head turn."""
+    return c.rope_head_dim if c.attn == 'mla' else int(c.head_dim * c.rope_fraction)
+
+
+def rope_plain(c, length, theta=None):
+    """theta^(-2j/D) for pair j of D/2 -> (frequencies (D/2,) fp64, factor on cos and sin). length: tokens in all."""
+    width = rope_width(c)
+    return (theta or c.rope_theta) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
+
+
+def rope_linear(c, length):
+    """Position interpolation (Chen et al. 2023): everything turns rope_factor times more slowly."""
+    return rope_plain(c, length)[0] / c.rope_factor, 1.0
+
+
+def rope_ntk(c, length, factor=None):
+    """NTK-aware (bloc97 2023): a larger base, so that the slowest pair is stretched and the fastest is kept."""
+    width = rope_width(c)
+    stretch = (factor or c.rope_factor) ** (width / max(1, width - 2))
+    return rope_plain(c, length, c.rope_theta * stretch)
+
+
+def rope_dynamic(c, length):
+    """
+    NTK-aware with the factor that this length needs, and none up to rope_context. All keys must turn alike, so with a
+    cache the length is that which the cache was made for.
+    """
+    over = max(1.0, length / c.rope_context)
+    return rope_ntk(c, length, c.rope_factor * over - (c.rope_factor - 1))
+
+
+def rope_yarn(c, length):
+    """YaRN (Peng et al. 2023): interpolates the slow pairs, keeps the fast ones, a ramp over pairs in between."""
+    freq, width = rope_plain(c, length)[0], rope_width(c)
+
+    def pair(turns):  # which pair makes that many turns in the trained context
+        return width * math.log(c.rope_context / (2 * math.pi * turns)) / (2 * math.log(c.rope_theta))
+    low, high = max(math.floor(pair(c.rope_beta_fast)), 0), min(math.ceil(pair(c.rope_beta_slow)), width - 1)
+    ramp = ((torch.arange(width // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    magnitude = c.rope_attention_factor
+    if magnitude is None:
+        magnitude = 0.1 * math.log(c.rope_factor) + 1
+    return freq * (1 - ramp) + freq / c.rope_factor * ramp, magnitude
+
+
+def rope_llama3(c, length):
+    """Llama 3.1: as YaRN's ramp, but over wavelengths relative to the trained context, and no factor on cos and sin."""
+    freq = rope_plain(c, length)[0]
+    turns = c.rope_context * freq / (2 * math.pi)
+    keep = ((turns - c.rope_low_freq) / (c.rope_high_freq - c.rope_low_freq)).clamp(0, 1)
+    return freq * keep + freq / c.rope_factor * (1 - keep), 1.0
+
+
+ROPE_SCALING = {
+    'none': rope_plain, 'linear': rope_linear, 'ntk': rope_ntk, 'dynamic': rope_dynamic, 'yarn': rope_yarn,
+    'llama3': rope_llama3,
+}
 POSITIONS = {
-    'learned': LearnedPositions,
-    'sinusoidal': SinusoidalPositions,
-    'rope': RotaryPositions,
-    'none': NoPositions,
+    'learned': LearnedPositions, 'sinusoidal': SinusoidalPositions, 'rope': RotaryPositions,
+    'alibi': AlibiPositions, 'none': NoPositions,
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -252,7 +442,7 @@ def norm_if(wanted, width, c):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The cache
+# Caches
 
 
 class TokenCache:
@@ -264,7 +454,9 @@ class TokenCache:
     The caller owns the clock: it says where tokens belong, and positions within one call must be consecutive.
     """
 
-    def __init__(self, batch_size, slots, widths, dtype, device):
+    def __init__(self, batch_size, max_tokens, window, widths, dtype, device):
+        slots = min(max_tokens, window or max_tokens)
+        self.max_tokens = max_tokens
         self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)  # (B,S)
         self.rows = [torch.zeros(batch_size, slots, *w, dtype=dtype, device=device)       # (B,S,...)
                      for w in widths]
@@ -276,6 +468,9 @@ class TokenCache:
         these tokens may attend to: slots of the cache, or on a first call the new tensors themselves, so that
         a prefill is the training path.
         """
+        if new[0].shape[1] > self.max_tokens:
+            raise ValueError(f'{new[0].shape[1]} tokens must be at most the {self.max_tokens} that this cache was made '
+                             'for: make a larger one')
         new = [n.to(r.dtype) for n, r in zip(new, self.rows)]
         pos_BT = pos.to(torch.int32).expand(new[0].shape[:2])
         if pos_BT.shape[1] == 1:
@@ -315,73 +510,502 @@ class TokenCache:
         return sum(t.nbytes for t in (self.pos, *self.rows))
 
 
-def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
-    """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
-    dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-    if dtype_bytes not in dtypes:
-        raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
-    dtype = dtypes[dtype_bytes]
-    return sum(Attention.make_cache(config, batch_size, seq_len, dtype, 'meta').nbytes()
-               for _ in range(config.n_layer))
+class StateCache:
+    """
+    What one recurrent layer keeps of past tokens, as much for one as for a million: the last inputs of its
+    convolution, and its state. The state is fp32 (fp64 in an fp64 model): it is a sum over all tokens, and in
+    bf16 late ones would be rounded away.
+    """
+
+    def __init__(self, batch_size, tail, state, dtype, device):
+        wide = torch.promote_types(dtype, torch.float32)
+        self.tail = torch.zeros(batch_size, *tail, dtype=dtype, device=device)      # (B,W-1,I)
+        self.state = torch.zeros(batch_size, *state, dtype=wide, device=device)     # (B,I,N) or (B,H,P,N)
+        self.empty = True
+
+    def read(self):
+        """(tail, state), both None before the first token, so that a prefill is the training path."""
+        return (None, None) if self.empty else (self.tail, self.state)
+
+    def write(self, tail, state):
+        self.tail.copy_(tail.detach())
+        self.state.copy_(state.detach())
+        self.empty = False
+
+    def reset(self):
+        """Forget everything, keep the memory."""
+        self.tail.zero_()
+        self.state.zero_()
+        self.empty = True
+
+    def expand(self, n):
+        """Every sequence n times, next to each other: one prompt, n continuations."""
+        self.tail, self.state = self.tail.repeat_interleave(n, 0), self.state.repeat_interleave(n, 0)
+
+    def nbytes(self):
+        """Bytes allocated."""
+        return self.tail.nbytes + self.state.nbytes
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Attention
 
 
-def visible(pos, key_pos):
-    """True where a query at pos (T,) or (B,T) may see the key at key_pos (S,) or (B,S) -> (1 or B,1,T,S)."""
+def visible(pos, key_pos, window=None):
+    """
+    True where the query at pos (T,) or (B,T) may see the key at key_pos (S,) or (B,S) -> (1 or B,1,T,S): no later
+    key, none of padding, and with a window only its own token and the window - 1 before it.
+    """
     query, key = pos.unsqueeze(-1), key_pos.unsqueeze(-2)  # (...,T,1), (...,1,S)
     mask = (key <= query) & (key >= 0)
+    if window is not None:
+        mask = mask & (key > query - window)
     return mask.view(-1, 1, *mask.shape[-2:])
 
 
-def attend(q, k, v, mask=None, causal=False, dropout=0.0):
+class Scores(nn.Module):
     """
-    Scaled dot-product attention. q (B,T,H,D), k and v (B,S,K,D), mask broadcast to (B,H,T,S) bool with True
-    where attention may look, or causal=True for the plain triangle -> (B,T,H,D). Query head h reads key head
-    h * K // H. A query that may look nowhere gets zeros.
+    softmax(scale q k^T) v over what each query may see, with what the flags add to it: windows, ALiBi, soft-capped
+    scores, sinks. Knows positions only, so the same lines serve training, prefill and decoding.
     """
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout,
-                                       enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2)
+
+    def __init__(self, c, n_head, scale, window=None):
+        super().__init__()
+        self.scale, self.window, self.softcap, self.dropout = scale, window, c.softcap, c.dropout
+        alibi = POSITIONS[c.pos].alibi
+        self.register_buffer('slopes', alibi_slopes(n_head).view(-1, 1, 1) if alibi else None, persistent=False)
+        self.sinks = nn.Parameter(torch.empty(n_head)) if c.sinks else None
+        # what SDPA's own triangle is enough for, which is its fastest path
+        self.triangle = window is None and not alibi and not c.sinks and c.softcap is None
+
+    def draw(self, leaf, generator):
+        return torch.randn(self.sinks.shape, generator=generator) * 0.02
+
+    def forward(self, q, k, v, pos, key_pos, causal):
+        """q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), pos (T,) or (B,T), key_pos (S,) or (B,S) -> (B,T,H,Dv)"""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if causal and self.triangle:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, dropout_p=self.drop(),
+                                               enable_gqa=q.shape[1] != k.shape[1])
+        elif causal and self.window is not None and q.shape[2] > 2 * self.window:
+            y = self.blockwise(q, k, v)
+        else:
+            y = self.masked(q, k, v, pos, key_pos)
+        return y.transpose(1, 2)
+
+    def drop(self):
+        return self.dropout if self.training else 0.0
+
+    def masked(self, q, k, v, pos, key_pos):
+        """q (B,H,T,D), k (B,K,S,D), v (B,K,S,Dv) -> (B,H,T,Dv). A query that may look nowhere gets finite numbers."""
+        bias = visible(pos, key_pos, self.window)  # (1 or B,1,T,S)
+        if self.slopes is not None or self.sinks is not None or self.softcap is not None:
+            # a large finite number: rows of padding see nothing, and infinities would make them NaN
+            bias = torch.zeros(bias.shape, device=q.device).masked_fill_(~bias, torch.finfo(torch.float32).min / 2)
+        if self.slopes is not None:
+            distance = key_pos.unsqueeze(-2) - pos.unsqueeze(-1)  # (...,T,S)
+            bias = bias + self.slopes * distance.view(-1, 1, *distance.shape[-2:])
+        if self.sinks is not None:
+            # one more key with score sinks and value zero
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            sink = self.sinks.float().view(1, -1, 1, 1).expand(bias.shape[0], -1, bias.shape[2], 1)
+            bias = torch.cat((bias.expand(-1, sink.shape[1], -1, -1), sink), dim=-1)
+        if self.softcap is not None:
+            return self.capped(q, k, v, bias)
+        bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale, dropout_p=self.drop(),
+                                              enable_gqa=q.shape[1] != k.shape[1])
+
+    def capped(self, q, k, v, bias):
+        """Soft-capped scores (Gemma 2), which SDPA does not do. bias is added after the cap."""
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = (q @ k.transpose(-1, -2)).float() * self.scale
+        probs = (self.softcap * torch.tanh(scores / self.softcap) + bias).softmax(-1)
+        return F.dropout(probs, self.dropout, self.training).to(v.dtype) @ v
+
+    def blockwise(self, q, k, v):
+        """
+        Tokens 0..T-1 under a window W in blocks of W queries, each with the keys of its own block and the one
+        before: T * 2W scores in place of T * T. The blocks become a batch, and `masked` does the rest.
+        """
+        B, T, W = q.shape[0], q.shape[2], self.window
+        n = -(-T // W)
+        pos = torch.arange(n * W, device=q.device).view(n, W)
+        key_pos = torch.cat((pos - W, pos), dim=1)  # (n,2W); the first block's past is negative, so unseen
+        q = F.pad(q, (0, 0, 0, n * W - T)).unflatten(2, (n, W)).transpose(1, 2).flatten(0, 1)  # (Bn,H,W,D)
+
+        def pairs(x):
+            x = F.pad(x, (0, 0, W, n * W - T)).unflatten(2, (n + 1, W))
+            return torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3).transpose(1, 2).flatten(0, 1)  # (Bn,K,2W,D)
+        y = self.masked(q, pairs(k), pairs(v), pos.repeat(B, 1), key_pos.repeat(B, 1))
+        return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
+class WidthNorm(RMSNorm):
+    """RMS norm over all heads together, as in OLMo 2. x (B,T,H,D)"""
+
+    def forward(self, x):
+        return super().forward(x.flatten(-2)).view(x.shape)
+
+
+#          None, or the norm of a query or key of so many heads
+QK_NORM = {
+    False: lambda c, n_head: nn.Identity(),
+    True: lambda c, n_head: RMSNorm(c.head_dim, c),
+    'full': lambda c, n_head: WidthNorm(n_head * c.head_dim, c),
+}
 
 
 class Attention(nn.Module):
-    """Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023), multi-query (Shazeer 2019)."""
+    """Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023) or multi-query (Shazeer 2019)."""
+    n_maps = 1  # query heads that share an output head
 
-    def __init__(self, c):
+    def __init__(self, c, layer, window=None, rotary=True):
         super().__init__()
-        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
-        self.head_dim, self.dropout = c.head_dim, c.dropout
-        # query, key and value, side by side
-        self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.bias)
+        self.heads, self.head_dim, self.window = (c.n_head, c.n_kv_head, c.n_kv_head), c.head_dim, window
+        self.rotary = rotary and POSITIONS[c.pos].rotary
+        self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.bias)  # query, key and value, side by side
         self.c_proj = out_proj(c, c.n_head * c.head_dim)
-        self.q_norm = RMSNorm(c.head_dim, c) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c) if c.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = QK_NORM[c.qk_norm](c, c.n_head), QK_NORM[c.qk_norm](c, c.n_kv_head)
+        self.scores = Scores(c, c.n_head // self.n_maps, c.head_dim ** -0.5, window)
+        self.value_scale = nn.Parameter(torch.empty(1)) if c.value_embed else None
+
+    def draw(self, leaf, generator):
+        return torch.full((1,), 0.5)
+
+    def qkv(self, x, ctx):
+        """x (B,T,C) -> query (B,T,H,D), key and value (B,T,K,D), normed and rotated"""
+        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary:
+            q, k = ops.rope(q, *ctx.rope), ops.rope(k, *ctx.rope)
+        if self.value_scale is not None:
+            v = v + self.value_scale * ctx.values
+        return q, k, v
 
     def forward(self, x, ctx, cache=None):
         """x (B,T,C) -> (B,T,C)"""
-        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B,T,H|K|K,D)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if ctx.rope is not None:
-            q, k = ops.rope(q, *ctx.rope), ops.rope(k, *ctx.rope)
+        q, k, v = self.qkv(x, ctx)
         key_pos = ctx.pos
         if cache is not None:
             key_pos, (k, v) = cache.update(ctx.pos, k, v)
-        mask = None if ctx.causal else visible(ctx.pos, key_pos)
-        y = attend(q, k, v, mask, ctx.causal, self.dropout if self.training else 0.0)
-        return self.c_proj(y.flatten(2))
+        return self.c_proj(self.scores(q, k, v, ctx.pos, key_pos, ctx.causal).flatten(2))
 
-    @staticmethod
-    def make_cache(c, batch_size, slots, dtype, device):
-        return TokenCache(batch_size, slots, [(c.n_kv_head, c.head_dim)] * 2, dtype, device)
+    def new_cache(self, batch_size, max_tokens, dtype, device):
+        widths = [(self.heads[1], self.head_dim)] * 2
+        return TokenCache(batch_size, max_tokens, self.window, widths, dtype, device)
 
     def flops(self, T):
         """Floating-point operations per token, forward and backward, of the scores and the weighted sum."""
-        return 12 * self.heads[0] * self.head_dim * T
+        return 12 * self.heads[0] * self.head_dim * min(T, self.window or T)
 
+
+class DiffAttention(Attention):
+    """
+    Differential attention (Ye et al. 2024, https://arxiv.org/abs/2410.05258): heads come in pairs that share a value
+    of twice the width, and the second one's attention is subtracted, lambda times, to cancel what both see.
+    """
+    n_maps = 2
+
+    def __init__(self, c, layer, window=None, rotary=True):
+        super().__init__(c, layer, window, rotary)
+        # the paper's schedule, by depth from 0
+        self.start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.lambdas = nn.Parameter(torch.empty(4, c.head_dim))  # q1, k1, q2, k2
+        self.head_norm = RMSNorm(2 * c.head_dim, c)
+
+    def draw(self, leaf, generator):
+        return torch.randn(self.lambdas.shape, generator=generator) * 0.1
+
+    def forward(self, x, ctx, cache=None):
+        """x (B,T,C) -> (B,T,C)"""
+        q, k, v = self.qkv(x, ctx)
+        key_pos = ctx.pos
+        if cache is not None:
+            key_pos, (k, v) = cache.update(ctx.pos, k, v)
+        first, second = ((q[:, :, i::2], k[:, :, i::2], v.unflatten(2, (-1, 2)).flatten(-2)) for i in (0, 1))
+        y = self.scores(*first, ctx.pos, key_pos, ctx.causal)                                   # (B,T,H/2,2D)
+        y = y - self.weight().to(y.dtype) * self.scores(*second, ctx.pos, key_pos, ctx.causal)
+        return self.c_proj((self.head_norm(y) * (1 - self.start)).flatten(2))
+
+    def weight(self):
+        """lambda = exp(q1 . k1) - exp(q2 . k2) + its start"""
+        q1, k1, q2, k2 = self.lambdas.float()
+        return (q1 @ k1).exp() - (q2 @ k2).exp() + self.start
+
+
+class MLA(nn.Module):
+    """
+    Multi-head latent attention (DeepSeek V2, https://arxiv.org/abs/2405.04434): keys and values of all heads are
+    expanded from one latent of kv_rank numbers a token. The cache holds that latent, and one rotated key of
+    rope_head_dim numbers that all heads share.
+
+    Tokens that see only themselves (training, prefill) expand the latent. Tokens that read the cache do not: the
+    expansion is absorbed into query and output, q . (W_k latent) = (W_k^T q) . latent, so all heads attend to one
+    shared key of kv_rank + rope_head_dim, whose first part is the value as well.
+    """
+
+    def __init__(self, c, layer, window=None, rotary=True):
+        super().__init__()
+        self.n_head, self.window, self.rotary = c.n_head, window, rotary and POSITIONS[c.pos].rotary
+        self.widths = c.head_dim, c.rope_head_dim  # of a query and key: Dn that do not turn, Dr that do
+        self.rank, self.v_head_dim = c.kv_rank, c.v_head_dim
+        n_query = c.n_head * (c.head_dim + c.rope_head_dim)
+        self.q_down = Linear(c.n_embd, c.q_rank, c.bias) if c.q_rank else nn.Identity()
+        self.q_norm = RMSNorm(c.q_rank, c) if c.q_rank else nn.Identity()
+        self.q_up = Linear(c.q_rank or c.n_embd, n_query, bias=False)
+        self.kv_down = Linear(c.n_embd, c.kv_rank + c.rope_head_dim, c.bias)  # latent and rotated key
+        self.kv_norm = RMSNorm(c.kv_rank, c)
+        self.kv_up = Linear(c.kv_rank, c.n_head * (c.head_dim + c.v_head_dim), bias=False)
+        self.c_proj = out_proj(c, c.n_head * c.v_head_dim)
+        self.scores = Scores(c, c.n_head, (c.head_dim + c.rope_head_dim) ** -0.5, window)
+
+    def forward(self, x, ctx, cache=None):
+        """x (B,T,C) -> (B,T,C)"""
+        q, turned = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_head, -1)).split(self.widths, dim=-1)
+        latent, key = self.kv_down(x).split((self.rank, self.widths[1]), dim=-1)    # (B,T,R), (B,T,Dr)
+        latent, key = self.kv_norm(latent), key.unsqueeze(2)
+        if self.rotary:
+            turned, key = ops.rope(turned, *ctx.rope), ops.rope(key, *ctx.rope)
+        key_pos, expand = ctx.pos, True
+        if cache is not None:
+            expand = ctx.causal
+            key_pos, (latent, key) = cache.update(ctx.pos, latent, key)
+        attend = self.expanded if expand else self.absorbed
+        return self.c_proj(attend(q, turned, latent, key, ctx, key_pos).flatten(2))
+
+    def expanded(self, q, turned, latent, key, ctx, key_pos):
+        """q (B,T,H,Dn), turned (B,T,H,Dr), latent (B,S,R), key (B,S,1,Dr) -> (B,T,H,Dv)"""
+        k, v = self.kv_up(latent).unflatten(-1, (self.n_head, -1)).split((self.widths[0], self.v_head_dim), dim=-1)
+        k = torch.cat((k, key.expand(-1, -1, self.n_head, -1)), dim=-1)
+        return self.scores(torch.cat((q, turned), dim=-1), k, v, ctx.pos, key_pos, ctx.causal)
+
+    def absorbed(self, q, turned, latent, key, ctx, key_pos):
+        """The same from the latent alone."""
+        up_k, up_v = self.kv_up.weight.view(self.n_head, -1, self.rank).split((self.widths[0], self.v_head_dim), dim=1)
+        q = torch.cat((torch.einsum('bthd,hdr->bthr', q, up_k), turned), dim=-1)
+        latent = latent.unsqueeze(2)  # (B,S,1,R), one head for all
+        y = self.scores(q, torch.cat((latent, key), dim=-1), latent, ctx.pos, key_pos, ctx.causal)
+        return torch.einsum('bthr,hdr->bthd', y, up_v)
+
+    def new_cache(self, batch_size, max_tokens, dtype, device):
+        widths = [(self.rank,), (1, self.widths[1])]
+        return TokenCache(batch_size, max_tokens, self.window, widths, dtype, device)
+
+    def flops(self, T):
+        """As Attention.flops, for keys of Dn + Dr and values of Dv."""
+        return 6 * self.n_head * (sum(self.widths) + self.v_head_dim) * min(T, self.window or T)
+
+
+ATTN = {'standard': Attention, 'mla': MLA, 'diff': DiffAttention}
+
+# ----------------------------------------------------------------------------------------------------------
+# State spaces
+
+
+def wide(x):
+    """x in fp32, or fp64 if it is: for step sizes and decays, whose rounding would add up over all tokens."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def close_gap(tail, x, pos):
+    """
+    tail (B,W-1,I) and the inputs x (B,T,I) behind it, where x may begin with padding: the same two, with the
+    tail moved up to the first token. What stands before it then is read by padding only.
+    """
+    both, sizes = torch.cat((tail, x), dim=1), (tail.shape[1], x.shape[1])
+    if x.shape[1] == 1:  # generating: the same in a third of the operations
+        moved = torch.where((pos < 0).unsqueeze(-1), torch.cat((both[:, :1], tail), dim=1), both)
+        return moved.split(sizes, dim=1)
+    pad, slot = (pos < 0).sum(-1).view(-1, 1), torch.arange(sum(sizes), device=x.device)
+    source = torch.where(slot < pad + sizes[0], slot - pad, slot).clamp(min=0)     # (1 or B,W-1+T)
+    return both.gather(1, source.unsqueeze(-1).expand_as(both)).split(sizes, dim=1)
+
+
+def step_size(dt, ctx):
+    """dt (B,T,...) through softplus, in fp32. Padding takes steps of size 0, which leave the state alone."""
+    dt = F.softplus(wide(dt))
+    return dt if ctx.causal else dt.masked_fill((ctx.pos < 0).unsqueeze(-1), 0)
+
+
+def draw_step_bias(shape, generator):
+    """The bias whose softplus is spread evenly in log from 0.001 to 0.1 (Gu and Dao 2023, section 3.6)."""
+    dt = 1e-3 * 100 ** torch.rand(shape, generator=generator)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class CausalConv(nn.Module):
+    """Each channel mixed over the last W tokens, then SiLU (kernels/causal_conv.py)."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def draw(self, leaf, generator):
+        # as nn.Conv1d does: a std of 0.02 would all but silence the channels
+        bound = self.weight.shape[1] ** -0.5
+        return bound * (2 * torch.rand(getattr(self, leaf).shape, generator=generator) - 1)
+
+    def forward(self, x, ctx, tail):
+        """x (B,T,I), tail (B,W-1,I) or None -> (B,T,I) and the new tail"""
+        if not ctx.causal:
+            if tail is None:
+                tail = x.new_zeros(x.shape[0], self.weight.shape[1] - 1, x.shape[2])
+            tail, x = close_gap(tail, x, ctx.pos)
+        y, tail = ops.causal_conv(x, self.weight, self.bias, tail)
+        return F.silu(y), tail
+
+
+class StepProjection(Linear):
+    """Mamba-1's projection of a few numbers per token to a step size per channel."""
+
+    def __init__(self, rank, channels):
+        super().__init__(rank, channels, bias=True)
+
+    def draw(self, leaf, generator):
+        if leaf == 'bias':
+            return draw_step_bias(self.bias.shape, generator)
+        return self.in_features ** -0.5 * (2 * torch.rand(self.weight.shape, generator=generator) - 1)
+
+    def forward(self, x):
+        # the bias is as low as -7, where bf16 has steps of 3 %: it is added in fp32
+        return wide(F.linear(x, self.weight)) + wide(self.bias)
+
+
+class Mamba1(nn.Module):
+    """
+    Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752): convolution, selective scan, gate. Every
+    channel has a state of its own, N numbers that decay at N rates; step size, input and read-out come from
+    the token.
+    """
+    default_state = 16
+
+    def __init__(self, c, layer):
+        super().__init__()
+        inner, N, rank = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_dt_rank
+        self.sizes = (rank, N, N)
+        self.in_proj = Linear(c.n_embd, 2 * inner, c.bias)  # the input and its gate, side by side
+        self.conv1d = CausalConv(inner, c.ssm_conv)
+        self.x_proj = Linear(inner, sum(self.sizes), bias=False)  # step size, B and C
+        self.dt_proj = StepProjection(rank, inner)
+        self.A_log, self.D = nn.Parameter(torch.empty(inner, N)), nn.Parameter(torch.empty(inner))
+        self.c_proj = out_proj(c, inner)
+        # Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887) keeps large models stable with these
+        self.dt_norm, self.b_norm, self.c_norm = (
+            RMSNorm(size, c) if c.ssm_norm else nn.Identity() for size in self.sizes)
+
+    @staticmethod
+    def default_dt_rank(n_embd):
+        return math.ceil(n_embd / 16)
+
+    def draw(self, leaf, generator):
+        # decay rates 1..N in every channel (S4D-Real); D passes the input through
+        if leaf == 'A_log':
+            return torch.arange(1.0, self.A_log.shape[1] + 1).log().expand(self.A_log.shape)
+        return torch.ones(self.D.shape)
+
+    def forward(self, x, ctx, cache=None):
+        """x (B,T,C) -> (B,T,C)"""
+        tail, state = (None, None) if cache is None else cache.read()
+        x, gate = self.in_proj(x).chunk(2, dim=-1)                  # (B,T,I)
+        x, tail = self.conv1d(x, ctx, tail)
+        dt, B, C = self.x_proj(x).split(self.sizes, dim=-1)         # (B,T,R|N|N)
+        dt = step_size(self.dt_proj(self.dt_norm(dt)), ctx)         # (B,T,I)
+        A = -torch.exp(wide(self.A_log))
+        y, state = ops.selective_scan(x, dt, A, self.b_norm(B), self.c_norm(C), self.D, state)
+        if cache is not None:
+            cache.write(tail, state)
+        return self.c_proj(y * F.silu(gate))
+
+    def new_cache(self, batch_size, max_tokens, dtype, device):
+        """max_tokens is of no concern: the state has one size for any number of tokens."""
+        (inner, N), W = self.A_log.shape, self.conv1d.weight.shape[1]
+        return StateCache(batch_size, (W - 1, inner), (inner, N), dtype, device)
+
+    def flops(self, T):
+        """
+        Floating-point operations per token, forward and backward, of what is no Linear: 6 for each number of
+        the state, as the recurrence is defined (dt A, decay, input, sum, read-out and its sum), and 2 for
+        each tap of the convolution. The backward pass counts twice; exp, softplus, SiLU and the gate do not
+        count.
+        """
+        return 3 * (6 * self.A_log.numel() + 2 * self.conv1d.weight.numel())
+
+
+class GatedRMSNorm(RMSNorm):
+    """The gate first, then the scale of each group normalised: groups may live on different GPUs."""
+
+    def __init__(self, width, groups, c):
+        super().__init__(width, c)
+        self.groups = groups
+
+    def forward(self, x, gate):
+        x = (x * F.silu(gate)).unflatten(-1, (self.groups, -1))
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+class Mamba2(nn.Module):
+    """
+    Mamba-2 (Dao and Gu 2024, https://arxiv.org/abs/2405.21060): the P channels of a head share one decay,
+    which turns the scan into matrix products (kernels/ssd.py) and affords a larger N. B and C are projected
+    beside x and pass through the convolution with it; the heads of a group share them, as queries share keys
+    in GQA.
+    """
+    default_state = 128
+
+    def __init__(self, c, layer):
+        super().__init__()
+        inner, N, G, P = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_groups, c.ssm_head_dim
+        heads = inner // P
+        self.state, self.groups = (heads, P, N), G
+        self.split = (inner, G * N, G * N)
+        self.in_proj = Linear(c.n_embd, inner + sum(self.split) + heads, c.bias)  # gate, (x, B, C), step size
+        self.conv1d = CausalConv(sum(self.split), c.ssm_conv)
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(heads)) for _ in range(3))
+        self.norm = GatedRMSNorm(inner, G, c)
+        self.c_proj = out_proj(c, inner)
+
+    def draw(self, leaf, generator):
+        shape = self.D.shape
+        if leaf == 'dt_bias':
+            return draw_step_bias(shape, generator)
+        if leaf == 'A_log':
+            return torch.log(1 + 15 * torch.rand(shape, generator=generator))  # decay rates from 1 to 16
+        return torch.ones(shape)
+
+    def forward(self, x, ctx, cache=None):
+        """x (B,T,C) -> (B,T,C)"""
+        (H, P, N), G = self.state, self.groups
+        tail, state = (None, None) if cache is None else cache.read()
+        gate, x, dt = self.in_proj(x).split((H * P, sum(self.split), H), dim=-1)    # (B,T,I|I+2GN|H)
+        x, tail = self.conv1d(x, ctx, tail)
+        x, B, C = x.split(self.split, dim=-1)                                       # (B,T,I|GN|GN)
+        dt = step_size(wide(dt) + wide(self.dt_bias), ctx)                          # (B,T,H)
+        A = -torch.exp(wide(self.A_log))
+        x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
+        y, state = ops.ssd(x, dt, A, B, C, self.D, state)                           # (B,T,H,P)
+        if cache is not None:
+            cache.write(tail, state)
+        return self.c_proj(self.norm(y.flatten(2), gate))
+
+    def new_cache(self, batch_size, max_tokens, dtype, device):
+        """max_tokens is of no concern: the state has one size for any number of tokens."""
+        channels, W = self.conv1d.weight.shape
+        return StateCache(batch_size, (W - 1, channels), self.state, dtype, device)
+
+    def flops(self, T):
+        """
+        Floating-point operations per token, forward and backward, of what is no Linear: 5 for each number of
+        the state, as the recurrence is defined (decay, input, sum, read-out and its sum; in chunks of 64,
+        with N = 128 and P = 64, there are as many), and 2 for each tap of the convolution. The backward pass
+        counts twice; exp, softplus, SiLU, the gate and its norm do not count.
+        """
+        return 3 * (5 * math.prod(self.state) + 2 * self.conv1d.weight.numel())
+
+
+SSM = {'mamba1': Mamba1, 'mamba2': Mamba2}
 
 # ----------------------------------------------------------------------------------------------------------
 # Feed-forward
@@ -390,12 +1014,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers and an activation."""
 
-    parts = 1  # widths of hidden layer that c_fc makes
-
-    def __init__(self, c, act):
+    def __init__(self, c, act, width=None):
         super().__init__()
-        self.c_fc = Linear(c.n_embd, self.parts * c.ffn_width, c.bias)
-        self.c_proj = out_proj(c, c.ffn_width)
+        width = width or c.ffn_width
+        self.c_fc = Linear(c.n_embd, self.fan_out(width), c.bias)
+        self.c_proj = out_proj(c, width)
         self.act = act
 
     def forward(self, x, ctx):
@@ -403,17 +1026,20 @@ class MLP(nn.Module):
         return self.c_proj(self.act(self.c_fc(x)))
 
     @staticmethod
+    def fan_out(width):
+        return width
+
+    @staticmethod
     def default_width(n_embd):
         return 4 * n_embd
 
 
 class GatedMLP(MLP):
-    """
-    One half of the hidden layer gates the other (Shazeer 2020):
-    three matrices, so 8/3 as wide for the same size.
-    """
+    """One half of the hidden layer gates the other (Shazeer 2020): three matrices, so 8/3 as wide for the same size."""
 
-    parts = 2  # gate and up, side by side
+    @staticmethod
+    def fan_out(width):
+        return 2 * width  # gate and up, side by side
 
     @staticmethod
     def default_width(n_embd):
@@ -435,27 +1061,237 @@ FFN = {
     'geglu': partial(GatedMLP, act=ops.geglu),
 }
 
+
+def softmax_scores(logits):
+    return logits.softmax(-1)
+
+
+ROUTER = {'softmax': softmax_scores, 'sigmoid': torch.sigmoid}
+#           a balancing loss, a bias on the choice
+BALANCE = {'none': (False, False), 'aux': (True, False), 'bias': (False, True), 'both': (True, True)}
+
+
+class MoE(nn.Module):
+    """
+    Mixture of experts (Shazeer et al. 2017): every token passes through the n_expert_used experts that a router scores
+    highest, weighted by their scores. Tokens are sorted by expert and every expert takes all of its own: none is dropped.
+
+    Balance: 'aux' adds a loss that is least when all experts are equally busy (Switch, Fedus et al. 2021); 'bias' adds
+    to the scores, for the choice alone, a bias that rises for idle experts (DeepSeek V3, arXiv 2412.19437), moved once
+    per optimizer step by GPT.balance_experts.
+    """
+
+    def __init__(self, c, layer):
+        super().__init__()
+        E, I, ffn = c.n_expert, c.expert_width, FFN[c.ffn].func
+        self.c, self.act, self.score = c, FFN[c.ffn].keywords['act'], ROUTER[c.router]
+        self.router = Linear(c.n_embd, E, bias=False)
+        self.c_fc = ExpertLinear(E, c.n_embd, ffn.fan_out(I), c.bias, 0.02)
+        self.c_proj = ExpertLinear(E, I, c.n_embd, c.bias, out_std(c))
+        self.shared = FFN[c.ffn](c, width=c.n_shared * I) if c.n_shared else None
+        self.aux, self.biased = BALANCE[c.balance]
+        if self.biased:
+            self.register_buffer('router_bias', torch.zeros(E))
+        # tokens each expert took since the last optimizer step
+        self.register_buffer('load', torch.zeros(E), persistent=False)
+
+    def forward(self, x, ctx):
+        """x (B,T,C) -> (B,T,C)"""
+        x_NC = x.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # close scores decide who works, so in fp32
+            logits_NE = F.linear(x_NC.float(), self.router.weight.float())
+        scores_NE = self.score(logits_NE)
+        expert_NK = self.choose(scores_NE)
+        weight_NK = scores_NE.gather(-1, expert_NK)
+        if self.c.router_norm:
+            weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
+        if self.training:
+            self.account(logits_NE, scores_NE, expert_NK, ctx)
+        y_NC = self.experts(x_NC, expert_NK, (weight_NK * self.c.router_scale).to(x.dtype))
+        y = y_NC.view(x.shape)
+        return y if self.shared is None else y + self.shared(x, ctx)
+
+    def choose(self, scores_NE):
+        """The experts of every token, (N,K) int64: the best, within the best groups if there are groups."""
+        if self.biased:
+            scores_NE = scores_NE + self.router_bias
+        if self.c.n_group > 1:
+            groups_NGE = scores_NE.unflatten(-1, (self.c.n_group, -1))
+            # a group is worth its two best experts (DeepSeek V3)
+            worth_NG = groups_NGE.topk(min(2, groups_NGE.shape[-1]), dim=-1).values.sum(-1)
+            best_NG = worth_NG.topk(self.c.n_group_used, dim=-1).indices
+            out_NG = torch.ones_like(worth_NG, dtype=torch.bool).scatter(-1, best_NG, False)
+            scores_NE = groups_NGE.masked_fill(out_NG.unsqueeze(-1), -torch.inf).flatten(-2)
+        return scores_NE.topk(self.c.n_expert_used, dim=-1).indices
+
+    def experts(self, x_NC, expert_NK, weight_NK):
+        """The weighted sum over each token's experts, (N,C)."""
+        K = expert_NK.shape[1]
+        order = expert_NK.flatten().argsort(stable=True)  # pairs of token and choice, sorted by expert
+        counts_E = torch.bincount(expert_NK.flatten(), minlength=self.c.n_expert)
+        h = self.act(self.c_fc(x_NC[order // K], counts_E))
+        y = self.c_proj(h, counts_E) * weight_NK.flatten()[order].unsqueeze(-1)
+        return torch.zeros_like(x_NC, dtype=y.dtype).index_add(0, order // K, y)
+
+    def account(self, logits_NE, scores_NE, expert_NK, ctx):
+        """Count who works, and add the losses that keep the router in order to the training loss."""
+        share_E = F.one_hot(expert_NK, self.c.n_expert).sum((0, 1)) / expert_NK.shape[0]  # sums to K
+        self.load += share_E * expert_NK.shape[0]
+        if self.aux:
+            wish_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).mean(0)
+            balance = self.c.n_expert * (share_E / self.c.n_expert_used * wish_E).sum()
+            ctx.losses.append(self.c.aux_weight * balance)
+        if self.c.z_weight:
+            ctx.losses.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
+
+
+    def rebalance(self):
+        """The share of each expert since the last call, (E,), over all processes; the bias moves against it."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load)
+        share = self.load / self.load.sum().clamp(min=1)
+        if self.biased:
+            self.router_bias += self.c.bias_rate * torch.sign(share.mean() - share)
+        self.load.zero_()
+        return share
+
+    def idle(self):
+        """Parameters that one token does not pass through."""
+        used = self.c.n_expert_used / self.c.n_expert
+        return round((1 - used) * sum(p.numel() for m in (self.c_fc, self.c_proj) for p in m.parameters()))
+
+    def flops(self):
+        """Floating-point operations per token, forward and backward, of the experts it passes through."""
+        return 6 * (self.c_fc.weight.numel() + self.c_proj.weight.numel()) * self.c.n_expert_used // self.c.n_expert
+
+
+class ExpertLinear(nn.Module):
+    """One linear layer per expert, their weights stacked, for rows that are sorted by expert."""
+
+    def __init__(self, n_expert, n_in, n_out, bias, std):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_expert, n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_expert, n_out)) if bias else None
+        self.std = std
+
+    draw = Linear.draw
+
+    def forward(self, x, counts):
+        """x (M,in) sorted by expert, counts (E,) rows of each -> (M,out)"""
+        return ops.grouped_linear(x, self.weight, self.bias, counts)
+
+
+FFNS = {'f': lambda c, layer: FFN[c.ffn](c), 'e': MoE, '-': lambda c, layer: None}
+
+MIXERS = {
+    'a': lambda c, layer: ATTN[c.attn](c, layer),
+    'w': lambda c, layer: ATTN[c.attn](c, layer, window=c.window),
+    'n': lambda c, layer: ATTN[c.attn](c, layer, rotary=False),
+    'm': lambda c, layer: SSM[c.ssm](c, layer),
+}
+
+def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
+    """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
+    dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+    if dtype_bytes not in dtypes:
+        raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
+    dtype = dtypes[dtype_bytes]
+    letters = [mixer for mixer, _ in config.plan()]
+    with torch.device('meta'):
+        size = {m: MIXERS[m](config, 0).new_cache(batch_size, seq_len, dtype, 'meta').nbytes() for m in set(letters)}
+    return sum(size[m] for m in letters)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The model
 
 
 class Block(nn.Module):
-    """Two branches on the residual stream. NORM_AT says where the norms stand; the others are identities."""
+    """Two branches on the residual stream. Where the norms stand is NORM_AT's affair; the others are identities."""
 
-    def __init__(self, c):
+    def __init__(self, c, mixer, ffn, layer):
         super().__init__()
         before, on_output, on_sum = NORM_AT[c.norm_at]
-        self.ln_1, self.ln_2 = norm_if(before, c.n_embd, c), norm_if(before, c.n_embd, c)
-        self.mixer, self.ffn = Attention(c), FFN[c.ffn](c)
-        self.ln_1_out, self.ln_2_out = norm_if(on_output, c.n_embd, c), norm_if(on_output, c.n_embd, c)
-        self.ln_1_sum, self.ln_2_sum = norm_if(on_sum, c.n_embd, c), norm_if(on_sum, c.n_embd, c)
+        self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(x, c.n_embd, c) for x in (before, on_output, on_sum))
+        self.mixer, self.ffn = MIXERS[mixer](c, layer), FFNS[ffn](c, layer)
+        if self.ffn is not None:
+            self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(x, c.n_embd, c) for x in (before, on_output, on_sum))
         self.drop = nn.Dropout(c.dropout)
+        self.skip = nn.Parameter(torch.empty(2)) if c.embed_skip else None
+
+    def draw(self, leaf, generator):
+        return torch.tensor([1.0, 0.0])
+
+    def branches(self, x, ctx, cache):
+        """The mixer of x, then the ffn of the sum."""
+        x = self.ln_1_sum(x + self.drop(self.ln_1_out(self.mixer(self.ln_1(x), ctx, cache))))
+        if self.ffn is None:
+            return x
+        return self.ln_2_sum(x + self.drop(self.ln_2_out(self.ffn(self.ln_2(x), ctx))))
 
     def forward(self, x, ctx, cache=None):
         """x (B,T,C) -> (B,T,C)"""
-        x = self.ln_1_sum(x + self.drop(self.ln_1_out(self.mixer(self.ln_1(x), ctx, cache))))
-        x = self.ln_2_sum(x + self.drop(self.ln_2_out(self.ffn(self.ln_2(x), ctx))))
-        return x
+        if self.skip is not None:
+            x = self.skip[0] * x + self.skip[1] * ctx.embedding
+        return self.branches(x, ctx, cache)
+
+
+class ParallelBlock(Block):
+    """Mixer and ffn read the same x, and both are added to it (GPT-J, GPT-NeoX, PaLM)."""
+
+    def branches(self, x, ctx, cache):
+        mixed = self.ln_1_out(self.mixer(self.ln_1(x), ctx, cache))
+        return x + self.drop(mixed) + self.drop(self.ln_2_out(self.ffn(self.ln_2(x), ctx)))
+
+
+RESIDUAL = {'serial': Block, 'parallel': ParallelBlock}
+
+# the tables that the string flags are looked up in
+WORDS = {
+    'pos': POSITIONS, 'rope_scaling': ROPE_SCALING, 'norm': NORMS, 'norm_at': NORM_AT, 'residual': RESIDUAL, 'attn': ATTN,
+    'qk_norm': QK_NORM, 'ffn': FFN, 'router': ROUTER, 'balance': BALANCE, 'ssm': SSM,
+}
+
+
+def belongs(condition, applies, *names):
+    return {name: (condition, applies) for name in names}
+
+
+# flags that mean something only beside others: {name: (when, in words, and as a test of the config)}
+BELONGS = {
+    **belongs('pos=rope', lambda c: c.pos == 'rope', 'rope_theta', 'rope_fraction', 'rope_scaling'),
+    **belongs('rope_scaling is set', lambda c: c.rope_scaling != 'none', 'rope_factor'),
+    **belongs('rope_scaling is dynamic, yarn or llama3', lambda c: c.rope_scaling in ('dynamic', 'yarn', 'llama3'),
+              'rope_context'),
+    **belongs('rope_scaling=yarn', lambda c: c.rope_scaling == 'yarn', 'rope_beta_fast', 'rope_beta_slow',
+              'rope_attention_factor'),
+    **belongs('rope_scaling=llama3', lambda c: c.rope_scaling == 'llama3', 'rope_low_freq', 'rope_high_freq'),
+    **belongs('a layer attends', lambda c: set(c.layer_pattern) - {'m'}, 'attn', 'n_kv_head', 'head_dim', 'qk_norm',
+              'softcap', 'sinks', 'value_embed'),
+    **belongs("layer_pattern has a 'w'", lambda c: 'w' in c.layer_pattern, 'window'),
+    **belongs('attn=mla', lambda c: c.attn == 'mla', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim'),
+    **belongs("ffn_pattern has an 'f' or an 'e'", lambda c: set(c.ffn_pattern) - {'-'}, 'ffn', 'ffn_width'),
+    **belongs("ffn_pattern has an 'e'", lambda c: 'e' in c.ffn_pattern, 'n_expert', 'n_expert_used', 'expert_width',
+              'n_shared', 'router', 'router_norm', 'router_scale', 'n_group', 'n_group_used', 'balance', 'z_weight'),
+    **belongs('balance is aux or both', lambda c: BALANCE[c.balance][0] and 'e' in c.ffn_pattern, 'aux_weight'),
+    **belongs('balance is bias or both', lambda c: BALANCE[c.balance][1], 'bias_rate'),
+    **belongs('n_group is above 1', lambda c: c.n_group > 1, 'n_group_used'),
+    **belongs("layer_pattern has an 'm'", lambda c: 'm' in c.layer_pattern, 'ssm', 'ssm_state', 'ssm_expand', 'ssm_conv'),
+    **belongs('ssm=mamba2', lambda c: c.ssm == 'mamba2' and 'm' in c.layer_pattern, 'ssm_head_dim', 'ssm_groups'),
+    **belongs('ssm=mamba1', lambda c: c.ssm == 'mamba1', 'ssm_dt_rank', 'ssm_norm'),
+    **belongs('n_predict is above 1', lambda c: c.n_predict > 1, 'predict_weight'),
+}
+
+# the least values of the numbers
+LOWEST = dict.fromkeys(
+    ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'window', 'kv_rank', 'q_rank',
+     'rope_head_dim', 'v_head_dim', 'ffn_width', 'n_expert', 'n_expert_used', 'expert_width', 'n_group', 'n_group_used',
+     'rope_context', 'rope_factor', 'ssm_state', 'ssm_expand', 'ssm_conv', 'ssm_head_dim', 'ssm_groups', 'ssm_dt_rank',
+     'n_predict'), 1) | dict.fromkeys(('n_shared', 'aux_weight', 'bias_rate', 'z_weight', 'predict_weight'), 0)
+
+
+# which matrices are which, for optimizers
+KINDS = {Linear: 'matrix', ExpertLinear: 'experts', Embedding: 'embedding', LearnedPositions: 'embedding'}
 
 
 class GPT(nn.Module):
@@ -470,8 +1306,13 @@ class GPT(nn.Module):
         self.config = c = config
         self.wte = Embedding(c.vocab_size, c.n_embd)
         self.wpe = POSITIONS[c.pos](c)
+        self.embed_scale = math.sqrt(c.n_embd) if c.embed_scale else 1.0
         self.drop = nn.Dropout(c.dropout)
-        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        block = RESIDUAL[c.residual]
+        self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(c.plan()))
+        # multi-token prediction (Gloeckle et al. 2024): block k makes what predicts the token k + 1 further on
+        self.further = nn.ModuleList(block(c, 'a', 'f', c.n_layer + k) for k in range(c.n_predict - 1))
+        self.vte = Embedding(c.vocab_size, c.n_kv_head * c.head_dim) if c.value_embed else None
         # with the norm on the sum, the last block has normalised already
         self.ln_f = norm_if(c.norm_at != 'post', c.n_embd, c)
         self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
@@ -500,16 +1341,33 @@ class GPT(nn.Module):
         (kernels/linear_cross_entropy.py).
         """
         ctx = self.context(idx, pos, cache)
-        x = self.drop(self.wpe(self.wte(idx), ctx.pos))  # (B,T,C)
+        x = self.drop(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos))  # (B,T,C)
+        ctx = ctx._replace(embedding=x, values=self.value_embedding(idx), losses=[])
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             x = block(x, ctx, entry)
-        x = self.ln_f(x)
-        cap = self.config.logit_softcap
         if targets is not None:
-            return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                                  cap)
-        logits = self.lm_head(x[:, -1:] if last_only else x)
+            loss = self.loss(x, targets)
+            return None, loss + self.further_losses(x, targets, ctx) if self.training else loss
+        x = self.ln_f(x[:, -1:] if last_only else x)
+        cap = self.config.logit_softcap
+        logits = self.lm_head(x)
         return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
+
+    def loss(self, x, targets):
+        """x (B,T,C) of the last block, targets (B,T) -> mean cross entropy"""
+        return ops.linear_cross_entropy(self.ln_f(x).flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                        self.config.logit_softcap)
+
+    def further_losses(self, x, targets, ctx):
+        """What training adds: the losses of routers, and of the tokens after the next one."""
+        total = 0.0
+        for k, block in enumerate(self.further, start=1):
+            shifted = F.pad(targets[:, k:], (0, k), value=-1)
+            total = total + self.config.predict_weight / len(self.further) * self.loss(block(x, ctx), shifted)
+        return total + sum(ctx.losses)
+
+    def value_embedding(self, idx):
+        return None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
 
     def context(self, idx, pos, cache):
         T = idx.shape[1]
@@ -523,34 +1381,59 @@ class GPT(nn.Module):
         # one token may be all there is to attend to, but its slot is one of many
         causal = pos is None and (cache is None or T > 1)
         pos = torch.arange(T, device=idx.device) if pos is None else pos
-        return Context(pos, causal, self.wpe.rope(pos))
+        length = T if cache is None else max(getattr(entry, 'max_tokens', T) for entry in cache)
+        return Context(pos, causal, self.wpe.rope(pos, length))
 
     def new_cache(self, batch_size, max_tokens):
         """An empty cache per layer, for batch_size sequences of max_tokens, in the activations' dtype."""
         weight = self.wte.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return [block.mixer.make_cache(self.config, batch_size, max_tokens, dtype, weight.device)
-                for block in self.h]
+        return [block.mixer.new_cache(batch_size, max_tokens, dtype, weight.device) for block in self.h]
 
     # -- counting
 
     def num_params(self, active=False):
         """Parameters, a tied head counted once. active=True: those that one token passes through."""
-        return sum(p.numel() for p in self.parameters())
+        total = sum(p.numel() for p in self.parameters())
+        if not active:
+            return total
+        return total - sum(p.numel() for p in self.further.parameters()) - sum(m.idle() for m in self.moes())
 
     def flops_per_token(self, T):
         """Floating-point operations per token, forward and backward, in sequences of T (PaLM, appendix B)."""
         matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
-        return 6 * matmul + sum(block.mixer.flops(T) for block in self.h)
+        mixers = sum(block.mixer.flops(T) for block in (*self.h, *self.further))
+        return 6 * matmul + mixers + sum(moe.flops() for moe in self.moes())
+
+    def moes(self):
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    @torch.no_grad()
+    def balance_experts(self):
+        """
+        Call once per optimizer step, on every process: moves the routers' biases and begins to count anew. Returns
+        {'expert_entropy': mean over layers, 1 when all are equally busy, 'expert_max': the largest share that one expert
+        had} as tensors, empty without experts.
+        """
+        moes = self.moes()
+        if not moes:
+            return {}
+        shares = torch.stack([moe.rebalance() for moe in moes])  # (layers,E)
+        entropy = -(shares * shares.clamp(min=1e-12).log()).sum(-1) / math.log(max(2, shares.shape[-1]))
+        return {'expert_entropy': entropy.mean(), 'expert_max': shares.max()}
 
     def param_kinds(self):
-        """{parameter name: 'matrix', 'embedding' or 'vector'} by the module that owns it, for optimizers."""
+        """
+        {parameter name: 'matrix', 'experts', 'embedding' or 'vector'}, for optimizers, by the module that owns it. What no
+        rule names is a vector, whatever its shape: Mamba's A_log must not decay.
+        """
         kinds = {}
         for name, p in self.named_parameters():
             owner = self.get_submodule(name.rpartition('.')[0])
-            hidden = isinstance(owner, Linear) and owner is not self.lm_head
-            kinds[name] = 'vector' if p.dim() < 2 else 'matrix' if hidden else 'embedding'
+            kind = next((kind for cls, kind in KINDS.items() if isinstance(owner, cls)), 'vector')
+            kind = 'embedding' if owner is self.lm_head else kind
+            kinds[name] = kind if name.endswith('weight') else 'vector'
         return kinds
 
     # -- sampling

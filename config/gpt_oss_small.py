@@ -1,0 +1,16 @@
+"""
+gpt-oss (2025, https://arxiv.org/abs/2508.10925): windowed and full layers in turns, a learned sink in every head,
+biases, and four of sixteen experts.
+"""
+out_dir = 'out/gpt_oss_small'
+pos = 'rope'
+rope_theta = 150000.0
+norm = 'rmsnorm'
+ffn = 'swiglu'
+n_kv_head = 2
+layer_pattern = 'wa'
+window = 128
+sinks = True
+ffn_pattern = 'e'
+n_expert = 16
+n_expert_used = 4

@@ -1,0 +1,19 @@
+"""
+Llama 4 (2025): three layers with rotary positions and a window to one that sees everything and has none (NoPE);
+every other ffn is one of sixteen experts, chosen by a sigmoid, beside a shared one.
+"""
+out_dir = 'out/llama4_small'
+pos = 'rope'
+rope_theta = 500000.0
+norm = 'rmsnorm'
+ffn = 'swiglu'
+bias = False
+n_kv_head = 2
+layer_pattern = 'wwwn'
+window = 128
+ffn_pattern = 'fe'
+n_expert = 16
+n_expert_used = 1
+n_shared = 1
+router = 'sigmoid'
+router_norm = False

@@ -1,0 +1,12 @@
+"""
+Mistral 7B (Jiang et al. 2023, https://arxiv.org/abs/2310.06825): Llama's blocks, and every layer sees a window
+only, an eighth of the context. What lies further back arrives through the layers.
+"""
+out_dir = 'out/mistral_small'
+pos = 'rope'
+norm = 'rmsnorm'
+ffn = 'swiglu'
+bias = False
+n_kv_head = 2
+layer_pattern = 'w'
+window = 128

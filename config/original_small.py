@@ -1,0 +1,8 @@
+"""
+The decoder of 2017 (Vaswani et al., https://arxiv.org/abs/1706.03762): sines for positions, norms on the sum,
+ReLU.
+"""
+out_dir = 'out/original_small'
+pos = 'sinusoidal'
+norm_at = 'post'
+ffn = 'relu'
