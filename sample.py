@@ -22,12 +22,12 @@ from model import check_sampling
 
 out_dir = 'out'                     # the run to read
 ckpt = 'best.pt'                    # best.pt (lowest validation loss) or ckpt.pt (newest)
-start = ''                          # what to continue: a text, or FILE:path; empty: a new document
+start = ''                          # what to continue: a text, or FILE:path; empty: what the dataset says
 num_samples = 3                     # continuations of it
 max_new_tokens = 500                # tokens in each; fewer where the document or learned positions end
 temperature = 0.8                   # 0: always the likeliest token; 1: as the model says; higher: wilder
 top_k: int | None = 200             # draw from the k likeliest tokens only; None: from all
-top_p: float | None = None          # draw from the fewest tokens with this share of probability; None: all
+top_p: float | None = 0.9           # draw from the fewest tokens that hold this share; None: all
 seed = 1337                         # of the draws
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of the weights: auto (on a GPU 16 bit), float32, bfloat16, float16
@@ -60,6 +60,7 @@ with one_sentence():
     state = checkpoint.load(path)
     model = checkpoint.build(state, path).eval().to(device, getattr(torch, dtype))
     tokenizer = from_meta(state['meta']['tokenizer'])
+    start = start or state['meta'].get('prompt', '')
     if start.startswith('FILE:'):
         start = read_text(start.removeprefix('FILE:'))
     new_document = start in ('', '<|endoftext|>') and tokenizer.eot is not None

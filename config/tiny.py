@@ -13,7 +13,7 @@ block_size = 256
 dataset = 'pysource'
 batch_size = 8
 gradient_accumulation_steps = 1  # 8 x 256 = 2048 tokens a step
-max_iters = 450
+max_iters = 550
 warmup_iters = 20
 lr_decay_iters = None
 optimizer = 'muon'
@@ -23,6 +23,6 @@ schedule = 'wsd'
 weight_decay = 0.0
 
 log_interval = 20
-eval_interval = 150
+eval_interval = 275
 eval_tokens = 65536
 wandb_log = False

@@ -27,11 +27,12 @@ SAVE_EVERY = 20_000_000
 
 
 def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_tokens=None,
-                  save_every=SAVE_EVERY):
+                  save_every=SAVE_EVERY, prompt=''):
     """Write `documents`, an iterable of ('train' or 'val', text), to `folder`; returns what meta.json holds.
 
     source        where the text comes from and how it was split, in words
     append_eot    end every document with tokenizer.eot, where the tokenizer has one
+    prompt        what sample.py continues when it is given nothing; empty: a new document
     shard_tokens  begin a new file after the document that fills one with so many; None: one file per split
 
     Holds one document in memory. If `documents` has state_dict() and load_state_dict(), as the streams of
@@ -41,7 +42,8 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
-    settings = {'source': source, 'tokenizer': tokenizer.meta(), 'vocab_size': tokenizer.vocab_size,
+    settings = {'source': source, 'prompt': prompt, 'tokenizer': tokenizer.meta(),
+                'vocab_size': tokenizer.vocab_size,
                 'dtype': dtype, 'append_eot': append_eot, 'shard_tokens': shard_tokens}
     resumable = hasattr(documents, 'state_dict')
     saved = load_progress(folder, settings) if resumable else None
@@ -122,7 +124,7 @@ def publish(folder, settings, splits):
         if not split.state['tokens']:
             raise ValueError(f'the {name} split of {folder} is empty: give more text, or change its share')
     train, val = splits['train'].state, splits['val'].state
-    meta = {key: settings[key] for key in ('source', 'tokenizer', 'vocab_size', 'dtype')}
+    meta = {key: settings[key] for key in ('source', 'prompt', 'tokenizer', 'vocab_size', 'dtype')}
     for key in ('tokens', 'bytes', 'documents'):
         meta |= {f'train_{key}': train[key], f'val_{key}': val[key]}
     meta['val_bytes_per_token'] = val['bytes'] / val['tokens']

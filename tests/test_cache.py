@@ -173,10 +173,10 @@ def tensors(entry):
 
 
 def assert_bytes(flags):
-    model = build(flags)
-    for B, S in ((1, 1), (2, 7), (3, 24)):
-        for size, dtype in ((2, torch.bfloat16), (4, torch.float32)):
-            cache = model.new_cache(B, S, dtype=dtype)
+    for size, dtype in ((2, torch.bfloat16), (4, torch.float32)):
+        model = build(flags).to(dtype)
+        for B, S in ((1, 1), (2, 7), (3, 24)):
+            cache = model.new_cache(B, S)
             said, told = kv_cache_bytes(model.config, S, B, size), sum(entry.nbytes() for entry in cache)
             # what several views share is allocated once
             storages = [t.untyped_storage() for entry in cache for t in tensors(entry)]
@@ -201,6 +201,8 @@ def test_cache_bytes_of_known_models():
     assert kv_cache_bytes(llama, 100, 3, 4) == 2 * 100 * 3 * (2 * 2 * 8 * 4 + 4)
     # nothing is allocated: this one would take petabytes
     assert kv_cache_bytes(GPTConfig(), 2**36, 2**10, 8) > 2**60
+    with pytest.raises(ValueError, match='^dtype_bytes=3 must be'):
+        kv_cache_bytes(GPTConfig(), 8, 1, 3)
 
 
 def test_cache_takes_the_dtype_of_the_activations():

@@ -163,6 +163,12 @@ def test_bad_value_is_refused_in_a_sentence(name, value):
         assert_refuses(flags | HUGE | {name: value}, name, value)
 
 
+@pytest.mark.parametrize('name', FIELDS)
+def test_value_of_another_type_is_refused_in_a_sentence(name):
+    for value in ({}, [1], '1' if not isinstance(FIELDS[name].values[-1], str) else 1):
+        assert_refuses(toy() | {name: value}, name, value)
+
+
 # flags, the field that the sentence is about, and the remedy that it names
 @pytest.mark.parametrize('flags, name, remedy', [
     ({'n_embd': 100, 'n_head': 3}, 'n_embd', 'n_head=3|head_dim'),

@@ -381,6 +381,21 @@ def test_ignored_rows_get_no_gradient(chunks):
     assert (~rows).nonzero().flatten().tolist() == [0, 4, 5, 10]
 
 
+@IN_CHUNKS
+def test_gradients_of_fp16_keep_what_is_small(chunks):
+    # as in training with a scaled loss: a gradient of 1e-8 for each of many tokens is below what fp16 can say
+    x, weight, targets = randn(4096, 8), randn(500, 8, seed=1), randint(500, 4096, seed=2)
+    args = [x.float().requires_grad_(), weight.float().requires_grad_(), targets]
+    with torch.autocast('cpu', torch.float16):
+        loss = kernels.linear_cross_entropy(*args)
+    (loss * 2**16).backward()
+    exact = as_float64(args)
+    (linear_cross_entropy(*exact) * 2**16).backward()
+    for got, want in zip(args[:2], exact):
+        error = (got.grad - want.grad).norm() / want.grad.norm()
+        assert error < 4 * torch.finfo(torch.float16).eps, f'error {error:.2e} of the gradient'
+
+
 def test_gradient_sums_of_bf16_do_not_lose_late_chunks(monkeypatch):
     # 512 chunks of one row that say nearly the same: a running sum in bf16 would stand still from 256 on
     module = importlib.import_module('kernels.linear_cross_entropy')

@@ -17,7 +17,8 @@ from data.common import Flags, make_tokenizer, run, split_of, summary
 from data.writer import write_dataset
 
 # tables of characters and a manual in one string are no source text that anyone wrote
-SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', 'encodings', 'pydoc_data'}
+SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', 'encodings',
+        'pydoc_data'}
 
 
 def documents(root):
@@ -46,7 +47,8 @@ def main():
     train_texts = (text for split, text in texts if split == 'train')
     tokenizer = make_tokenizer(args.tokenizer, train_texts, args.vocab_size)
     source = f'the standard library of Python {platform.python_version()}'
-    summary(args.out, write_dataset(args.out, texts, tokenizer, source))
+    # a small model's files begin with page-long imports: a class shows more of what it has learned
+    summary(args.out, write_dataset(args.out, texts, tokenizer, source, prompt='class Reader:\n'))
 
 
 if __name__ == '__main__':
