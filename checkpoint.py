@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 import torch
 
-from model import GPT, GPTConfig
+from model import ROPE_CONTEXT, GPT, GPTConfig
 
 # what train.py needs of a checkpoint to go on with a run
 TO_RESUME = ('model', 'config', 'settings', 'meta', 'step', 'best_val_loss', 'optimizers', 'scaler',
@@ -52,13 +52,17 @@ def contents(model, **rest):
     return {'model': model.state_dict(), 'config': asdict(model.config), **rest}
 
 
-def build(state, path):
+def build(state, path, flags=()):
     """The model of a loaded checkpoint. ValueError, one sentence, when its flags or weights are another's."""
     unknown = sorted(state['config'].keys() - {f.name for f in fields(GPTConfig)})
     if unknown:
         raise ValueError(f'{path} has model flags that this version does not know ({", ".join(unknown)}): '
                          'use the version that wrote it')
-    model = GPT(GPTConfig(**state['config']), seed=None)
+    trained, flags = state['config'], dict(flags)
+    if flags.get('rope_scaling') in ROPE_CONTEXT:
+        # scaled from the context that was trained on, not from the one that is asked for
+        flags = {'rope_context': trained['rope_context'] or trained['block_size']} | flags
+    model = GPT(GPTConfig(**(trained | flags)), seed=None)
     ours, theirs = model.state_dict(), state['model']
     odd = [name for name in ours.keys() | theirs.keys()
            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]
@@ -69,9 +73,15 @@ def build(state, path):
     return model
 
 
-def refuse_contradictions(state, config, settings, given):
+def overrides(trained, config):
+    """{name: value} of the flags of a config that differ from those that a model was trained with."""
+    return {name: value for name, value in asdict(config).items() if value != trained[name]}
+
+
+def refuse_contradictions(state, model_args, settings, given):
     """ValueError, one sentence, when the command line wants a model or data other than a run began with."""
     before = {name: state['settings'].get(name) for name in FIXED} | state['config']
+    config = GPTConfig(**(state['config'] | model_args))
     now = {name: settings[name] for name in FIXED} | asdict(config)
     changed = [f'{name} (checkpoint {before[name]!r}, now {now[name]!r} by {given[name]})'
                for name in now if name in given and name in before and now[name] != before[name]]

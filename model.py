@@ -113,10 +113,10 @@ class GPTConfig:
         for name, (sentence, applies) in BELONGS.items():
             if not applies(self):
                 self._must(name, getattr(self, name) == getattr(GPTConfig, name), f'be left out unless {sentence}')
-        self._fill_in()
         for name, low in LOWEST.items():
             value = getattr(self, name)
             self._must(name, value is None or value >= low, f'be at least {low}')
+        self._fill_in()
         for name in ('norm_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq'):
             self._must(name, getattr(self, name) is None or getattr(self, name) > 0, 'be above 0')
         self._combinations()
@@ -126,21 +126,22 @@ class GPTConfig:
             raise ValueError(f'{name}={getattr(self, name)} must {rule}')
 
     def _fill_in(self):
-        """Replace the None that stand for a value worked out from other flags."""
-        self._must('n_head', self.n_head >= 1, 'be at least 1')
-        if self.head_dim is None:
-            self._must('n_embd', self.n_embd % self.n_head == 0,
+        """Replace the None that stand for a value worked out from other flags, where the flag means something."""
+        filled, inner = {}, set(self.ffn_pattern) - {'-'}
+        if self.attends():
+            self._must('n_embd', self.head_dim or self.n_embd % self.n_head == 0,
                        f'be a multiple of n_head={self.n_head}, or head_dim must be set')
-        filled = {'n_kv_head': self.n_head, 'head_dim': self.n_embd // self.n_head,
-                  'ffn_width': FFN[self.ffn].func.default_width(self.n_embd)}
-        if self.rope_scaling != 'none':
+            filled |= {'n_kv_head': self.n_head, 'head_dim': self.n_embd // self.n_head}
+        if self.rope_scaling in ROPE_CONTEXT:
             filled |= {'rope_context': self.block_size}
         if self.attn == 'mla':
             head_dim = self.head_dim or filled['head_dim']
-            filled |= {'kv_rank': self.n_embd // 4, 'rope_head_dim': head_dim // 2, 'v_head_dim': head_dim}
-        if 'e' in self.ffn_pattern:
-            width = (self.ffn_width or filled['ffn_width']) // (self.n_expert_used + self.n_shared)
-            filled |= {'expert_width': max(1, width // 8 * 8 if width > 8 else width)}
+            filled |= {'kv_rank': max(1, self.n_embd // 4), 'rope_head_dim': head_dim // 2, 'v_head_dim': head_dim}
+        if inner:
+            filled |= {'ffn_width': FFN[self.ffn].func.default_width(self.n_embd)}
+        if 'e' in inner:
+            width = (self.ffn_width or filled['ffn_width']) // max(1, self.n_expert_used + self.n_shared)
+            filled |= {'expert_width': max(1, width // 8 * 8 or width)}
         if 'm' in self.layer_pattern:
             filled |= {'ssm_state': SSM[self.ssm].default_state}
             if self.ssm == 'mamba1':
@@ -149,31 +150,24 @@ class GPTConfig:
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
+    def attends(self):
+        return bool(set(self.layer_pattern) - {'m'})
+
     def _combinations(self):
         must = self._must
         must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
-        must('n_kv_head', self.n_head % self.n_kv_head == 0, f'divide n_head={self.n_head}')
         must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
         must('rope_theta', self.rope_theta > 1, 'be above 1')
         must('rope_fraction', 0 < self.rope_fraction <= 1, 'be above 0 and at most 1')
-        must('rope_fraction', self.pos != 'rope' or rope_width(self) % 2 == 0 and rope_width(self) > 0,
-             f'leave an even number of the {self.head_dim} coordinates of a head to turn')
-        must('rope_scaling', self.rope_scaling == 'none' or self.rope_factor >= 1, 'come with rope_factor >= 1')
         must('rope_beta_fast', self.rope_beta_fast > self.rope_beta_slow, f'be above {self.rope_beta_slow}')
         must('rope_high_freq', self.rope_high_freq > self.rope_low_freq, f'be above {self.rope_low_freq}')
         must('residual', self.residual == 'serial' or self.norm_at != 'post', 'be serial when norm_at=post')
         must('residual', self.residual == 'serial' or '-' not in self.ffn_pattern,
              "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
-        must('window', 'w' not in self.layer_pattern or self.window, "be set when layer_pattern has a 'w'")
-        if self.attn == 'mla':
-            must('attn', self.pos in ('rope', 'none'), f'not be mla with pos={self.pos}: use rope or none')
-            must('rope_head_dim', self.rope_head_dim % 2 == 0, 'be even')
-            for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0)):
-                must(name, getattr(self, name) == default, f'be {default} when attn=mla')
-            must('n_kv_head', self.n_kv_head == self.n_head, 'be left out when attn=mla, which caches no heads')
-        if self.attn == 'diff':
-            must('n_kv_head', self.n_kv_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs')
-            must('value_embed', not self.value_embed, 'be False when attn=diff')
+        must('pos', self.attends() or self.pos not in ('rope', 'alibi'),
+             'not be rope or alibi when no layer attends')
+        if self.attends():
+            self._attention_combinations(must)
         if 'e' in self.ffn_pattern:
             must('n_expert', self.n_expert, "be set when ffn_pattern has an 'e'")
             must('n_group', self.n_expert % self.n_group == 0, f'divide n_expert={self.n_expert}')
@@ -184,6 +178,23 @@ class GPTConfig:
             heads, odd = divmod(self.ssm_expand * self.n_embd, self.ssm_head_dim)
             must('ssm_head_dim', odd == 0, f'divide the inner width {self.ssm_expand * self.n_embd}')
             must('ssm_groups', heads % self.ssm_groups == 0, f'divide the {heads} heads of the state space')
+
+    def _attention_combinations(self, must):
+        must('n_kv_head', self.n_head % self.n_kv_head == 0, f'divide n_head={self.n_head}')
+        must('window', 'w' not in self.layer_pattern or self.window, "be set when layer_pattern has a 'w'")
+        if self.pos == 'rope':
+            width = rope_width(self)
+            must('rope_head_dim' if self.attn == 'mla' else 'head_dim', width > 0 and width % 2 == 0,
+                 f'leave an even number of coordinates to turn, and not {width}')
+        if self.attn == 'mla':
+            must('attn', self.pos in ('rope', 'none'), f'not be mla with pos={self.pos}: use rope or none')
+            for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0)):
+                must(name, getattr(self, name) == default, f'be {default} when attn=mla')
+            must('n_kv_head', self.n_kv_head == self.n_head, 'be left out when attn=mla, which caches no heads')
+        if self.attn == 'diff':
+            must('n_head', self.n_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs')
+            must('n_kv_head', self.n_kv_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs')
+            must('value_embed', not self.value_embed, 'be False when attn=diff')
 
     def plan(self):
         """One (mixer letter, ffn letter) pair per layer."""
@@ -382,6 +393,8 @@ def rope_llama3(c, length):
     return freq * keep + freq / c.rope_factor * (1 - keep), 1.0
 
 
+# the scalings that ask how long the context was
+ROPE_CONTEXT = ('dynamic', 'yarn', 'llama3')
 ROPE_SCALING = {
     'none': rope_plain, 'linear': rope_linear, 'ntk': rope_ntk, 'dynamic': rope_dynamic, 'yarn': rope_yarn,
     'llama3': rope_llama3,
@@ -1261,12 +1274,12 @@ def belongs(condition, applies, *names):
 BELONGS = {
     **belongs('pos=rope', lambda c: c.pos == 'rope', 'rope_theta', 'rope_fraction', 'rope_scaling'),
     **belongs('rope_scaling is set', lambda c: c.rope_scaling != 'none', 'rope_factor'),
-    **belongs('rope_scaling is dynamic, yarn or llama3', lambda c: c.rope_scaling in ('dynamic', 'yarn', 'llama3'),
+    **belongs('rope_scaling is dynamic, yarn or llama3', lambda c: c.rope_scaling in ROPE_CONTEXT,
               'rope_context'),
     **belongs('rope_scaling=yarn', lambda c: c.rope_scaling == 'yarn', 'rope_beta_fast', 'rope_beta_slow',
               'rope_attention_factor'),
     **belongs('rope_scaling=llama3', lambda c: c.rope_scaling == 'llama3', 'rope_low_freq', 'rope_high_freq'),
-    **belongs('a layer attends', lambda c: set(c.layer_pattern) - {'m'}, 'attn', 'n_kv_head', 'head_dim', 'qk_norm',
+    **belongs('a layer attends', GPTConfig.attends, 'attn', 'n_kv_head', 'head_dim', 'qk_norm',
               'softcap', 'sinks', 'value_embed'),
     **belongs("layer_pattern has a 'w'", lambda c: 'w' in c.layer_pattern, 'window'),
     **belongs('attn=mla', lambda c: c.attn == 'mla', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim'),
@@ -1311,7 +1324,7 @@ class GPT(nn.Module):
         block = RESIDUAL[c.residual]
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(c.plan()))
         # multi-token prediction (Gloeckle et al. 2024): block k makes what predicts the token k + 1 further on
-        self.further = nn.ModuleList(block(c, 'a', 'f', c.n_layer + k) for k in range(c.n_predict - 1))
+        self.further = nn.ModuleList(block(c, *c.plan()[-1], c.n_layer + k) for k in range(c.n_predict - 1))
         self.vte = Embedding(c.vocab_size, c.n_kv_head * c.head_dim) if c.value_embed else None
         # with the norm on the sum, the last block has normalised already
         self.ln_f = norm_if(c.norm_at != 'post', c.n_embd, c)

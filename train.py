@@ -145,9 +145,12 @@ with one_sentence():
     if world > 1:
         dist.barrier()
     if resumed:
-        model = checkpoint.build(resumed, ckpt_path)
-        config = GPTConfig(**(resumed['config'] | model_args))
-        checkpoint.refuse_contradictions(resumed, config, settings, given)
+        if eval_only:
+            model = checkpoint.build(resumed, ckpt_path, model_args)
+        else:
+            model = checkpoint.build(resumed, ckpt_path)
+            checkpoint.refuse_contradictions(resumed, model_args, settings, given)
+        config, trained_config = model.config, resumed['config']
         data = open_dataset(folder, config.block_size, seed)
         if data.meta != resumed['meta']:
             raise ValueError(f'dataset={dataset} must be the one that {ckpt_path} was trained on: it has '
@@ -198,11 +201,11 @@ if world > 1:
 # ----------------------------------------------------------------------------------------------------------
 # Optimizers: every parameter is in one group, by the kind of module that owns it
 
-params = {'matrix': [], 'embedding': [], 'vector': []}
+params = {'matrix': [], 'experts': [], 'embedding': [], 'vector': []}
 kinds = raw_model.param_kinds()
 for name, p in raw_model.named_parameters():
     params[kinds[name]].append(p)
-optimizers, decayed = [], params['embedding']
+optimizers, decayed = [], params['embedding'] + params['experts']
 if optimizer == 'muon':
     optimizers.append(torch.optim.Muon(params['matrix'], lr=muon_lr, weight_decay=weight_decay))
 else:
@@ -351,6 +354,9 @@ say(f'step      {gradient_accumulation_steps} micro-batches of {batch_size} x {T
     f'{tokens_per_step:,} tokens; {max_iters} steps: {human(max_iters * tokens_per_step)} tokens')
 say(f'machine   {world} x {card}, {dtype} products, {"compiled" if compile else "eager"}')
 say(f'run       {out_dir}' + (f', going on at step {step}' if resumed else ''))
+if resumed and eval_only:
+    for name, value in checkpoint.overrides(trained_config, config).items():
+        say(f'override  {name}={value}, trained with {trained_config[name]}')
 if decay_lr and warmup_iters >= max_iters:
     say(f'warmup_iters={warmup_iters} is not over after max_iters={max_iters}: '
         'learning_rate is never reached')
@@ -414,6 +420,7 @@ while True:
         scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
+    balance = raw_model.balance_experts()
     step += 1
     interval_steps += 1
     timed_steps += 1
@@ -432,7 +439,8 @@ while True:
         train_loss = interval_loss.item() / interval_steps / world  # waits for the device
         rate = timed_steps * tokens_per_step / (time.time() - interval_start)
         mfu = rate * flops / (peak * world) if peak else None
-        record(train_loss=train_loss, tokens_per_s=round(rate, 1), mfu=mfu)
+        record(train_loss=train_loss, tokens_per_s=round(rate, 1), mfu=mfu,
+               **{name: value.item() for name, value in balance.items()})
         line = f'loss {train_loss:.4f}, {human(rate)} tokens/s' + (f', MFU {mfu:.1%}' if mfu else '')
         if bar.disable:
             say(f'step {step}: {line}')
