@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from configurator import configure  # noqa: E402
+from configurator import configure, names_in  # noqa: E402
 from model import GPTConfig  # noqa: E402
 
 README = ROOT / 'README.md'
@@ -88,7 +88,9 @@ def check(words):
     if topics:
         assert args and args[0] in topics, f'{script} has no topic {args[:1]}'
         args = args[1:]
-    model_args = configure(settings, GPTConfig if takes_model_flags else None, args)
+    # a script with topics takes the config files of train.py, and the model flags in them
+    skip = names_in(ROOT / 'train.py') if topics else ()
+    model_args = configure(settings, GPTConfig if takes_model_flags else None, args, skip=skip)
     if takes_model_flags:
         GPTConfig(**model_args)
 
