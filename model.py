@@ -127,7 +127,7 @@ class GPTConfig:
 
     def _fill_in(self):
         """Replace the None that stand for a value worked out from other flags, where the flag means something."""
-        filled, inner = {}, set(self.ffn_pattern) - {'-'}
+        filled = {}
         if self.attends():
             self._must('n_embd', self.head_dim or self.n_embd % self.n_head == 0,
                        f'be a multiple of n_head={self.n_head}, or head_dim must be set')
@@ -137,12 +137,12 @@ class GPTConfig:
         if self.attn == 'mla':
             head_dim = self.head_dim or filled['head_dim']
             filled |= {'kv_rank': max(1, self.n_embd // 4), 'rope_head_dim': head_dim // 2, 'v_head_dim': head_dim}
-        if inner:
+        if self.ffns() - {'-'}:
             filled |= {'ffn_width': FFN[self.ffn].func.default_width(self.n_embd)}
-        if 'e' in inner:
+        if 'e' in self.ffns():
             width = (self.ffn_width or filled['ffn_width']) // max(1, self.n_expert_used + self.n_shared)
             filled |= {'expert_width': max(1, width // 8 * 8 or width)}
-        if 'm' in self.layer_pattern:
+        if 'm' in self.mixers():
             filled |= {'ssm_state': SSM[self.ssm].default_state}
             if self.ssm == 'mamba1':
                 filled |= {'ssm_dt_rank': Mamba1.default_dt_rank(self.n_embd)}
@@ -150,8 +150,15 @@ class GPTConfig:
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
+    def mixers(self):
+        """The letters of layer_pattern that have a layer."""
+        return set(self.layer_pattern[:self.n_layer])
+
+    def ffns(self):
+        return set(self.ffn_pattern[:self.n_layer])
+
     def attends(self):
-        return bool(set(self.layer_pattern) - {'m'})
+        return bool(self.mixers() - {'m'})
 
     def _combinations(self):
         must = self._must
@@ -162,30 +169,30 @@ class GPTConfig:
         must('rope_beta_fast', self.rope_beta_fast > self.rope_beta_slow, f'be above {self.rope_beta_slow}')
         must('rope_high_freq', self.rope_high_freq > self.rope_low_freq, f'be above {self.rope_low_freq}')
         must('residual', self.residual == 'serial' or self.norm_at != 'post', 'be serial when norm_at=post')
-        must('residual', self.residual == 'serial' or '-' not in self.ffn_pattern,
+        must('residual', self.residual == 'serial' or '-' not in self.ffns(),
              "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
         must('pos', self.attends() or self.pos not in ('rope', 'alibi'),
              'not be rope or alibi when no layer attends')
         if self.attends():
             self._attention_combinations(must)
-        if 'e' in self.ffn_pattern:
+        if 'e' in self.ffns():
             must('n_expert', self.n_expert, "be set when ffn_pattern has an 'e'")
             must('n_group', self.n_expert % self.n_group == 0, f'divide n_expert={self.n_expert}')
             must('n_group_used', self.n_group_used <= self.n_group, f'be at most n_group={self.n_group}')
             choice = self.n_expert // self.n_group * self.n_group_used
             must('n_expert_used', self.n_expert_used <= choice, f'be at most the {choice} experts to choose from')
-        if 'm' in self.layer_pattern and self.ssm == 'mamba2':
+        if 'm' in self.mixers() and self.ssm == 'mamba2':
             heads, odd = divmod(self.ssm_expand * self.n_embd, self.ssm_head_dim)
             must('ssm_head_dim', odd == 0, f'divide the inner width {self.ssm_expand * self.n_embd}')
             must('ssm_groups', heads % self.ssm_groups == 0, f'divide the {heads} heads of the state space')
 
     def _attention_combinations(self, must):
         must('n_kv_head', self.n_head % self.n_kv_head == 0, f'divide n_head={self.n_head}')
-        must('window', 'w' not in self.layer_pattern or self.window, "be set when layer_pattern has a 'w'")
+        must('window', 'w' not in self.mixers() or self.window, "be set when layer_pattern has a 'w'")
         if self.pos == 'rope':
             width = rope_width(self)
             must('rope_head_dim' if self.attn == 'mla' else 'head_dim', width > 0 and width % 2 == 0,
-                 f'leave an even number of coordinates to turn, and not {width}')
+                 f'leave an even number of coordinates to turn when pos=rope, and not {width}')
         if self.attn == 'mla':
             must('attn', self.pos in ('rope', 'none'), f'not be mla with pos={self.pos}: use rope or none')
             for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0)):
@@ -276,7 +283,7 @@ class NoPositions(nn.Module):
     def forward(self, x, pos):
         return x
 
-    def rope(self, pos, length):
+    def rope(self, pos, length=0):
         return None
 
 
@@ -331,7 +338,7 @@ class RotaryPositions(NoPositions):
         self.freq = Frequencies(freq)
         self.longest = c.rope_context if c.rope_scaling == 'dynamic' else math.inf
 
-    def rope(self, pos, length):
+    def rope(self, pos, length=0):
         freq = self.freq
         if length > self.longest:
             freq = Frequencies(self.by_length(length)[0]).to(pos.device)
@@ -467,9 +474,8 @@ class TokenCache:
     The caller owns the clock: it says where tokens belong, and positions within one call must be consecutive.
     """
 
-    def __init__(self, batch_size, max_tokens, window, widths, dtype, device):
-        slots = min(max_tokens, window or max_tokens)
-        self.max_tokens = max_tokens
+    def __init__(self, batch_size, slots, widths, dtype, device, max_tokens=math.inf):
+        self.max_tokens = max_tokens  # of a sequence; more would push out what should be seen
         self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)  # (B,S)
         self.rows = [torch.zeros(batch_size, slots, *w, dtype=dtype, device=device)       # (B,S,...)
                      for w in widths]
@@ -707,7 +713,8 @@ class Attention(nn.Module):
 
     def new_cache(self, batch_size, max_tokens, dtype, device):
         widths = [(self.heads[1], self.head_dim)] * 2
-        return TokenCache(batch_size, max_tokens, self.window, widths, dtype, device)
+        slots = min(max_tokens, self.window or max_tokens)
+        return TokenCache(batch_size, slots, widths, dtype, device, max_tokens)
 
     def flops(self, T):
         """Floating-point operations per token, forward and backward, of the scores and the weighted sum."""
@@ -804,7 +811,8 @@ class MLA(nn.Module):
 
     def new_cache(self, batch_size, max_tokens, dtype, device):
         widths = [(self.rank,), (1, self.widths[1])]
-        return TokenCache(batch_size, max_tokens, self.window, widths, dtype, device)
+        slots = min(max_tokens, self.window or max_tokens)
+        return TokenCache(batch_size, slots, widths, dtype, device, max_tokens)
 
     def flops(self, T):
         """As Attention.flops, for keys of Dn + Dr and values of Dv."""
@@ -1281,17 +1289,17 @@ BELONGS = {
     **belongs('rope_scaling=llama3', lambda c: c.rope_scaling == 'llama3', 'rope_low_freq', 'rope_high_freq'),
     **belongs('a layer attends', GPTConfig.attends, 'attn', 'n_kv_head', 'head_dim', 'qk_norm',
               'softcap', 'sinks', 'value_embed'),
-    **belongs("layer_pattern has a 'w'", lambda c: 'w' in c.layer_pattern, 'window'),
+    **belongs("layer_pattern has a 'w'", lambda c: 'w' in c.mixers(), 'window'),
     **belongs('attn=mla', lambda c: c.attn == 'mla', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim'),
-    **belongs("ffn_pattern has an 'f' or an 'e'", lambda c: set(c.ffn_pattern) - {'-'}, 'ffn', 'ffn_width'),
-    **belongs("ffn_pattern has an 'e'", lambda c: 'e' in c.ffn_pattern, 'n_expert', 'n_expert_used', 'expert_width',
+    **belongs("ffn_pattern has an 'f' or an 'e'", lambda c: c.ffns() - {'-'}, 'ffn', 'ffn_width'),
+    **belongs("ffn_pattern has an 'e'", lambda c: 'e' in c.ffns(), 'n_expert', 'n_expert_used', 'expert_width',
               'n_shared', 'router', 'router_norm', 'router_scale', 'n_group', 'n_group_used', 'balance', 'z_weight'),
-    **belongs('balance is aux or both', lambda c: BALANCE[c.balance][0] and 'e' in c.ffn_pattern, 'aux_weight'),
+    **belongs('balance is aux or both', lambda c: BALANCE[c.balance][0] and 'e' in c.ffns(), 'aux_weight'),
     **belongs('balance is bias or both', lambda c: BALANCE[c.balance][1], 'bias_rate'),
     **belongs('n_group is above 1', lambda c: c.n_group > 1, 'n_group_used'),
-    **belongs("layer_pattern has an 'm'", lambda c: 'm' in c.layer_pattern, 'ssm', 'ssm_state', 'ssm_expand', 'ssm_conv'),
-    **belongs('ssm=mamba2', lambda c: c.ssm == 'mamba2' and 'm' in c.layer_pattern, 'ssm_head_dim', 'ssm_groups'),
-    **belongs('ssm=mamba1', lambda c: c.ssm == 'mamba1', 'ssm_dt_rank', 'ssm_norm'),
+    **belongs("layer_pattern has an 'm'", lambda c: 'm' in c.mixers(), 'ssm', 'ssm_state', 'ssm_expand', 'ssm_conv'),
+    **belongs('ssm=mamba2', lambda c: c.ssm == 'mamba2' and 'm' in c.mixers(), 'ssm_head_dim', 'ssm_groups'),
+    **belongs('ssm=mamba1', lambda c: c.ssm == 'mamba1' and 'm' in c.mixers(), 'ssm_dt_rank', 'ssm_norm'),
     **belongs('n_predict is above 1', lambda c: c.n_predict > 1, 'predict_weight'),
 }
 

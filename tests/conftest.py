@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # toy models are too small for several threads, which would wait for each other longer than they compute
@@ -22,7 +23,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from configurator import configure  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import BELONGS, GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -179,6 +180,38 @@ def every_family(test):
     return pytest.mark.parametrize('flags', list(families().values()), ids=list(families()))(test)
 
 
+class Letters(SimpleNamespace):
+    """Flags before they are a config: what the conditions of BELONGS ask for."""
+    mixers, ffns, attends = GPTConfig.mixers, GPTConfig.ffns, GPTConfig.attends
+
+
+def fit(flags):
+    """The same flags, with what they need beside them and without what means nothing beside them."""
+    flags = dict(flags)
+    for _ in range(3):  # one flag may call for another, as softmax scores for attention
+        now = Letters(**(defaults() | flags))
+        for name, (_, applies) in BELONGS.items():
+            if not applies(now):
+                flags.pop(name, None)
+    now = Letters(**(defaults() | flags))
+    if 'w' in now.mixers() and now.window is None:
+        flags['window'] = 5
+    if 'e' in now.ffns() and now.n_expert is None:
+        flags['n_expert'] = 4
+    if now.rope_scaling != 'none' and now.rope_factor == 1:
+        flags['rope_factor'] = 4.0
+    if 'm' in now.mixers() and now.ssm == 'mamba2' and now.ssm_head_dim == 64:
+        flags['ssm_head_dim'] = 8
+    return flags
+
+
+def flipped(flags, name, value):
+    """`flags` with another value for `name`, and what that asks for; None where it cannot be."""
+    other = fit(flags | {name: value})
+    kept = other.get(name, defaults().get(name)) == value and type(other.get(name, value)) is type(value)
+    return other if kept and legal(other) else None
+
+
 def legal(flags):
     try:
         GPTConfig(**flags)
@@ -194,8 +227,8 @@ def combinations(count, seed):
     while len(found) < count:
         flags = dict(rng.choice(list(families().values())))
         for name in rng.sample(sorted(FIELDS), len(FIELDS)):
-            redrawn = flags | {name: rng.choice(FIELDS[name].values)}
-            if rng.random() < 0.5 and legal(redrawn):
+            redrawn = flipped(flags, name, rng.choice(FIELDS[name].values))
+            if rng.random() < 0.5 and redrawn:
                 flags = redrawn
         if flags not in found:
             found.append(flags)

@@ -1,4 +1,5 @@
 """The model: every family at toy size, and every part against its definition or an independent library."""
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from conftest import assert_close, build, every_family, scaled, tokens, toy
 
 import checkpoint
 import model as model_file
-from model import FFN, GPT, NORM_AT, NORMS, POSITIONS, Context, GPTConfig, attend, sample
+from model import FFN, GPT, NORM_AT, NORMS, POSITIONS, Context, GPTConfig, Scores, alibi_slopes, sample
 
 LLAMA = toy(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, tie=False, n_kv_head=2)
 
@@ -349,18 +350,62 @@ def attend_by_loops(q, k, v, sees):
     return y
 
 
+def scores_by_loops(q, k, v, pos, key_pos, window=None, slopes=None, softcap=None, sinks=None):
+    """Attention from its definition, one number at a time. q (B,T,H,D), k and v (B,S,K,D), pos and key_pos (B,T|S)"""
+    B, T, H, D = q.shape
+    y = torch.zeros(B, T, H, v.shape[-1])
+    for b, t, h in itertools.product(range(B), range(T), range(H)):
+        kh, weights = h * k.shape[2] // H, {}
+        for s in range(k.shape[1]):
+            distance = (pos[b][t] - key_pos[b][s]).item()
+            if key_pos[b][s] < 0 or distance < 0 or window is not None and distance >= window:
+                continue
+            score = (q[b, t, h] @ k[b, s, kh]).item() / D ** 0.5
+            score = score if softcap is None else softcap * math.tanh(score / softcap)
+            weights[s] = math.exp(score - (0 if slopes is None else slopes[h] * distance))
+        total = sum(weights.values()) + (0 if sinks is None else math.exp(sinks[h]))
+        for s, weight in weights.items():
+            y[b, t, h] += weight / total * v[b, s, kh]
+    return y
+
+
+ALIBI_4 = [0.25, 0.0625, 0.015625, 0.00390625]  # of four heads, from the paper's rule
+
+
 @pytest.mark.parametrize('K', [1, 2, 4])
-def test_attend_equals_its_definition(K):
-    B, T, H, D = 2, 5, 4, 6
+@pytest.mark.parametrize('window', [None, 1, 2, 3])
+@pytest.mark.parametrize('more', [{}, {'pos': 'alibi'}, {'softcap': 0.7}, {'sinks': True},
+                                  {'pos': 'alibi', 'softcap': 0.7, 'sinks': True}], ids=str)
+def test_scores_equal_their_definition(K, window, more):
+    B, T, H, D = 2, 9, 4, 6
+    config = GPTConfig(**toy(n_kv_head=K, **more))
+    scores = Scores(config, H, D ** -0.5, window)
+    sinks = None
+    if config.sinks:
+        sinks = [0.5, -1.0, 2.0, 0.0]
+        scores.sinks.data = torch.tensor(sinks)
+    parts = dict(window=window, slopes=ALIBI_4 if config.pos == 'alibi' else None, softcap=config.softcap, sinks=sinks)
     q, k, v = randn(B, T, H, D, seed=1), randn(B, T, K, D, seed=2), randn(B, T, K, D, seed=3)
-    want = attend_by_loops(q, k, v, lambda b, t, s: s <= t)
-    assert_close(attend(q, k, v, causal=True), want, 1e-5, 'causal')
-    # more keys than queries, a mask of its own for every row, and a query that sees nothing
-    q, mask = q[:, :3], torch.rand(B, 1, 3, T, generator=torch.Generator().manual_seed(4)) < 0.5
-    mask[1, 0, 2] = False
-    y = attend(q, k, v, mask)
-    assert_close(y, attend_by_loops(q, k, v, lambda b, t, s: mask[b, 0, t, s].item()), 1e-5, 'masked')
-    assert not y[1, 2].any(), 'a query that sees nothing must get zeros'
+    # tokens 0..T-1: the triangle, and blocks where the window is short
+    pos = torch.arange(T)
+    want = scores_by_loops(q, k, v, pos.expand(B, T), pos.expand(B, T), **parts)
+    assert_close(scores(q, k, v, pos, pos, True), want, 1e-5, 'causal')
+    assert_close(scores(q, k, v, pos, pos, False), want, 1e-5, 'by positions')
+    # slots in any order, empty ones, another row at another place
+    key_pos = torch.tensor([[4, 5, -1, 3, 0, 1, 2, -1, 6], [-1, -1, 0, 1, 2, 3, 4, 5, 6]])
+    pos = torch.tensor([[5, 6], [2, 3]])
+    want = scores_by_loops(q[:, :2], k, v, pos, key_pos, **parts)
+    assert_close(scores(q[:, :2], k, v, pos, key_pos, False), want, 1e-5, 'slots')
+
+
+@pytest.mark.parametrize('n_head, slopes', [
+    (8, [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]),
+    (4, ALIBI_4),
+    # 2^-2, 2^-4, 2^-6, 2^-8 of four heads, then every other one of eight
+    (6, [*ALIBI_4, 2 ** -1, 2 ** -3]),
+])
+def test_alibi_slopes(n_head, slopes):
+    assert alibi_slopes(n_head).tolist() == slopes
 
 
 @pytest.mark.parametrize('bias', [True, False])
