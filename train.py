@@ -99,9 +99,11 @@ with one_sentence():
     for name in ('weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'muon_lr'):
         if settings[name] is not None and settings[name] < 0:
             raise ValueError(f'{name}={settings[name]} must be at least 0')
-    for name in ('beta1', 'beta2', 'wsd_decay'):
-        if not 0 <= settings[name] <= 1:
-            raise ValueError(f'{name}={settings[name]} must be between 0 and 1')
+    for name in ('beta1', 'beta2'):
+        if not 0 <= settings[name] < 1:
+            raise ValueError(f'{name}={settings[name]} must be at least 0 and below 1')
+    if not 0 <= wsd_decay <= 1:
+        raise ValueError(f'wsd_decay={wsd_decay} must be between 0 and 1')
     if learning_rate <= 0:
         raise ValueError(f'learning_rate={learning_rate} must be above 0')
     if decay_lr and min_lr is not None and min_lr > learning_rate:

@@ -38,18 +38,19 @@ def linear_cross_entropy_reference(x, weight, targets, softcap=None):
 
 def _chunk(x, weight, targets, softcap, grads):
     """Over one chunk of rows: the sum of the losses, and its gradients (dx, dW) or (None, None)."""
-    logits = capped_logits(x, weight, softcap)
-    counts = (targets >= 0).unsqueeze(-1)
-    index = targets.clamp(min=0).unsqueeze(-1)
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-    loss = ((lse - logits.gather(-1, index)) * counts).sum()
+    z = capped_logits(x, weight, softcap)
+    counts, index = (targets >= 0).unsqueeze(-1), targets.clamp(min=0).unsqueeze(-1)
+    slope = 1 - (z / softcap).square() if grads and softcap is not None else None
+    # one buffer from here on: the logits, below their largest, become exponentials and then their gradient
+    z = z.sub_(z.amax(dim=-1, keepdim=True))
+    z_target = z.gather(-1, index)
+    total = z.exp_().sum(dim=-1, keepdim=True)
+    loss = ((total.log() - z_target) * counts).sum()
     if not grads:
         return loss, None, None
-    # one buffer from here on: the chunk's logits become their gradient
-    slope = None if softcap is None else 1 - (logits / softcap).square()
-    dz = logits.sub_(lse).exp_().scatter_add_(-1, index, torch.full_like(lse, -1.0)).mul_(counts)
+    dz = z.div_(total).scatter_add_(-1, index, torch.full_like(total, -1.0)).mul_(counts)
     if slope is not None:
-        dz.mul_(slope)
+        dz = dz.mul_(slope)
     dz = dz.to(x.dtype)
     return loss, dz @ weight, dz.T @ x
 

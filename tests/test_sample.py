@@ -96,7 +96,7 @@ def test_text_is_what_the_model_generates():
     state = checkpoint.load(chars() / 'best.pt')
     model, tokenizer = checkpoint.build(state, 'best.pt'), from_meta(state['meta']['tokenizer'])
     idx = torch.tensor([tokenizer.encode('a b')])
-    for settings in (dict(temperature=1.5, top_k=None), dict(temperature=0.5, top_k=4),
+    for settings in (dict(temperature=1.5, top_k=None, top_p=None), dict(temperature=0.5, top_k=4, top_p=None),
                      dict(temperature=1.0, top_k=None, top_p=0.6)):
         new = model.generate(idx, 40, seed=5, **settings)
         text = text_of(chars(), start='a b', max_new_tokens=40, seed=5, **settings)
@@ -225,7 +225,6 @@ def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
 
 @pytest.mark.parametrize('settings, words', [
     (dict(start='aXbYZ'), ['XYZ']),
-    (dict(start=''), ['empty']),
     (dict(start='FILE:no_such_file.txt'), ['no_such_file.txt']),
     (dict(start='FILE:data'), ['data']),
     (dict(temperature=-1), ['temperature=-1']),
@@ -280,3 +279,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, kind):
     done = python('sample.py', *flags(out_dir=tmp_path))
     assert_refused(done, 'n_head' if kind == 'flags that cannot be' else str(tmp_path / 'ckpt.pt'))
     assert not done.out and not (tmp_path / 'bomb').exists()
+
+
+def test_an_empty_prompt_is_the_one_of_the_dataset(tmp_path):
+    out_dir = parrot(tmp_path, 'abc')
+    state = checkpoint.load(out_dir / 'best.pt')
+    state['meta']['prompt'] = 'bc'
+    checkpoint.save(out_dir / 'best.pt', state)
+    assert text_of(out_dir, start='', max_new_tokens=4) == text_of(out_dir, start='bc', max_new_tokens=4)
