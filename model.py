@@ -110,14 +110,15 @@ class GPTConfig:
         for name, letters in (('layer_pattern', MIXERS), ('ffn_pattern', FFNS)):
             pattern = getattr(self, name)
             self._must(name, pattern and set(pattern) <= letters.keys(), f"be letters of {''.join(letters)}")
-        for name, (sentence, applies) in BELONGS.items():
-            if not applies(self):
-                self._must(name, getattr(self, name) == getattr(GPTConfig, name), f'be left out unless {sentence}')
         for name, low in LOWEST.items():
             value = getattr(self, name)
             self._must(name, value is None or value >= low, f'be at least {low}')
+        for name, (sentence, applies) in BELONGS.items():
+            if not applies(self):
+                self._must(name, getattr(self, name) == getattr(GPTConfig, name), f'be left out unless {sentence}')
         self._fill_in()
-        for name in ('norm_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq'):
+        for name in ('norm_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq', 'rope_attention_factor',
+                     'router_scale'):
             self._must(name, getattr(self, name) is None or getattr(self, name) > 0, 'be above 0')
         self._combinations()
 
@@ -166,6 +167,7 @@ class GPTConfig:
         must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
         must('rope_theta', self.rope_theta > 1, 'be above 1')
         must('rope_fraction', 0 < self.rope_fraction <= 1, 'be above 0 and at most 1')
+        must('rope_factor', self.rope_scaling == 'none' or self.rope_factor > 1, 'be above 1 when rope_scaling is set')
         must('rope_beta_fast', self.rope_beta_fast > self.rope_beta_slow, f'be above {self.rope_beta_slow}')
         must('rope_high_freq', self.rope_high_freq > self.rope_low_freq, f'be above {self.rope_low_freq}')
         must('residual', self.residual == 'serial' or self.norm_at != 'post', 'be serial when norm_at=post')
@@ -645,19 +647,25 @@ class Scores(nn.Module):
 
     def blockwise(self, q, k, v):
         """
-        Tokens 0..T-1 under a window W in blocks of W queries, each with the keys of its own block and the one
-        before: T * 2W scores in place of T * T. The blocks become a batch, and `masked` does the rest.
+        Tokens 0..T-1 under a window W in blocks of queries, each with the keys of its own block and as many blocks
+        before it as the window reaches: about T * 1.5 W scores in place of T * T. The blocks become a batch, and
+        `masked` does the rest.
         """
-        B, T, W = q.shape[0], q.shape[2], self.window
-        n = -(-T // W)
-        pos = torch.arange(n * W, device=q.device).view(n, W)
-        key_pos = torch.cat((pos - W, pos), dim=1)  # (n,2W); the first block's past is negative, so unseen
-        q = F.pad(q, (0, 0, 0, n * W - T)).unflatten(2, (n, W)).transpose(1, 2).flatten(0, 1)  # (Bn,H,W,D)
+        B, T = q.shape[0], q.shape[2]
+        size = max(1, self.window // 2)          # of a block: smaller ones waste fewer scores, and have more overhead
+        back = -(-(self.window - 1) // size)     # blocks that the window reaches back
+        n = -(-T // size)
+        pad = n * size - T
+        pos = torch.arange(n * size, device=q.device).view(n, size)
+        # what lies before the first token has negative positions, which nobody sees
+        key_pos = torch.cat([pos - i * size for i in range(back, -1, -1)], dim=1)
+        q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (n, size)).transpose(1, 2).flatten(0, 1)  # (Bn,H,size,D)
 
-        def pairs(x):
-            x = F.pad(x, (0, 0, W, n * W - T)).unflatten(2, (n + 1, W))
-            return torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3).transpose(1, 2).flatten(0, 1)  # (Bn,K,2W,D)
-        y = self.masked(q, pairs(k), pairs(v), pos.repeat(B, 1), key_pos.repeat(B, 1))
+        def reach(x):
+            x = F.pad(x, (0, 0, back * size, pad)).unflatten(2, (n + back, size))
+            x = torch.cat([x[:, :, i:n + i] for i in range(back + 1)], dim=3)
+            return x.transpose(1, 2).flatten(0, 1)  # (Bn,K,(back+1)size,D)
+        y = self.masked(q, reach(k), reach(v), pos.repeat(B, 1), key_pos.repeat(B, 1))
         return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
@@ -903,7 +911,7 @@ class Mamba1(nn.Module):
     """
     default_state = 16
 
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
         inner, N, rank = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_dt_rank
         self.sizes = (rank, N, N)
@@ -976,7 +984,7 @@ class Mamba2(nn.Module):
     """
     default_state = 128
 
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
         inner, N, G, P = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_groups, c.ssm_head_dim
         heads = inner // P
@@ -1208,7 +1216,7 @@ MIXERS = {
     'a': lambda c, layer: ATTN[c.attn](c, layer),
     'w': lambda c, layer: ATTN[c.attn](c, layer, window=c.window),
     'n': lambda c, layer: ATTN[c.attn](c, layer, rotary=False),
-    'm': lambda c, layer: SSM[c.ssm](c, layer),
+    'm': lambda c, layer: SSM[c.ssm](c),
 }
 
 def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):

@@ -94,6 +94,8 @@ def test_rewritten_positions_give_the_logits_of_the_new_text(flags):
     model, idx, logits = model_and_text(flags)
     if any(not isinstance(entry, TokenCache) for entry in model.new_cache(1, T)):
         pytest.skip('a state has no positions to go back to')
+    if model.config.window is not None:
+        pytest.skip('a ring has overwritten what lies a window before the position to go back to')
     draft = idx.clone()
     draft[:, 9:] = (draft[:, 9:] + 1) % flags['vocab_size']
     for back in ([11], [1, 10], [1] * 11, [4, 1, 6]):

@@ -13,7 +13,7 @@ from test_model import assert_causal, assert_gradients
 
 from model import GPT, GPTConfig, kv_cache_bytes
 
-LEGAL = 120     # random combinations of flags
+LEGAL = 320     # random combinations of flags
 # Flags that change how some tensors are drawn, with the name of those: a projection onto the residual stream
 # is scaled by the number of layers, or zero. Direction and sign are kept.
 RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight', 'ssm_conv': 'conv1d.bias'}
@@ -36,7 +36,8 @@ def bases():
     rope = toy(pos='rope', rope_factor=4.0)
     scaled_ropes = [rope | {'rope_scaling': name, 'rope_context': 8} for name in ('dynamic', 'yarn', 'llama3')]
     moe = toy(ffn_pattern='e', n_expert=4, balance='both', n_group=2)
-    return [toy(), *conftest.families().values(), *scaled_ropes, rope | {'rope_scaling': 'ntk'}, moe,
+    yarn = rope | {'rope_scaling': 'yarn', 'rope_context': 4096}  # long enough for a ramp
+    return [toy(), *conftest.families().values(), *scaled_ropes, yarn, rope | {'rope_scaling': 'ntk'}, moe,
             toy(n_predict=3), toy(layer_pattern='m', ffn_pattern='-', ssm_head_dim=8)]
 
 

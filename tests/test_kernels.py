@@ -70,12 +70,28 @@ def plain_linear_cross_entropy(x, weight, targets, softcap=None):
     return F.cross_entropy(z, targets, ignore_index=-1, reduction='sum') / max(1, (targets != -1).sum())
 
 
+def grouped_linear(x, weight, bias, counts):
+    rows, start = [], 0
+    for e, n in enumerate(counts.tolist()):
+        rows += [weight[e] @ row + (0 if bias is None else bias[e]) for row in x[start:start + n]]
+        start += n
+    return torch.stack(rows)
+
+
+def plain_grouped_linear(x, weight, bias, counts):
+    rows = x.split(counts.tolist())
+    return torch.cat([F.linear(r, w, None if bias is None else bias[e]) for e, (r, w) in enumerate(zip(rows, weight))])
+
+
+# recurrences, whose state is an input and a result as well: tested in test_state_space.py
+WITH_STATE = {'causal_conv', 'selective_scan', 'ssd'}
 OPS = {
     'rms_norm': (rms_norm, plain_rms_norm),
     'rope': (rope, plain_rope),
     'swiglu': (swiglu, lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]),
     'geglu': (geglu, lambda x: F.gelu(x.chunk(2, -1)[0], approximate='tanh') * x.chunk(2, -1)[1]),
     'linear_cross_entropy': (linear_cross_entropy, plain_linear_cross_entropy),
+    'grouped_linear': (grouped_linear, plain_grouped_linear),
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -142,6 +158,13 @@ CASES = {
         'one dimension': (randn(10),),
         'not contiguous': (strided(3 * randn(2, 3, 10)),),
     } for name in ('swiglu', 'geglu')},
+    'grouped_linear': {
+        'odd sizes': (randn(10, 7), randn(3, 5, 7, seed=1), randn(3, 5, seed=2), torch.tensor([4, 1, 5])),
+        'no bias': (randn(10, 7), randn(3, 5, 7, seed=1), None, torch.tensor([4, 1, 5])),
+        'idle experts': (randn(6, 4), randn(4, 3, 4, seed=1), randn(4, 3, seed=2), torch.tensor([0, 6, 0, 0])),
+        'one expert': (randn(6, 4), randn(1, 3, 4, seed=1), randn(1, 3, seed=2), torch.tensor([6])),
+        'not contiguous': (strided(randn(6, 4)), strided(randn(2, 3, 4, seed=1)), None, torch.tensor([2, 4])),
+    },
     'linear_cross_entropy': {
         'odd sizes': head(13, 7, 19),
         'some ignored': head(11, 6, 10, ignored=(0, 4, 5, 10)),
@@ -163,7 +186,7 @@ EVERY_CASE = pytest.mark.parametrize('op, case, chunks', [
 
 
 def test_every_operation_has_a_definition_and_cases():
-    new = sorted(set(kernels.__all__) - (OPS.keys() & CASES.keys()))
+    new = sorted(set(kernels.__all__) - (OPS.keys() & CASES.keys()) - WITH_STATE)
     assert not new, f'kernels has {new}, which is untested: add it to OPS and CASES of tests/test_kernels.py'
 
 
@@ -224,8 +247,9 @@ def assert_follows_the_rule(function, op, case, dtype, autocast=False):
         with torch.autocast('cpu', BF16, enabled=autocast):
             got, baseline = (run(f, arguments(op, case, dtype, draw)) for f in (function, plain))
         for name, want in truth.items():
-            kind = args[int(name.split()[-1])].dtype if name != 'output' else (
-                torch.float32 if op == 'linear_cross_entropy' else dtype)
+            # under autocast a linear layer answers in bf16; a loss is fp32 always
+            output = {'linear_cross_entropy': torch.float32, 'grouped_linear': BF16 if autocast else dtype}
+            kind = args[int(name.split()[-1])].dtype if name != 'output' else output.get(op, dtype)
             assert got[name].shape == want.shape, f'{name}: {got[name].shape} must be {want.shape}'
             assert got[name].dtype == kind, f'{name}: {got[name].dtype} must be {kind}'
             squares = [(x.double() - want).square().mean() for x in (got[name], baseline[name])]
@@ -261,7 +285,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(op, case, dtype, autocast,
 
 # the plain functions that stand beside an operation in its file
 FILES = [module for name, module in sys.modules.items() if name.startswith('kernels.')]
-REFERENCES = {op: getattr(file, f'{op}_reference') for op in kernels.__all__ for file in FILES
+REFERENCES = {op: getattr(file, f'{op}_reference') for op in OPS for file in FILES
               if hasattr(file, f'{op}_reference')}
 
 

@@ -2,6 +2,7 @@
 State spaces: the ops against the recurrence they stand for, the mixers against themselves in pieces and
 padded, and against transformers.
 """
+import importlib
 import inspect
 import random
 import re
@@ -15,13 +16,13 @@ import torch.nn.functional as F
 import conftest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels.selective_scan as scan_file
 from kernels.causal_conv import causal_conv, causal_conv_reference
 from kernels.selective_scan import selective_scan, selective_scan_reference
 from kernels.ssd import segment_decay, ssd, ssd_reference
-from mamba_blocks import SSM, StateCache
-from model import Context, Linear
+from model import SSM, Context, Linear, StateCache
 
+# the package exports the function under the module's name
+scan_file = importlib.import_module('kernels.selective_scan')
 EXACT = 1e-12  # of the largest number, in fp64
 
 
@@ -558,7 +559,7 @@ def test_signatures_are_those_of_a_mixer():
     for kind in SSM.values():
         forward, new_cache = (list(inspect.signature(f).parameters) for f in (kind.forward, kind.new_cache))
         assert forward == ['self', 'x', 'ctx', 'cache']
-        assert new_cache == ['self', 'batch_size', 'slots', 'dtype', 'device']
+        assert new_cache == ['self', 'batch_size', 'max_tokens', 'dtype', 'device']
     assert (SSM['mamba1'].default_state, SSM['mamba2'].default_state) == (16, 128)
     assert (SSM['mamba1'].default_dt_rank(768), SSM['mamba1'].default_dt_rank(20)) == (48, 2)
     assert isinstance(drawn('mamba2').new_cache(1, 1, torch.float32, 'cpu'), StateCache)
