@@ -2,12 +2,17 @@
 Measurements. Each topic prints a table; the numbers of one table are taken in turns, in one process.
 
     python bench.py step config/llama_small.py config/tiny.py
+    python bench.py cache
+    python bench.py families config/tiny.py --max_iters=100
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --vocab_size=65
 """
+import glob
 import importlib.util
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -17,7 +22,7 @@ import torch
 
 import checkpoint
 from configurator import configure, names_in, one_sentence
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, kv_cache_bytes
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -90,13 +95,56 @@ def in_turns(runs):
     return times
 
 
-TOPICS = {'step': step}
+def cache():
+    """Bytes that the cache takes in 16 bit, for the shape of Llama 3 8B with one kind of layer or another."""
+    shape = dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=128256, block_size=131072, bias=False,
+                 norm='rmsnorm', ffn='swiglu')
+    kinds = {
+        'MHA': dict(pos='rope'), 'GQA-8': dict(pos='rope', n_kv_head=8), 'MQA': dict(pos='rope', n_kv_head=1),
+        'MLA 512 + 64': dict(pos='rope', attn='mla', kv_rank=512, rope_head_dim=64),
+        'GQA-8, window 4096': dict(pos='rope', n_kv_head=8, layer_pattern='w', window=4096),
+        'Mamba-2': dict(pos='none', layer_pattern='m'),
+    }
+    spans = [(batch, tokens) for batch in (1, 16) for tokens in (8192, 131072)]
+    heads = (f'{batch} x {tokens // 1024}K' for batch, tokens in spans)
+    print(f'{"GB, batch x tokens":20}' + ''.join(f'{head:>12}' for head in heads))
+    for name, flags in kinds.items():
+        config = GPTConfig(**shape, **flags)
+        sizes = (kv_cache_bytes(config, tokens, batch, 2) / 1e9 for batch, tokens in spans)
+        print(f'{name:20}' + ''.join(f'{size:12.3f}' for size in sizes))
+
+
+def families():
+    """Every config/*_small.py with the given files and flags behind it, trained by train.py: a Markdown table."""
+    print('| family | parameters | active | validation loss | tokens/s | cache bytes per token |')
+    print('|---|---|---|---|---|---|')
+    for path in sorted(glob.glob(os.path.join('config', '*_small.py'))):
+        name = os.path.basename(path).removesuffix('.py')
+        out_dir = os.path.join('out', 'families', name)
+        command = [sys.executable, 'train.py', path, *sys.argv[2:], f'--out_dir={out_dir}', '--overwrite=True']
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f'{name}: {run.stderr.strip().splitlines()[-1]}')
+        with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
+            lines = [json.loads(line) for line in f]
+        loss = [line['val_loss'] for line in lines if 'val_loss' in line][-1]
+        rate = statistics.median(line['tokens_per_s'] for line in lines if 'tokens_per_s' in line)
+        state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
+        model = checkpoint.build(state, out_dir)
+        T = model.config.block_size
+        print(f'| {name.removesuffix("_small")} | {model.num_params() / 1e6:.2f}M | '
+              f'{model.num_params(active=True) / 1e6:.2f}M | {loss:.3f} | {rate:,.0f} | '
+              f'{kv_cache_bytes(model.config, T, 1, 2) / T:,.0f} |', flush=True)
+
+
+TOPICS = {'step': step, 'cache': cache, 'families': families}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):
         sys.exit(f'the first word must be a topic, one of {", ".join(TOPICS)}: python bench.py step')
     chosen = TOPICS.get(sys.argv[1])
-    model_args = configure(globals(), GPTConfig, sys.argv[2:] if chosen else ['--help'], skip=names_in('train.py'))
+    argv = sys.argv[2:] if chosen else ['--help']
+    model_args = configure(globals(), GPTConfig, argv, skip=names_in('train.py'))
     with one_sentence():
         checkpoint.check_device(device)
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '

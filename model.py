@@ -1,12 +1,13 @@
 """
 GPT-2 and the blocks of newer decoders, each behind one flag of GPTConfig.
 
-Reads top to bottom: configuration, positions, norms, caches, attention, state space, feed-forward, block, GPT, sampling.
-A config string is looked up once in a table (POSITIONS, NORMS, NORM_AT, ATTN, MIXERS, FFN, ...) while the layer is built,
-so no forward asks which model this is. Every layer is `mixer(x, ctx, cache)`, then `ffn(x, ctx)`.
+Reads top to bottom: configuration, positions, norms, caches, attention, state space,
+feed-forward, block, GPT, sampling. A config string is looked up once in a table
+(POSITIONS, NORMS, NORM_AT, ATTN, MIXERS, FFN, ...) while the layer is built, so no forward
+asks which model this is. Every layer is `mixer(x, ctx, cache)`, then `ffn(x, ctx)`.
 
-Shapes: B batch, T tokens of this call, S slots or keys, C n_embd, H query heads, K key/value heads, D head_dim,
-I ffn or inner width, N tokens of all sequences, E experts, R latent width, V vocabulary.
+Shapes: B batch, T tokens of this call, S slots or keys, C n_embd, H query heads, K key/value heads,
+D head_dim, I ffn or inner width, N tokens of all sequences, E experts, R latent width, V vocabulary.
 """
 import hashlib
 import math
@@ -32,7 +33,7 @@ class GPTConfig:
     n_layer: int = 12               # blocks
     n_head: int = 12                # query heads
     n_embd: int = 768               # width of the residual stream
-    layer_pattern: str = 'a'        # mixer of each layer, repeated: a attention, w windowed, n without rope, m state space
+    layer_pattern: str = 'a'        # mixer of each layer, repeated: a attention, w windowed, n no rope, m SSM
     ffn_pattern: str = 'f'          # what follows it, repeated: f one dense ffn, e experts, - nothing
     # positions
     pos: str = 'learned'            # learned, sinusoidal, rope, alibi, none
@@ -41,7 +42,7 @@ class GPTConfig:
     rope_scaling: str = 'none'      # rope beyond rope_context: none, linear, ntk, dynamic, yarn, llama3
     rope_factor: float = 1.0        # rope_scaling: how many times longer the context becomes
     rope_context: int | None = None  # rope_scaling: the context that was trained on; None: block_size
-    rope_beta_fast: float = 32.0    # yarn: pairs that turn more often than this in rope_context keep their frequency
+    rope_beta_fast: float = 32.0    # yarn: pairs that turn more often than this in rope_context are unchanged
     rope_beta_slow: float = 1.0     # yarn: pairs that turn less often than this are stretched by rope_factor
     rope_attention_factor: float | None = None  # yarn: scales cos and sin; None: 0.1 ln(rope_factor) + 1
     rope_low_freq: float = 1.0      # llama3: as yarn's beta_slow
@@ -57,11 +58,11 @@ class GPTConfig:
     attn: str = 'standard'          # standard (MHA, GQA, MQA), mla (latent), diff (differential)
     n_kv_head: int | None = None    # key/value heads: None as many as n_head (MHA), fewer GQA, 1 MQA
     head_dim: int | None = None     # width of one head: None n_embd / n_head
-    qk_norm: bool | str = False     # RMS norm on queries and keys before rope: True per head, full over all heads
+    qk_norm: bool | str = False     # RMS norm on q and k before rope: True per head, full over all heads
     window: int | None = None       # letter w: how many tokens it sees, the newest included
     softcap: float | None = None    # cap the attention scores smoothly: cap * tanh(score / cap)
-    sinks: bool = False             # a learned logit per head that takes attention away from all tokens (gpt-oss)
-    value_embed: bool = False       # add a second token embedding to the values, by one learned number a layer
+    sinks: bool = False             # a learned logit per head that takes attention from all tokens (gpt-oss)
+    value_embed: bool = False       # add a second token embedding to the values, by a learned number a layer
     kv_rank: int | None = None      # mla: width of the latent that is cached; None: n_embd / 4
     q_rank: int | None = None       # mla: width of the query's latent; None: queries come straight from x
     rope_head_dim: int | None = None  # mla: rotated width, one key for all heads; None: head_dim / 2
@@ -78,7 +79,7 @@ class GPTConfig:
     router_scale: float = 1.0       # and multiplied by this
     n_group: int = 1                # experts lie in groups; a token chooses in the best n_group_used of them
     n_group_used: int = 1           # groups a token chooses in
-    balance: str = 'aux'            # keep experts equally busy by: none, aux (Switch), bias (DeepSeek V3), both
+    balance: str = 'aux'            # keep experts equally busy: none, aux (Switch), bias (DeepSeek V3), both
     aux_weight: float = 0.01        # aux: weight of the balancing loss
     bias_rate: float = 0.001        # bias: how far the router's bias moves in one optimizer step
     z_weight: float = 0.0           # weight of the router's z-loss, which keeps its logits small (ST-MoE)
@@ -115,10 +116,11 @@ class GPTConfig:
             self._must(name, value is None or value >= low, f'be at least {low}')
         for name, (sentence, applies) in BELONGS.items():
             if not applies(self):
-                self._must(name, getattr(self, name) == getattr(GPTConfig, name), f'be left out unless {sentence}')
+                self._must(name, getattr(self, name) == getattr(GPTConfig, name),
+                           f'be left out unless {sentence}')
         self._fill_in()
-        for name in ('norm_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq', 'rope_attention_factor',
-                     'router_scale'):
+        for name in ('norm_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq',
+                     'rope_attention_factor', 'router_scale'):
             self._must(name, getattr(self, name) is None or getattr(self, name) > 0, 'be above 0')
         self._combinations()
 
@@ -127,7 +129,9 @@ class GPTConfig:
             raise ValueError(f'{name}={getattr(self, name)} must {rule}')
 
     def _fill_in(self):
-        """Replace the None that stand for a value worked out from other flags, where the flag means something."""
+        """
+        Replace the None that stand for a value worked out from other flags, where the flag means something.
+        """
         filled = {}
         if self.attends():
             self._must('n_embd', self.head_dim or self.n_embd % self.n_head == 0,
@@ -137,7 +141,8 @@ class GPTConfig:
             filled |= {'rope_context': self.block_size}
         if self.attn == 'mla':
             head_dim = self.head_dim or filled['head_dim']
-            filled |= {'kv_rank': max(1, self.n_embd // 4), 'rope_head_dim': head_dim // 2, 'v_head_dim': head_dim}
+            filled |= {'kv_rank': max(1, self.n_embd // 4), 'rope_head_dim': head_dim // 2,
+                       'v_head_dim': head_dim}
         if self.ffns() - {'-'}:
             filled |= {'ffn_width': FFN[self.ffn].func.default_width(self.n_embd)}
         if 'e' in self.ffns():
@@ -167,7 +172,8 @@ class GPTConfig:
         must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
         must('rope_theta', self.rope_theta > 1, 'be above 1')
         must('rope_fraction', 0 < self.rope_fraction <= 1, 'be above 0 and at most 1')
-        must('rope_factor', self.rope_scaling == 'none' or self.rope_factor > 1, 'be above 1 when rope_scaling is set')
+        must('rope_factor', self.rope_scaling == 'none' or self.rope_factor > 1,
+             'be above 1 when rope_scaling is set')
         must('rope_beta_fast', self.rope_beta_fast > self.rope_beta_slow, f'be above {self.rope_beta_slow}')
         must('rope_high_freq', self.rope_high_freq > self.rope_low_freq, f'be above {self.rope_low_freq}')
         must('residual', self.residual == 'serial' or self.norm_at != 'post', 'be serial when norm_at=post')
@@ -182,7 +188,8 @@ class GPTConfig:
             must('n_group', self.n_expert % self.n_group == 0, f'divide n_expert={self.n_expert}')
             must('n_group_used', self.n_group_used <= self.n_group, f'be at most n_group={self.n_group}')
             choice = self.n_expert // self.n_group * self.n_group_used
-            must('n_expert_used', self.n_expert_used <= choice, f'be at most the {choice} experts to choose from')
+            must('n_expert_used', self.n_expert_used <= choice,
+                 f'be at most the {choice} experts to choose from')
         if 'm' in self.mixers() and self.ssm == 'mamba2':
             heads, odd = divmod(self.ssm_expand * self.n_embd, self.ssm_head_dim)
             must('ssm_head_dim', odd == 0, f'divide the inner width {self.ssm_expand * self.n_embd}')
@@ -199,7 +206,8 @@ class GPTConfig:
             must('attn', self.pos in ('rope', 'none'), f'not be mla with pos={self.pos}: use rope or none')
             for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0)):
                 must(name, getattr(self, name) == default, f'be {default} when attn=mla')
-            must('n_kv_head', self.n_kv_head == self.n_head, 'be left out when attn=mla, which caches no heads')
+            must('n_kv_head', self.n_kv_head == self.n_head,
+                 'be left out when attn=mla, which caches no heads')
         if self.attn == 'diff':
             must('n_head', self.n_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs')
             must('n_kv_head', self.n_kv_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs')
@@ -223,7 +231,8 @@ class Linear(nn.Linear):
 
     def draw(self, leaf, generator):
         p = getattr(self, leaf)
-        return torch.zeros(p.shape) if leaf == 'bias' else torch.randn(p.shape, generator=generator) * self.std
+        return (torch.zeros(p.shape) if leaf == 'bias'
+                else torch.randn(p.shape, generator=generator) * self.std)
 
 
 def out_std(c):
@@ -261,7 +270,10 @@ class Context(NamedTuple):
 
 
 class Frequencies(nn.Module):
-    """What turns positions into angles: one frequency per pair of coordinates, in fp32 whatever the model is cast to."""
+    """
+    What turns positions into angles: one frequency per pair of coordinates,
+    in fp32 whatever the model is cast to.
+    """
 
     def __init__(self, freq):
         super().__init__()
@@ -274,7 +286,10 @@ class Frequencies(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Positions have three ways into the model: the embedding, the rotation and the bias of attention. This takes none."""
+    """
+    Positions have three ways into the model: the embedding, the rotation and the bias of attention.
+    This takes none.
+    """
     rotary = False      # attention rotates queries and keys
     alibi = False       # attention adds a bias that grows with distance
     max_tokens = None   # no limit on how far positions reach
@@ -323,14 +338,19 @@ class AlibiPositions(NoPositions):
 
 
 def alibi_slopes(n_head):
-    """2^(-8/n), 2^(-16/n), ... for n heads; a number that is no power of two takes every other of twice as many."""
+    """
+    2^(-8/n), 2^(-16/n), ... for n heads; a number that is no power of two takes every other of twice as many.
+    """
     n = 2 ** int(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     return torch.tensor(slopes + [2 ** (-4 * (2 * i + 1) / n) for i in range(n_head - n)])
 
 
 class RotaryPositions(NoPositions):
-    """Rotates queries and keys by angles that grow with position (kernels/rope.py), at frequencies of ROPE_SCALING."""
+    """
+    Rotates queries and keys by angles that grow with position
+    (kernels/rope.py), at frequencies of ROPE_SCALING.
+    """
     rotary = True
 
     def __init__(self, c):
@@ -354,7 +374,10 @@ def rope_width(c):
 
 
 def rope_plain(c, length, theta=None):
-    """theta^(-2j/D) for pair j of D/2 -> (frequencies (D/2,) fp64, factor on cos and sin). length: tokens in all."""
+    """
+    theta^(-2j/D) for pair j of D/2 -> (frequencies (D/2,) fp64, factor on cos and sin).
+    length: tokens in all.
+    """
     width = rope_width(c)
     return (theta or c.rope_theta) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
 
@@ -365,7 +388,9 @@ def rope_linear(c, length):
 
 
 def rope_ntk(c, length, factor=None):
-    """NTK-aware (bloc97 2023): a larger base, so that the slowest pair is stretched and the fastest is kept."""
+    """
+    NTK-aware (bloc97 2023): a larger base, so that the slowest pair is stretched and the fastest is kept.
+    """
     width = rope_width(c)
     stretch = (factor or c.rope_factor) ** (width / max(1, width - 2))
     return rope_plain(c, length, c.rope_theta * stretch)
@@ -373,15 +398,17 @@ def rope_ntk(c, length, factor=None):
 
 def rope_dynamic(c, length):
     """
-    NTK-aware with the factor that this length needs, and none up to rope_context. All keys must turn alike, so with a
-    cache the length is that which the cache was made for.
+    NTK-aware with the factor that this length needs, and none up to rope_context. All keys must turn alike,
+    so with a cache the length is that which the cache was made for.
     """
     over = max(1.0, length / c.rope_context)
     return rope_ntk(c, length, c.rope_factor * over - (c.rope_factor - 1))
 
 
 def rope_yarn(c, length):
-    """YaRN (Peng et al. 2023): interpolates the slow pairs, keeps the fast ones, a ramp over pairs in between."""
+    """
+    YaRN (Peng et al. 2023): interpolates the slow pairs, keeps the fast ones, a ramp over pairs in between.
+    """
     freq, width = rope_plain(c, length)[0], rope_width(c)
 
     def pair(turns):  # which pair makes that many turns in the trained context
@@ -395,7 +422,10 @@ def rope_yarn(c, length):
 
 
 def rope_llama3(c, length):
-    """Llama 3.1: as YaRN's ramp, but over wavelengths relative to the trained context, and no factor on cos and sin."""
+    """
+    Llama 3.1: as YaRN's ramp, but over wavelengths relative to the trained context,
+    and no factor on cos and sin.
+    """
     freq = rope_plain(c, length)[0]
     turns = c.rope_context * freq / (2 * math.pi)
     keep = ((turns - c.rope_low_freq) / (c.rope_high_freq - c.rope_low_freq)).clamp(0, 1)
@@ -490,8 +520,8 @@ class TokenCache:
         a prefill is the training path.
         """
         if new[0].shape[1] > self.max_tokens:
-            raise ValueError(f'{new[0].shape[1]} tokens must be at most the {self.max_tokens} that this cache was made '
-                             'for: make a larger one')
+            raise ValueError(f'{new[0].shape[1]} tokens must be at most the {self.max_tokens} that this '
+                             'cache was made for: make a larger one')
         new = [n.to(r.dtype) for n, r in zip(new, self.rows)]
         pos_BT = pos.to(torch.int32).expand(new[0].shape[:2])
         if pos_BT.shape[1] == 1:
@@ -574,8 +604,8 @@ class StateCache:
 
 def visible(pos, key_pos, window=None):
     """
-    True where the query at pos (T,) or (B,T) may see the key at key_pos (S,) or (B,S) -> (1 or B,1,T,S): no later
-    key, none of padding, and with a window only its own token and the window - 1 before it.
+    True where the query at pos (T,) or (B,T) may see the key at key_pos (S,) or (B,S) -> (1 or B,1,T,S): no
+    later key, none of padding, and with a window only its own token and the window - 1 before it.
     """
     query, key = pos.unsqueeze(-1), key_pos.unsqueeze(-2)  # (...,T,1), (...,1,S)
     mask = (key <= query) & (key >= 0)
@@ -586,15 +616,16 @@ def visible(pos, key_pos, window=None):
 
 class Scores(nn.Module):
     """
-    softmax(scale q k^T) v over what each query may see, with what the flags add to it: windows, ALiBi, soft-capped
-    scores, sinks. Knows positions only, so the same lines serve training, prefill and decoding.
+    softmax(scale q k^T) v over what each query may see, with what the flags add to it: windows, ALiBi,
+    soft-capped scores, sinks. Knows positions only, so the same lines serve training, prefill and decoding.
     """
 
     def __init__(self, c, n_head, scale, window=None):
         super().__init__()
         self.scale, self.window, self.softcap, self.dropout = scale, window, c.softcap, c.dropout
         alibi = POSITIONS[c.pos].alibi
-        self.register_buffer('slopes', alibi_slopes(n_head).view(-1, 1, 1) if alibi else None, persistent=False)
+        self.register_buffer('slopes', alibi_slopes(n_head).view(-1, 1, 1) if alibi else None,
+                             persistent=False)
         self.sinks = nn.Parameter(torch.empty(n_head)) if c.sinks else None
         # what SDPA's own triangle is enough for, which is its fastest path
         self.triangle = window is None and not alibi and not c.sinks and c.softcap is None
@@ -606,8 +637,8 @@ class Scores(nn.Module):
         """q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), pos (T,) or (B,T), key_pos (S,) or (B,S) -> (B,T,H,Dv)"""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if causal and self.triangle:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, dropout_p=self.drop(),
-                                               enable_gqa=q.shape[1] != k.shape[1])
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale,
+                                               dropout_p=self.drop(), enable_gqa=q.shape[1] != k.shape[1])
         elif causal and self.window is not None and q.shape[2] > 2 * self.window:
             y = self.blockwise(q, k, v)
         else:
@@ -618,11 +649,15 @@ class Scores(nn.Module):
         return self.dropout if self.training else 0.0
 
     def masked(self, q, k, v, pos, key_pos):
-        """q (B,H,T,D), k (B,K,S,D), v (B,K,S,Dv) -> (B,H,T,Dv). A query that may look nowhere gets finite numbers."""
+        """
+        q (B,H,T,D), k (B,K,S,D), v (B,K,S,Dv) -> (B,H,T,Dv).
+        A query that may look nowhere gets finite numbers.
+        """
         bias = visible(pos, key_pos, self.window)  # (1 or B,1,T,S)
         if self.slopes is not None or self.sinks is not None or self.softcap is not None:
             # a large finite number: rows of padding see nothing, and infinities would make them NaN
-            bias = torch.zeros(bias.shape, device=q.device).masked_fill_(~bias, torch.finfo(torch.float32).min / 2)
+            bias = torch.zeros(bias.shape, device=q.device).masked_fill_(
+                ~bias, torch.finfo(torch.float32).min / 2)
         if self.slopes is not None:
             distance = key_pos.unsqueeze(-2) - pos.unsqueeze(-1)  # (...,T,S)
             bias = bias + self.slopes * distance.view(-1, 1, *distance.shape[-2:])
@@ -634,8 +669,8 @@ class Scores(nn.Module):
         if self.softcap is not None:
             return self.capped(q, k, v, bias)
         bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale, dropout_p=self.drop(),
-                                              enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale,
+                                              dropout_p=self.drop(), enable_gqa=q.shape[1] != k.shape[1])
 
     def capped(self, q, k, v, bias):
         """Soft-capped scores (Gemma 2), which SDPA does not do. bias is added after the cap."""
@@ -647,12 +682,13 @@ class Scores(nn.Module):
 
     def blockwise(self, q, k, v):
         """
-        Tokens 0..T-1 under a window W in blocks of queries, each with the keys of its own block and as many blocks
-        before it as the window reaches: about T * 1.5 W scores in place of T * T. The blocks become a batch, and
-        `masked` does the rest.
+        Tokens 0..T-1 under a window W in blocks of queries, each with the keys of its
+        own block and as many blocks before it as the window reaches: about T * 1.5 W
+        scores in place of T * T. The blocks become a batch, and `masked` does the rest.
         """
         B, T = q.shape[0], q.shape[2]
-        size = max(1, self.window // 2)          # of a block: smaller ones waste fewer scores, and have more overhead
+        # of a block: smaller ones waste fewer scores, and have more overhead
+        size = max(1, self.window // 2)
         back = -(-(self.window - 1) // size)     # blocks that the window reaches back
         n = -(-T // size)
         pad = n * size - T
@@ -685,14 +721,17 @@ QK_NORM = {
 
 
 class Attention(nn.Module):
-    """Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023) or multi-query (Shazeer 2019)."""
+    """
+    Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023) or multi-query (Shazeer 2019).
+    """
     n_maps = 1  # query heads that share an output head
 
     def __init__(self, c, layer, window=None, rotary=True):
         super().__init__()
         self.heads, self.head_dim, self.window = (c.n_head, c.n_kv_head, c.n_kv_head), c.head_dim, window
         self.rotary = rotary and POSITIONS[c.pos].rotary
-        self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.bias)  # query, key and value, side by side
+        # query, key and value, side by side
+        self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.bias)
         self.c_proj = out_proj(c, c.n_head * c.head_dim)
         self.q_norm, self.k_norm = QK_NORM[c.qk_norm](c, c.n_head), QK_NORM[c.qk_norm](c, c.n_kv_head)
         self.scores = Scores(c, c.n_head // self.n_maps, c.head_dim ** -0.5, window)
@@ -731,8 +770,9 @@ class Attention(nn.Module):
 
 class DiffAttention(Attention):
     """
-    Differential attention (Ye et al. 2024, https://arxiv.org/abs/2410.05258): heads come in pairs that share a value
-    of twice the width, and the second one's attention is subtracted, lambda times, to cancel what both see.
+    Differential attention (Ye et al. 2024, https://arxiv.org/abs/2410.05258):
+    heads come in pairs that share a value of twice the width, and the second
+    one's attention is subtracted, lambda times, to cancel what both see.
     """
     n_maps = 2
 
@@ -765,13 +805,13 @@ class DiffAttention(Attention):
 
 class MLA(nn.Module):
     """
-    Multi-head latent attention (DeepSeek V2, https://arxiv.org/abs/2405.04434): keys and values of all heads are
-    expanded from one latent of kv_rank numbers a token. The cache holds that latent, and one rotated key of
-    rope_head_dim numbers that all heads share.
+    Multi-head latent attention (DeepSeek V2, https://arxiv.org/abs/2405.04434): keys and
+    values of all heads are expanded from one latent of kv_rank numbers a token. The cache
+    holds that latent, and one rotated key of rope_head_dim numbers that all heads share.
 
-    Tokens that see only themselves (training, prefill) expand the latent. Tokens that read the cache do not: the
-    expansion is absorbed into query and output, q . (W_k latent) = (W_k^T q) . latent, so all heads attend to one
-    shared key of kv_rank + rope_head_dim, whose first part is the value as well.
+    Tokens that see only themselves (training, prefill) expand the latent. Tokens that read the cache do not:
+    the expansion is absorbed into query and output, q . (W_k latent) = (W_k^T q) . latent, so all heads
+    attend to one shared key of kv_rank + rope_head_dim, whose first part is the value as well.
     """
 
     def __init__(self, c, layer, window=None, rotary=True):
@@ -791,7 +831,8 @@ class MLA(nn.Module):
 
     def forward(self, x, ctx, cache=None):
         """x (B,T,C) -> (B,T,C)"""
-        q, turned = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_head, -1)).split(self.widths, dim=-1)
+        q, turned = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_head, -1)).split(
+            self.widths, dim=-1)
         latent, key = self.kv_down(x).split((self.rank, self.widths[1]), dim=-1)    # (B,T,R), (B,T,Dr)
         latent, key = self.kv_norm(latent), key.unsqueeze(2)
         if self.rotary:
@@ -805,13 +846,15 @@ class MLA(nn.Module):
 
     def expanded(self, q, turned, latent, key, ctx, key_pos):
         """q (B,T,H,Dn), turned (B,T,H,Dr), latent (B,S,R), key (B,S,1,Dr) -> (B,T,H,Dv)"""
-        k, v = self.kv_up(latent).unflatten(-1, (self.n_head, -1)).split((self.widths[0], self.v_head_dim), dim=-1)
+        k, v = self.kv_up(latent).unflatten(-1, (self.n_head, -1)).split(
+            (self.widths[0], self.v_head_dim), dim=-1)
         k = torch.cat((k, key.expand(-1, -1, self.n_head, -1)), dim=-1)
         return self.scores(torch.cat((q, turned), dim=-1), k, v, ctx.pos, key_pos, ctx.causal)
 
     def absorbed(self, q, turned, latent, key, ctx, key_pos):
         """The same from the latent alone."""
-        up_k, up_v = self.kv_up.weight.view(self.n_head, -1, self.rank).split((self.widths[0], self.v_head_dim), dim=1)
+        up_k, up_v = self.kv_up.weight.view(self.n_head, -1, self.rank).split(
+            (self.widths[0], self.v_head_dim), dim=1)
         q = torch.cat((torch.einsum('bthd,hdr->bthr', q, up_k), turned), dim=-1)
         latent = latent.unsqueeze(2)  # (B,S,1,R), one head for all
         y = self.scores(q, torch.cat((latent, key), dim=-1), latent, ctx.pos, key_pos, ctx.causal)
@@ -1064,7 +1107,10 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """One half of the hidden layer gates the other (Shazeer 2020): three matrices, so 8/3 as wide for the same size."""
+    """
+    One half of the hidden layer gates the other (Shazeer 2020):
+    three matrices, so 8/3 as wide for the same size.
+    """
 
     @staticmethod
     def fan_out(width):
@@ -1102,12 +1148,13 @@ BALANCE = {'none': (False, False), 'aux': (True, False), 'bias': (False, True), 
 
 class MoE(nn.Module):
     """
-    Mixture of experts (Shazeer et al. 2017): every token passes through the n_expert_used experts that a router scores
-    highest, weighted by their scores. Tokens are sorted by expert and every expert takes all of its own: none is dropped.
+    Mixture of experts (Shazeer et al. 2017): every token passes through the
+    n_expert_used experts that a router scores highest, weighted by their scores.
+    Tokens are sorted by expert and every expert takes all of its own: none is dropped.
 
-    Balance: 'aux' adds a loss that is least when all experts are equally busy (Switch, Fedus et al. 2021); 'bias' adds
-    to the scores, for the choice alone, a bias that rises for idle experts (DeepSeek V3, arXiv 2412.19437), moved once
-    per optimizer step by GPT.balance_experts.
+    Balance: 'aux' adds a loss that is least when all experts are equally busy (Switch, Fedus et al. 2021);
+    'bias' adds to the scores, for the choice alone, a bias that rises for idle experts (DeepSeek V3,
+    arXiv 2412.19437), moved once per optimizer step by GPT.balance_experts.
     """
 
     def __init__(self, c, layer):
@@ -1175,7 +1222,9 @@ class MoE(nn.Module):
 
 
     def rebalance(self):
-        """The share of each expert since the last call, (E,), over all processes; the bias moves against it."""
+        """
+        The share of each expert since the last call, (E,), over all processes; the bias moves against it.
+        """
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load)
         share = self.load / self.load.sum().clamp(min=1)
@@ -1191,7 +1240,8 @@ class MoE(nn.Module):
 
     def flops(self):
         """Floating-point operations per token, forward and backward, of the experts it passes through."""
-        return 6 * (self.c_fc.weight.numel() + self.c_proj.weight.numel()) * self.c.n_expert_used // self.c.n_expert
+        return (6 * (self.c_fc.weight.numel() + self.c_proj.weight.numel()) * self.c.n_expert_used
+                // self.c.n_expert)
 
 
 class ExpertLinear(nn.Module):
@@ -1227,7 +1277,8 @@ def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
     dtype = dtypes[dtype_bytes]
     letters = [mixer for mixer, _ in config.plan()]
     with torch.device('meta'):
-        size = {m: MIXERS[m](config, 0).new_cache(batch_size, seq_len, dtype, 'meta').nbytes() for m in set(letters)}
+        size = {m: MIXERS[m](config, 0).new_cache(batch_size, seq_len, dtype, 'meta').nbytes()
+                for m in set(letters)}
     return sum(size[m] for m in letters)
 
 
@@ -1236,15 +1287,19 @@ def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
 
 
 class Block(nn.Module):
-    """Two branches on the residual stream. Where the norms stand is NORM_AT's affair; the others are identities."""
+    """
+    Two branches on the residual stream. Where the norms stand is NORM_AT's affair; the others are identities.
+    """
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__()
         before, on_output, on_sum = NORM_AT[c.norm_at]
-        self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(x, c.n_embd, c) for x in (before, on_output, on_sum))
+        self.ln_1, self.ln_1_out, self.ln_1_sum = (
+            norm_if(x, c.n_embd, c) for x in (before, on_output, on_sum))
         self.mixer, self.ffn = MIXERS[mixer](c, layer), FFNS[ffn](c, layer)
         if self.ffn is not None:
-            self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(x, c.n_embd, c) for x in (before, on_output, on_sum))
+            self.ln_2, self.ln_2_out, self.ln_2_sum = (
+                norm_if(x, c.n_embd, c) for x in (before, on_output, on_sum))
         self.drop = nn.Dropout(c.dropout)
         self.skip = nn.Parameter(torch.empty(2)) if c.embed_skip else None
 
@@ -1277,8 +1332,8 @@ RESIDUAL = {'serial': Block, 'parallel': ParallelBlock}
 
 # the tables that the string flags are looked up in
 WORDS = {
-    'pos': POSITIONS, 'rope_scaling': ROPE_SCALING, 'norm': NORMS, 'norm_at': NORM_AT, 'residual': RESIDUAL, 'attn': ATTN,
-    'qk_norm': QK_NORM, 'ffn': FFN, 'router': ROUTER, 'balance': BALANCE, 'ssm': SSM,
+    'pos': POSITIONS, 'rope_scaling': ROPE_SCALING, 'norm': NORMS, 'norm_at': NORM_AT, 'residual': RESIDUAL,
+    'attn': ATTN, 'qk_norm': QK_NORM, 'ffn': FFN, 'router': ROUTER, 'balance': BALANCE, 'ssm': SSM,
 }
 
 
@@ -1300,12 +1355,14 @@ BELONGS = {
     **belongs("layer_pattern has a 'w'", lambda c: 'w' in c.mixers(), 'window'),
     **belongs('attn=mla', lambda c: c.attn == 'mla', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim'),
     **belongs("ffn_pattern has an 'f' or an 'e'", lambda c: c.ffns() - {'-'}, 'ffn', 'ffn_width'),
-    **belongs("ffn_pattern has an 'e'", lambda c: 'e' in c.ffns(), 'n_expert', 'n_expert_used', 'expert_width',
-              'n_shared', 'router', 'router_norm', 'router_scale', 'n_group', 'n_group_used', 'balance', 'z_weight'),
+    **belongs("ffn_pattern has an 'e'", lambda c: 'e' in c.ffns(), 'n_expert', 'n_expert_used',
+              'expert_width', 'n_shared', 'router', 'router_norm', 'router_scale', 'n_group', 'n_group_used',
+              'balance', 'z_weight'),
     **belongs('balance is aux or both', lambda c: BALANCE[c.balance][0] and 'e' in c.ffns(), 'aux_weight'),
     **belongs('balance is bias or both', lambda c: BALANCE[c.balance][1], 'bias_rate'),
     **belongs('n_group is above 1', lambda c: c.n_group > 1, 'n_group_used'),
-    **belongs("layer_pattern has an 'm'", lambda c: 'm' in c.mixers(), 'ssm', 'ssm_state', 'ssm_expand', 'ssm_conv'),
+    **belongs("layer_pattern has an 'm'", lambda c: 'm' in c.mixers(), 'ssm', 'ssm_state', 'ssm_expand',
+              'ssm_conv'),
     **belongs('ssm=mamba2', lambda c: c.ssm == 'mamba2' and 'm' in c.mixers(), 'ssm_head_dim', 'ssm_groups'),
     **belongs('ssm=mamba1', lambda c: c.ssm == 'mamba1' and 'm' in c.mixers(), 'ssm_dt_rank', 'ssm_norm'),
     **belongs('n_predict is above 1', lambda c: c.n_predict > 1, 'predict_weight'),
@@ -1313,10 +1370,11 @@ BELONGS = {
 
 # the least values of the numbers
 LOWEST = dict.fromkeys(
-    ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'window', 'kv_rank', 'q_rank',
-     'rope_head_dim', 'v_head_dim', 'ffn_width', 'n_expert', 'n_expert_used', 'expert_width', 'n_group', 'n_group_used',
-     'rope_context', 'rope_factor', 'ssm_state', 'ssm_expand', 'ssm_conv', 'ssm_head_dim', 'ssm_groups', 'ssm_dt_rank',
-     'n_predict'), 1) | dict.fromkeys(('n_shared', 'aux_weight', 'bias_rate', 'z_weight', 'predict_weight'), 0)
+    ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'window', 'kv_rank',
+     'q_rank', 'rope_head_dim', 'v_head_dim', 'ffn_width', 'n_expert', 'n_expert_used', 'expert_width',
+     'n_group', 'n_group_used', 'rope_context', 'rope_factor', 'ssm_state', 'ssm_expand', 'ssm_conv',
+     'ssm_head_dim', 'ssm_groups', 'ssm_dt_rank', 'n_predict'), 1) | dict.fromkeys(
+    ('n_shared', 'aux_weight', 'bias_rate', 'z_weight', 'predict_weight'), 0)
 
 
 # which matrices are which, for optimizers
@@ -1339,7 +1397,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(c.dropout)
         block = RESIDUAL[c.residual]
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(c.plan()))
-        # multi-token prediction (Gloeckle et al. 2024): block k makes what predicts the token k + 1 further on
+        # multi-token prediction (Gloeckle et al. 2024):
+        # block k makes what predicts the token k + 1 further on
         self.further = nn.ModuleList(block(c, *c.plan()[-1], c.n_layer + k) for k in range(c.n_predict - 1))
         self.vte = Embedding(c.vocab_size, c.n_kv_head * c.head_dim) if c.value_embed else None
         # with the norm on the sum, the last block has normalised already
@@ -1441,9 +1500,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def balance_experts(self):
         """
-        Call once per optimizer step, on every process: moves the routers' biases and begins to count anew. Returns
-        {'expert_entropy': mean over layers, 1 when all are equally busy, 'expert_max': the largest share that one expert
-        had} as tensors, empty without experts.
+        Call once per optimizer step, on every process: moves the routers' biases and begins to count anew.
+        Returns {'expert_entropy': mean over layers, 1 when all are equally busy, 'expert_max': the largest
+        share that one expert had} as tensors, empty without experts.
         """
         moes = self.moes()
         if not moes:
@@ -1454,8 +1513,8 @@ class GPT(nn.Module):
 
     def param_kinds(self):
         """
-        {parameter name: 'matrix', 'experts', 'embedding' or 'vector'}, for optimizers, by the module that owns it. What no
-        rule names is a vector, whatever its shape: Mamba's A_log must not decay.
+        {parameter name: 'matrix', 'experts', 'embedding' or 'vector'}, for optimizers, by the module that
+        owns it. What no rule names is a vector, whatever its shape: Mamba's A_log must not decay.
         """
         kinds = {}
         for name, p in self.named_parameters():

@@ -1,6 +1,6 @@
 """
-BLOOM and MPT (Le Scao et al. 2022, https://arxiv.org/abs/2211.05100): GPT-2 with ALiBi for positions, which have
-no end.
+BLOOM and MPT (Le Scao et al. 2022, https://arxiv.org/abs/2211.05100):
+GPT-2 with ALiBi for positions, which have no end.
 """
 out_dir = 'out/bloom_small'
 pos = 'alibi'

@@ -1,6 +1,6 @@
 """
-gpt-oss (2025, https://arxiv.org/abs/2508.10925): windowed and full layers in turns, a learned sink in every head,
-biases, and four of sixteen experts.
+gpt-oss (2025, https://arxiv.org/abs/2508.10925): windowed and full layers
+in turns, a learned sink in every head, biases, and four of sixteen experts.
 """
 out_dir = 'out/gpt_oss_small'
 pos = 'rope'

@@ -1,6 +1,6 @@
 """
-Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887): one attention layer among seven of Mamba, which give
-order enough that attention needs no positions; experts in every other layer.
+Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887): one attention layer among seven of Mamba, which
+give order enough that attention needs no positions; experts in every other layer.
 """
 out_dir = 'out/jamba_small'
 pos = 'none'

@@ -1,6 +1,6 @@
 """
-Llama 4 (2025): three layers with rotary positions and a window to one that sees everything and has none (NoPE);
-every other ffn is one of sixteen experts, chosen by a sigmoid, beside a shared one.
+Llama 4 (2025): three layers with rotary positions and a window to one that sees everything and has none
+(NoPE); every other ffn is one of sixteen experts, chosen by a sigmoid, beside a shared one.
 """
 out_dir = 'out/llama4_small'
 pos = 'rope'

@@ -1,6 +1,6 @@
 """
-Mistral 7B (Jiang et al. 2023, https://arxiv.org/abs/2310.06825): Llama's blocks, and every layer sees a window
-only, an eighth of the context. What lies further back arrives through the layers.
+Mistral 7B (Jiang et al. 2023, https://arxiv.org/abs/2310.06825): Llama's blocks, and every layer sees a
+window only, an eighth of the context. What lies further back arrives through the layers.
 """
 out_dir = 'out/mistral_small'
 pos = 'rope'

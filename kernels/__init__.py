@@ -12,5 +12,5 @@ from kernels.rope import rope
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
 
-__all__ = ['causal_conv', 'geglu', 'grouped_linear', 'linear_cross_entropy', 'rms_norm', 'rope', 'selective_scan',
-           'ssd', 'swiglu']
+__all__ = ['causal_conv', 'geglu', 'grouped_linear', 'linear_cross_entropy', 'rms_norm', 'rope',
+           'selective_scan', 'ssd', 'swiglu']

@@ -3,7 +3,8 @@ One linear layer per expert, over rows that are sorted by expert: rows of expert
 
     dx = dy W_e        dW_e = dy_e^T x_e        db_e = sum of dy_e
 
-No row is padded or dropped: every expert takes as many as there are. Saved for the backward pass: x, W and the counts.
+No row is padded or dropped: every expert takes as many as there are.
+Saved for the backward pass: x, W and the counts.
 """
 import torch
 
@@ -16,7 +17,8 @@ def grouped_linear_reference(x, weight, bias, counts):
 
 
 @torch.library.custom_op('nanoblocks::grouped_linear', mutates_args=())
-def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+             counts: torch.Tensor) -> torch.Tensor:
     rows = x.split(counts.tolist())
     parts = [torch.nn.functional.linear(r, w, None if bias is None else bias[e])
              for e, (r, w) in enumerate(zip(rows, weight))]
@@ -60,8 +62,9 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 
 def grouped_linear(x, weight, bias, counts):
     """
-    x (M,in) sorted by expert, weight (E,out,in), bias (E,out) or None, counts (E,) int64: how many rows are of each
-    expert, M together -> (M,out). Under autocast the products are made in its dtype, as those of F.linear.
+    x (M,in) sorted by expert, weight (E,out,in), bias (E,out) or None, counts (E,) int64:
+    how many rows are of each expert, M together -> (M,out). Under autocast the products
+    are made in its dtype, as those of F.linear.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):

@@ -9,8 +9,8 @@ import torch
 
 def rope(x, cos, sin):
     """
-    x (B,T,H,D); cos, sin (T,R/2) or (B,T,R/2) of each token's angles, fp32 -> (B,T,H,D) in x's dtype: the first R
-    coordinates turn, the others stay (partial rotary).
+    x (B,T,H,D); cos, sin (T,R/2) or (B,T,R/2) of each token's angles, fp32 -> (B,T,H,D) in x's dtype: the
+    first R coordinates turn, the others stay (partial rotary).
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (...,T,1,D/2), one angle for all heads
     wide = x if x.dtype == torch.float64 else x.float()

@@ -80,7 +80,8 @@ def grouped_linear(x, weight, bias, counts):
 
 def plain_grouped_linear(x, weight, bias, counts):
     rows = x.split(counts.tolist())
-    return torch.cat([F.linear(r, w, None if bias is None else bias[e]) for e, (r, w) in enumerate(zip(rows, weight))])
+    return torch.cat([F.linear(r, w, None if bias is None else bias[e])
+                      for e, (r, w) in enumerate(zip(rows, weight))])
 
 
 # recurrences, whose state is an input and a result as well: tested in test_state_space.py
@@ -161,7 +162,8 @@ CASES = {
     'grouped_linear': {
         'odd sizes': (randn(10, 7), randn(3, 5, 7, seed=1), randn(3, 5, seed=2), torch.tensor([4, 1, 5])),
         'no bias': (randn(10, 7), randn(3, 5, 7, seed=1), None, torch.tensor([4, 1, 5])),
-        'idle experts': (randn(6, 4), randn(4, 3, 4, seed=1), randn(4, 3, seed=2), torch.tensor([0, 6, 0, 0])),
+        'idle experts': (randn(6, 4), randn(4, 3, 4, seed=1), randn(4, 3, seed=2),
+                         torch.tensor([0, 6, 0, 0])),
         'one expert': (randn(6, 4), randn(1, 3, 4, seed=1), randn(1, 3, seed=2), torch.tensor([6])),
         'not contiguous': (strided(randn(6, 4)), strided(randn(2, 3, 4, seed=1)), None, torch.tensor([2, 4])),
     },

@@ -351,7 +351,10 @@ def attend_by_loops(q, k, v, sees):
 
 
 def scores_by_loops(q, k, v, pos, key_pos, window=None, slopes=None, softcap=None, sinks=None):
-    """Attention from its definition, one number at a time. q (B,T,H,D), k and v (B,S,K,D), pos and key_pos (B,T|S)"""
+    """
+    Attention from its definition, one number at a time.
+    q (B,T,H,D), k and v (B,S,K,D), pos and key_pos (B,T|S)
+    """
     B, T, H, D = q.shape
     y = torch.zeros(B, T, H, v.shape[-1])
     for b, t, h in itertools.product(range(B), range(T), range(H)):
@@ -384,7 +387,8 @@ def test_scores_equal_their_definition(K, window, more):
     if config.sinks:
         sinks = [0.5, -1.0, 2.0, 0.0]
         scores.sinks.data = torch.tensor(sinks)
-    parts = dict(window=window, slopes=ALIBI_4 if config.pos == 'alibi' else None, softcap=config.softcap, sinks=sinks)
+    parts = dict(window=window, slopes=ALIBI_4 if config.pos == 'alibi' else None, softcap=config.softcap,
+                 sinks=sinks)
     q, k, v = randn(B, T, H, D, seed=1), randn(B, T, K, D, seed=2), randn(B, T, K, D, seed=3)
     # tokens 0..T-1: the triangle, and blocks where the window is short
     pos = torch.arange(T)
