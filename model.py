@@ -1181,9 +1181,12 @@ class MoE(nn.Module):
         weight_NK = scores_NE.gather(-1, expert_NK)
         if self.c.router_norm:
             weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
+        # rows of each expert, in a tensor whose shape does not depend on them
+        flat = expert_NK.flatten()
+        counts_E = flat.new_zeros(self.c.n_expert).scatter_add_(0, flat, torch.ones_like(flat))
         if self.training:
-            self.account(logits_NE, scores_NE, expert_NK, ctx)
-        y_NC = self.experts(x_NC, expert_NK, (weight_NK * self.c.router_scale).to(x.dtype))
+            self.account(logits_NE, scores_NE, counts_E, ctx)
+        y_NC = self.experts(x_NC, expert_NK, (weight_NK * self.c.router_scale).to(x.dtype), counts_E)
         y = y_NC.view(x.shape)
         return y if self.shared is None else y + self.shared(x, ctx)
 
@@ -1200,26 +1203,23 @@ class MoE(nn.Module):
             scores_NE = groups_NGE.masked_fill(out_NG.unsqueeze(-1), -torch.inf).flatten(-2)
         return scores_NE.topk(self.c.n_expert_used, dim=-1).indices
 
-    def experts(self, x_NC, expert_NK, weight_NK):
+    def experts(self, x_NC, expert_NK, weight_NK, counts_E):
         """The weighted sum over each token's experts, (N,C)."""
         K = expert_NK.shape[1]
         order = expert_NK.flatten().argsort(stable=True)  # pairs of token and choice, sorted by expert
-        counts_E = torch.bincount(expert_NK.flatten(), minlength=self.c.n_expert)
         h = self.act(self.c_fc(x_NC[order // K], counts_E))
         y = self.c_proj(h, counts_E) * weight_NK.flatten()[order].unsqueeze(-1)
         return torch.zeros_like(x_NC, dtype=y.dtype).index_add(0, order // K, y)
 
-    def account(self, logits_NE, scores_NE, expert_NK, ctx):
+    def account(self, logits_NE, scores_NE, counts_E, ctx):
         """Count who works, and add the losses that keep the router in order to the training loss."""
-        share_E = F.one_hot(expert_NK, self.c.n_expert).sum((0, 1)) / expert_NK.shape[0]  # sums to K
-        self.load += share_E * expert_NK.shape[0]
+        self.load += counts_E
         if self.aux:
             wish_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).mean(0)
-            balance = self.c.n_expert * (share_E / self.c.n_expert_used * wish_E).sum()
+            balance = self.c.n_expert * (counts_E / counts_E.sum() * wish_E).sum()
             ctx.losses.append(self.c.aux_weight * balance)
         if self.c.z_weight:
             ctx.losses.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
-
 
     def rebalance(self):
         """
