@@ -53,7 +53,7 @@ class GPTConfig:
     norm_eps: float = 1e-5          # added to the variance, or to the mean square, of every norm
     residual: str = 'serial'        # serial: ffn after mixer; parallel: both read the same x (GPT-NeoX, PaLM)
     embed_scale: bool = False       # multiply the token embedding by sqrt(n_embd) (Gemma)
-    embed_skip: bool = False        # every block mixes the embedding back in, by two learned numbers
+    embed_skip: bool = False        # later blocks mix the embedding back in, by two learned numbers each
     # attention
     attn: str = 'standard'          # standard (MHA, GQA, MQA), mla (latent), diff (differential)
     n_kv_head: int | None = None    # key/value heads: None as many as n_head (MHA), fewer GQA, 1 MQA
@@ -168,6 +168,7 @@ class GPTConfig:
 
     def _combinations(self):
         must = self._must
+        must('embed_skip', not self.embed_skip or self.n_layer > 1, 'be False when n_layer=1')
         must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
         must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
         must('rope_theta', self.rope_theta > 1, 'be above 1')
@@ -1301,7 +1302,8 @@ class Block(nn.Module):
             self.ln_2, self.ln_2_out, self.ln_2_sum = (
                 norm_if(x, c.n_embd, c) for x in (before, on_output, on_sum))
         self.drop = nn.Dropout(c.dropout)
-        self.skip = nn.Parameter(torch.empty(2)) if c.embed_skip else None
+        # the first block reads the embedding anyway
+        self.skip = nn.Parameter(torch.empty(2)) if c.embed_skip and layer > 0 else None
 
     def draw(self, leaf, generator):
         return torch.tensor([1.0, 0.0])

@@ -224,8 +224,10 @@ def legal(flags):
 def combinations(count, seed):
     """Different legal flags: a family with half of its fields redrawn, in any order, where that is legal."""
     rng, found = random.Random(seed), []
+    # no family scales its rope, and only few random steps lead there
+    scaled = [toy(pos='rope', rope_scaling=name, rope_factor=4.0) for name in ('yarn', 'llama3')]
     while len(found) < count:
-        flags = dict(rng.choice(list(families().values())))
+        flags = dict(rng.choice([*families().values(), *scaled]))
         for name in rng.sample(sorted(FIELDS), len(FIELDS)):
             redrawn = flipped(flags, name, rng.choice(FIELDS[name].values))
             if rng.random() < 0.5 and redrawn:
