@@ -4,7 +4,7 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py step config/llama_small.py config/tiny.py
     python bench.py cache
     python bench.py families config/tiny.py --max_iters=100
-    python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --vocab_size=65
+    python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
 import glob
 import importlib.util
@@ -84,7 +84,7 @@ def nanogpt_model(config):
 
 
 def in_turns(runs):
-    """{name: milliseconds of each round}: one round runs all, every other one backwards, so that drift hits all."""
+    """{name: milliseconds of each round}: every round runs all, every other one backwards, against drift."""
     times = {name: [] for name in runs}
     for n in range(rounds + 3):
         for name in (list(runs) if n % 2 else list(reversed(runs))):
@@ -115,13 +115,14 @@ def cache():
 
 
 def families():
-    """Every config/*_small.py with the given files and flags behind it, trained by train.py: a Markdown table."""
+    """Every config/*_small.py with the given files and flags behind it, trained: a Markdown table."""
     print('| family | parameters | active | validation loss | tokens/s | cache bytes per token |')
     print('|---|---|---|---|---|---|')
     for path in sorted(glob.glob(os.path.join('config', '*_small.py'))):
         name = os.path.basename(path).removesuffix('.py')
         out_dir = os.path.join('out', 'families', name)
-        command = [sys.executable, 'train.py', path, *sys.argv[2:], f'--out_dir={out_dir}', '--overwrite=True']
+        flags = [*sys.argv[2:], f'--out_dir={out_dir}', '--overwrite=True']
+        command = [sys.executable, 'train.py', path, *flags]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             sys.exit(f'{name}: {run.stderr.strip().splitlines()[-1]}')

@@ -38,8 +38,8 @@ class Flag(NamedTuple):
 def configure(settings, config_class=None, argv=None, given=None, skip=()):
     """
     Apply the command line to `settings`, the globals() of a script; return the fields of config_class that it
-    gave, as a dict. A dict passed as `given` receives {name: the file or flag that had the last word}. Names in
-    `skip` are passed over: a config file may be meant for another script too (`names_in`).
+    gave, as a dict. A dict passed as `given` receives {name: the file or flag that had the last word}. Names
+    in `skip` are passed over: a config file may be meant for another script too (`names_in`).
 
     A user's mistake raises SystemExit with one sentence, which Python prints before it exits with code 1.
     """

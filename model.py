@@ -625,8 +625,9 @@ class Scores(nn.Module):
         super().__init__()
         self.scale, self.window, self.softcap, self.dropout = scale, window, c.softcap, c.dropout
         alibi = POSITIONS[c.pos].alibi
-        self.register_buffer('slopes', alibi_slopes(n_head).view(-1, 1, 1) if alibi else None,
-                             persistent=False)
+        # as Frequencies keeps its numbers, and for the same reason
+        slopes = alibi_slopes(n_head).view(-1, 1, 1).view(torch.int32) if alibi else None
+        self.register_buffer('slopes', slopes, persistent=False)
         self.sinks = nn.Parameter(torch.empty(n_head)) if c.sinks else None
         # what SDPA's own triangle is enough for, which is its fastest path
         self.triangle = window is None and not alibi and not c.sinks and c.softcap is None
@@ -661,7 +662,7 @@ class Scores(nn.Module):
                 ~bias, torch.finfo(torch.float32).min / 2)
         if self.slopes is not None:
             distance = key_pos.unsqueeze(-2) - pos.unsqueeze(-1)  # (...,T,S)
-            bias = bias + self.slopes * distance.view(-1, 1, *distance.shape[-2:])
+            bias = bias + self.slopes.view(torch.float32) * distance.view(-1, 1, *distance.shape[-2:])
         if self.sinks is not None:
             # one more key with score sinks and value zero
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
@@ -669,7 +670,8 @@ class Scores(nn.Module):
             bias = torch.cat((bias.expand(-1, sink.shape[1], -1, -1), sink), dim=-1)
         if self.softcap is not None:
             return self.capped(q, k, v, bias)
-        bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
+        if bias.dtype != torch.bool:
+            bias = bias.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale,
                                               dropout_p=self.drop(), enable_gqa=q.shape[1] != k.shape[1])
 

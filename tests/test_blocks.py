@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import assert_close, build, scaled, tokens, toy
 
 import checkpoint
-from model import GPT, Context, GPTConfig, MoE, kv_cache_bytes
+from model import GPT, Context, GPTConfig, MoE, alibi_slopes, kv_cache_bytes
 
 MOE = dict(ffn_pattern='e', n_expert=4)
 
@@ -130,7 +130,8 @@ def test_evaluation_counts_nothing():
     idx = tokens(flags, 2, 9)
     plain = model(idx[:, :-1], idx[:, 1:])[1]
     assert not model.h[0].ffn.load.any()
-    assert_close(plain, F.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten()), 1e-5, 'loss')
+    want = F.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten())
+    assert_close(plain, want, 1e-5, 'loss')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -267,7 +268,8 @@ def test_further_tokens_count_in_training_alone():
 def test_a_run_can_be_evaluated_at_another_length_and_scaling(tmp_path):
     model = build(toy(pos='rope'))
     state = checkpoint.contents(model)
-    longer = checkpoint.build(state, 'ckpt.pt', {'block_size': 96, 'rope_scaling': 'yarn', 'rope_factor': 4.0})
+    flags = {'block_size': 96, 'rope_scaling': 'yarn', 'rope_factor': 4.0}
+    longer = checkpoint.build(state, 'ckpt.pt', flags)
     changed = checkpoint.overrides(state['config'], longer.config)
     assert changed == {'block_size': 96, 'rope_scaling': 'yarn', 'rope_factor': 4.0, 'rope_context': 24}
     assert longer(tokens(toy(), 1, 96))[0].shape == (1, 96, 61)
@@ -275,3 +277,17 @@ def test_a_run_can_be_evaluated_at_another_length_and_scaling(tmp_path):
         checkpoint.build(state, 'ckpt.pt', {'n_layer': 3})
     with pytest.raises(ValueError, match='another model'):
         checkpoint.build(checkpoint.contents(build(toy())), 'ckpt.pt', {'block_size': 96})
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('more', [{'pos': 'alibi', 'n_head': 6, 'n_embd': 48}, {'sinks': True},
+                                  {'softcap': 2.0}], ids=str)
+def test_padding_gives_finite_numbers_in_16_bit(dtype, more):
+    flags = toy(**more)
+    model = build(flags).to(dtype)
+    pos = torch.arange(8) - torch.tensor([[3], [0]])
+    logits = model(tokens(flags, 2, 8), cache=model.new_cache(2, 8), pos=pos)[0]
+    assert logits.isfinite().all()
+    if model.config.pos == 'alibi':
+        slopes = model.h[0].mixer.scores.slopes.view(torch.float32).flatten()
+        assert torch.equal(slopes, alibi_slopes(6)), 'a cast must leave the slopes alone'
