@@ -1410,6 +1410,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.wte.weight
+        self.moes = tuple(module for module in self.modules() if isinstance(module, MoE))
         if seed is not None:
             self.init_weights(seed)
 
@@ -1490,16 +1491,13 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         if not active:
             return total
-        return total - sum(p.numel() for p in self.further.parameters()) - sum(m.idle() for m in self.moes())
+        return total - sum(p.numel() for p in self.further.parameters()) - sum(m.idle() for m in self.moes)
 
     def flops_per_token(self, T):
         """Floating-point operations per token, forward and backward, in sequences of T (PaLM, appendix B)."""
         matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         mixers = sum(block.mixer.flops(T) for block in (*self.h, *self.further))
-        return 6 * matmul + mixers + sum(moe.flops() for moe in self.moes())
-
-    def moes(self):
-        return [module for module in self.modules() if isinstance(module, MoE)]
+        return 6 * matmul + mixers + sum(moe.flops() for moe in self.moes)
 
     @torch.no_grad()
     def balance_experts(self):
@@ -1508,10 +1506,9 @@ class GPT(nn.Module):
         Returns {'expert_entropy': mean over layers, 1 when all are equally busy, 'expert_max': the largest
         share that one expert had} as tensors, empty without experts.
         """
-        moes = self.moes()
-        if not moes:
+        if not self.moes:
             return {}
-        shares = torch.stack([moe.rebalance() for moe in moes])  # (layers,E)
+        shares = torch.stack([moe.rebalance() for moe in self.moes])  # (layers,E)
         entropy = -(shares * shares.clamp(min=1e-12).log()).sum(-1) / math.log(max(2, shares.shape[-1]))
         return {'expert_entropy': entropy.mean(), 'expert_max': shares.max()}
 
