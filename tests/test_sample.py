@@ -96,7 +96,8 @@ def test_text_is_what_the_model_generates():
     state = checkpoint.load(chars() / 'best.pt')
     model, tokenizer = checkpoint.build(state, 'best.pt'), from_meta(state['meta']['tokenizer'])
     idx = torch.tensor([tokenizer.encode('a b')])
-    for settings in (dict(temperature=1.5, top_k=None, top_p=None), dict(temperature=0.5, top_k=4, top_p=None),
+    for settings in (dict(temperature=1.5, top_k=None, top_p=None),
+                     dict(temperature=0.5, top_k=4, top_p=None),
                      dict(temperature=1.0, top_k=None, top_p=0.6)):
         new = model.generate(idx, 40, seed=5, **settings)
         text = text_of(chars(), start='a b', max_new_tokens=40, seed=5, **settings)

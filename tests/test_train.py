@@ -14,7 +14,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -111,14 +110,14 @@ def python(script, *args, env={}, before=''):
 
 def real_python(*args, env={}, seconds=300):
     """The same in a process of its own, from its first line on."""
-    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, text=True, start_new_session=True,
+    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, text=True,
                                env=ENV | {name: str(value) for name, value in env.items()},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        # with the processes that it has started itself
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun ends its processes, which SIGKILL would leave behind
+        process.terminate()
         out, err = process.communicate()
     return Result(process.returncode, out, err)
 
