@@ -183,6 +183,7 @@ class GPTConfig:
             width = whole // max(1, self.n_expert_used + self.n_shared)
             filled |= {'expert_width': max(1, width // 8 * 8 or width)}
             if isinstance(self.expert_width, float):
+                self._must('expert_width', self.expert_width > 0, 'be above 0')
                 self.expert_width = max(1, round(self.expert_width * whole))
         if self.n_shared and 'e' in self.ffns():
             filled |= {'shared_width': self.n_shared * (self.expert_width or filled['expert_width'])}

@@ -87,8 +87,8 @@ FIELDS = {
     'rope_beta_slow': Field((1.0, 0.25), (0.0,)),
     'rope_attention_factor': Field((None, 1.5), (-1.0,)),
     'rope_truncate': Field((True, False)),
-    'rope_short': Field(((1.0, 1.25, 1.5, 2.0), (1.0, 1.5, 2.0, 3.0)), ((1.0,) * 100,)),
-    'rope_long': Field(((1.5, 2.0, 4.0, 8.0), (2.0, 3.0, 5.0, 9.0)), ((1.0,) * 100,)),
+    'rope_short': Field(((1.0, 1.25, 1.5, 2.0), (1.0, 1.5, 2.0, 3.0)), ('1.5',)),
+    'rope_long': Field(((1.5, 2.0, 4.0, 8.0), (2.0, 3.0, 5.0, 9.0)), ('1.5',)),
     'rope_low_freq': Field((1.0, 0.25), (0.0,)),
     'rope_high_freq': Field((4.0, 2.0), (0.5,)),
     'residual': Field(('serial', 'parallel', 'shared', 'normed'), ('both',)),
@@ -261,7 +261,7 @@ def combinations(count, seed):
     """Different legal flags: a family with half of its fields redrawn, in any order, where that is legal."""
     rng, found = random.Random(seed), []
     # no family scales its rope, and only few random steps lead there
-    scaled = [toy(pos='rope', rope_scaling=name, rope_factor=4.0) for name in ('yarn', 'llama3')]
+    scaled = [fit(toy(pos='rope', rope_scaling=name, rope_factor=4.0)) for name in ('yarn', 'llama3', 'longrope')]
     while len(found) < count:
         flags = dict(rng.choice([*families().values(), *scaled]))
         for name in rng.sample(sorted(FIELDS), len(FIELDS)):

@@ -42,6 +42,7 @@ def bases():
         name: FIELDS[name].values[0] for name in ('rope_short', 'rope_long')}
     yarn = rope | {'rope_scaling': 'yarn', 'rope_context': 4096}  # long enough for a ramp
     return [toy(), *conftest.families().values(), *scaled_ropes, yarn, rope | {'rope_scaling': 'ntk'}, moe, groups, long,
+            long | {'rope_context': 40},
             toy(n_predict=3), toy(layer_pattern='m', ffn_pattern='-', ssm_head_dim=8)]
 
 
