@@ -78,6 +78,23 @@ def test_cached_logits_equal_the_full_forward_for_random_flags(flags):
             way(*model_text_logits)
 
 
+@random_flags(24, seed=3)
+@torch.no_grad()
+def test_cached_logits_are_exact_in_float64(flags):
+    # where nothing is rounded to fp32 on the way: faults far smaller than BOUND show
+    model, idx = scaled(build(flags), 5).double(), tokens(flags, 3, T)
+    logits, cache, start = model(idx)[0], model.new_cache(3, T), 0
+    for size in (6, 1, 3, 1, 9):
+        got = model(idx[:, start:start + size], cache=cache, pos=torch.arange(start, start + size))[0]
+        assert_close(got, logits[:, start:start + size], 1e-5 if uses_fp32(flags) else 1e-9, f'from {start} on')
+        start += size
+
+
+def uses_fp32(flags):
+    """Angles are fp32 in every model, and so are soft-capped logits."""
+    return flags.get('pos') in ('rope', 'sinusoidal', 'alibi_bf16') or flags.get('logit_softcap')
+
+
 @every_family
 @torch.no_grad()
 def test_prefill_without_positions_is_the_full_forward(flags):
