@@ -120,8 +120,8 @@ def cache():
 
 def families():
     """
-    Every config/*_small.py with the given files and flags behind it, trained and sampled, then timed in turns:
-    a Markdown table. tokens/s is of whole training steps with AdamW.
+    Every config/*_small.py with the given files and flags behind it, trained and sampled, then timed in
+    turns: a Markdown table. tokens/s is of whole training steps with AdamW.
     """
     flags = [flag for flag in sys.argv[2:] if not flag.startswith(('--reuse=', '--rounds='))]
     models, rows = {}, {}
@@ -163,8 +163,9 @@ def window():
 
         def run(scores):
             scores(q, k, v, pos, pos, True).square().mean().backward()
-        kinds = {w: GPT(GPTConfig(**c, layer_pattern='w' if w else 'a', window=w)).h[0].mixer.scores.to(device)
-                 for w in (None, 256, 1024)}
+        models = {w: GPT(GPTConfig(**c, layer_pattern='w' if w else 'a', window=w))
+                  for w in (None, 256, 1024)}
+        kinds = {w: model.to(device).h[0].mixer.scores for w, model in models.items()}
         times = in_turns({w: partial(run, scores) for w, scores in kinds.items()})
         full = statistics.median(times[None])
         print(f'T={T:6}  full {full:9.2f} ms' + ''.join(
