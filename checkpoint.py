@@ -1,45 +1,99 @@
 """The files of a run: written whole or not at all, read without running anything that is in them."""
+import errno
 import json
 import os
+import random
+import sys
 import warnings
+import zipfile
 from dataclasses import asdict, fields
 
+import numpy as np
 import torch
 
 from model import ROPE_CONTEXT, GPT, GPTConfig
+from optim import whole
 
 # what train.py needs of a checkpoint to go on with a run
-TO_RESUME = ('model', 'config', 'settings', 'meta', 'step', 'best_val_loss', 'optimizers', 'scaler',
-             'interval', 'seconds')
-RUN_FILES = ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'config.json')
-# settings that, like the model's flags, cannot change in the middle of a run
-FIXED = ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps', 'optimizer')
+TO_RESUME = ('model', 'config', 'settings', 'meta', 'step', 'micro_done', 'evaluated', 'best_val_loss',
+             'optimizers', 'scaler', 'ema', 'generators', 'tally', 'losses', 'seconds', 'wandb_id')
+NEWEST, PREVIOUS = 'ckpt.pt', 'ckpt.prev.pt'
+RUN_FILES = (NEWEST, PREVIOUS, 'best.pt', 'metrics.jsonl', 'config.json')
+# settings that, like the model's flags, cannot change in the middle of a run; the dataset is compared by its meta
+FIXED = ('seed', 'batch_size', 'gradient_accumulation_steps', 'batch_tokens', 'batch_warmup_iters', 'optimizer')
 
 
-def save(path, state):
-    """Write `state` (tensors, numbers, strings and containers of those) to path, replacing it in one step."""
+class Damaged(ValueError):
+    """A file that is not what was written."""
+
+
+def save(path, state, keep=None):
+    """
+    Write `state` (tensors, numbers, strings and containers of those) to path, replacing it in one step: at any
+    moment there is one whole file of that name, or under `keep`, where the one before goes. OSError if that
+    cannot be, and then nothing has changed.
+
+    The file is a zip archive, so each of its records has a checksum, which `load` compares.
+    """
     part = f'{path}.part'
-    with open(part, 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())  # a rename may reach the disk before the bytes do
-    os.replace(part, path)
+    try:
+        with open(part, 'wb') as f:
+            try:
+                torch.save(state, f)
+            except RuntimeError as error:  # how torch says that writing failed
+                raise OSError(errno.EIO, str(error).split('\n')[0]) from None
+            f.flush()
+            os.fsync(f.fileno())  # a rename may reach the disk before the bytes do
+        if keep and os.path.exists(path):
+            keep_as(path, keep)
+        os.replace(part, path)
+        flush_folder(os.path.dirname(path))
+    except OSError:
+        if os.path.exists(part):
+            os.remove(part)  # where it is the disk that is full
+        raise
+
+
+def keep_as(path, keep):
+    """Give a file a second name, so that the first is never without one."""
+    try:
+        os.link(path, f'{keep}.part')
+        os.replace(f'{keep}.part', keep)
+    except OSError:  # a file system without second names
+        os.replace(path, keep)
+
+
+def flush_folder(folder):
+    """The names in a folder reach the disk apart from the files."""
+    if os.name == 'posix':
+        fd = os.open(folder or '.', os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
-    """What `save` wrote, on the CPU. FileNotFoundError or ValueError, one sentence, when that cannot be."""
+    """
+    What `save` wrote, on the CPU, checked against its checksums. FileNotFoundError, Damaged or ValueError, one
+    sentence, when that cannot be.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path} does not exist: train a model into that out_dir first, '
                                 'or name another')
     try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise zipfile.BadZipFile('the checksum of ' + broken)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True)
     except OSError:
         raise
     except Exception as error:  # damaged bytes can raise anything, and what torch advises is to trust them
-        raise ValueError(f'{path} is damaged, or holds more than tensors and plain values '
-                         f'({type(error).__name__}): use another checkpoint, or train again') from None
+        raise Damaged(f'{path} is damaged, or holds more than tensors and plain values '
+                      f'({type(error).__name__}): use another checkpoint, or train again') from None
     missing = [name for name in needed if not isinstance(state, dict) or name not in state]
     if missing:
         raise ValueError(f'{path} lacks {", ".join(missing)}, which this needs: use a checkpoint of '
@@ -47,9 +101,62 @@ def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
     return state
 
 
-def contents(model, **rest):
-    """The dict that `save` writes and `build` understands."""
-    return {'model': model.state_dict(), 'config': asdict(model.config), **rest}
+def load_newest(out_dir):
+    """
+    The newest checkpoint of a run from which it can go on, and its path: the previous one, with a warning, when
+    the newest is damaged or gone. FileNotFoundError or ValueError, one sentence, when there is none.
+    """
+    path, previous = (os.path.join(out_dir, name) for name in (NEWEST, PREVIOUS))
+    try:
+        return load(path, TO_RESUME), path
+    except (FileNotFoundError, Damaged) as error:
+        if not os.path.isfile(previous):
+            raise
+        try:
+            state = load(previous, TO_RESUME)
+        except ValueError:
+            raise error from None
+        print(f'{error}\nwarning: going on from {previous} instead, at step {state["step"]}', file=sys.stderr)
+        return state, previous
+
+
+def settle(out_dir, path):
+    """Tidy up after a run that was killed: what was loaded becomes the newest, half-written files go."""
+    newest = os.path.join(out_dir, NEWEST)
+    if path != newest:
+        # before a save could move the damaged one over it
+        os.replace(path, newest)
+    for name in os.listdir(out_dir):
+        if name.endswith('.part') and name.removesuffix('.part') in RUN_FILES:
+            os.remove(os.path.join(out_dir, name))
+
+
+def contents(model, keep=True, **rest):
+    """The dict that `save` writes and `build` understands; with shards, every process must ask (optim.whole)."""
+    named = model.state_dict(keep_vars=True)
+    # tied weights are gathered, and saved, once
+    gathered = {id(tensor): whole(tensor, keep) for tensor in named.values()}
+    weights = {name: gathered[id(tensor)] for name, tensor in named.items()}
+    return {'model': weights, 'config': asdict(model.config), **rest}
+
+
+def generators():
+    """The states of all random generators, as plain values and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    states = {'torch': torch.get_rng_state(), 'python': random.getstate(),
+              'numpy': (kind, torch.from_numpy(keys.copy()), *rest)}
+    if torch.cuda.is_available():
+        states['cuda'] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generators(states):
+    kind, keys, *rest = states['numpy']
+    np.random.set_state((kind, keys.numpy(), *rest))
+    random.setstate(states['python'])
+    torch.set_rng_state(states['torch'])
+    if 'cuda' in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states['cuda'])
 
 
 def build(state, path, flags=()):
@@ -112,6 +219,11 @@ def found(out_dir):
     return any(os.path.exists(os.path.join(out_dir, name)) for name in RUN_FILES)
 
 
+def can_resume(out_dir):
+    """Whether a folder holds a checkpoint to go on from, damaged or not."""
+    return any(os.path.exists(os.path.join(out_dir, name)) for name in (NEWEST, PREVIOUS))
+
+
 def clear(out_dir):
     """Remove the run that a folder holds."""
     for name in RUN_FILES:
@@ -119,18 +231,29 @@ def clear(out_dir):
             os.remove(os.path.join(out_dir, name))
 
 
+def write_json(path, value):
+    with open(f'{path}.part', 'w') as f:
+        json.dump(value, f, indent=1)
+    os.replace(f'{path}.part', path)
+
+
 def rewind_metrics(path, step):
-    """Drop what a killed run wrote to metrics.jsonl after its checkpoint, and a last line cut short."""
+    """
+    Drop what a killed run wrote to metrics.jsonl after its checkpoint, and a last line cut short. Returns the
+    last step that the file knew of.
+    """
+    kept, last = [], -1
     if not os.path.exists(path):
-        return
-    kept = []
+        return last
     with open(path) as f:
         for line in f:
             try:
-                if json.loads(line)['step'] <= step:
-                    kept.append(line)
+                last = json.loads(line)['step']
             except (ValueError, KeyError, TypeError):
                 break
+            if last <= step:
+                kept.append(line)
     with open(f'{path}.part', 'w') as f:
         f.writelines(kept)
     os.replace(f'{path}.part', path)
+    return last

@@ -1395,6 +1395,7 @@ class GPT(nn.Module):
         """seed=None leaves the parameters undrawn, for weights that are loaded next."""
         super().__init__()
         self.config = c = config
+        self.z_loss = 0.0  # set by train.py: the weight of the logits' z-loss in training
         self.wte = Embedding(c.vocab_size, c.n_embd)
         self.wpe = POSITIONS[c.pos](c)
         self.embed_scale = math.sqrt(c.n_embd) if c.embed_scale else 1.0
@@ -1449,7 +1450,7 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """x (B,T,C) of the last block, targets (B,T) -> mean cross entropy"""
         return ops.linear_cross_entropy(self.ln_f(x).flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                        self.config.logit_softcap)
+                                        self.config.logit_softcap, self.z_loss if self.training else 0.0)
 
     def further_losses(self, x, targets, ctx):
         """What training adds: the losses of routers, and of the tokens after the next one."""
