@@ -1,11 +1,11 @@
 """The files of a run: written whole or not at all, read without running anything that is in them."""
 import errno
+import hashlib
 import json
 import os
 import random
 import sys
 import warnings
-import zipfile
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -33,15 +33,17 @@ def save(path, state, keep=None):
     moment there is one whole file of that name, or under `keep`, where the one before goes. OSError if that
     cannot be, and then nothing has changed.
 
-    The file is a zip archive, so each of its records has a checksum, which `load` compares.
+    The file is what torch.save writes, a zip archive, with a hash of all its bytes as the archive's comment.
     """
     part = f'{path}.part'
     try:
         with open(part, 'wb') as f:
+            sealed = Sealed(f)
             try:
-                torch.save(state, f)
+                torch.save(state, sealed)
             except RuntimeError as error:  # how torch says that writing failed
                 raise OSError(errno.EIO, str(error).split('\n')[0]) from None
+            sealed.seal()
             f.flush()
             os.fsync(f.fileno())  # a rename may reach the disk before the bytes do
         if keep and os.path.exists(path):
@@ -52,6 +54,46 @@ def save(path, state, keep=None):
         if os.path.exists(part):
             os.remove(part)  # where it is the disk that is full
         raise
+
+
+class Sealed:
+    """
+    A file whose bytes are hashed as they pass. The checksums of zip do not cover its directory, where one bit
+    can make torch.load take a record for a folder, and return whatever was in memory.
+    """
+    mark = b'sha256:'
+    size = len(mark) + 64
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data):
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+    def seal(self):
+        # an archive ends with the length of its comment, and the comment
+        self.file.seek(-2, os.SEEK_END)
+        self.file.write(self.size.to_bytes(2, 'little') + self.mark + self.digest.hexdigest().encode())
+
+    @classmethod
+    def check(cls, path):
+        """ValueError when the bytes are not those that were sealed. What torch.save wrote alone may pass."""
+        left = max(0, os.path.getsize(path) - cls.size)
+        digest = hashlib.sha256()
+        with open(path, 'rb') as f:
+            while left > 2:
+                left -= len(piece := f.read(min(left - 2, 1 << 20)))
+                digest.update(piece)
+            digest.update(bytes(2))
+            length, comment = f.read(left), f.read()
+        if comment != cls.mark + digest.hexdigest().encode():
+            end = (length + comment)[-22:]
+            if end[:4] != b'PK\5\6' or end[-2:] != bytes(2):
+                raise ValueError('wrong checksum')
 
 
 def keep_as(path, keep):
@@ -82,10 +124,7 @@ def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
         raise FileNotFoundError(f'{path} does not exist: train a model into that out_dir first, '
                                 'or name another')
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise zipfile.BadZipFile('the checksum of ' + broken)
+        Sealed.check(path)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True)

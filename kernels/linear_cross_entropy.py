@@ -7,11 +7,10 @@ The output head and its loss in one operation, so that the logits of all tokens 
 The gradients are made chunk by chunk during the forward pass, when the logits are at hand anyway:
 
     dz = (softmax(z) - onehot(target)) / count    (soft-capped: times 1 - (z/cap)^2)
-
-With a z-loss (PaLM, https://arxiv.org/abs/2204.02311) the mean of z_weight * logsumexp(z)^2 is added, which keeps
-logits from drifting, and softmax(z) above becomes softmax(z) * (1 + 2 z_weight logsumexp(z)).
-
     dx = dz W    dW = dz^T x
+
+With a z-loss (PaLM, https://arxiv.org/abs/2204.02311) the mean of z_weight * logsumexp(z)^2 is added, which
+keeps logits from drifting, and softmax(z) above becomes softmax(z) * (1 + 2 z_weight logsumexp(z)).
 
 Saved for the backward pass: dx (N,C) and dW (V,C), which backward only has to scale by the incoming gradient.
 With N = 12288 tokens and V = 50257, fp32 logits take 2.5 GB and autograd as much again for their softmax;
