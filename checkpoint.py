@@ -41,8 +41,8 @@ def save(path, state, keep=None):
             sealed = Sealed(f)
             try:
                 torch.save(state, sealed)
-            except RuntimeError as error:  # how torch says that writing failed
-                raise OSError(errno.EIO, str(error).split('\n')[0]) from None
+            except RuntimeError as error:  # torch's own words for a failed write
+                raise sealed.error or OSError(errno.EIO, str(error).split('\n')[0]) from None
             sealed.seal()
             f.flush()
             os.fsync(f.fileno())  # a rename may reach the disk before the bytes do
@@ -65,11 +65,15 @@ class Sealed:
     size = len(mark) + 64
 
     def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
 
     def write(self, data):
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self):
         self.file.flush()

@@ -218,11 +218,10 @@ class Tally:
 
     def parts(self):
         """The recent numbers of all processes, (world,3)."""
-        own = self.recent.unsqueeze(0)
+        parts = self.recent.new_empty(self.world, 3)
         if self.world == 1:
-            return own
-        parts = own.new_empty(self.world, 3)
-        dist.all_gather_into_tensor(parts, own)
+            return self.recent.unsqueeze(0)
+        dist.all_gather(list(parts), self.recent)
         return parts
 
     def state(self):

@@ -202,9 +202,9 @@ class Muon(torch.optim.Optimizer):
         begin = count * dist.get_rank()
         mine = x.new_zeros(count, *x.shape[1:])
         mine[:len(x[begin:begin + count])] = x[begin:begin + count]
-        parts = x.new_empty(world * count, *x.shape[1:])
-        dist.all_gather_into_tensor(parts, self.orthogonalize(mine))
-        return parts[:len(x)]
+        parts = x.new_empty(world, count, *x.shape[1:])
+        dist.all_gather(list(parts), self.orthogonalize(mine))
+        return parts.flatten(0, 1)[:len(x)]
 
 
 def full_like(x, p):

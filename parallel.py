@@ -1,4 +1,5 @@
 """Several processes: how they find each other, and how a model is copied to (DDP) or cut among (FSDP2) them."""
+import inspect
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -15,6 +16,7 @@ def start(device_type, backend):
     watch = Watch(store, rank, world)
     dist.init_process_group('gloo' if device_type == 'cpu' else backend, store=store, rank=rank,
                             world_size=world)
+    watch.catch()
     return watch
 
 
@@ -47,6 +49,14 @@ def loads_kept(block):
     finally:
         for load, kept in zip(loads, before):
             load.copy_(kept)
+
+
+def copies(model):
+    """A copy of the model in every process, which average their gradients (DDP)."""
+    ddp = torch.nn.parallel.DistributedDataParallel
+    # experts count their tokens in buffers, each process its own
+    renamed = 'forward_sync_buffers' in inspect.signature(ddp).parameters
+    return ddp(model, **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False})
 
 
 def shard(model, device_type, dtype):

@@ -125,13 +125,17 @@ class Watch(threading.Thread):
         # a connection of its own: the other one may be busy waiting
         self.store, self.rank, self.world = store.clone(), rank, world
         self.over = threading.Event()
-        sys.excepthook = self.failed
+        self.hook = None
         atexit.register(self.left)
         self.start()
 
+    def catch(self):
+        """Called when torch has set its own hook for exceptions, which holds back what is printed within it."""
+        self.hook, sys.excepthook = sys.excepthook, self.failed
+
     def failed(self, kind, error, trace):
-        """What Python does with an exception that nobody caught, and the note."""
-        sys.__excepthook__(kind, error, trace)
+        """What is done with an exception that nobody caught, and the note."""
+        self.hook(kind, error, trace)
         text = f'rank {self.rank} of {self.world} failed: {kind.__name__}: {first_line(error)}'
         print(text, file=sys.stderr)
         self.leave(text)

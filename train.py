@@ -249,7 +249,7 @@ model = fast_model
 if shard:
     model = parallel.shard(raw_model, device_type, dtype)
 elif world > 1:
-    model = torch.nn.parallel.DistributedDataParallel(fast_model, broadcast_buffers=False)
+    model = parallel.copies(fast_model)
 
 # ----------------------------------------------------------------------------------------------------------
 # Optimizers: every parameter is in one group, by the kind of module that owns it

@@ -93,10 +93,12 @@ def test_auto_begins_what_is_not_there_and_goes_on_with_what_is(tmp_path):
 
 
 def test_compiled_training_resumes_bit_by_bit(tmp_path):
-    """By the real compiler. One line of training apart from it, as its C++ takes long."""
+    """By the real compiler, with two threads, whose sums would come in any order."""
     settings = dict(compile=True, n_layer=1, max_iters=12, log_interval=1, eval_interval=6, eval_tokens=256,
-                    lr_decay_iters=12, norm='rmsnorm', pos='rope')
-    env = ENV | {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), 'OMP_NUM_THREADS': '2'}
+                    lr_decay_iters=12, norm='rmsnorm', pos='none', ffn='relu2', bias=False)
+    # the second and third process find in the cache what the first has compiled
+    env = ENV | {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), 'TORCHINDUCTOR_COMPILE_THREADS': '1',
+                 'OMP_NUM_THREADS': '2'}
 
     def run(*args):
         done = subprocess.run([sys.executable, 'train.py', *args], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -294,55 +294,6 @@ def test_resume_refuses_a_dataset_prepared_anew(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Several processes
-
-
-def test_two_processes_equal_one(tmp_path):
-    """Three windows: one process evaluates a full batch, the other half of one. And rope has buffers."""
-    settings = dict(gradient_accumulation_steps=4, batch_size=2, max_iters=20, log_interval=2,
-                    eval_interval=10, eval_tokens=3 * 32 + 5, pos='rope')
-    done = real_python('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py',
-                       *toy(tmp_path, **settings), seconds=90)
-    assert done.code == 0, done
-    one = trained(**settings)
-    assert curve(tmp_path, 'step', 'tokens', 'lr') == curve(one, 'step', 'tokens', 'lr')
-    for key, count in (('train_loss', 10), ('val_loss', 2)):
-        assert len(losses(one, key)) == count
-        assert losses(tmp_path, key) == pytest.approx(losses(one, key), rel=1e-5)
-    # one of them speaks
-    assert done.out.count('step 20: val loss') == 1 and '2 x cpu' in done.out
-    for name, weight in load(one)['model'].items():
-        torch.testing.assert_close(load(tmp_path)['model'][name], weight, rtol=1e-3, atol=1e-4)
-
-
-def test_two_processes_killed_and_resumed_are_bit_exact(tmp_path):
-    """With dropout, and between two log lines."""
-    settings = dict(gradient_accumulation_steps=2, batch_size=2, max_iters=20, log_interval=3,
-                    eval_interval=10, dropout=0.2)
-    for done in pair(*toy(tmp_path / 'whole', **settings)):
-        assert done.code == 0, done
-    for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(15, 'os._exit(9)')):
-        assert done.code == 9, done
-    assert load(tmp_path / 'parts')['step'] == 10
-    for done in pair(*flags(init_from='resume', out_dir=tmp_path / 'parts')):
-        assert done.code == 0, done
-    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
-
-
-def test_a_refusal_ends_both_processes(tmp_path):
-    first, second = pair(*toy(tmp_path / 'run', dataset='never_prepared', gradient_accumulation_steps=2))
-    assert_refused(first, 'never_prepared')
-    assert second.code > 0, 'a negative one is the time limit'
-
-
-def test_micro_batches_must_divide_among_processes(tmp_path):
-    done = python('train.py', *toy(tmp_path / 'run', gradient_accumulation_steps=3),
-                  env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'})
-    assert_refused(done, 'gradient_accumulation_steps=3', '2')
-    assert not (tmp_path / 'run').exists()
-
-
-# ----------------------------------------------------------------------------------------------------------
 # What must not matter
 
 
