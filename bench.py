@@ -4,6 +4,7 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py step config/llama_small.py config/tiny.py
     python bench.py cache
     python bench.py families config/tiny.py --max_iters=100
+    python bench.py plot out/*
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
 import glob
@@ -31,6 +32,7 @@ batch_size = 12                     # sequences in a step
 rounds = 30                         # how often each variant is timed
 nanogpt = ''                        # folder of a nanoGPT checkout to time beside ours, with the same flags
 device = 'cpu'                      # cpu, cuda, mps
+figure = 'curves.png'               # where plot draws
 
 
 def step():
@@ -138,13 +140,52 @@ def families():
               f'{kv_cache_bytes(model.config, T, 1, 2) / T:,.0f} |', flush=True)
 
 
-TOPICS = {'step': step, 'cache': cache, 'families': families}
+def plot():
+    """Loss curves of the runs in these folders, in one figure: over steps, tokens, seconds and FLOPs."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    scales, runs = ('step', 'tokens', 'seconds', 'FLOPs'), []
+    for folder in folders:
+        path = os.path.join(folder, 'metrics.jsonl')
+        if not os.path.isfile(path):
+            print(f'{folder} holds no metrics.jsonl and is left out')
+            continue
+        with open(path) as f, open(os.path.join(folder, 'config.json')) as g:
+            lines, config = [json.loads(line) for line in f], GPTConfig(**json.load(g)['model'])
+        with torch.device('meta'):
+            flops = GPT(config, seed=None).flops_per_token(config.block_size)
+        runs.append((os.path.basename(os.path.normpath(folder)),
+                     [line | {'FLOPs': line['tokens'] * flops} for line in lines]))
+    if not runs:
+        raise ValueError('plot needs folders of runs: python bench.py plot out/*')
+    _, panels = plt.subplots(2, 2, figsize=(14, 10), sharey=True)
+    for panel, scale in zip(panels.flat, scales):
+        for color, (name, lines) in enumerate(runs):
+            for loss, style in (('train_loss', dict(alpha=0.4, linewidth=0.8)), ('val_loss', dict(marker='o', label=name))):
+                points = [(line[scale], line[loss]) for line in lines if line.get(loss) is not None]
+                if points:
+                    panel.plot(*zip(*points), color=f'C{color}', **style)
+        panel.set(xlabel=scale, ylabel='loss: validation (dots), training (thin)')
+        panel.grid(alpha=0.3)
+    panels.flat[0].legend()
+    plt.tight_layout()
+    plt.savefig(figure, dpi=120)
+    best = ((name, [line['val_loss'] for line in lines if line.get('val_loss') is not None]) for name, lines in runs)
+    for name, losses in best:
+        print(f'{name:30} ' + (f'best validation loss {min(losses):.4f}, last {losses[-1]:.4f}' if losses else 'none'))
+    print(f'drawn in {figure}')
+
+
+TOPICS = {'step': step, 'cache': cache, 'families': families, 'plot': plot}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):
         sys.exit(f'the first word must be a topic, one of {", ".join(TOPICS)}: python bench.py step')
     chosen = TOPICS.get(sys.argv[1])
     argv = sys.argv[2:] if chosen else ['--help']
+    folders = [arg for arg in argv if chosen is plot and not arg.startswith('-')]
+    argv = [arg for arg in argv if arg not in folders]
     model_args = configure(globals(), GPTConfig, argv, skip=names_in('train.py'))
     with one_sentence():
         checkpoint.check_device(device)

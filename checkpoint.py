@@ -281,22 +281,17 @@ def write_json(path, value):
 
 
 def rewind_metrics(path, step):
-    """
-    Drop what a killed run wrote to metrics.jsonl after its checkpoint, and a last line cut short. Returns the
-    last step that the file knew of.
-    """
-    kept, last = [], -1
+    """Drop what a killed run wrote to metrics.jsonl after its checkpoint, and a last line cut short."""
     if not os.path.exists(path):
-        return last
+        return
+    kept = []
     with open(path) as f:
         for line in f:
             try:
-                last = json.loads(line)['step']
+                if json.loads(line)['step'] <= step:
+                    kept.append(line)
             except (ValueError, KeyError, TypeError):
                 break
-            if last <= step:
-                kept.append(line)
     with open(f'{path}.part', 'w') as f:
         f.writelines(kept)
     os.replace(f'{path}.part', path)
-    return last

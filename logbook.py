@@ -25,12 +25,12 @@ class Logbook:
     """
     out_dir     where metrics.jsonl is, or None to write nothing
     speaks      whether this process prints
-    seen        the last step that W&B has heard of, in an earlier life of this run
+    run         the run of W&B, or None
     """
 
-    def __init__(self, out_dir, speaks, step, max_iters, seen=-1):
+    def __init__(self, out_dir, speaks, step, max_iters):
         self.path = out_dir and os.path.join(out_dir, 'metrics.jsonl')
-        self.run, self.seen, self.speaks = None, seen, speaks
+        self.run, self.speaks = None, speaks
         self.pending = b''  # lines that could not be written yet
         self.bar = tqdm(total=max_iters, initial=step, disable=not (speaks and sys.stdout.isatty()),
                         dynamic_ncols=True, file=sys.stdout)
@@ -59,7 +59,7 @@ class Logbook:
         except OSError:
             pass  # the checkpoint that cannot be written either will say so
         # steps that it has already are the same again, bit by bit
-        if self.run and line['step'] > self.seen:
+        if self.run:
             self.to_wandb(lambda: self.run.log(line, step=line['step']))
 
     def flush(self, to_disk=False):
@@ -80,7 +80,7 @@ class Logbook:
 
     def samples(self, step, texts):
         """Texts of the model, as a table of W&B."""
-        if self.run and step > self.seen:
+        if self.run:
             import wandb
             rows = [[step, text] for text in texts]
             self.to_wandb(lambda: self.run.log({'samples': wandb.Table(['step', 'text'], rows)}, step=step))

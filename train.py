@@ -274,7 +274,7 @@ if not decay_lr:
 
 # evaluated: the last step at which that was done; micro_done: micro-batches behind us
 step, evaluated, micro_done, best_val_loss, seconds_before = 0, -1 if eval_only else 0, 0, math.inf, 0.0
-tally, spikes, wandb_id, seen = Tally(device), Spikes(), None, -1
+tally, spikes, wandb_id = Tally(device), Spikes(), None
 if resumed:
     step, micro_done, best_val_loss = resumed['step'], resumed['micro_done'], resumed['best_val_loss']
     evaluated = -1 if eval_only else resumed['evaluated']
@@ -295,11 +295,11 @@ writes = master and not eval_only
 if writes:
     if resumed:
         checkpoint.settle(out_dir, ckpt_path)
-        seen = checkpoint.rewind_metrics(metrics_path, step)
+        checkpoint.rewind_metrics(metrics_path, step)
     else:
         checkpoint.clear(out_dir)
     checkpoint.write_json(os.path.join(out_dir, 'config.json'), {'model': vars(config), 'settings': settings})
-log = Logbook(out_dir if writes else None, master, step, max_iters, seen)
+log = Logbook(out_dir if writes else None, master, step, max_iters)
 if wandb_log and writes:
     name = wandb_run_name or os.path.basename(os.path.normpath(out_dir))
     log.run = start_wandb(wandb_project, name, wandb_id, out_dir, vars(config) | settings | {'git': git_commit()},

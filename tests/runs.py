@@ -224,7 +224,7 @@ def assert_same_run(a, b):
     assert curve(a) == curve(b)
     for name in ('ckpt.pt', 'best.pt'):
         one, two = load(a, name), load(b, name)
-        for key in ('settings', 'seconds'):
+        for key in ('settings', 'seconds', 'wandb_id'):
             one.pop(key, None), two.pop(key, None)
         assert not differences(one, two)
 
