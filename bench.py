@@ -162,7 +162,8 @@ def plot():
     _, panels = plt.subplots(2, 2, figsize=(14, 10), sharey=True)
     for panel, scale in zip(panels.flat, scales):
         for color, (name, lines) in enumerate(runs):
-            for loss, style in (('train_loss', dict(alpha=0.4, linewidth=0.8)), ('val_loss', dict(marker='o', label=name))):
+            for loss, style in (('train_loss', dict(alpha=0.4, linewidth=0.8)),
+                                ('val_loss', dict(marker='o', label=name))):
                 points = [(line[scale], line[loss]) for line in lines if line.get(loss) is not None]
                 if points:
                     panel.plot(*zip(*points), color=f'C{color}', **style)
@@ -171,9 +172,10 @@ def plot():
     panels.flat[0].legend()
     plt.tight_layout()
     plt.savefig(figure, dpi=120)
-    best = ((name, [line['val_loss'] for line in lines if line.get('val_loss') is not None]) for name, lines in runs)
-    for name, losses in best:
-        print(f'{name:30} ' + (f'best validation loss {min(losses):.4f}, last {losses[-1]:.4f}' if losses else 'none'))
+    for name, lines in runs:
+        losses = [line['val_loss'] for line in lines if line.get('val_loss') is not None]
+        if losses:
+            print(f'{name:30} best validation loss {min(losses):.4f}, last {losses[-1]:.4f}')
     print(f'drawn in {figure}')
 
 

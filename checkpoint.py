@@ -19,8 +19,9 @@ TO_RESUME = ('model', 'config', 'settings', 'meta', 'step', 'micro_done', 'evalu
              'optimizers', 'scaler', 'ema', 'generators', 'tally', 'losses', 'seconds', 'wandb_id')
 NEWEST, PREVIOUS = 'ckpt.pt', 'ckpt.prev.pt'
 RUN_FILES = (NEWEST, PREVIOUS, 'best.pt', 'metrics.jsonl', 'config.json')
-# settings that, like the model's flags, cannot change in the middle of a run; the dataset is compared by its meta
-FIXED = ('seed', 'batch_size', 'gradient_accumulation_steps', 'batch_tokens', 'batch_warmup_iters', 'optimizer')
+# settings that, like the model's flags, cannot change in the middle of a run; datasets compare by their meta
+FIXED = ('seed', 'batch_size', 'gradient_accumulation_steps', 'batch_tokens', 'batch_warmup_iters',
+         'optimizer')
 
 
 class Damaged(ValueError):
@@ -29,9 +30,9 @@ class Damaged(ValueError):
 
 def save(path, state, keep=None):
     """
-    Write `state` (tensors, numbers, strings and containers of those) to path, replacing it in one step: at any
-    moment there is one whole file of that name, or under `keep`, where the one before goes. OSError if that
-    cannot be, and then nothing has changed.
+    Write `state` (tensors, numbers, strings and containers of those) to path, replacing it in one step: at
+    any moment there is one whole file of that name, or under `keep`, where the one before goes. OSError if
+    that cannot be, and then nothing has changed.
 
     The file is what torch.save writes, a zip archive, with a hash of all its bytes as the archive's comment.
     """
@@ -121,7 +122,7 @@ def flush_folder(folder):
 
 def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
     """
-    What `save` wrote, on the CPU, checked against its checksums. FileNotFoundError, Damaged or ValueError, one
+    What `save` wrote, on the CPU, checked against its hash. FileNotFoundError, Damaged or ValueError, one
     sentence, when that cannot be.
     """
     if not os.path.isfile(path):
@@ -146,8 +147,8 @@ def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
 
 def load_newest(out_dir):
     """
-    The newest checkpoint of a run from which it can go on, and its path: the previous one, with a warning, when
-    the newest is damaged or gone. FileNotFoundError or ValueError, one sentence, when there is none.
+    The newest checkpoint of a run from which it can go on, and its path: the previous one, with a warning,
+    when the newest is damaged or gone. FileNotFoundError or ValueError, one sentence, when there is none.
     """
     path, previous = (os.path.join(out_dir, name) for name in (NEWEST, PREVIOUS))
     try:
@@ -175,7 +176,7 @@ def settle(out_dir, path):
 
 
 def contents(model, keep=True, **rest):
-    """The dict that `save` writes and `build` understands; with shards, every process must ask (optim.whole)."""
+    """The dict that `save` writes and `build` understands; `keep`: see optim.whole."""
     named = model.state_dict(keep_vars=True)
     # tied weights are gathered, and saved, once
     gathered = {id(tensor): whole(tensor, keep) for tensor in named.values()}

@@ -1,6 +1,6 @@
 """
-What a run says of itself: on the console, in metrics.jsonl, and in Weights & Biases. None of these may stop it:
-lines that a full disk refuses are kept and written later, and a server that is out of reach is done without.
+What a run says of itself: on the console, in metrics.jsonl, and in Weights & Biases. None of these may stop
+it: lines that a full disk refuses are kept and written later, a server out of reach is done without.
 """
 import errno
 import json
@@ -42,8 +42,10 @@ class Logbook:
         elif self.speaks:
             self.bar.write(line)
 
-    def show(self, step, line):
+    def show(self, step, loss, rate, mfu):
         """How training goes: behind the bar, or as a line of its own."""
+        line = ', '.join(filter(None, ('no finite loss' if loss is None else f'loss {loss:.4f}',
+                                       rate and f'{human(rate)} tokens/s', mfu and f'MFU {mfu:.1%}')))
         if self.bar.disable:
             self.say(f'step {step}: {line}')
         self.bar.set_postfix_str(line)
@@ -77,6 +79,12 @@ class Logbook:
                 f.truncate(size)
                 raise
         self.pending = b''
+
+    def start_wandb(self, project, name, run_id, config):
+        """Begin to log to W&B as well, or go on with the run of this id; returns its id, if there is one."""
+        config = config | {'git': git_commit()}
+        self.run = start_wandb(project, name, run_id, os.path.dirname(self.path), config, self.say)
+        return self.run.id if self.run else run_id
 
     def samples(self, step, texts):
         """Texts of the model, as a table of W&B."""
@@ -150,7 +158,8 @@ def start_wandb(project, name, run_id, folder, config, say):
     """
     import wandb
     mode = os.environ.get('WANDB_MODE', 'online')
-    reason = unreachable(os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')) if mode == 'online' else None
+    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+    reason = unreachable(url) if mode == 'online' else None
     settings = {'silent': True, 'init_timeout': 30, 'finish_timeout': 60, 'finish_timeout_raises': False}
     known = {key: value for key, value in settings.items() if hasattr(wandb.Settings(), key)}
     os.makedirs(folder, exist_ok=True)
@@ -191,8 +200,8 @@ def unreachable(url, seconds=5):
 
 class Tally:
     """
-    Of the steps since the last log line: the sum of their losses, how many they were and the largest; of the run:
-    the steps that were skipped, in all and without a break up to now. On the device, so that no step waits.
+    Of the steps since the last log line: the sum of their losses, how many they were and the largest; of the
+    run: the steps that were skipped, in all and without a break up to now. On the device, so no step waits.
     """
 
     def __init__(self, device):
@@ -208,8 +217,8 @@ class Tally:
 
     def read(self, *more):
         """
-        [mean loss or None, largest loss, steps skipped, without a break], then the tensors given as numbers; the
-        next line begins. Waits for the device, and for the other processes.
+        [mean loss or None, largest loss, steps skipped, without a break], then the tensors given as numbers;
+        the next line begins. Waits for the device, and for the other processes.
         """
         parts, skips = self.parts(), self.skips.tolist()
         mean = parts[:, 0].mean() / parts[0, 1] if parts[0, 1] else None
@@ -262,9 +271,10 @@ def sample_texts(model, meta, count, max_tokens=200):
     idx = torch.tensor([prompt], device=model.wte.weight.device)
     room = max_tokens if model.wpe.max_tokens is None else min(max_tokens, model.wpe.max_tokens - len(prompt))
     with torch.compiler.set_stance('force_eager'):
-        tokens = [model.generate(idx, room, temperature=0.8, top_k=200, seed=n)[0].tolist() for n in range(count)]
-    # rows of a vocabulary that was rounded up have no text
-    return [tokenizer.decode([t for t in row if t < tokenizer.vocab_size and t != tokenizer.eot]) for row in tokens]
+        rows = [model.generate(idx, room, 0.8, top_k=200, seed=n)[0].tolist() for n in range(count)]
+    # what was added to round a vocabulary up has no text
+    return [tokenizer.decode([t for t in row if t < tokenizer.vocab_size and t != tokenizer.eot])
+            for row in rows]
 
 
 def profile_steps(profiler, device, folder, say):

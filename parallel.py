@@ -1,4 +1,4 @@
-"""Several processes: how they find each other, and how a model is copied to (DDP) or cut among (FSDP2) them."""
+"""Several processes: how they find each other, and how a model is copied to them (DDP) or cut up (FSDP2)."""
 import inspect
 from contextlib import contextmanager, nullcontext
 from functools import partial

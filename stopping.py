@@ -26,17 +26,17 @@ NOT_FINITE, NOT_SAVED, STOPPED = 70, 74, 75
 
 
 class Stop(BaseException):
-    """Raised in the loop when the run is to stop; no Exception, so that nobody in between takes it for one."""
+    """Raised in the loop when the run is to stop; no Exception, so nobody in between takes it for one."""
 
 
 class Signals:
     """
     SIGTERM and SIGINT stop the run, SIGUSR1 asks for a checkpoint.
 
-    In a single process Stop is raised at once, wherever the loop is, be it in the middle of a compilation; only
-    what must not be torn is done within `held()`. Several processes have to stop at the same place: each call
-    of `poll()`, which all make equally often, sends what this process was asked, and raises Stop in all when
-    the call before told of one. The message is a few bytes between CPUs, and nobody waits for it on the way.
+    In a single process Stop is raised at once, wherever the loop is, be it in the middle of a compilation;
+    only what must not be torn is done within `held()`. Several processes have to stop at the same place: each
+    call of `poll()`, which all make equally often, sends what this process was asked, and raises Stop in all
+    when the call before told of one. It is a few bytes between CPUs, and nobody waits for it on the way.
     """
 
     def __init__(self):
@@ -130,7 +130,7 @@ class Watch(threading.Thread):
         self.start()
 
     def catch(self):
-        """Called when torch has set its own hook for exceptions, which holds back what is printed within it."""
+        """Called when torch has set its own hook for exceptions, which holds back what is printed in it."""
         self.hook, sys.excepthook = sys.excepthook, self.failed
 
     def failed(self, kind, error, trace):
@@ -183,10 +183,11 @@ class Watch(threading.Thread):
 # Numbers that went wrong
 
 
-def first_not_finite(model, loss_of):
+def first_not_finite(model, losses):
     """
     The name of the first tensor of a step that is not finite: a weight, what a module computes, the loss or a
-    gradient, in the order in which they are made. loss_of() -> the loss. None if all are finite.
+    gradient, in the order in which they are made. `losses` yields those of the step, computing each when it
+    is asked for. None if all are finite.
     """
     def bad(x):
         return isinstance(x, torch.Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all())
@@ -206,14 +207,12 @@ def first_not_finite(model, loss_of):
             if bad(p.grad):
                 found.append(f'the gradient of {name}')
         hooks.append(p.register_post_accumulate_grad_hook(made))
-    try:
-        model.zero_grad(set_to_none=True)
-        loss = loss_of()
-        if bad(loss):
-            found.append('the loss')
-        loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.zero_grad(set_to_none=True)
+    with torch.compiler.set_stance('force_eager'):
+        for loss in losses:
+            if bad(loss):
+                found.append('the loss')
+            loss.backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
     return found[0] if found else None

@@ -8,7 +8,6 @@ Train a model. A flat script: settings, setup, the loop.
 Config files and --key=value are applied in the order given; later wins.
 --help lists every setting and model flag. Exit codes: stopping.py.
 """
-import importlib.util
 import math
 import os
 import random
@@ -28,16 +27,16 @@ import parallel
 import stopping
 from configurator import configure, one_sentence, plain_settings
 from data.loader import ahead, check_hashes, ensure_prepared, open_dataset
-from logbook import (PEAKS, Logbook, Spikes, Tally, clock, git_commit, human, memory_gb, profile_steps, sample_texts,
-                     start_wandb)
+from logbook import PEAKS, Logbook, Spikes, Tally, clock, human, memory_gb, profile_steps, sample_texts
 from model import GPT, GPTConfig, kv_cache_bytes
+from rules import check_settings
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings. The model's flags (n_layer, block_size, norm, ...) are the fields of GPTConfig in model.py.
 
 # run
 out_dir = 'out'                     # where checkpoints, metrics.jsonl and config.json go
-init_from = 'scratch'               # scratch, resume (go on with out_dir's run), or auto (resume if there is one)
+init_from = 'scratch'               # scratch, resume (go on with out_dir's run), auto (if there is one)
 overwrite = False                   # let a new run replace the one that out_dir holds
 seed = 1337                         # of weights, batches and dropout
 max_iters = 600000                  # optimizer steps in all
@@ -48,7 +47,7 @@ eval_tokens: int | None = None      # tokens in an evaluation, at any batch size
 eval_only = False                   # evaluate once, write nothing and leave
 always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only at the best loss so far
 bad_step_limit = 20                 # steps in a row that may be skipped because a number is not finite
-profile = False                     # write trace.json for Chrome, and print the slowest operators, of three steps
+profile = False                     # of three steps: write trace.json for Chrome, print the slowest operators
 wandb_log = False                   # log to Weights & Biases as well
 wandb_project = 'nanoblocks'        # its project
 wandb_run_name = ''                 # its run name; empty: the last part of out_dir
@@ -72,7 +71,7 @@ beta1 = 0.9                         # AdamW's momentum
 beta2 = 0.95                        # AdamW's second moment
 grad_clip = 1.0                     # largest norm of the gradient; 0: no clipping
 z_loss = 0.0                        # weight of the squared log of the softmax's sum, which keeps logits small
-ema = 0.0                           # decay of averaged weights, which are evaluated and become best.pt; 0: none
+ema = 0.0                           # decay of averaged weights, which evaluations and best.pt take; 0: none
 # learning rate schedule
 decay_lr = True                     # False: constant, and no warmup
 schedule = 'cosine'                 # cosine, linear, wsd (constant, then a straight line down), constant
@@ -107,52 +106,17 @@ with one_sentence():
         settings |= {'out_dir': out_dir, 'init_from': init_from}
         globals().update(settings)
     T = (resumed['config'] if resumed else {'block_size': GPTConfig.block_size} | model_args)['block_size']
+    check_settings(settings, world, T)
+    rates = optim.parse_rates(group_lr)
     if batch_tokens is not None:
-        if batch_tokens < 1 or batch_tokens % (batch_size * T * world):
-            raise ValueError(f'batch_tokens={batch_tokens} must be a multiple of the {batch_size * T * world} tokens '
-                             f'of one micro-batch (batch_size x block_size) in each of {world} processes')
         gradient_accumulation_steps = batch_tokens // (batch_size * T)
         settings['gradient_accumulation_steps'] = gradient_accumulation_steps
-    for name, words in (('init_from', ('scratch', 'resume', 'auto')), ('optimizer', ('adamw', 'muon')),
-                        ('schedule', tuple(optim.SCHEDULES)),
-                        ('dtype', ('auto', 'float32', 'bfloat16', 'float16'))):
-        if settings[name] not in words:
-            raise ValueError(f'{name}={settings[name]} must be one of {", ".join(words)}')
-    for name in ('max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'batch_size',
-                 'gradient_accumulation_steps', 'lr_decay_iters', 'bad_step_limit'):
-        if settings[name] is not None and settings[name] < 1:
-            raise ValueError(f'{name}={settings[name]} must be at least 1')
-    for name in ('weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'muon_lr', 'z_loss', 'prefetch',
-                 'batch_warmup_iters', 'wandb_samples'):
-        if settings[name] is not None and settings[name] < 0:
-            raise ValueError(f'{name}={settings[name]} must be at least 0')
-    for name in ('beta1', 'beta2', 'ema'):
-        if not 0 <= settings[name] < 1:
-            raise ValueError(f'{name}={settings[name]} must be at least 0 and below 1')
-    if not 0 <= wsd_decay <= 1:
-        raise ValueError(f'wsd_decay={wsd_decay} must be between 0 and 1')
-    if learning_rate <= 0:
-        raise ValueError(f'learning_rate={learning_rate} must be above 0')
-    if decay_lr and min_lr is not None and min_lr > learning_rate:
-        raise ValueError(f'min_lr={min_lr} must be at most learning_rate={learning_rate}')
-    if gradient_accumulation_steps % world:
-        raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of '
-                         f'the {world} processes that share its micro-batches')
-    if shard and world == 1:
-        raise ValueError('shard=True must have several processes to cut the model among: start it with torchrun')
-    if shard and dtype == 'float16':
-        raise ValueError('dtype=float16 must not be used with shard=True: choose --dtype=bfloat16')
-    if cautious_decay and optimizer != 'muon':
-        raise ValueError('cautious_decay=True must be used with optimizer=muon')
     if resumed and max_iters < resumed['step']:
         raise ValueError(f'max_iters={max_iters} must be at least the {resumed["step"]} steps that '
                          f'{ckpt_path} has behind it')
     if not (resumed or eval_only or overwrite or init_from == 'auto') and checkpoint.found(out_dir):
         raise ValueError(f'{out_dir} holds a run already: go on with it by --init_from=resume, replace it by '
                          '--overwrite=True, or choose another --out_dir')
-    if wandb_log and importlib.util.find_spec('wandb') is None:
-        raise ValueError('wandb_log=True needs wandb: pip install wandb, or leave it out')
-    rates = optim.parse_rates(group_lr)
 
 # ----------------------------------------------------------------------------------------------------------
 # Machine
@@ -195,8 +159,8 @@ with one_sentence():
         data = open_dataset(folder, T, seed)
         if data.meta != resumed['meta']:
             raise ValueError(f'dataset={dataset} must hold what {ckpt_path} was trained on '
-                             f'({resumed["settings"]["dataset"]}), wherever it is now: its meta.json differs, so '
-                             'it is another one or was prepared anew; start a new run')
+                             f'({resumed["settings"]["dataset"]}), wherever it is now: its meta.json '
+                             'differs, so it is another one or was prepared anew; start a new run')
     else:
         vocab_size = open_dataset(folder, 1, seed).meta['vocab_size']
         config = GPTConfig(**({'vocab_size': vocab_size} | model_args))
@@ -207,7 +171,7 @@ with one_sentence():
         model = GPT(config, seed=seed)
     if eval_tokens is not None and eval_tokens < T:
         raise ValueError(f'eval_tokens={eval_tokens} must be at least block_size={T}')
-    optim.param_groups(model, optimizer, learning_rate, muon_lr, weight_decay, rates)
+    optim.refuse_unused(rates, model)
     if check_data is not False and os.environ.get('LOCAL_RANK', '0') == '0':
         check_hashes(folder, None if check_data else 4e9)
     if master and not eval_only:
@@ -255,19 +219,16 @@ elif world > 1:
 # Optimizers: every parameter is in one group, by the kind of module that owns it
 
 groups = optim.param_groups(raw_model, optimizer, learning_rate, muon_lr, weight_decay, rates)
-optimizers, params = [], list(raw_model.parameters())
-if groups['muon']:
-    optimizers.append(optim.Muon(groups['muon'], lr=muon_lr, weight_decay=weight_decay, cautious=cautious_decay,
-                                 dtype=torch.bfloat16 if device_type == 'cuda' else torch.float32,
-                                 orthogonalize=torch.compile(optim.orthogonalize) if compile else optim.orthogonalize))
 # fused: one pass over memory in place of a dozen, and faster than what torch.compile makes of it
 fused = device_type in ('cuda', 'cpu')
-optimizers.append(torch.optim.AdamW(groups['adamw'], lr=learning_rate, betas=(beta1, beta2), fused=fused))
+optimizers = [torch.optim.AdamW(groups['adamw'], lr=learning_rate, betas=(beta1, beta2), fused=fused)]
+if groups['muon']:
+    optimizers.insert(0, optim.Muon(groups['muon'], muon_lr, cautious=cautious_decay, compiled=compile))
+params = list(raw_model.parameters())
 average = optim.Average(raw_model, ema) if ema else None
-lr_share = partial(optim.lr_share, schedule=schedule, warmup=warmup_iters, last=lr_decay_iters or max_iters,
-                   end=(learning_rate / 10 if min_lr is None else min_lr) / learning_rate, wsd_decay=wsd_decay)
-if not decay_lr:
-    lr_share = lambda step: 1.0  # noqa: E731
+lr_share = partial(optim.lr_share, schedule=schedule if decay_lr else 'constant',
+                   warmup=warmup_iters if decay_lr else 0, last=lr_decay_iters or max_iters,
+                   end=0.1 if min_lr is None else min_lr / learning_rate, wsd_decay=wsd_decay)
 
 # ----------------------------------------------------------------------------------------------------------
 # State of the run, and how it is saved
@@ -302,22 +263,21 @@ if writes:
 log = Logbook(out_dir if writes else None, master, step, max_iters)
 if wandb_log and writes:
     name = wandb_run_name or os.path.basename(os.path.normpath(out_dir))
-    log.run = start_wandb(wandb_project, name, wandb_id, out_dir, vars(config) | settings | {'git': git_commit()},
-                          log.say)
-    wandb_id = log.run.id if log.run else wandb_id
+    wandb_id = log.start_wandb(wandb_project, name, wandb_id, vars(config) | settings)
 say = log.say
 
 
 def record(**numbers):
     """Add a line to metrics.jsonl, and to Weights & Biases."""
-    log.record({'step': step, 'tokens': micro_done * batch_size * T, 'lr': lr_share(max(0, step - 1)) * learning_rate,
+    log.record({'step': step, 'tokens': micro_done * batch_size * T,
+                'lr': lr_share(max(0, step - 1)) * learning_rate,
                 'seconds': round(seconds_before + time.time() - start_time, 3)} | numbers)
 
 
 def save(name, **more):
     """
-    Write a checkpoint: all that decides how a run goes on, or with no `more` only what sampling needs. Returns
-    whether that could be done, to every process; each has to call it.
+    Write a checkpoint: all that decides how a run goes on, or with no `more` only what sampling needs.
+    Returns whether that could be done, to every process; each has to call it.
     """
     if eval_only:
         return True
@@ -329,8 +289,8 @@ def save(name, **more):
             log.flush(to_disk=True)  # its lines before its checkpoint, or they could be missing
             checkpoint.save(path, state, keep=os.path.join(out_dir, checkpoint.PREVIOUS) if more else None)
     except OSError as error:
-        say(f'warning: {path} could not be written ({error.strerror}): what was there is kept; going on, and trying '
-            'again')
+        say(f'warning: {path} could not be written ({error.strerror}): what was there is kept; going on, and '
+            'trying again')
         done.zero_()
     if world > 1:
         dist.broadcast(done, 0)
@@ -387,14 +347,10 @@ def loss_of(x, y, model, share, micro):
     return loss.detach() * share, scaler.scale(loss * (share + 0 * loss.detach()))
 
 
-def first_not_finite():
-    """The first tensor of the last step that was not finite, by name; the step is done again, in every process."""
-    names = []
+def losses_of_last_step():
     for micro in range(micro_done - count + rank, micro_done, world):
         x, y = data.train_batch(micro * batch_size, batch_size)
-        names.append(stopping.first_not_finite(
-            raw_model, lambda: loss_of(x.to(device), y.to(device), raw_model, 1 / micro_steps, micro)[1]))
-    return next(filter(None, names), None)
+        yield loss_of(x.to(device), y.to(device), raw_model, 1 / micro_steps, micro)[1]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -403,7 +359,6 @@ def first_not_finite():
 card = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak = next((flops for name, flops in PEAKS.items() if name in card), None)
 flops = raw_model.flops_per_token(T)
-
 
 say(f'model     {human(raw_model.num_params())} parameters, '
     f'{human(raw_model.num_params(active=True))} active, {human(flops)} FLOPs per token, '
@@ -521,19 +476,18 @@ try:
                 record(train_loss=train_loss, tokens_per_s=rate and round(rate, 1), mfu=mfu, grad_norm=norm,
                        param_norm=optim.norm(params).item(), memory_gb=memory_gb(device), skipped=bad_steps,
                        **{name: value.item() for name, value in balance.items()})
-                log.show(step, ('no finite loss' if train_loss is None else f'loss {train_loss:.4f}')
-                         + (f', {human(rate)} tokens/s' if rate else '') + (f', MFU {mfu:.1%}' if mfu else ''))
+                log.show(step, train_loss, rate, mfu)
                 if bad_steps > before:
                     say(f'warning: {bad_steps - before} steps were skipped, as a gradient was not finite')
                 if train_loss is not None and spikes.notice(most):
                     say(f'warning: the loss jumped to {most:.4f} in one of the last {log_interval} steps')
                 interval_start, timed_steps = time.time(), 0
                 if in_a_row >= bad_step_limit:
-                    name = first_not_finite()
+                    name = stopping.first_not_finite(raw_model, losses_of_last_step())
                     sys.stdout.flush()
                     print(f'{in_a_row} steps in a row were not finite (bad_step_limit={bad_step_limit}): '
                           f'{name or "nothing when tried again"} was the first tensor to be so; go on from '
-                          f'{out_dir}/{checkpoint.NEWEST}, which is from before, with a lower rate or other data',
+                          f'the checkpoint in {out_dir}, which is from before, with a lower rate or other data',
                           file=sys.stderr)
                     exit_code = stopping.NOT_FINITE
                     break
@@ -548,7 +502,7 @@ except stopping.Stop:
     saved = save_newest()
     exit_code = stopping.STOPPED if saved else stopping.NOT_SAVED
     say(f'stopped by signal {signals.number or "to another process"} after step {step}'
-        + (f'; go on with: python train.py --init_from=resume --out_dir={out_dir}' if saved else ', not saved'))
+        + (f'; go on: python train.py --init_from=resume --out_dir={out_dir}' if saved else ', not saved'))
     signals.close()
 
 log.close(exit_code)

@@ -80,8 +80,8 @@ def check_hashes(folder, most_bytes=None):
                 while piece := file.read(1 << 20):
                     found.update(piece)
         if found.hexdigest() != digest:
-            raise ValueError(f'{" ".join(map(str, paths[split]))} must have the hash that is in meta.json: the '
-                             f'file was damaged since; run {command(folder)} again')
+            raise ValueError(f'{" ".join(map(str, paths[split]))} must have the hash that is in meta.json: '
+                             f'it was damaged since; run {command(folder)} again')
 
 
 def ensure_prepared(folder):
@@ -182,7 +182,7 @@ class Dataset:
 
         They hold at most `max_tokens` tokens, but are at least one; None takes all there are. They are the
         same for every batch_size and world; process `rank` takes every world-th of them, which may be none.
-        full=True makes all batches of one size, and as many in every process: filled up by rows of targets -1.
+        full=True makes all batches of one size, and as many in every process: rows of targets -1 are added.
         """
         available = (len(self.val) - 1) // self.block_size
         wanted = available if max_tokens is None else max(1, min(available, max_tokens // self.block_size))
@@ -190,8 +190,10 @@ class Dataset:
         starts, most = starts[rank::world], -(-wanted // world)
         for i in range(0, most if full else len(starts), batch_size):
             x, y = inputs_and_targets(self.val.rows(starts[i:i + batch_size], self.block_size + 1))
-            missing = batch_size - len(x) if full else 0
-            yield (F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1)) if missing else (x, y)
+            if full and len(x) < batch_size:
+                more = (0, 0, 0, batch_size - len(x))
+                x, y = F.pad(x, more), F.pad(y, more, value=-1)
+            yield x, y
 
 
 def ahead(batches, depth, pin=False):

@@ -11,8 +11,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from runs import (Path, at_step, assert_refused, assert_same_run, curve, dataset, documents, files, flags, load,
-                  losses, metrics, names, pair, python, real_python, resume, run_copy, toy, train, trained)
+from runs import (Path, assert_refused, assert_same_run, at_step, curve, dataset, differences, documents, files,
+                  flags, load, losses, metrics, names, pair, python, real_python, resume, run_copy, toy, train,
+                  trained)
 
 import checkpoint
 from data.tokenizer import ByteTokenizer
