@@ -2,7 +2,6 @@
 Several processes do what one does: the same losses and weights, whatever their number and however the model is
 copied to them or cut among them. They stop together, and fail together.
 """
-import json
 import re
 import signal
 import subprocess
@@ -10,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, curve, files, flags, free_port, load, losses,
-                  metrics, pair, python, real_python, resume, several, toy, train, trained)
+from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, curve, flags, free_port, load, losses, pair,
+                  python, real_python, resume, several, toy, trained)
 
 import stopping
 

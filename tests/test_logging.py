@@ -3,14 +3,10 @@ import json
 import socket
 import struct
 import subprocess
-import sys
 
 import pytest
-import torch
-from runs import (ENV, ROOT, assert_same_run, at_step, curve, differences, flags, load, losses, metrics, python,
-                  real_python, resume, run_copy, toy, train, trained)
+from runs import ROOT, assert_same_run, at_step, flags, load, losses, metrics, python, toy, train, trained
 
-import logbook
 from logbook import Logbook, Spikes
 
 OFFLINE = {'WANDB_MODE': 'offline'}

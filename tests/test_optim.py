@@ -2,12 +2,11 @@
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import (assert_refused, assert_same_run, curve, dataset, differences, load, losses, metrics, python,
-                  resume, toy, train, trained)
+from runs import (assert_refused, assert_same_run, differences, load, losses, metrics, python, resume, toy, train,
+                  trained)
 
 import kernels as ops
 import optim

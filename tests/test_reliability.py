@@ -18,8 +18,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, curve, dataset, differences, files, flags,
-                  load, losses, metrics, python, resume, run_copy, toy, train, trained)
+from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, dataset, differences, files, flags, load,
+                  losses, metrics, python, resume, run_copy, toy, train, trained)
 
 import checkpoint
 import stopping

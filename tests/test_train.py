@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from runs import (Path, assert_refused, assert_same_run, at_step, curve, dataset, differences, documents, files,
+from runs import (assert_refused, assert_same_run, at_step, curve, dataset, differences, documents, files,
                   flags, load, losses, metrics, names, pair, python, real_python, resume, run_copy, toy, train,
                   trained)
 
