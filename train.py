@@ -487,8 +487,8 @@ try:
                     sys.stdout.flush()
                     print(f'{in_a_row} steps in a row were not finite (bad_step_limit={bad_step_limit}): '
                           f'{name or "nothing when tried again"} was the first tensor to be so; go on from '
-                          f'the checkpoint in {out_dir}, which is from before, with a lower rate or other data',
-                          file=sys.stderr)
+                          f'the checkpoint in {out_dir}, which is from before, with a lower rate or other '
+                          'data', file=sys.stderr)
                     exit_code = stopping.NOT_FINITE
                     break
                 if not saved:

@@ -1,12 +1,12 @@
-"""Steps from gradients: Muon, groups, schedules, batch sizes, averaged weights, z-loss. Each against its definition."""
+"""Muon, groups, schedules, batch sizes, averaged weights, z-loss: each against its definition."""
 import math
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import (assert_refused, assert_same_run, differences, load, losses, metrics, python, resume, toy, train,
-                  trained)
+from runs import (assert_refused, assert_same_run, differences, load, losses, metrics, python, resume, toy,
+                  train, trained)
 
 import kernels as ops
 import optim
@@ -66,8 +66,10 @@ def test_cautious_decay_spares_weights_that_the_update_moves_away_from_zero():
         torch.testing.assert_close(d, p - 0.05 * start)
 
 
-@pytest.mark.parametrize('make', [lambda params: optim.Muon(group(params), lr=0.1, weight_decay=0.5),
-                                  lambda params: torch.optim.AdamW(params, lr=0.1, fused=True)], ids=['muon', 'adamw'])
+@pytest.mark.parametrize('make', [
+    lambda params: optim.Muon(group(params), lr=0.1, weight_decay=0.5),
+    lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
+], ids=['muon', 'adamw'])
 def test_a_step_with_found_inf_moves_nothing(make):
     params = weights()
     opt = make(params)
@@ -93,7 +95,6 @@ def test_a_step_with_found_inf_moves_nothing(make):
 
 def test_rates_by_kind_and_by_name():
     """The last rule that fits wins, and what is printed is what is used."""
-    out_dir, out = None, None
     settings = dict(optimizer='muon', group_lr='vector=1e-3, h.1.*=5e-3,h.1.ffn.c_fc.weight=0.04', tie=False,
                     max_iters=5, eval_interval=5, decay_lr=False)
     state = load(trained(**settings))
@@ -110,7 +111,8 @@ def test_rates_by_kind_and_by_name():
 
 def test_groups_are_printed(tmp_path):
     out = train(tmp_path / 'run', optimizer='muon', group_lr='vector=1e-3', max_iters=1)[1]
-    rows = re.findall(r'optimizer (\w+) for (\d+) of kind (\w+), \S+ parameters: lr (\S+), weight decay (\S+)', out)
+    row = r'optimizer (\w+) for (\d+) of kind (\w+), \S+ parameters: lr (\S+), weight decay (\S+)'
+    rows = re.findall(row, out)
     assert rows == [('Muon', '8', 'matrix', '0.02', '0.1'), ('AdamW', '2', 'embedding', '0.003', '0.1'),
                     ('AdamW', '18', 'vector', '0.001', '0')]
 
@@ -132,7 +134,8 @@ def test_moments_belong_to_names_not_to_places(tmp_path):
     for name, moments in before['optimizers'][0]['state'].items():
         now = after['optimizers'][0]['state'][name]
         # a twentieth of the second moment is new
-        assert F.cosine_similarity(moments['exp_avg_sq'].flatten(), now['exp_avg_sq'].flatten(), dim=0) > 0.8, name
+        one, two = moments['exp_avg_sq'].flatten(), now['exp_avg_sq'].flatten()
+        assert F.cosine_similarity(one, two, dim=0) > 0.8, name
         assert now['step'] == 21
 
 
@@ -161,8 +164,8 @@ def test_the_batch_grows_to_its_size():
 
 def test_batch_warmup_uses_every_window_once(tmp_path):
     """Sizes 1, 2, 3, 4, 4, ... are the first windows of the data, in order; tokens and a resume know it."""
-    settings = dict(gradient_accumulation_steps=4, batch_warmup_iters=3, batch_size=2, max_iters=8, log_interval=1,
-                    eval_interval=4, dropout=0.1)
+    settings = dict(gradient_accumulation_steps=4, batch_warmup_iters=3, batch_size=2, max_iters=8,
+                    log_interval=1, eval_interval=4, dropout=0.1)
     done = python('train.py', *toy(tmp_path / 'run', **settings), before="""
 import data.loader
 get = data.loader.Dataset.train_batch
@@ -234,8 +237,8 @@ def kept(path, state, **more):
 checkpoint.save = kept""")
     assert done.code == 0, done
     steps = [torch.load(tmp_path / 'run' / f'ckpt.{n}', weights_only=True) for n in range(1, 13)]
-    average = {name: w.double() for name, w in load(trained(max_iters=1, learning_rate=1e-30, min_lr=0.0, weight_decay=0.0,
-                                                            optimizer='adamw'))['model'].items()}
+    start = trained(max_iters=1, learning_rate=1e-30, min_lr=0.0, weight_decay=0.0)
+    average = {name: w.double() for name, w in load(start)['model'].items()}
     for n, state in enumerate(steps):
         decay = min(0.8, (n + 1) / (n + 10))
         average = {name: decay * w + (1 - decay) * state['model'][name] for name, w in average.items()}

@@ -1,6 +1,6 @@
 """
-Nothing is lost: runs are killed anywhere, checkpoints and data damaged, disks filled, signals sent, numbers made
-infinite. Afterwards the run goes on, and ends in the same bits as one that nothing happened to.
+Nothing is lost: runs are killed anywhere, checkpoints and data damaged, disks filled, signals sent, numbers
+made infinite. Afterwards the run goes on, and ends in the same bits as one that nothing happened to.
 
 Runs that are to be hit hit themselves, with real signals: so each is hit in a place that is known.
 """
@@ -18,8 +18,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, dataset, differences, files, flags, load,
-                  losses, metrics, python, resume, run_copy, toy, train, trained)
+from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, dataset, differences, files, flags,
+                  load, losses, metrics, python, resume, run_copy, toy, train, trained)
 
 import checkpoint
 import stopping
@@ -42,8 +42,8 @@ sys.setprofile(event)'''
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     """
-    A moment is a call or a return of any function, of Python or C: in a step, an evaluation, while a checkpoint
-    is written, renamed, or read. A run that is asked for again and again gets through.
+    A moment is a call or a return of any function, of Python or C: in a step, an evaluation, while a
+    checkpoint is written, renamed, or read. A run that is asked for again and again gets through.
     """
     settings = dict(max_iters=40, log_interval=3, eval_interval=8, eval_tokens=256, dropout=0.1, n_layer=1,
                     optimizer='muon', ema=0.9)
@@ -85,7 +85,7 @@ def test_a_kill_in_the_middle_of_writing_a_checkpoint_changes_nothing(tmp_path, 
 def test_auto_begins_what_is_not_there_and_goes_on_with_what_is(tmp_path):
     settings = dict(init_from='auto', max_iters=20)
     assert 'going on' not in train(tmp_path / 'run', **settings)[1]
-    assert 'going on at step 20' in train(tmp_path / 'run', init_from='auto', max_iters=40, lr_decay_iters=60)[1]
+    assert 'going on at step 20' in train(tmp_path / 'run', init_from='auto', max_iters=40)[1]
     # killed before its first checkpoint, it leaves no more than this
     os.remove(tmp_path / 'run' / 'ckpt.pt'), os.remove(tmp_path / 'run' / 'ckpt.prev.pt')
     assert 'going on' not in train(tmp_path / 'run', **settings)[1]
@@ -101,7 +101,8 @@ def test_compiled_training_resumes_bit_by_bit(tmp_path):
                  'OMP_NUM_THREADS': '2'}
 
     def run(*args):
-        done = subprocess.run([sys.executable, 'train.py', *args], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, 'train.py', *args], cwd=ROOT, env=env, capture_output=True,
+                              text=True)
         assert done.returncode == 0, done
         return done.stdout
     out = run(*toy(tmp_path / 'whole', **settings))
@@ -296,13 +297,13 @@ def test_a_moved_dataset_is_the_same(tmp_path):
 
 
 def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path):
-    """No file may grow beyond 60 kB from step 25 to 45, so the checkpoint of step 40 fails, and those after it."""
+    """No file may grow beyond 60 kB from step 25 to 46, so the checkpoint of step 40 fails, and later ones."""
     before = at_step(25, '''
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))''') + at_step(47, '''
         import resource, shutil
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-        shutil.copy({!r} + '/ckpt.pt', {!r})'''.format(str(tmp_path / 'run'), str(tmp_path / 'meanwhile.pt')))
+        shutil.copy({!r}, {!r})'''.format(str(tmp_path / 'run' / 'ckpt.pt'), str(tmp_path / 'meanwhile.pt')))
     done = python('train.py', *toy(tmp_path / 'run', log_interval=5), before=before)
     assert done.code == 0 and 'ckpt.pt could not be written (File too large)' in done.out, done
     assert done.out.count('trying again') >= 3  # best.pt and ckpt.pt at step 40, ckpt.pt at step 45
@@ -316,7 +317,8 @@ def test_a_small_disk_that_is_really_full(tmp_path):
     """Also metrics.jsonl has no room then: its lines wait."""
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk], capture_output=True).returncode:
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('this user may not mount a tmpfs')
     try:
         fill, empty = (at_step(step, action) for step, action in (
@@ -421,11 +423,28 @@ torch.save = hit'''
     done = python('train.py', *toy(tmp_path / 'run'), before=while_saving.format(1))
     assert done.code == stopping.STOPPED, done
     assert load(tmp_path / 'run')['step'] == 20
-    done = python('train.py', *flags(init_from='resume', out_dir=tmp_path / 'run'), before=while_saving.format(2))
+    again = flags(init_from='resume', out_dir=tmp_path / 'run')
+    done = python('train.py', *again, before=while_saving.format(2))
     assert done.code == 128 + signal.SIGTERM, done
     assert load(tmp_path / 'run')['step'] == 20
     resume(tmp_path / 'run')
     assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_signal_in_an_update_waits_for_its_end(tmp_path):
+    """When weights are those of the next step, and the number of the step is not yet."""
+    done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before='''
+import os, model
+balance, calls = model.GPT.balance_experts, []
+def hit(self):
+    calls.append(1)
+    if len(calls) == 25:
+        os.kill(os.getpid(), 15)
+    return balance(self)
+model.GPT.balance_experts = hit''')
+    assert done.code == stopping.STOPPED and load(tmp_path / 'run')['step'] == 25, done
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(ema=0.9))
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path):
@@ -465,14 +484,15 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))''' + at_step(5, hit(
 
 
 def poisoned(*steps, value='nan'):
-    """The loss of these steps is not finite."""
+    """The loss of these steps is multiplied by a number; or infinity is added: gradients stay finite."""
     return f'''
-import model
-loss, calls = model.GPT.loss, []
+import model, torch
+nan, loss, calls = torch.nan, model.GPT.loss, []
 def bad(self, x, targets):
     calls.append(self.training)
-    factor = float('{value}') if self.training and sum(calls) in {steps!r} else 1.0
-    return loss(self, x, targets) * factor
+    if not self.training or sum(calls) not in {steps!r}:
+        return loss(self, x, targets)
+    return loss(self, x, targets) + torch.inf if '{value}' == 'inf' else loss(self, x, targets) * {value}
 model.GPT.loss = bad'''
 
 
@@ -494,7 +514,8 @@ def test_skipped_steps_are_counted_across_a_resume(tmp_path):
     done = python('train.py', *toy(tmp_path / 'run', max_iters=40), before=poisoned(3, 17, 18))
     assert done.code == 0
     python('train.py', *flags(init_from='resume', out_dir=tmp_path / 'run', max_iters=60), before=poisoned(2))
-    assert [line['skipped'] for line in metrics(tmp_path / 'run') if 'skipped' in line] == [1] * 3 + [3] * 5 + [4] * 4
+    counts = [line['skipped'] for line in metrics(tmp_path / 'run') if 'skipped' in line]
+    assert counts == [1] * 3 + [3] * 5 + [4] * 4
     assert all(np.isfinite(losses(tmp_path / 'run')))
 
 
@@ -509,7 +530,8 @@ def bad(self, x, ctx):
     calls.append(self.training)
     return y / 0 if sum(calls) > 2 * 30 and calls[-1] else y
 model.MLP.forward = bad'''
-    done = python('train.py', *toy(tmp_path / 'run', bad_step_limit=4, eval_interval=25, log_interval=2), before=before)
+    settings = dict(bad_step_limit=4, eval_interval=25, log_interval=2)
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before=before)
     assert done.code == stopping.NOT_FINITE, done
     sentences = done.err.strip().splitlines()
     assert len(sentences) == 1 and 'the output of h.0.ffn was' in done.err and 'bad_step_limit=4' in done.err

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from runs import (assert_refused, assert_same_run, at_step, curve, dataset, differences, documents, files,
-                  flags, load, losses, metrics, names, pair, python, real_python, resume, run_copy, toy, train,
-                  trained)
+                  flags, load, losses, metrics, names, pair, python, real_python, resume, run_copy, toy,
+                  train, trained)
 
 import checkpoint
 from data.tokenizer import ByteTokenizer
