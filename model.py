@@ -1604,6 +1604,8 @@ class GPT(nn.Module):
         """seed=None leaves the parameters undrawn, for weights that are loaded next."""
         super().__init__()
         self.config = c = config
+        self.z_loss = 0.0  # set by train.py: the weight of the logits' z-loss in training
+        self.extra_loss = 0.0  # what the last training forward added to the cross entropy
         self.wte = Embedding(c.vocab_size, c.n_embd)
         self.wpe = POSITIONS[c.pos](c)
         self.embed_scale = (math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0)
@@ -1650,7 +1652,12 @@ class GPT(nn.Module):
             x = block(x, ctx, entry)
         if targets is not None:
             loss = self.loss(x, targets)
-            return None, loss + self.further_losses(x, targets, ctx) if self.training else loss
+            if self.training:
+                extra = self.further_losses(x, targets, ctx)
+                # for a log that compares runs with and without them
+                self.extra_loss = extra.detach() if isinstance(extra, torch.Tensor) else extra
+                loss = loss + extra
+            return None, loss
         cap, logits = self.config.logit_softcap, self.lm_head(self.read_out(x[:, -1:] if last_only else x))
         return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
 
@@ -1662,7 +1669,8 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """x (B,T,C) of the last block, targets (B,T) -> mean cross entropy"""
         x_NC, targets_N = self.read_out(x).flatten(0, 1), targets.flatten()
-        return ops.linear_cross_entropy(x_NC, self.lm_head.weight, targets_N, self.config.logit_softcap)
+        return ops.linear_cross_entropy(x_NC, self.lm_head.weight, targets_N, self.config.logit_softcap,
+                                        self.z_loss if self.training else 0.0)
 
     def further_losses(self, x, targets, ctx):
         """What training adds: the losses of routers, and of the tokens after the next one."""
