@@ -1,16 +1,25 @@
 """What the settings of train.py have to obey, apart from the model's flags, which check themselves."""
 import importlib.util
+import os
+import re
 
 from optim import SCHEDULES
 
-WORDS = {'init_from': ('scratch', 'resume', 'auto'), 'optimizer': ('adamw', 'muon'),
-         'schedule': tuple(SCHEDULES), 'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
+WORDS = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES),
+         'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
 AT_LEAST = dict.fromkeys(
     ('max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'batch_size',
      'gradient_accumulation_steps', 'lr_decay_iters', 'bad_step_limit', 'batch_tokens'), 1) | dict.fromkeys(
     ('weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'muon_lr', 'z_loss', 'prefetch',
      'batch_warmup_iters', 'wandb_samples'), 0)
 BELOW_ONE = ('beta1', 'beta2', 'ema')
+# words of init_from that are no checkpoint
+STARTS = ('scratch', 'resume', 'auto')
+
+
+def is_checkpoint(name):
+    """Whether init_from may be the name of weights to begin with (pretrained.py)."""
+    return '/' in name or os.path.exists(name) or bool(re.fullmatch('gpt2(-medium|-large|-xl)?', name))
 
 
 def check_settings(s, world, block_size):
@@ -18,6 +27,8 @@ def check_settings(s, world, block_size):
     def must(name, rule, ok):
         if not ok:
             raise ValueError(f'{name}={s[name]} must {rule}')
+    must('init_from', 'be scratch, resume or auto, or a checkpoint: a folder, a file or a repository of the '
+         'hub', s['init_from'] in STARTS or is_checkpoint(s['init_from']))
     for name, words in WORDS.items():
         must(name, f'be one of {", ".join(words)}', s[name] in words)
     for name, least in AT_LEAST.items():

@@ -3,6 +3,7 @@ Train a model. A flat script: settings, setup, the loop.
 
     python train.py config/llama_small.py config/tiny.py              # a size for a laptop, minutes
     python train.py config/llama_small.py --dataset=fineweb_edu       # one GPU
+    python train.py --init_from=path/to/checkpoint --dataset=mine     # fine-tune published weights
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 Config files and --key=value are applied in the order given; later wins.
@@ -24,19 +25,20 @@ import torch.distributed as dist
 import checkpoint
 import optim
 import parallel
+import pretrained
 import stopping
 from configurator import configure, one_sentence, plain_settings
 from data.loader import ahead, check_hashes, ensure_prepared, open_dataset
 from logbook import PEAKS, Logbook, Spikes, Tally, clock, human, memory_gb, profile_steps, sample_texts
 from model import GPT, GPTConfig, kv_cache_bytes
-from rules import check_settings
+from rules import STARTS, check_settings
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings. The model's flags (n_layer, block_size, norm, ...) are the fields of GPTConfig in model.py.
 
 # run
 out_dir = 'out'                     # where checkpoints, metrics.jsonl and config.json go
-init_from = 'scratch'               # scratch, resume (go on with out_dir's run), auto (if there is one)
+init_from = 'scratch'               # scratch, resume (out_dir's run), auto (if there is one), or a checkpoint
 overwrite = False                   # let a new run replace the one that out_dir holds
 seed = 1337                         # of weights, batches and dropout
 max_iters = 600000                  # optimizer steps in all
@@ -107,6 +109,11 @@ with one_sentence():
         globals().update(settings)
     T = (resumed['config'] if resumed else {'block_size': GPTConfig.block_size} | model_args)['block_size']
     check_settings(settings, world, T)
+    loaded = None
+    if init_from not in STARTS:
+        loaded = GPT.from_pretrained(init_from, **model_args)
+        # what a model was made for may be far more than there is memory to train on
+        T = loaded.config.block_size = model_args.get('block_size', min(T, loaded.config.block_size))
     rates = optim.parse_rates(group_lr)
     if batch_tokens is not None:
         gradient_accumulation_steps = batch_tokens // (batch_size * T)
@@ -163,12 +170,16 @@ with one_sentence():
                              'differs, so it is another one or was prepared anew; start a new run')
     else:
         vocab_size = open_dataset(folder, 1, seed).meta['vocab_size']
-        config = GPTConfig(**({'vocab_size': vocab_size} | model_args))
+        config = loaded.config if loaded else GPTConfig(**({'vocab_size': vocab_size} | model_args))
         if config.vocab_size < vocab_size:
             raise ValueError(f'vocab_size={config.vocab_size} must be at least the {vocab_size} tokens of '
-                             f'dataset={dataset}: leave it out and it is set')
+                             f'dataset={dataset}: ' + (f'prepare it with --tokenizer={init_from}' if loaded
+                                                       else 'leave it out and it is set'))
         data = open_dataset(folder, T, seed)
-        model = GPT(config, seed=seed)
+        model = loaded or GPT(config, seed=seed)
+        if loaded and master and not pretrained.same_tokenizer(init_from, data.meta['tokenizer']):
+            print(f'warning: dataset={dataset} was not prepared with the tokenizer of {init_from}, so its '
+                  f'tokens mean something else: prepare it with --tokenizer={init_from}')
     if eval_tokens is not None and eval_tokens < T:
         raise ValueError(f'eval_tokens={eval_tokens} must be at least block_size={T}')
     optim.refuse_unused(rates, model)
