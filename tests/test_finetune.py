@@ -18,9 +18,10 @@ LLAMA = toy(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, tie=False, n_k
 
 
 def settings(tmp_path, **more):
-    return flags(**dict(dataset=dataset(), out_dir=tmp_path / 'run', batch_size=4,
-                        gradient_accumulation_steps=1, max_iters=12, warmup_iters=0, learning_rate=3e-3, log_interval=1, eval_interval=12,
-                        eval_tokens=1024, dtype='float32', device='cpu') | more)
+    short = dict(dataset=dataset(), out_dir=tmp_path / 'run', batch_size=4, gradient_accumulation_steps=1,
+                 max_iters=12, warmup_iters=0, learning_rate=3e-3, log_interval=1, eval_interval=12,
+                 eval_tokens=1024, dtype='float32', device='cpu')
+    return flags(**short | more)
 
 
 def published(folder, config=LLAMA):
