@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 NOT_FINITE, NOT_SAVED, STOPPED = 70, 74, 75
+SIGUSR1 = getattr(signal, 'SIGUSR1', None)  # Windows has none
+SIGNALS = [number for number in (signal.SIGTERM, signal.SIGINT, SIGUSR1) if number]
 
 
 class Stop(BaseException):
@@ -49,11 +51,11 @@ class Signals:
         self.group = dist.new_group(backend='gloo') if self.several else None
         self.message = self.sent = None
         self.at = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if number == signal.SIGUSR1:
+        if number == SIGUSR1:
             self.ask_for_save()
         elif self.number is None:
             self.number, self.at = number, time.monotonic()
@@ -101,7 +103,7 @@ class Signals:
 
     def close(self):
         """From here on a signal is not waited for; all have to come."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         if self.several:
             if self.sent is not None:

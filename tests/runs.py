@@ -86,7 +86,7 @@ class Forks:
             atexit.register(cls.process.stdin.close)
         outs = [str(next(names)) for _ in jobs]
         sent = [{'argv': argv, 'env': env, 'before': before, 'out': f'{out}.out', 'err': f'{out}.err',
-                 'seconds': 60} for (argv, env, before), out in zip(jobs, outs)]
+                 'seconds': 200} for (argv, env, before), out in zip(jobs, outs)]
         print(json.dumps(sent), file=cls.process.stdin, flush=True)
         codes = json.loads(cls.process.stdout.readline())
         return [Result(code, Path(f'{out}.out').read_text(), Path(f'{out}.err').read_text())

@@ -297,7 +297,7 @@ def test_a_moved_dataset_is_the_same(tmp_path):
 
 
 def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path):
-    """No file may grow beyond 60 kB from step 25 to 46, so the checkpoint of step 40 fails, and later ones."""
+    """No file may grow beyond 60 kB from step 25 to 46, so the checkpoint of step 40 fails, and others."""
     before = at_step(25, '''
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))''') + at_step(47, '''
