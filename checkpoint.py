@@ -232,8 +232,12 @@ def overrides(trained, config):
 def refuse_contradictions(state, model_args, settings, given):
     """ValueError, one sentence, when the command line wants a model or data other than a run began with."""
     before = {name: state['settings'].get(name) for name in FIXED} | state['config']
-    config = GPTConfig(**(state['config'] | model_args))
-    now = {name: settings[name] for name in FIXED} | asdict(config)
+    flags = state['config'] | model_args
+    try:
+        flags = asdict(GPTConfig(**flags))
+    except ValueError:
+        pass  # flags that do not go together contradict the checkpoint, which is what is said
+    now = {name: settings[name] for name in FIXED} | flags
     changed = [f'{name} (checkpoint {before[name]!r}, now {now[name]!r} by {given[name]})'
                for name in now if name in given and name in before and now[name] != before[name]]
     if changed:
