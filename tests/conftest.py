@@ -260,17 +260,24 @@ def legal(flags):
 def combinations(count, seed):
     """Different legal flags: a family with half of its fields redrawn, in any order, where that is legal."""
     rng, found = random.Random(seed), []
-    # no family scales its rope, and only few random steps lead there
+    missing = {(name, value) for name, field in FIELDS.items() for value in field.values}
+    # no family scales its rope or has so many groups, and only few random steps lead there
     scaled = [fit(toy(pos='rope', rope_scaling=name, rope_factor=4.0))
-              for name in ('yarn', 'llama3', 'longrope')]
+              for name in ('yarn', 'llama3', 'longrope')] + [toy(ffn_pattern='e', n_expert=8, n_group=4)]
     while len(found) < count:
         flags = dict(rng.choice([*families().values(), *scaled]))
         for name in rng.sample(sorted(FIELDS), len(FIELDS)):
             redrawn = flipped(flags, name, rng.choice(FIELDS[name].values))
             if rng.random() < 0.5 and redrawn:
                 flags = redrawn
+        # values that few random steps lead to
+        for name, value in sorted(missing, key=str):
+            if redrawn := flipped(flags, name, value):
+                flags = redrawn
+                break
         if flags not in found:
             found.append(flags)
+            missing -= {(name, flags.get(name, defaults().get(name))) for name in FIELDS}
     return found
 
 

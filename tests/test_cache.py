@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_close, build, every_family, random_flags, scaled, tokens, toy
 
-from model import GPTConfig, TokenCache, kv_cache_bytes
+from model import ROPE_BY_LENGTH, GPTConfig, TokenCache, kv_cache_bytes
 
 BOUND = 1e-4    # of the largest logit
 RANDOM = 200    # random combinations of flags
@@ -74,7 +74,7 @@ def test_cached_logits_equal_the_full_forward_for_random_flags(flags):
     model_text_logits = model_and_text(flags)
     for name, way in WAYS.items():
         # its angles depend on how long the text may become, which is T for the logits to compare with
-        if flags.get('rope_scaling') != 'dynamic' or name in ('whole', 'uneven chunks', 'single steps'):
+        if flags.get('rope_scaling') not in ROPE_BY_LENGTH or name in ('whole', 'uneven chunks', 'single steps'):
             way(*model_text_logits)
 
 
