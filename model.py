@@ -34,7 +34,7 @@ class GPTConfig:
     n_layer: int = 12               # blocks
     n_head: int = 12                # query heads
     n_embd: int = 768               # width of the residual stream
-    layer_pattern: str = 'a'        # mixers, repeated: a all, w window, c chunk, n v: a w without rope, m SSM
+    layer_pattern: str = 'a'        # mixers: a all, w window, c chunk, n v like a w without rope, m SSM
     ffn_pattern: str = 'f'          # what follows it, repeated: f one dense ffn, e experts, - nothing
     # positions
     pos: str = 'learned'            # learned, sinusoidal, rope, alibi, alibi_bf16 (Falcon), none
