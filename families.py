@@ -296,7 +296,6 @@ def read_rope(hf, parameters=None, partial=False):
                              f'{width_of_head(hf)} coordinates of a head, and not {width}')
         flags['rope_fraction'] = width / width_of_head(hf)
     kind = p.get('rope_type') or p.get('type') or 'default'
-    kind = 'longrope' if kind == 'su' else kind  # as the first Phi-3 call it
     if kind == 'default':
         return flags
     if kind not in SCALING:
@@ -305,9 +304,9 @@ def read_rope(hf, parameters=None, partial=False):
 
 
 def read_scaling(hf, p, kind):
-    longest, before = hf['max_position_embeddings'], 'original_max_position_embeddings'
-    trained = hf.get(before) or p.get(before) or longest
-    p = p | {'factor': p.get('factor') or longest / trained, before: trained}
+    before, longest = 'original_max_position_embeddings', 'max_position_embeddings'
+    trained = hf.get(before) or p.get(before) or hf[longest]
+    p = p | {'factor': p.get('factor') or hf[longest] / trained, before: trained}
     if kind == 'longrope':
         p['factor'] = max(p['factor'], 1.0)
     elif p['factor'] < 1:
@@ -320,7 +319,7 @@ def read_scaling(hf, p, kind):
     flags = {'rope_scaling': kind} | {flag: p[key] for key, flag in SCALING[kind].items()
                                       if key in MUST or p.get(key) is not None}
     if kind == 'dynamic':
-        flags['rope_context'] = longest
+        flags['rope_context'] = hf[longest]
     m, m_all = p.get('mscale'), p.get('mscale_all_dim')
     if kind == 'yarn' and p.get('attention_factor') is None and m and m_all:
         flags['rope_attention_factor'] = mscale(p['factor'], m) / mscale(p['factor'], m_all)
@@ -588,7 +587,13 @@ PHI3_RULES = ENDS + NORMS + ATTENTION[1:2] + plain('mlp', 'gate_up_proj', 'down_
 
 
 def read_phi3(hf):
-    return read_rope(hf, partial=True) | windowed(hf)
+    p = rope_parameters(hf)
+    kind = p.get('rope_type') or p.get('type') or 'default'
+    if kind not in ('default', 'longrope', 'su', 'yarn'):
+        raise ValueError(f'rope_type={kind} in config.json must be default or longrope in a Phi 3')
+    # which the first of them call otherwise
+    kind = kind if kind == 'default' else 'longrope'
+    return read_rope(hf, p | {'rope_type': kind}, partial=True) | windowed(hf)
 
 
 def write_phi3(c):
@@ -957,7 +962,8 @@ FAMILIES['bloom'] = Family(
     'BloomForCausalLM', BLOOM_KEYS, BLOOM_RULES,
     LAYERNORM | ALL_BIASES | {'pos': 'alibi', 'embed_norm': True, 'ffn': 'gelu_tanh'},
     TIED | {'apply_residual_connection_post_layernorm': False},
-    synonyms={'n_embed': 'hidden_size', 'num_attention_heads': 'n_head', 'num_hidden_layers': 'n_layer'})
+    synonyms={'n_embed': 'hidden_size', 'num_attention_heads': 'n_head', 'num_hidden_layers': 'n_layer'},
+    needs={'slow_but_exact': False})
 
 MPT_KEYS = {
     'vocab_size': 'vocab_size', 'd_model': 'n_embd', 'n_layers': 'n_layer', 'n_heads': 'n_head',

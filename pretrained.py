@@ -13,6 +13,8 @@ from dataclasses import asdict, fields
 
 import torch
 
+from data.tokenizer import TiktokenTokenizer, from_meta, read_json
+from data.tokenizer import from_folder as tokenizer_in
 from families import DEFAULTS, FAMILIES, heads, period, without
 from model import BELONGS, GPT, GPTConfig
 
@@ -57,12 +59,11 @@ def save_pretrained(model, folder):
 
 def tokenizer_of(name):
     """The tokenizer of what from_pretrained(name) loads, from data/tokenizer.py; None where there is none."""
-    from data.tokenizer import TiktokenTokenizer, from_folder, from_meta, read_json
     path = checkpoint_file(os.fspath(name))
     if path is None:
         folder = folder_of(os.fspath(name))
         gpt2 = read_json(os.path.join(folder, 'config.json')).get('vocab_size') == 50257
-        return from_folder(folder) or (TiktokenTokenizer('gpt2') if gpt2 else None)
+        return tokenizer_in(folder) or (TiktokenTokenizer('gpt2') if gpt2 else None)
     import checkpoint
     state = checkpoint.load(path, needed=('model',))
     if 'meta' in state:
@@ -183,17 +184,6 @@ REFUSED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_c
 NULLABLE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping')
 
 
-def read_json(path):
-    with open(path, encoding='utf-8') as f:
-        try:
-            found = json.load(f)
-        except ValueError as error:
-            raise ValueError(f'{path} is no JSON ({error}): fetch it again') from None
-    if not isinstance(found, dict):
-        raise ValueError(f'{path} must hold names and values: fetch it again')
-    return found
-
-
 def read_config(folder):
     """config.json of a folder: with the defaults of its family, and without nulls."""
     path = os.path.join(folder, 'config.json')
@@ -213,9 +203,10 @@ def read_config(folder):
 
 
 def complete(hf, entry):
-    """With the defaults of a family where a key is absent, without the keys that are null."""
-    named = {key: hf[other] for other, key in entry.synonyms.items() if other in hf}
-    said = DEFAULTS | entry.defaults | named | hf
+    """With the defaults of a family where a key is absent or null, unless that means something of its own."""
+    said = {key: value for key, value in hf.items() if value is not None or key in NULLABLE}
+    named = {key: said[other] for other, key in entry.synonyms.items() if other in said}
+    said = DEFAULTS | entry.defaults | named | said
     return {key: value for key, value in said.items() if value is not None}
 
 
