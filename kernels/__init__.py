@@ -1,16 +1,71 @@
 """
 The operations of the model that are worth a kernel of their own. `model.py` says `import kernels as ops`
-and calls `ops.rms_norm(x, weight, eps)`; it never asks what the hardware is. Each file holds one operation
-and, first, the plain PyTorch function that defines it.
-"""
-from kernels.causal_conv import causal_conv
-from kernels.gated import geglu, swiglu
-from kernels.grouped_linear import grouped_linear
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.rms_norm import rms_norm
-from kernels.rope import rope
-from kernels.selective_scan import selective_scan
-from kernels.ssd import ssd
+and calls `ops.rms_norm(x, weight, eps)`; it never asks what the hardware is. Each file holds one operation:
+first the plain PyTorch function that it must equal, then Triton kernels for its forward and backward pass.
 
-__all__ = ['causal_conv', 'geglu', 'grouped_linear', 'linear_cross_entropy', 'rms_norm', 'rope',
-           'selective_scan', 'ssd', 'swiglu']
+One rule for all: the Triton kernels run when the first argument is on a GPU, Triton is installed and the
+kernels take these arguments (`ok`); else plain PyTorch does. What a compiler fuses with its neighbours anyway
+is left to torch.compile where there is one. `use` overrules it, for ablations: --kernels=torch is plain
+PyTorch everywhere, --kernels=triton is Triton wherever it can be, compiled or not.
+"""
+import functools
+from typing import NamedTuple
+
+import torch
+
+from kernels import gated, rms_norm, rope
+from kernels.common import HAS_TRITON, INTERPRETED
+
+
+class Op(NamedTuple):
+    plain: object           # plain PyTorch
+    fused: object           # Triton, same arguments and results
+    ok: object              # whether the fused one takes these arguments
+    cases: object           # -> {name: arguments}, small and odd ones
+    compiles: bool = False  # torch.compile makes one kernel of the plain one as well
+    backward: bool = True   # has gradients
+
+
+OPS = {
+    'rms_norm': Op(rms_norm.rms_norm, rms_norm.fused, rms_norm.ok, rms_norm.cases, compiles=True),
+    'add_rms_norm': Op(rms_norm.add_rms_norm, rms_norm.fused_add, rms_norm.ok_add, rms_norm.cases_add,
+                       compiles=True),
+    'rope': Op(rope.rope, rope.fused, rope.ok, rope.cases, compiles=True),
+    'rope_qk': Op(rope.rope_qk, rope.fused_qk, rope.ok_qk, rope.cases_qk, compiles=True),
+    'swiglu': Op(gated.swiglu, gated.fused_swiglu, gated.ok, gated.cases, compiles=True),
+    'geglu': Op(gated.geglu, gated.fused_geglu, gated.ok, gated.cases, compiles=True),
+}
+CHOICES = ('auto', 'torch', 'triton')
+backend = 'auto'
+
+
+def use(choice, device='cuda'):
+    """Choose for all operations. ValueError, one sentence, for what this machine cannot do."""
+    global backend
+    if choice not in CHOICES:
+        raise ValueError(f'kernels={choice} must be one of {", ".join(CHOICES)}')
+    if choice == 'triton' and not HAS_TRITON:
+        raise ValueError('kernels=triton needs Triton, which comes with PyTorch for CUDA on Linux: '
+                         'choose kernels=auto')
+    if choice == 'triton' and not (str(device).startswith('cuda') or INTERPRETED):
+        raise ValueError(f'kernels=triton must run on a GPU and device={device}: choose kernels=auto, or, to '
+                         'test kernels at a thousandth of the speed, set TRITON_INTERPRET=1')
+    backend = choice
+
+
+def _dispatch(name):
+    op = OPS[name]
+
+    @functools.wraps(op.plain)
+    def run(*args, **options):
+        wanted = backend == 'triton' or (backend == 'auto' and not (
+            op.compiles and torch.compiler.is_compiling()))
+        if wanted and HAS_TRITON and (args[0].is_cuda or (INTERPRETED and backend == 'triton')):
+            if op.ok(*args, **options):
+                return op.fused(*args, **options)
+        return op.plain(*args, **options)
+    return run
+
+
+globals().update({name: _dispatch(name) for name in OPS})
+__all__ = sorted(OPS)

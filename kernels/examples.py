@@ -1,0 +1,40 @@
+"""
+Every operation at the sizes of real models, for measurements: `n` tokens of GPT-2 small and of a model with
+4096 wide layers.
+"""
+import torch
+
+
+def _randn(*shape, device, dtype=torch.bfloat16, grad=True):
+    return torch.randn(shape, device=device, dtype=torch.float32).to(dtype).requires_grad_(grad)
+
+
+def _norm(n, device, C):
+    return _randn(n, C, device=device), _randn(C, device=device, dtype=torch.float32), 1e-5
+
+
+def _add_norm(n, device, C):
+    x, *rest = _norm(n, device, C)
+    return x, _randn(n, C, device=device), *rest
+
+
+def _rope_qk(n, device, norm=False):
+    # 32 heads of 128 and 8 for keys and values, in the buffer of their projection
+    qkv = _randn(1, n, 48, 128, device=device)
+    angle = torch.rand(n, 64, device=device)
+    weights = [_randn(128, device=device, dtype=torch.float32) for _ in range(2)] if norm else []
+    return qkv[:, :, :32], qkv[:, :, 32:40], angle.cos(), angle.sin(), *weights
+
+
+# {(operation, what): (arguments for n tokens on a device, n of a measurement)}
+EXAMPLES = {
+    ('rms_norm', '768 wide'): (lambda n, d: _norm(n, d, 768), 65536),
+    ('rms_norm', '4096 wide'): (lambda n, d: _norm(n, d, 4096), 16384),
+    ('add_rms_norm', '768 wide'): (lambda n, d: _add_norm(n, d, 768), 65536),
+    ('add_rms_norm', '4096 wide'): (lambda n, d: _add_norm(n, d, 4096), 16384),
+    ('rope_qk', '32 and 8 heads of 128'): (lambda n, d: _rope_qk(n, d), 16384),
+    ('rope_qk', 'the same with QK-norm'): (lambda n, d: _rope_qk(n, d, norm=True), 16384),
+    ('swiglu', '2048 wide'): (lambda n, d: (_randn(n, 4096, device=d),), 65536),
+    ('swiglu', '8192 wide'): (lambda n, d: (_randn(n, 16384, device=d),), 8192),
+    ('geglu', '2048 wide'): (lambda n, d: (_randn(n, 4096, device=d),), 65536),
+}

@@ -1,0 +1,150 @@
+"""
+The Triton kernels against plain PyTorch, the part of test_kernels.py that needs a process of its own: with
+TRITON_INTERPRET=1, which is read when Triton is imported, kernels run on a CPU.
+
+    echo '[["rms_norm", "one row", "float32"]]' | TRITON_INTERPRET=1 python tests/fused.py
+
+Triton's interpreter keeps bf16 as the integers of its bits and computes with those, so what it gets wrong is
+replaced here: products of bf16, and rounding to it. Kernels do all other arithmetic in fp32. What it cannot
+see is left to a GPU: races, and the limits of registers and shared memory.
+"""
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == '__main__':
+    os.environ['TRITON_INTERPRET'] = '1'
+
+import torch  # noqa: E402
+
+import kernels  # noqa: E402
+
+
+def repair_interpreter():
+    """Right numbers for bf16, and scans that are not made number by number."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter as it
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle.data.astype(np.float32)
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    def narrow(data):
+        rounded = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    cast = it.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, to):
+        pair = source.dtype.scalar, to.scalar
+        if pair == (tl.float32, tl.bfloat16):
+            return it.TensorHandle(narrow(source.data), tl.bfloat16)
+        if pair == (tl.bfloat16, tl.float32):
+            return it.TensorHandle(wide(source), tl.float32)
+        assert pair[0] == pair[1] or tl.bfloat16 not in pair, f'cast {pair} through fp32'
+        return cast(self, source, to)
+
+    def create_dot(self, a, b, total, *options):
+        assert a.dtype.scalar == b.dtype.scalar, f'a product of {a.dtype} and {b.dtype}'
+        return it.TensorHandle(np.matmul(wide(a), wide(b)) + total.data, tl.float32)
+
+    binary = it.InterpreterBuilder.binary_op
+
+    def binary_op(self, a, b, function):
+        assert a.dtype.scalar != tl.bfloat16, 'arithmetic in bf16: cast to fp32 first'
+        return binary(self, a, b, function)
+
+    def generic_scan(self, inputs):
+        columns = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+        done = [[column[0]] for column in columns]
+        for t in range(1, len(columns[0])):
+            before = [self.to_tensor(column[-1], x.dtype) for column, x in zip(done, inputs)]
+            now = [self.to_tensor(column[t], x.dtype) for column, x in zip(columns, inputs)]
+            for column, x in zip(done, self.combine_fn.fn(*before, *now)):
+                column.append(x.handle.data)
+        return [self.to_tensor(np.stack(column, axis=self.axis), x.dtype) for column, x in zip(done, inputs)]
+
+    it.InterpreterBuilder.cast_impl, it.InterpreterBuilder.create_dot = cast_impl, create_dot
+    it.InterpreterBuilder.binary_op, it.ScanOps.generic_scan = binary_op, generic_scan
+
+
+def arguments(op, case, dtype, device, double=False):
+    """A case's arguments in a dtype, or the very same numbers in float64; strides as they are."""
+    made = []
+    for value in kernels.OPS[op].cases()[case]:
+        if isinstance(value, torch.Tensor):
+            grad = value.requires_grad or value.dtype == torch.float64
+            kind = dtype if value.dtype == torch.float64 else value.dtype
+            kept = torch.empty_strided(value.shape, value.stride(), dtype=kind).copy_(value.detach())
+            if double and kept.is_floating_point():
+                kept = torch.empty_strided(kept.shape, kept.stride(), dtype=torch.float64).copy_(kept)
+            value = kept.to(device).requires_grad_(grad and kept.is_floating_point())
+        made.append(value)
+    return made
+
+
+def run(function, args, differentiate):
+    """{name: tensor} of the outputs, and of the gradients for incoming ones that are not one."""
+    outputs = function(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = {f'output {n}': out.detach() for n, out in enumerate(outputs)}
+    if differentiate:
+        seen = [out for out in outputs if out.requires_grad]
+        generator = torch.Generator().manual_seed(9)
+        incoming = [((8 * torch.randn(out.shape, generator=generator)).round() / 8 + 0.5).to(out) for out in seen]
+        leaves = {n: a for n, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad}
+        grads = torch.autograd.grad(seen, list(leaves.values()), incoming)
+        found |= {f'gradient of argument {n}': g for n, g in zip(leaves, grads)}
+    return found
+
+
+def check(op, case, dtype, device='cpu'):
+    """
+    What is wrong, a list of sentences. The rule: an error against the same numbers in float64 of at most
+    twice that of plain PyTorch in the same dtype, and one rounding.
+    """
+    row, dtype = kernels.OPS[op], getattr(torch, dtype)
+    args = arguments(op, case, dtype, device)
+    if not row.ok(*args):
+        return [f'ok() refuses {case}']
+    kept = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+    truth = run(row.plain, arguments(op, case, dtype, device, double=True), row.backward)
+    baseline = run(row.plain, arguments(op, case, dtype, device), row.backward)
+    # in this mode torch.empty is full of NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = run(row.fused, args, row.backward)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wrong = [f'argument {n} was written to' for n, (a, b) in enumerate(zip(args, kept))
+             if isinstance(a, torch.Tensor) and not torch.equal(a, b)]
+    for name, want in truth.items():
+        same = got[name].shape == want.shape and got[name].dtype == baseline[name].dtype
+        if not same:
+            wrong.append(f'{name}: {tuple(got[name].shape)} of {got[name].dtype} must be '
+                         f'{tuple(want.shape)} of {baseline[name].dtype}')
+            continue
+        if not want.numel():
+            continue
+        error, plain, size = (v.double().square().mean().sqrt().item()
+                              for v in (got[name].double() - want, baseline[name].double() - want, want))
+        bound = 2 * plain + torch.finfo(got[name].dtype).eps * size
+        if not error <= bound:
+            wrong.append(f'{name}: error {error:.2e} above {bound:.2e} (plain {plain:.2e}, size {size:.2e})')
+    return wrong
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    repair_interpreter()
+    for job in json.load(sys.stdin):
+        try:
+            answer = check(*job)
+        except Exception:
+            answer = [traceback.format_exc()]
+        print(json.dumps([job, answer]), flush=True)
