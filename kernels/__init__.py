@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import gated, rms_norm, rope
+from kernels import gated, linear_cross_entropy, rms_norm, rope
 from kernels.common import HAS_TRITON, INTERPRETED
 
 
@@ -34,6 +34,8 @@ OPS = {
     'rope_qk': Op(rope.rope_qk, rope.fused_qk, rope.ok_qk, rope.cases_qk, compiles=True),
     'swiglu': Op(gated.swiglu, gated.fused_swiglu, gated.ok, gated.cases, compiles=True),
     'geglu': Op(gated.geglu, gated.fused_geglu, gated.ok, gated.cases, compiles=True),
+    'linear_cross_entropy': Op(linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.fused,
+                               linear_cross_entropy.ok, linear_cross_entropy.cases),
 }
 CHOICES = ('auto', 'torch', 'triton')
 backend = 'auto'

@@ -26,6 +26,11 @@ def _rope_qk(n, device, norm=False):
     return qkv[:, :, :32], qkv[:, :, 32:40], angle.cos(), angle.sin(), *weights
 
 
+def _head(n, device, C, V, softcap=None):
+    return (_randn(n, C, device=device), (_randn(V, C, device=device, grad=False) / C**0.5).requires_grad_(),
+            torch.randint(V, (n,), device=device), softcap)
+
+
 # {(operation, what): (arguments for n tokens on a device, n of a measurement)}
 EXAMPLES = {
     ('rms_norm', '768 wide'): (lambda n, d: _norm(n, d, 768), 65536),
@@ -37,4 +42,7 @@ EXAMPLES = {
     ('swiglu', '2048 wide'): (lambda n, d: (_randn(n, 4096, device=d),), 65536),
     ('swiglu', '8192 wide'): (lambda n, d: (_randn(n, 16384, device=d),), 8192),
     ('geglu', '2048 wide'): (lambda n, d: (_randn(n, 4096, device=d),), 65536),
+    ('linear_cross_entropy', 'GPT-2 small'): (lambda n, d: _head(n, d, 768, 50257), 16384),
+    ('linear_cross_entropy', '4096 wide, 128K tokens'): (lambda n, d: _head(n, d, 4096, 128256), 4096),
+    ('linear_cross_entropy', 'soft-capped'): (lambda n, d: _head(n, d, 768, 50257, 30.0), 16384),
 }
