@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import gated, linear_cross_entropy, rms_norm, rope
+from kernels import causal_conv, gated, linear_cross_entropy, rms_norm, rope, selective_scan
 from kernels.common import HAS_TRITON, INTERPRETED
 
 
@@ -36,6 +36,10 @@ OPS = {
     'geglu': Op(gated.geglu, gated.fused_geglu, gated.ok, gated.cases, compiles=True),
     'linear_cross_entropy': Op(linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.fused,
                                linear_cross_entropy.ok, linear_cross_entropy.cases),
+    'causal_conv': Op(causal_conv.causal_conv, causal_conv.fused, causal_conv.ok, causal_conv.cases,
+                      compiles=True),
+    'selective_scan': Op(selective_scan.selective_scan, selective_scan.fused, selective_scan.ok,
+                         selective_scan.cases),
 }
 CHOICES = ('auto', 'torch', 'triton')
 backend = 'auto'

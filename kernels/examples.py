@@ -31,6 +31,18 @@ def _head(n, device, C, V, softcap=None):
             torch.randint(V, (n,), device=device), softcap)
 
 
+def _conv(n, device, I):
+    x = _randn(8, n // 8, I, device=device)
+    return x, *(_randn(I, *w, device=device, dtype=torch.float32) for w in ((4,), ()))
+
+
+def _scan(n, device, I, N):
+    wide = dict(device=device, dtype=torch.float32)
+    x, dt = _randn(8, n // 8, I, device=device), torch.rand(8, n // 8, I, **wide).mul_(0.1).requires_grad_()
+    A = (-torch.arange(1.0, N + 1, **wide).expand(I, N)).contiguous().requires_grad_()
+    return x, dt, A, *(_randn(8, n // 8, N, device=device) for _ in range(2)), _randn(I, **wide)
+
+
 # {(operation, what): (arguments for n tokens on a device, n of a measurement)}
 EXAMPLES = {
     ('rms_norm', '768 wide'): (lambda n, d: _norm(n, d, 768), 65536),
@@ -45,4 +57,6 @@ EXAMPLES = {
     ('linear_cross_entropy', 'GPT-2 small'): (lambda n, d: _head(n, d, 768, 50257), 16384),
     ('linear_cross_entropy', '4096 wide, 128K tokens'): (lambda n, d: _head(n, d, 4096, 128256), 4096),
     ('linear_cross_entropy', 'soft-capped'): (lambda n, d: _head(n, d, 768, 50257, 30.0), 16384),
+    ('causal_conv', '1536 wide, 4 taps'): (lambda n, d: _conv(n, d, 1536), 65536),
+    ('selective_scan', '1536 channels, N = 16'): (lambda n, d: _scan(n, d, 1536, 16), 16384),
 }
