@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import causal_conv, gated, linear_cross_entropy, rms_norm, rope, selective_scan
+from kernels import attention, causal_conv, gated, linear_cross_entropy, rms_norm, rope, selective_scan
 from kernels.common import HAS_TRITON, INTERPRETED
 
 
@@ -40,6 +40,7 @@ OPS = {
                       compiles=True),
     'selective_scan': Op(selective_scan.selective_scan, selective_scan.fused, selective_scan.ok,
                          selective_scan.cases),
+    'attention': Op(attention.attention, attention.fused, attention.ok, attention.cases),
 }
 CHOICES = ('auto', 'torch', 'triton')
 backend = 'auto'

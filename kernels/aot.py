@@ -28,13 +28,13 @@ class Compiled(NamedTuple):
     shared: int         # bytes of a program
 
 
-def launches(run):
-    """The launches that run() makes, each once: nothing is launched, and memory stays as it was."""
-    kernel.record = []
+def launches(run, arch):
+    """The launches that run() makes for an arch, each once: none is made, and memory stays as it was."""
+    kernel.record, kernel.target = [], arch
     try:
         run()
     finally:
-        found, kernel.record = kernel.record, None
+        found, kernel.record, kernel.target = kernel.record, None, 90
     return list({describe(*launch)[0]: launch for launch in found}.values())
 
 

@@ -48,6 +48,8 @@ class kernel(jit):
     """
     # a list while launches are written down in place of being made, to be compiled for a GPU that is not here
     record = None
+    # what is launched for, where no GPU says so: sm_90
+    target = 90
 
     def __getitem__(self, grid):
         made = self.make()
@@ -109,6 +111,14 @@ def pow2(n):
 
 def clamp(n, low, high):
     return max(low, min(high, n))
+
+
+def capability(x):
+    """80, 90, 100: the GPU that x is on, or that kernels are compiled for."""
+    if not x.is_cuda:
+        return kernel.target
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def programs(x):

@@ -43,6 +43,20 @@ def _scan(n, device, I, N):
     return x, dt, A, *(_randn(8, n // 8, N, device=device) for _ in range(2)), _randn(I, **wide)
 
 
+def _attention(n, device, H, K, D, T, window=None, softcap=None, alibi=False):
+    T = min(n, T)
+    q, k, v = (_randn(n // T, T, heads, D, device=device) for heads in (H, K, K))
+    pos = torch.arange(T, device=device)
+    slopes = 2.0 ** -torch.arange(1, H + 1, device=device) if alibi else None
+    return q, k, v, pos, pos, True, D ** -0.5, window, softcap, slopes, None
+
+
+def _chunk(n, device, H, K, D):
+    """Queries behind as many tokens in a cache, which holds them at any place."""
+    q, k, v = (_randn(1, size, heads, D, device=device) for size, heads in ((n, H), (2 * n, K), (2 * n, K)))
+    return q, k, v, torch.arange(n, 2 * n, device=device), torch.randperm(2 * n, device=device), False, D**-0.5
+
+
 # {(operation, what): (arguments for n tokens on a device, n of a measurement)}
 EXAMPLES = {
     ('rms_norm', '768 wide'): (lambda n, d: _norm(n, d, 768), 65536),
@@ -59,4 +73,12 @@ EXAMPLES = {
     ('linear_cross_entropy', 'soft-capped'): (lambda n, d: _head(n, d, 768, 50257, 30.0), 16384),
     ('causal_conv', '1536 wide, 4 taps'): (lambda n, d: _conv(n, d, 1536), 65536),
     ('selective_scan', '1536 channels, N = 16'): (lambda n, d: _scan(n, d, 1536, 16), 16384),
+    ('attention', '32 heads of 128, 4096 tokens'): (lambda n, d: _attention(n, d, 32, 8, 128, 4096), 16384),
+    ('attention', 'window of 1024'): (lambda n, d: _attention(n, d, 32, 8, 128, 4096, 1024), 16384),
+    ('attention', 'soft-capped'): (
+        lambda n, d: _attention(n, d, 32, 8, 128, 4096, softcap=50.0), 16384),
+    ('attention', 'by position, behind a cache'): (lambda n, d: _chunk(n, d, 32, 8, 128), 4096),
+    ('attention', 'ALiBi, 12 heads of 64'): (
+        lambda n, d: _attention(n, d, 12, 12, 64, 1024, alibi=True), 16384),
+    ('attention', 'window of 512, heads of 256'): (lambda n, d: _attention(n, d, 8, 4, 256, 4096, 512), 16384),
 }
