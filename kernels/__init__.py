@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import attention, causal_conv, gated, linear_cross_entropy, rms_norm, rope, selective_scan
+from kernels import attention, causal_conv, decode_attention, gated, linear_cross_entropy, rms_norm, rope, selective_scan
 from kernels.common import HAS_TRITON, INTERPRETED
 
 
@@ -41,6 +41,8 @@ OPS = {
     'selective_scan': Op(selective_scan.selective_scan, selective_scan.fused, selective_scan.ok,
                          selective_scan.cases),
     'attention': Op(attention.attention, attention.fused, attention.ok, attention.cases),
+    'decode_attention': Op(decode_attention.decode_attention, decode_attention.fused, decode_attention.ok,
+                           decode_attention.cases, backward=False),
 }
 CHOICES = ('auto', 'torch', 'triton')
 backend = 'auto'

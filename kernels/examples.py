@@ -57,6 +57,15 @@ def _chunk(n, device, H, K, D):
     return q, k, v, torch.arange(n, 2 * n, device=device), torch.randperm(2 * n, device=device), False, D**-0.5
 
 
+def _decode(n, device, B, H, K, D, more=0):
+    """One token for each of B sequences, that have n tokens together in a full cache."""
+    made = dict(device=device, grad=False)
+    q, k, v = _randn(B, 1, H, D + more, **made), *(_randn(B, n // B, K, D, **made) for _ in range(2))
+    pos = torch.arange(n // B, device=device, dtype=torch.int32)
+    args = q, k, k if more else v, pos[-1:], pos, D ** -0.5
+    return (*args, None, None, None, None, _randn(B, n // B, K, more, **made)) if more else args
+
+
 # {(operation, what): (arguments for n tokens on a device, n of a measurement)}
 EXAMPLES = {
     ('rms_norm', '768 wide'): (lambda n, d: _norm(n, d, 768), 65536),
@@ -81,4 +90,7 @@ EXAMPLES = {
     ('attention', 'ALiBi, 12 heads of 64'): (
         lambda n, d: _attention(n, d, 12, 12, 64, 1024, alibi=True), 16384),
     ('attention', 'window of 512, heads of 256'): (lambda n, d: _attention(n, d, 8, 4, 256, 4096, 512), 16384),
+    ('decode_attention', '1 x 32K tokens'): (lambda n, d: _decode(n, d, 1, 32, 8, 128), 32768),
+    ('decode_attention', '64 x 4K tokens'): (lambda n, d: _decode(n, d, 64, 32, 8, 128), 262144),
+    ('decode_attention', 'MLA, 16 x 8K tokens'): (lambda n, d: _decode(n, d, 16, 16, 1, 512, 64), 131072),
 }
