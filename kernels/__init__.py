@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import attention, causal_conv, decode_attention, gated, linear_cross_entropy, rms_norm, rope, selective_scan
+from kernels import attention, causal_conv, decode_attention, gated, grouped_linear, linear_cross_entropy, rms_norm, rope, selective_scan
 from kernels.common import HAS_TRITON, INTERPRETED
 
 
@@ -43,6 +43,8 @@ OPS = {
     'attention': Op(attention.attention, attention.fused, attention.ok, attention.cases),
     'decode_attention': Op(decode_attention.decode_attention, decode_attention.fused, decode_attention.ok,
                            decode_attention.cases, backward=False),
+    'grouped_linear': Op(grouped_linear.grouped_linear, grouped_linear.fused, grouped_linear.ok,
+                         grouped_linear.cases),
 }
 CHOICES = ('auto', 'torch', 'triton')
 backend = 'auto'

@@ -66,6 +66,12 @@ def _decode(n, device, B, H, K, D, more=0):
     return (*args, None, None, None, None, _randn(B, n // B, K, more, **made)) if more else args
 
 
+def _experts(n, device, E, n_in, n_out):
+    """As many rows for each expert."""
+    return (_randn(n, n_in, device=device), (_randn(E, n_out, n_in, device=device, grad=False) / n_in ** 0.5)
+            .requires_grad_(), None, torch.full((E,), n // E, device=device))
+
+
 # {(operation, what): (arguments for n tokens on a device, n of a measurement)}
 EXAMPLES = {
     ('rms_norm', '768 wide'): (lambda n, d: _norm(n, d, 768), 65536),
@@ -93,4 +99,6 @@ EXAMPLES = {
     ('decode_attention', '1 x 32K tokens'): (lambda n, d: _decode(n, d, 1, 32, 8, 128), 32768),
     ('decode_attention', '64 x 4K tokens'): (lambda n, d: _decode(n, d, 64, 32, 8, 128), 262144),
     ('decode_attention', 'MLA, 16 x 8K tokens'): (lambda n, d: _decode(n, d, 16, 16, 1, 512, 64), 131072),
+    ('grouped_linear', '8 experts, 768 to 4096'): (lambda n, d: _experts(n, d, 8, 768, 4096), 32768),
+    ('grouped_linear', '64 experts, 2048 to 1024'): (lambda n, d: _experts(n, d, 64, 2048, 1024), 65536),
 }
