@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import attention, causal_conv, decode_attention, gated, grouped_linear, linear_cross_entropy, rms_norm, rope, selective_scan
+from kernels import attention, causal_conv, decode_attention, gated, grouped_linear, linear_cross_entropy, rms_norm, rope, selective_scan, ssd
 from kernels.common import HAS_TRITON, INTERPRETED
 
 
@@ -40,6 +40,7 @@ OPS = {
                       compiles=True),
     'selective_scan': Op(selective_scan.selective_scan, selective_scan.fused, selective_scan.ok,
                          selective_scan.cases),
+    'ssd': Op(ssd.ssd, ssd.fused, ssd.ok, ssd.cases),
     'attention': Op(attention.attention, attention.fused, attention.ok, attention.cases),
     'decode_attention': Op(decode_attention.decode_attention, decode_attention.fused, decode_attention.ok,
                            decode_attention.cases, backward=False),

@@ -72,6 +72,13 @@ def _experts(n, device, E, n_in, n_out):
             .requires_grad_(), None, torch.full((E,), n // E, device=device))
 
 
+def _ssd(n, device, batch, H, P, G, N):
+    T, wide = n // batch, dict(device=device, dtype=torch.float32)
+    x, dt = _randn(batch, T, H, P, device=device), torch.rand(batch, T, H, **wide).mul_(0.1).requires_grad_()
+    A, D = (-1 - 15 * torch.rand(H, **wide)).requires_grad_(), _randn(H, **wide)
+    return x, dt, A, *(_randn(batch, T, G, N, device=device) for _ in range(2)), D
+
+
 # {(operation, what): (arguments for n tokens on a device, n of a measurement)}
 EXAMPLES = {
     ('rms_norm', '768 wide'): (lambda n, d: _norm(n, d, 768), 65536),
@@ -88,6 +95,8 @@ EXAMPLES = {
     ('linear_cross_entropy', 'soft-capped'): (lambda n, d: _head(n, d, 768, 50257, 30.0), 16384),
     ('causal_conv', '1536 wide, 4 taps'): (lambda n, d: _conv(n, d, 1536), 65536),
     ('selective_scan', '1536 channels, N = 16'): (lambda n, d: _scan(n, d, 1536, 16), 16384),
+    ('ssd', '24 heads of 64, N = 128'): (lambda n, d: _ssd(n, d, 8, 24, 64, 1, 128), 16384),
+    ('ssd', 'one sequence'): (lambda n, d: _ssd(n, d, 1, 24, 64, 1, 128), 16384),
     ('attention', '32 heads of 128, 4096 tokens'): (lambda n, d: _attention(n, d, 32, 8, 128, 4096), 16384),
     ('attention', 'window of 1024'): (lambda n, d: _attention(n, d, 32, 8, 128, 4096, 1024), 16384),
     ('attention', 'soft-capped'): (

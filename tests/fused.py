@@ -142,9 +142,9 @@ def check(op, case, dtype, device='cpu'):
             continue
         error, plain, size = (v.double().square().mean().sqrt().item()
                               for v in (got[name].double() - want, baseline[name].double() - want, want))
-        # a gradient has met activations, and those are in this dtype, whatever the parameter's
-        kinds = (got[name].dtype, dtype) if name.startswith('gradient') else (got[name].dtype,)
-        bound = 2 * plain + max(torch.finfo(kind).eps for kind in kinds) * size
+        # a state or a parameter's gradient in fp32 is made of activations, which are in this dtype
+        rounding = max(torch.finfo(kind).eps for kind in (got[name].dtype, dtype))
+        bound = 2 * plain + rounding * size
         if not error <= bound:
             wrong.append(f'{name}: error {error:.2e} above {bound:.2e} (plain {plain:.2e}, size {size:.2e})')
     return wrong
