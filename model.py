@@ -635,8 +635,20 @@ class Scores(nn.Module):
     def draw(self, leaf, generator):
         return torch.randn(self.sinks.shape, generator=generator) * 0.02
 
-    def forward(self, q, k, v, pos, key_pos, causal):
-        """q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), pos (T,) or (B,T), key_pos (S,) or (B,S) -> (B,T,H,Dv)"""
+    def forward(self, q, k, v, pos, key_pos, causal, k_more=None):
+        """
+        q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), pos (T,) or (B,T), key_pos (S,) or (B,S) -> (B,T,H,Dv)
+        k_more: the last coordinates of the keys, where they are stored by themselves.
+        """
+        slopes = None if self.slopes is None else self.slopes.view(torch.float32).view(-1)
+        where, flags = (pos, key_pos), (self.scale, self.window, self.softcap, slopes, self.sinks)
+        exact = not self.drop()
+        if exact and not causal and ops.is_fused('decode_attention', q, k, v, *where, *flags, k_more):
+            return ops.decode_attention(q, k, v, *where, *flags, k_more)
+        k = k if k_more is None else torch.cat((k, k_more), dim=-1)
+        if exact and not (causal and self.triangle) and ops.is_fused(
+                'attention', q, k, v, *where, causal, *flags):
+            return ops.attention(q, k, v, *where, causal, *flags)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if causal and self.triangle:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale,
@@ -737,6 +749,7 @@ class Attention(nn.Module):
         self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.bias)
         self.c_proj = out_proj(c, c.n_head * c.head_dim)
         self.q_norm, self.k_norm = QK_NORM[c.qk_norm](c, c.n_head), QK_NORM[c.qk_norm](c, c.n_kv_head)
+        self.norm_in_rope = self.rotary and c.qk_norm is True  # one operation for both
         self.scores = Scores(c, c.n_head // self.n_maps, c.head_dim ** -0.5, window)
         self.value_scale = nn.Parameter(torch.empty(1)) if c.value_embed else None
 
@@ -746,9 +759,11 @@ class Attention(nn.Module):
     def qkv(self, x, ctx):
         """x (B,T,C) -> query (B,T,H,D), key and value (B,T,K,D), normed and rotated"""
         q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.norm_in_rope else ()
+        if not norms:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q, k = ops.rope(q, *ctx.rope), ops.rope(k, *ctx.rope)
+            q, k = ops.rope_qk(q, k, *ctx.rope, *norms)
         if self.value_scale is not None:
             v = v + self.value_scale * ctx.values
         return q, k, v
@@ -860,7 +875,7 @@ class MLA(nn.Module):
             (self.widths[0], self.v_head_dim), dim=1)
         q = torch.cat((torch.einsum('bthd,hdr->bthr', q, up_k), turned), dim=-1)
         latent = latent.unsqueeze(2)  # (B,S,1,R), one head for all
-        y = self.scores(q, torch.cat((latent, key), dim=-1), latent, ctx.pos, key_pos, ctx.causal)
+        y = self.scores(q, latent, latent, ctx.pos, key_pos, ctx.causal, k_more=key)
         return torch.einsum('bthr,hdr->bthd', y, up_v)
 
     def new_cache(self, batch_size, max_tokens, dtype, device):

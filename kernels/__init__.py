@@ -5,7 +5,7 @@ first the plain PyTorch function that it must equal, then Triton kernels for its
 
 One rule for all: the Triton kernels run when the first argument is on a GPU, Triton is installed and the
 kernels take these arguments (`ok`); else plain PyTorch does. What a compiler fuses with its neighbours anyway
-is left to torch.compile where there is one. `use` overrules it, for ablations: --kernels=torch is plain
+is left to torch.compile where there is one. `use_kernels` overrules it, for ablations: --kernels=torch is plain
 PyTorch everywhere, --kernels=triton is Triton wherever it can be, compiled or not.
 """
 import functools
@@ -51,7 +51,7 @@ CHOICES = ('auto', 'torch', 'triton')
 backend = 'auto'
 
 
-def use(choice, device='cuda'):
+def use_kernels(choice, device='cuda'):
     """Choose for all operations. ValueError, one sentence, for what this machine cannot do."""
     global backend
     if choice not in CHOICES:
@@ -65,17 +65,21 @@ def use(choice, device='cuda'):
     backend = choice
 
 
+def is_fused(name, *args, **options):
+    """Whether an operation runs Triton for these arguments."""
+    op, first = OPS[name], args[0]
+    here = HAS_TRITON and (first.is_cuda or (INTERPRETED and backend == 'triton'))
+    # a compiler makes one kernel of these as well, and fuses it with its neighbours
+    left = backend == 'torch' or (backend == 'auto' and op.compiles and torch.compiler.is_compiling())
+    return here and not left and op.ok(*args, **options)
+
+
 def _dispatch(name):
     op = OPS[name]
 
     @functools.wraps(op.plain)
     def run(*args, **options):
-        wanted = backend == 'triton' or (backend == 'auto' and not (
-            op.compiles and torch.compiler.is_compiling()))
-        if wanted and HAS_TRITON and (args[0].is_cuda or (INTERPRETED and backend == 'triton')):
-            if op.ok(*args, **options):
-                return op.fused(*args, **options)
-        return op.plain(*args, **options)
+        return (op.fused if is_fused(name, *args, **options) else op.plain)(*args, **options)
     return run
 
 

@@ -5,12 +5,14 @@ operation makes, forward and backward, from the assembler that comes with Triton
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from typing import NamedTuple
 
 import torch
 
 from kernels.common import kernel
+from kernels.examples import EXAMPLES, forward_and_backward
 
 ARCHS = (80, 90, 100)
 # bytes of shared memory that one program may have
@@ -68,16 +70,47 @@ def compile_for(arch, launch):
     source = ASTSource(fn=made, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=GPUTarget('cuda', arch, 32), options=options)
     tools = os.path.join(os.path.dirname(triton.__file__), 'backends', 'nvidia', 'bin')
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = os.path.join(folder, 'kernel.ptx')
-        with open(ptx, 'w') as f:
-            f.write(result.asm['ptx'])
-        assembler = os.path.join(tools, 'ptxas-blackwell' if arch >= 100 else 'ptxas')
-        target = re.search(r'^\.target (\w+)', result.asm['ptx'], re.M)[1]
-        report = subprocess.run([assembler, '-v', f'--gpu-name={target}', ptx, '-o', os.path.join(folder, 'o')],
-                                capture_output=True, text=True, check=True).stderr
-    spilled = [int(n) for n in re.findall(r'(\d+) bytes spill stores', report)]
-    registers = [int(n) for n in re.findall(r'Used (\d+) registers', report)]
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+        f.write(result.asm['cubin'])
+        f.flush()
+        report = subprocess.run([os.path.join(tools, 'cuobjdump'), '-res-usage', f.name],
+                                capture_output=True, text=True, check=True)
+    # the stack of a kernel without arrays is what did not fit in registers
+    registers, spilled = re.search(r'REG:(\d+) STACK:(\d+)', report.stdout + report.stderr).groups()
     name = f'{launch[0].function.__module__.removeprefix("kernels.")}{made.__name__}'.removesuffix('_kernel')
-    return Compiled(name, arch, result.metadata.num_warps, max(registers), max(spilled),
+    return Compiled(name, arch, result.metadata.num_warps, int(registers), int(spilled),
                     result.metadata.shared)
+
+
+def report(archs=ARCHS, every=True):
+    """Compiled, of every kernel at every example's sizes, or at those of one example for each operation."""
+    for arch in archs:
+        done = set()
+        for example in EXAMPLES:
+            if not every and not example.hard:
+                continue
+            # products are made by PyTorch, and so on this machine: few tokens where they are large
+            n = 64 if example.op == 'linear_cross_entropy' else 4096
+            args = example.make(n, 'cpu')
+            for launch in launches(lambda: forward_and_backward(example.op, args), arch):
+                compiled = compile_for(arch, launch)
+                if compiled not in done:
+                    yield f'{example.op}, {example.what}', compiled
+                done.add(compiled)
+
+
+def print_report(archs=ARCHS, every=True):
+    """A table; whether every kernel fits in registers and shared memory."""
+    fine = True
+    print(f'{"kernel":36} {"sm":>4} {"warps":>6} {"registers":>10} {"spilled":>8} {"shared":>8}')
+    for what, c in report(archs, every):
+        good = c.spilled == 0 and c.shared <= SHARED_LIMIT[c.arch]
+        fine = fine and good
+        print(f'{c.name:36} {c.arch:4} {c.warps:6} {c.registers:10} {c.spilled:8} {c.shared:8}'
+              + ('' if good else f'  does not fit: {what}'), flush=True)
+    return fine
+
+
+if __name__ == '__main__':
+    # python -m kernels.aot [every]: without the word, one example for each operation
+    raise SystemExit(0 if print_report(every='every' in sys.argv[1:]) else 1)

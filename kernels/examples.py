@@ -2,7 +2,11 @@
 Every operation at the sizes of real models, for measurements: `n` tokens of GPT-2 small and of a model with
 4096 wide layers.
 """
+from typing import NamedTuple
+
 import torch
+
+import kernels
 
 
 def _randn(*shape, device, dtype=torch.bfloat16, grad=True):
@@ -79,35 +83,99 @@ def _ssd(n, device, batch, H, P, G, N):
     return x, dt, A, *(_randn(batch, T, G, N, device=device) for _ in range(2)), D
 
 
-# {(operation, what): (arguments for n tokens on a device, n of a measurement)}
-EXAMPLES = {
-    ('rms_norm', '768 wide'): (lambda n, d: _norm(n, d, 768), 65536),
-    ('rms_norm', '4096 wide'): (lambda n, d: _norm(n, d, 4096), 16384),
-    ('add_rms_norm', '768 wide'): (lambda n, d: _add_norm(n, d, 768), 65536),
-    ('add_rms_norm', '4096 wide'): (lambda n, d: _add_norm(n, d, 4096), 16384),
-    ('rope_qk', '32 and 8 heads of 128'): (lambda n, d: _rope_qk(n, d), 16384),
-    ('rope_qk', 'the same with QK-norm'): (lambda n, d: _rope_qk(n, d, norm=True), 16384),
-    ('swiglu', '2048 wide'): (lambda n, d: (_randn(n, 4096, device=d),), 65536),
-    ('swiglu', '8192 wide'): (lambda n, d: (_randn(n, 16384, device=d),), 8192),
-    ('geglu', '2048 wide'): (lambda n, d: (_randn(n, 4096, device=d),), 65536),
-    ('linear_cross_entropy', 'GPT-2 small'): (lambda n, d: _head(n, d, 768, 50257), 16384),
-    ('linear_cross_entropy', '4096 wide, 128K tokens'): (lambda n, d: _head(n, d, 4096, 128256), 4096),
-    ('linear_cross_entropy', 'soft-capped'): (lambda n, d: _head(n, d, 768, 50257, 30.0), 16384),
-    ('causal_conv', '1536 wide, 4 taps'): (lambda n, d: _conv(n, d, 1536), 65536),
-    ('selective_scan', '1536 channels, N = 16'): (lambda n, d: _scan(n, d, 1536, 16), 16384),
-    ('ssd', '24 heads of 64, N = 128'): (lambda n, d: _ssd(n, d, 8, 24, 64, 1, 128), 16384),
-    ('ssd', 'one sequence'): (lambda n, d: _ssd(n, d, 1, 24, 64, 1, 128), 16384),
-    ('attention', '32 heads of 128, 4096 tokens'): (lambda n, d: _attention(n, d, 32, 8, 128, 4096), 16384),
-    ('attention', 'window of 1024'): (lambda n, d: _attention(n, d, 32, 8, 128, 4096, 1024), 16384),
-    ('attention', 'soft-capped'): (
-        lambda n, d: _attention(n, d, 32, 8, 128, 4096, softcap=50.0), 16384),
-    ('attention', 'by position, behind a cache'): (lambda n, d: _chunk(n, d, 32, 8, 128), 4096),
-    ('attention', 'ALiBi, 12 heads of 64'): (
-        lambda n, d: _attention(n, d, 12, 12, 64, 1024, alibi=True), 16384),
-    ('attention', 'window of 512, heads of 256'): (lambda n, d: _attention(n, d, 8, 4, 256, 4096, 512), 16384),
-    ('decode_attention', '1 x 32K tokens'): (lambda n, d: _decode(n, d, 1, 32, 8, 128), 32768),
-    ('decode_attention', '64 x 4K tokens'): (lambda n, d: _decode(n, d, 64, 32, 8, 128), 262144),
-    ('decode_attention', 'MLA, 16 x 8K tokens'): (lambda n, d: _decode(n, d, 16, 16, 1, 512, 64), 131072),
-    ('grouped_linear', '8 experts, 768 to 4096'): (lambda n, d: _experts(n, d, 8, 768, 4096), 32768),
-    ('grouped_linear', '64 experts, 2048 to 1024'): (lambda n, d: _experts(n, d, 64, 2048, 1024), 65536),
-}
+
+# ----------------------------------------------------------------------------------------------------------
+# Floating-point operations of the matrix products, forward and backward
+
+
+def _head_flops(x, weight, targets, softcap):
+    # the gradients are made in the forward pass
+    return 6 * x.numel() * weight.shape[0], 0
+
+
+def _attention_flops(q, k, v, pos, key_pos, causal, scale, window=None, *flags):
+    (B, T, H, D), S = q.shape, k.shape[1]
+    pairs = T * (T + 1) // 2 if causal else S * T
+    if window is not None:
+        pairs = sum(min(t + 1, window) for t in range(T))
+    return 4 * B * H * D * pairs, 10 * B * H * D * pairs
+
+
+def _experts_flops(x, weight, bias, counts):
+    return 2 * x.numel() * weight.shape[1], 4 * x.numel() * weight.shape[1]
+
+
+def _ssd_flops(x, dt, A, B, C, D):
+    # as the recurrence is defined: what is written to the state, and what is read from it
+    return 4 * x.numel() * B.shape[-1], 8 * x.numel() * B.shape[-1]
+
+
+class Example(NamedTuple):
+    op: str
+    what: str
+    make: object                # (n, device) -> arguments, in bf16 and differentiable
+    n: int                      # tokens of a measurement
+    flops: object = None        # (*arguments) -> those of the matrix products, forward and backward
+    hard: bool = False          # the one of its operation that takes most registers
+
+
+EXAMPLES = [
+    Example('rms_norm', '768 wide', lambda n, d: _norm(n, d, 768), 65536),
+    Example('rms_norm', '4096 wide', lambda n, d: _norm(n, d, 4096), 16384, hard=True),
+    Example('add_rms_norm', '768 wide', lambda n, d: _add_norm(n, d, 768), 65536),
+    Example('add_rms_norm', '4096 wide', lambda n, d: _add_norm(n, d, 4096), 16384, hard=True),
+    Example('rope_qk', '32 and 8 heads of 128', lambda n, d: _rope_qk(n, d), 16384),
+    Example('rope_qk', 'the same with QK-norm', lambda n, d: _rope_qk(n, d, norm=True), 16384, hard=True),
+    Example('swiglu', '2048 wide', lambda n, d: (_randn(n, 4096, device=d),), 65536),
+    Example('swiglu', '8192 wide', lambda n, d: (_randn(n, 16384, device=d),), 8192, hard=True),
+    Example('geglu', '2048 wide', lambda n, d: (_randn(n, 4096, device=d),), 65536, hard=True),
+    Example('linear_cross_entropy', 'GPT-2 small', lambda n, d: _head(n, d, 768, 50257), 16384, _head_flops),
+    Example('linear_cross_entropy', '4096 wide, 128K tokens', lambda n, d: _head(n, d, 4096, 128256), 4096,
+            _head_flops),
+    Example('linear_cross_entropy', 'soft-capped', lambda n, d: _head(n, d, 768, 50257, 30.0), 16384,
+            _head_flops, hard=True),
+    Example('causal_conv', '1536 wide, 4 taps', lambda n, d: _conv(n, d, 1536), 65536, hard=True),
+    Example('selective_scan', '1536 channels, N = 16', lambda n, d: _scan(n, d, 1536, 16), 16384, hard=True),
+    Example('ssd', '24 heads of 64, N = 128', lambda n, d: _ssd(n, d, 8, 24, 64, 1, 128), 16384, _ssd_flops,
+            hard=True),
+    Example('ssd', 'one sequence', lambda n, d: _ssd(n, d, 1, 24, 64, 1, 128), 16384, _ssd_flops),
+    Example('attention', '32 heads of 128, 4096 tokens', lambda n, d: _attention(n, d, 32, 8, 128, 4096),
+            16384, _attention_flops),
+    Example('attention', 'window of 1024', lambda n, d: _attention(n, d, 32, 8, 128, 4096, 1024), 16384,
+            _attention_flops, hard=True),
+    Example('attention', 'soft-capped', lambda n, d: _attention(n, d, 32, 8, 128, 4096, softcap=50.0), 16384,
+            _attention_flops),
+    Example('attention', 'by position, behind a cache', lambda n, d: _chunk(n, d, 32, 8, 128), 4096,
+            _attention_flops),
+    Example('attention', 'ALiBi, 12 heads of 64', lambda n, d: _attention(n, d, 12, 12, 64, 1024, alibi=True),
+            16384, _attention_flops),
+    Example('attention', 'window of 512, heads of 256', lambda n, d: _attention(n, d, 8, 4, 256, 4096, 512),
+            16384, _attention_flops),
+    Example('decode_attention', '1 x 32K tokens', lambda n, d: _decode(n, d, 1, 32, 8, 128), 32768),
+    Example('decode_attention', '64 x 4K tokens', lambda n, d: _decode(n, d, 64, 32, 8, 128), 262144),
+    Example('decode_attention', 'MLA, 16 x 8K tokens', lambda n, d: _decode(n, d, 16, 16, 1, 512, 64), 131072,
+            hard=True),
+    Example('grouped_linear', '8 experts, 768 to 4096', lambda n, d: _experts(n, d, 8, 768, 4096), 32768,
+            _experts_flops, hard=True),
+    Example('grouped_linear', '64 experts, 2048 to 1024', lambda n, d: _experts(n, d, 64, 2048, 1024), 65536,
+            _experts_flops),
+]
+
+
+def outputs(function, args):
+    """The tensors that an operation returns, as a tuple."""
+    out = function(*args)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def leaves(args):
+    return [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+
+
+def forward_and_backward(op, args):
+    """The kernels of an operation, once in each direction."""
+    row = kernels.OPS[op]
+    assert row.ok(*args), f'the kernels of {op} refuse their example'
+    out = [y for y in outputs(row.fused, args) if y.requires_grad]
+    if row.backward:
+        torch.autograd.grad(out, leaves(args), [torch.ones_like(y) for y in out], allow_unused=True)

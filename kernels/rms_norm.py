@@ -118,16 +118,19 @@ def _tile(C):
     return n_row, block, clamp(n_row * block // 512, 1, 16)
 
 
+def _sum_dtype(x, residual):
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
 @torch.library.custom_op('nanoblocks::rms_norm', mutates_args=())
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, the sum or nothing, r (M,))"""
     check('rms_norm', x=(x, '... C'), weight=(weight, 'C'))
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f'rms_norm: residual {tuple(residual.shape)} of {residual.dtype} must be as x: '
-                         f'{tuple(x.shape)} of {x.dtype}')
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f'add_rms_norm: residual {tuple(residual.shape)} must be as x: {tuple(x.shape)}')
     x_MC, C = rows(x), x.shape[-1]
-    y, r = x.new_empty(x.shape), x.new_empty(len(x_MC), dtype=torch.float32)
-    total = x.new_empty(0 if residual is None else x.shape)
+    y, r = x.new_empty(x.shape, dtype=_sum_dtype(x, residual)), x.new_empty(len(x_MC), dtype=torch.float32)
+    total = y.new_empty(0 if residual is None else x.shape)
     res_MC = x_MC if residual is None else rows(residual)
     n_row, block, warps = _tile(C)
     if len(x_MC):
@@ -154,7 +157,8 @@ def _backward(dy: Tensor, d_sum: Tensor | None, x: Tensor, weight: Tensor, r: Te
 @_forward.register_fake
 def _(x, residual, weight, eps):
     r = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), r
+    y = x.new_empty(x.shape, dtype=_sum_dtype(x, residual))
+    return y, y.new_empty(0 if residual is None else x.shape), r
 
 
 @_backward.register_fake
@@ -166,6 +170,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, residual, weight, _ = inputs
     ctx.has_residual = residual is not None
+    ctx.dtypes = x.dtype, residual.dtype if ctx.has_residual else None
     ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, output[2])
 
 
@@ -173,7 +178,10 @@ def _autograd(ctx, dy, d_sum, _):
     x, weight, r = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dx, dw = _backward(dy, d_sum if ctx.has_residual else None, x, weight, r)
-    return dx, dx.clone() if ctx.has_residual else None, dw, None
+    if not ctx.has_residual:
+        return dx, None, dw, None
+    # two tensors, because whoever adds to one of them may do so in place
+    return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1], copy=True), dw, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
@@ -188,7 +196,7 @@ def fused(x, weight, eps):
 
 
 def ok_add(x, residual, weight, eps):
-    return ok(x, weight, eps) and x.dtype == residual.dtype
+    return ok(x, weight, eps) and fits(residual)
 
 
 def fused_add(x, residual, weight, eps):
@@ -207,4 +215,6 @@ def cases():
 
 
 def cases_add():
-    return {name: (x, randn(*x.shape, seed=2), weight, eps) for name, (x, weight, eps) in cases().items()}
+    made = {name: (x, randn(*x.shape, seed=2), weight, eps) for name, (x, weight, eps) in cases().items()}
+    # under autocast the sum is fp32 and what is added to it is not
+    return made | {'a sum of fp32': (leaf(5, 20), randn(5, 20, seed=1), leaf(20, seed=2), 1e-5)}

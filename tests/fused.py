@@ -2,7 +2,7 @@
 The Triton kernels against plain PyTorch, the part of test_kernels.py that needs a process of its own: with
 TRITON_INTERPRET=1, which is read when Triton is imported, kernels run on a CPU.
 
-    echo '[["rms_norm", "one row", "float32"]]' | TRITON_INTERPRET=1 python tests/fused.py
+    echo '[["check", "rms_norm", "one row", "float32"]]' | TRITON_INTERPRET=1 python tests/fused.py
 
 Triton's interpreter keeps bf16 as the integers of its bits and computes with those, so what it gets wrong is
 replaced here: products of bf16, and rounding to it. Kernels do all other arithmetic in fp32. What it cannot
@@ -19,6 +19,7 @@ if __name__ == '__main__':
     os.environ['TRITON_INTERPRET'] = '1'
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import kernels  # noqa: E402
 
@@ -150,12 +151,69 @@ def check(op, case, dtype, device='cpu'):
     return wrong
 
 
+class Calls(TorchDispatchMode):
+    """Writes down the calls of the kernels' operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == 'nanoblocks':
+            self.found.setdefault(function, args)
+        return function(*args, **(kwargs or {}))
+
+
+def check_operators(op):
+    """torch.library.opcheck on the operators that an operation is made of, and one graph with it inside."""
+    row, calls = kernels.OPS[op], Calls()
+    case = next(iter(row.cases()))
+    dtype = torch.float16 if op == 'ssd' else torch.float32
+    with calls:
+        want = run(row.fused, arguments(op, case, dtype, 'cpu'), row.backward)
+    for function, args in calls.found.items():
+        args = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+        if not function.name().endswith('backward') and row.backward:
+            args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                    for a in args]
+        torch.library.opcheck(function, args, test_utils=('test_schema', 'test_autograd_registration',
+                                                          'test_faketensor'))
+    kernels.use_kernels('triton', 'cpu')
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(kernels, op), fullgraph=True, backend='aot_eager', dynamic=False)
+    got = run(compiled, arguments(op, case, dtype, 'cpu'), row.backward)
+    same = [name for name in want if torch.allclose(got[name].float(), want[name].float(), 1e-3, 1e-4)]
+    return [f'{name} differs in a graph' for name in want if name not in same] + [
+        'no operator was called'] * (not calls.found)
+
+
+def check_model(name):
+    """Loss, gradients, and the logits of a prefill and two steps: with kernels as without."""
+    import conftest
+    flags = next(flags for names, flags in conftest.families().items() if name in names.split('+'))
+    model, seen = conftest.scaled(conftest.build(flags), 3), {}
+    idx = conftest.tokens(flags, 2, 20)
+    for choice in ('torch', 'triton'):
+        kernels.use_kernels(choice, 'cpu')
+        with Calls() as calls:
+            loss = model(idx, idx.roll(-1, 1))[1]
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            cache, logits = model.new_cache(2, 20), []
+            with torch.no_grad():
+                for pos in (torch.arange(18), torch.tensor([18]), torch.tensor([19])):
+                    logits.append(model(idx[:, pos], cache=cache, pos=pos)[0])
+        seen[choice] = [loss, *grads, *logits], {f.name().split('::')[1].split('.')[0] for f in calls.found}
+    (want, before), (got, after) = seen.values()
+    errors = [(a - b).norm() / (b.norm() + 1e-3) for a, b in zip(got, want)]
+    return [f'error {max(errors):.1e}'] * (max(errors) > 1e-3), sorted(after - before)
+
+
 if __name__ == '__main__':
     torch.set_num_threads(1)
     repair_interpreter()
     for job in json.load(sys.stdin):
         try:
-            answer = check(*job)
+            answer = globals()[job[0]](*job[1:])
         except Exception:
             answer = [traceback.format_exc()]
         print(json.dumps([job, answer]), flush=True)
