@@ -4,6 +4,8 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py step config/llama_small.py config/tiny.py
     python bench.py cache
     python bench.py families config/tiny.py --max_iters=100
+    python bench.py kernels --aot=True
+    python bench.py gpu --out=bench/results
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
 import glob
@@ -31,6 +33,11 @@ batch_size = 12                     # sequences in a step
 rounds = 30                         # how often each variant is timed
 nanogpt = ''                        # folder of a nanoGPT checkout to time beside ours, with the same flags
 device = 'cpu'                      # cpu, cuda, mps
+aot = False                         # kernels: compile them for GPUs that are not here; False: time them on one
+out = 'out/bench'                   # gpu: the folder for gpu.json
+parts = ''                          # gpu: some of checks,kernels,train,curve,decode; empty: all
+seconds = 510                       # gpu: stop when they are over
+dry = False                         # gpu: everything at toy size, on a CPU
 
 
 def step():
@@ -138,7 +145,24 @@ def families():
               f'{kv_cache_bytes(model.config, T, 1, 2) / T:,.0f} |', flush=True)
 
 
-TOPICS = {'step': step, 'cache': cache, 'families': families}
+def kernel_table():
+    """Registers, shared memory and spills of every kernel, or its times against PyTorch's."""
+    if not aot:
+        return gpu_all('kernels')
+    if importlib.util.find_spec('triton') is None:
+        raise ValueError('aot=True needs Triton: pip install triton')
+    from kernels.aot import print_report
+    if not print_report():
+        sys.exit('a kernel does not fit')
+
+
+def gpu_all(some=None):
+    """Whatever needs a GPU, in one call (kernels/measure.py)."""
+    from kernels.measure import gpu
+    gpu(out, some or parts, seconds, dry)
+
+
+TOPICS = {'step': step, 'cache': cache, 'families': families, 'kernels': kernel_table, 'gpu': gpu_all}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):

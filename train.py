@@ -24,6 +24,8 @@ from tqdm import tqdm
 import checkpoint
 from configurator import configure, one_sentence, plain_settings
 from data.loader import ensure_prepared, open_dataset
+from kernels import use_kernels
+from kernels.muon import Muon
 from model import GPT, GPTConfig, kv_cache_bytes
 
 # ----------------------------------------------------------------------------------------------------------
@@ -66,6 +68,7 @@ wsd_decay = 0.6                     # the share of lr_decay_iters in which wsd g
 # machine
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of matrix products: auto, float32, bfloat16, float16; weights: float32
+kernels = 'auto'                    # of a GPU: auto, torch (none), triton (all, even where a compiler does well)
 compile: bool | None = None         # torch.compile; None: on a GPU, where the minute it takes pays
 backend = 'nccl'                    # of torch.distributed under torchrun: nccl, or gloo (always on a CPU)
 
@@ -130,6 +133,7 @@ if world > 1 and device.startswith('cuda'):
 device_type = device.split(':')[0]
 with one_sentence():
     checkpoint.check_device(device)
+    use_kernels(kernels, device)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
 if world > 1:
@@ -209,7 +213,7 @@ for name, p in raw_model.named_parameters():
     params[kinds[name]].append(p)
 optimizers, decayed = [], params['embedding'] + params['experts']
 if optimizer == 'muon':
-    optimizers.append(torch.optim.Muon(params['matrix'], lr=muon_lr, weight_decay=weight_decay))
+    optimizers.append(Muon(params['matrix'], lr=muon_lr, weight_decay=weight_decay))
 else:
     decayed = decayed + params['matrix']
 groups = [{'params': decayed, 'weight_decay': weight_decay},

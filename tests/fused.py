@@ -15,7 +15,8 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-if __name__ == '__main__':
+DEVICE = sys.argv[1] if __name__ == '__main__' and len(sys.argv) > 1 else 'cpu'
+if __name__ == '__main__' and DEVICE == 'cpu':
     os.environ['TRITON_INTERPRET'] = '1'
 
 import torch  # noqa: E402
@@ -210,10 +211,11 @@ def check_model(name):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    repair_interpreter()
+    if DEVICE == 'cpu':
+        repair_interpreter()
     for job in json.load(sys.stdin):
         try:
-            answer = globals()[job[0]](*job[1:])
+            answer = globals()[job[0]](*job[1:], *[DEVICE] * (job[0] == 'check'))
         except Exception:
             answer = [traceback.format_exc()]
         print(json.dumps([job, answer]), flush=True)
