@@ -32,7 +32,7 @@ top_p: float | None = 0.9           # draw from the fewest tokens that hold this
 seed = 1337                         # of the draws
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of the weights: auto (on a GPU 16 bit), float32, bfloat16, float16
-kernels = 'auto'                    # of a GPU: auto, torch (none), triton (all, even where a compiler does well)
+kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all, and compiled or not)
 compile = False                     # torch.compile the model: a minute for the first token, faster ones after
 
 configure(globals())

@@ -68,7 +68,7 @@ wsd_decay = 0.6                     # the share of lr_decay_iters in which wsd g
 # machine
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of matrix products: auto, float32, bfloat16, float16; weights: float32
-kernels = 'auto'                    # of a GPU: auto, torch (none), triton (all, even where a compiler does well)
+kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all, and compiled or not)
 compile: bool | None = None         # torch.compile; None: on a GPU, where the minute it takes pays
 backend = 'nccl'                    # of torch.distributed under torchrun: nccl, or gloo (always on a CPU)
 

@@ -5,15 +5,16 @@ first the plain PyTorch function that it must equal, then Triton kernels for its
 
 One rule for all: the Triton kernels run when the first argument is on a GPU, Triton is installed and the
 kernels take these arguments (`ok`); else plain PyTorch does. What a compiler fuses with its neighbours anyway
-is left to torch.compile where there is one. `use_kernels` overrules it, for ablations: --kernels=torch is plain
-PyTorch everywhere, --kernels=triton is Triton wherever it can be, compiled or not.
+is left to torch.compile where there is one. `use_kernels` overrules it, for ablations: --kernels=torch is
+plain PyTorch everywhere, --kernels=triton is Triton wherever it can be, compiled or not.
 """
 import functools
 from typing import NamedTuple
 
 import torch
 
-from kernels import attention, causal_conv, decode_attention, gated, grouped_linear, linear_cross_entropy, rms_norm, rope, selective_scan, ssd
+from kernels import (attention, causal_conv, decode_attention, gated, grouped_linear, linear_cross_entropy,
+                     rms_norm, rope, selective_scan, ssd)
 from kernels.common import HAS_TRITON, INTERPRETED
 
 

@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Language:
-    """Stands for triton.language until a kernel is launched; all that Python reads before is an annotation."""
+    """Stands for triton.language until a launch: all that Python reads of it before are annotations."""
     constexpr = 'constexpr'
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, by_row, check_shapes, near, positions, score, tile, visible
-from kernels.common import INTERPRETED, capability, cdiv, check, clamp, fits, kernel, leaf, pow2, programs, randn, tl
+from kernels.common import (INTERPRETED, capability, cdiv, check, clamp, fits, kernel, leaf, pow2, programs, randn,
+                            tl)
 
 MAX_TOKENS, MAX_HEAD_DIM = 16, 512
 

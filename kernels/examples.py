@@ -58,7 +58,8 @@ def _attention(n, device, H, K, D, T, window=None, softcap=None, alibi=False):
 def _chunk(n, device, H, K, D):
     """Queries behind as many tokens in a cache, which holds them at any place."""
     q, k, v = (_randn(1, size, heads, D, device=device) for size, heads in ((n, H), (2 * n, K), (2 * n, K)))
-    return q, k, v, torch.arange(n, 2 * n, device=device), torch.randperm(2 * n, device=device), False, D**-0.5
+    pos, key_pos = torch.arange(n, 2 * n, device=device), torch.randperm(2 * n, device=device)
+    return q, k, v, pos, key_pos, False, D ** -0.5
 
 
 def _decode(n, device, B, H, K, D, more=0):

@@ -186,7 +186,7 @@ _fused.register_autograd(_fused_autograd, setup_context=_fused_save)
 
 
 def _library(x, weight):
-    """Whether PyTorch has a kernel for these: rows on multiples of 16 bytes, and a GPU that it was written for."""
+    """Whether PyTorch has a kernel for these: rows on multiples of 16 bytes, and the right GPU."""
     return (hasattr(F, 'grouped_mm') and x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
             and capability(x) >= 90 and all(n % 8 == 0 for n in weight.shape[1:]))
 

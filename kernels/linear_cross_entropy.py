@@ -148,7 +148,7 @@ def _loss_kernel(z_ptr, target_ptr, loss_ptr, V, z_stride, cap, CAP: tl.constexp
 
 
 def _accumulate(total, a, b):
-    """total (fp32) += a @ b of a narrower dtype, without rounding the product on the way where it is one op."""
+    """total (fp32) += a @ b of a narrower dtype, the product not rounded on the way."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.is_cuda:

@@ -108,8 +108,8 @@ def environment(m):
         found['triton'] = None
     if m.device == 'cuda':
         card = torch.cuda.get_device_properties(0)
-        found |= {'card': card.name, 'multiprocessors': card.multi_processor_count, 'cuda': torch.version.cuda,
-                  'memory': card.total_memory, 'capability': [card.major, card.minor]}
+        found |= {'card': card.name, 'multiprocessors': card.multi_processor_count,
+                  'cuda': torch.version.cuda, 'memory': card.total_memory, 'capability': [card.major, card.minor]}
     return found
 
 
@@ -131,14 +131,14 @@ NARROW = ('attention', 'decode_attention', 'grouped_linear', 'ssd')
 
 
 def checks(m, processes=8):
-    """The checks of tests/fused.py on this GPU -> {job: what is wrong} of those that fail, and their number."""
+    """The checks of tests/fused.py on this GPU -> what is wrong with those that fail, and their number."""
     jobs = [['check', op, case, dtype] for op, row in kernels.OPS.items() for case in row.cases()
             for dtype in (('float32', 'bfloat16') if op not in NARROW else ('float16', 'bfloat16'))]
     jobs = [['check', 'rms_norm', 'odd width', 'bfloat16']] if m.dry else jobs
     # neighbours are slow together: deal them out
     command = [sys.executable, os.path.join(ROOT, 'tests', 'fused.py'), m.device]
-    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+    running = [subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=os.environ | {'OMP_NUM_THREADS': '1'})
                for _ in range(min(processes, len(jobs)))]
     for n, process in enumerate(running):
         process.stdin.write(json.dumps(jobs[n::len(running)]))
@@ -154,7 +154,7 @@ def checks(m, processes=8):
         answers |= {' '.join(job[1:]): answer for job, answer in map(json.loads, out.splitlines())}
         errors += [err[-800:]] if process.returncode else []
     wrong = {job: answer for job, answer in answers.items() if answer}
-    print(f'checks: {len(answers)} of {len(jobs)} answered, {len(wrong)} wrong: {list(wrong)[:8]}', flush=True)
+    print(f'checks: {len(answers)} of {len(jobs)} answered, wrong: {list(wrong)[:8]}', flush=True)
     return {'jobs': len(jobs), 'answered': len(answers), 'wrong': wrong, 'errors': errors}
 
 
@@ -178,8 +178,9 @@ def flex(q, k, v, pos, key_pos, causal, scale, window=None, softcap=None, slopes
 
 
 def sdpa(q, k, v, pos, key_pos, causal, scale, *flags):
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=scale,
-                                          enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale,
+                                          enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def kernel(m, example):
@@ -219,11 +220,12 @@ def kernel(m, example):
     # backward reads the inputs and the incoming gradients, and writes the gradients
     found['limit'] = {'forward': 1e3 * max((read + written) / m.bandwidth, flops[0] / m.rate)}
     if row.backward:
-        backward = 1e3 * max((read + written + sum(x.nbytes for x in inputs)) / m.bandwidth, flops[1] / m.rate)
+        moved = read + written + sum(x.nbytes for x in inputs)
+        backward = 1e3 * max(moved / m.bandwidth, flops[1] / m.rate)
         found['limit']['both'] = found['limit']['forward'] + backward
-    parts = [f'{name} ' + '/'.join(f'{v:.3f}' if isinstance(v, float) else str(v)[:60]
-                                   for k, v in times.items() if k != 'bytes') for name, times in found.items()]
-    print(f'{example.op}, {example.what}: {", ".join(parts)}', flush=True)
+    for name, times in found.items():
+        numbers = {k: v if isinstance(v, str) else round(v, 4) for k, v in times.items() if k != 'bytes'}
+        print(f'{example.op}, {example.what}: {name} {numbers}', flush=True)
     return found
 
 
@@ -236,7 +238,8 @@ TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64)
 
 
 def config_of(m, name, **more):
-    flags = configure({}, GPTConfig, [os.path.join(ROOT, 'config', f'{name}.py')], skip=names_in(os.path.join(ROOT, 'train.py')))
+    path, settings = os.path.join(ROOT, 'config', f'{name}.py'), names_in(os.path.join(ROOT, 'train.py'))
+    flags = configure({}, GPTConfig, [path], skip=settings)
     flags |= {'vocab_size': 50304} | more
     if m.dry:
         flags |= TOY | dict.fromkeys(('n_kv_head', 'head_dim', 'ffn_width'))
@@ -321,7 +324,7 @@ def curve(m, name='gemma2_small'):
     steps, means = 3 if m.dry else 200, {}
     for label, choice, seed in (('kernels', 'triton', 1), ('torch', 'torch', 1), ('seed', 'torch', 2)):
         kernels.use_kernels('torch' if m.dry else choice, m.device)
-        model = GPT(config_of(m, name, **flags) if not m.dry else config_of(m, name, vocab_size=256), seed=seed)
+        model = GPT(config_of(m, name, **flags), seed=seed)
         V, T = model.config.vocab_size, model.config.block_size
         model, losses = model.to(m.device), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
@@ -347,7 +350,7 @@ def curve(m, name='gemma2_small'):
 
 
 def decode(m, name, batch, context=1024):
-    """Tokens a second behind a prompt, by launches and by a CUDA graph, and the share of memory's bandwidth."""
+    """Tokens a second behind a prompt, by launches and by a CUDA graph, and the share of the bandwidth."""
     context = 32 if m.dry else context
     config = config_of(m, name, block_size=max(context, 32))
     model = GPT(config, seed=1).eval().to(m.device, torch.bfloat16)

@@ -5,7 +5,8 @@ singular values pushed towards one by five Newton-Schulz steps of matrix product
     X <- a X + (b X X^T + c (X X^T)^2) X        on the smaller side
 
 torch.optim.Muon does this one matrix after the other. The blocks of a model repeat a few shapes: here all
-matrices of one shape are one batch, so that a dozen small products become a large one. Not measured on a GPU yet.
+matrices of one shape are one batch, so that a dozen small products become a large one. Not measured on a GPU
+yet.
 """
 import math
 from collections import defaultdict
@@ -59,7 +60,8 @@ class Muon(torch.optim.Muon):
         buffers = [self.state[p]['momentum_buffer'] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, buffers, momentum) if group['nesterov'] else buffers
-        updates = newton_schulz(torch.stack(updates), group['ns_coefficients'], group['ns_steps'], group['eps'])
+        updates = newton_schulz(torch.stack(updates), group['ns_coefficients'], group['ns_steps'],
+                                group['eps'])
         if group['adjust_lr_fn'] == 'match_rms_adamw':
             ratio = 0.2 * math.sqrt(max(rows, columns))
         else:

@@ -4,7 +4,7 @@ Root mean square layer normalisation (Zhang and Sennrich 2019, https://arxiv.org
     r = rsqrt(mean(x^2) + eps)        y = x * r * w
     dx = r * (g*w - x * r^2 * mean(g*w*x))        dw = sum over rows of g * x * r
 
-and the same behind a residual sum, x = a + b, which is returned as well: da = db = dx + what comes to the sum.
+and the same behind a residual sum, x = a + b, which is returned as well: da = db = dx + dsum.
 Saved for the backward pass: x (or the sum), w and r (one number a row).
 
 The Triton kernels read each row once and write it once, forward and backward; the sum over rows for dw is
@@ -54,7 +54,7 @@ def rms_norm(x, weight, eps):
 
 
 def add_rms_norm(x, residual, weight, eps):
-    """x and residual (..., C), weight (C,), eps float -> rms_norm of their sum, and the sum, (..., C) each."""
+    """x and residual (..., C), weight (C,), eps -> rms_norm of their sum, and the sum, (..., C) each."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
@@ -141,7 +141,8 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 
 
 @torch.library.custom_op('nanoblocks::rms_norm_backward', mutates_args=())
-def _backward(dy: Tensor, d_sum: Tensor | None, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, d_sum: Tensor | None, x: Tensor, weight: Tensor,
+              r: Tensor) -> tuple[Tensor, Tensor]:
     x_MC, dy_MC, C = rows(x), rows(dy), x.shape[-1]
     sum_MC = dy_MC if d_sum is None else rows(d_sum)
     dx = x.new_empty(x.shape)

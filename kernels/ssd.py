@@ -19,13 +19,13 @@ The Triton kernels never write an (L,L) matrix. One goes through the chunks in o
 registers, and leaves the state in front of each; one makes the outputs of all chunks at once. Backward, with
 c the running sum of dt A in a chunk, S the state in front of it and Z = dL/d(state behind it):
 
-    dM = dy x^T * dt_j * decay         du = (C B^T * decay)^T dy + exp(c_L - c) B Z^T         dx = dt du + D dy
+    dM = dy x^T * dt_j * decay       du = (C B^T * decay)^T dy + exp(c_L - c) B Z^T       dx = dt du + D dy
     dC = sum over heads of dM B + exp(c) dy S         dB = sum over heads of dM^T C + exp(c_L - c) dt x Z
     Z of the chunk before = exp(c_L) Z + sum over i of exp(c_i) dy_i C_i^T
     d(dt_t A) = sum over j < t <= i of (dM * C B^T)_ij, and what crosses t on its way through S or Z
 
-Saved are the inputs and the states, in x's dtype. Products are of numbers in x's dtype, sums are fp32. A decay
-below e^-30 counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
+Saved are the inputs and the states, in x's dtype. Products are of numbers in x's dtype, sums are fp32. A
+decay below e^-30 counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
 """
 import torch
 import torch.nn.functional as F
@@ -362,8 +362,8 @@ def _fused_backward(dy: Tensor, d_end: Tensor | None, x: Tensor, dt: Tensor, A: 
     dA, dD = torch.empty(batch * T, H, **wide), torch.empty(batch * chunks, H, **wide)
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2]]
     _head_grads_kernel[(chunks, batch * H)](
-        dy, x, dt, A, B, C, D, starts, ends, kept, dx, d_dt, dA, dD, T, H, G, chunks, parts, *strides, P, N, L,
-        block_p, block_n, num_warps=8)
+        dy, x, dt, A, B, C, D, starts, ends, kept, dx, d_dt, dA, dD, T, H, G, chunks, parts, *strides, P, N,
+        L, block_p, block_n, num_warps=8)
     heads = min(8, H // G)
     dB, dC = torch.empty(2, cdiv(H // G, heads), batch, T, G, N, **wide)
     _group_grads_kernel[(chunks, batch * G, len(dB))](
@@ -404,8 +404,9 @@ _fused.register_autograd(_autograd, setup_context=_save)
 
 
 def ok(x, dt, A, B, C, D, state=None):
-    return (x.dtype != torch.float32 and fits(x, dt, A, B, C, D, state) and x.dtype == B.dtype == C.dtype and x.shape[1] > 1
-            and x.shape[-1] <= MAX_HEAD_DIM and B.shape[-1] <= MAX_STATE)
+    # products of fp32 are left to PyTorch, and so is the one step of generation
+    return (x.dtype != torch.float32 and fits(x, dt, A, B, C, D, state) and x.dtype == B.dtype == C.dtype
+            and x.shape[1] > 1 and x.shape[-1] <= MAX_HEAD_DIM and B.shape[-1] <= MAX_STATE)
 
 
 def fused(x, dt, A, B, C, D, state=None):

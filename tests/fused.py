@@ -107,7 +107,8 @@ def run(function, args, differentiate):
     if differentiate:
         seen = [out for out in outputs if out.requires_grad]
         generator = torch.Generator().manual_seed(9)
-        incoming = [((8 * torch.randn(out.shape, generator=generator)).round() / 8 + 0.5).to(out) for out in seen]
+        drawn = [torch.randn(out.shape, generator=generator) for out in seen]
+        incoming = [((8 * x).round() / 8 + 0.5).to(out) for x, out in zip(drawn, seen)]
         leaves = {n: a for n, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad}
         grads = torch.autograd.grad(seen, list(leaves.values()), incoming)
         found |= {f'gradient of argument {n}': g for n, g in zip(leaves, grads)}
