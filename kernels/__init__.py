@@ -16,6 +16,7 @@ import torch
 from kernels import (attention, causal_conv, decode_attention, gated, grouped_linear, linear_cross_entropy,
                      rms_norm, rope, selective_scan, ssd)
 from kernels.common import HAS_TRITON, INTERPRETED
+from kernels.spans import spans  # noqa: F401
 
 
 class Op(NamedTuple):
@@ -85,4 +86,4 @@ def _dispatch(name):
 
 
 globals().update({name: _dispatch(name) for name in OPS})
-__all__ = sorted(OPS)
+__all__ = sorted([*OPS, 'spans'])

@@ -26,7 +26,7 @@ MAX_HEAD_DIM = 256
 LOG2_E = math.log2(math.e)
 
 
-def attention(q, k, v, pos, key_pos, causal, scale, window=None, softcap=None, slopes=None, sinks=None):
+def attention(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None, causal=False):
     """
     q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv) with K dividing H; pos (T,) or (B,T), key_pos (S,) or (B,S), of
     int: a query sees the keys at its position and before, with a window only the last `window` of those, and
@@ -387,14 +387,14 @@ def _autograd(ctx, dy, _):
 _forward.register_autograd(_autograd, setup_context=_save)
 
 
-def ok(q, k, v, pos, key_pos, causal, scale, window=None, softcap=None, slopes=None, sinks=None):
+def ok(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None, causal=False):
     # products in fp32 are no faster here than PyTorch's, or are tf32
     exact = q.dtype != torch.float32 or INTERPRETED
     return (exact and fits(q, k, v, slopes, sinks) and q.dtype == k.dtype == v.dtype
             and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM)
 
 
-def fused(q, k, v, pos, key_pos, causal, scale, window=None, softcap=None, slopes=None, sinks=None):
+def fused(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None, causal=False):
     return _forward(q, k, v, pos, key_pos, causal, scale, window, softcap, slopes, sinks)[0]
 
 
@@ -403,8 +403,8 @@ def cases():
         S, DV = S or T, DV or D
         return randn(B, T, H, D), randn(B, S, K, D, seed=1), randn(B, S, K, DV, seed=2)
 
-    def triangle(T):
-        return torch.arange(T), torch.arange(T), True
+    def triangle(T, scale, window=None, softcap=None, slopes=None, sinks=None):
+        return torch.arange(T), torch.arange(T), scale, window, softcap, slopes, sinks, True
 
     def ring(S, newest):  # the position that each slot of a ring holds; two are empty
         held = newest - (newest - torch.arange(S)) % S
@@ -413,14 +413,13 @@ def cases():
     qkv = randn(2, 75, 8, 20)
     slopes = 2.0 ** -torch.arange(1, 5)
     return {
-        'plain, heads in one buffer': (qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:], *triangle(75), 0.2),
-        'window': (*heads(1, 150, 2, 1, 16), *triangle(150), 0.25, 37),
-        'window of two': (*heads(1, 20, 2, 2, 8), *triangle(20), 0.3, 2),
-        'window wider than a tile': (*heads(1, 200, 1, 1, 16), *triangle(200), 0.25, 130),
-        'soft-cap, values of another width': (*heads(2, 33, 4, 2, 12, 24), *triangle(33), 0.5, None, 2.0),
-        'ALiBi, window': (*heads(1, 70, 4, 1, 8), *triangle(70), 0.3, 40, None, slopes),
-        'sinks, window, soft-cap': (*heads(2, 70, 4, 2, 8), *triangle(70), 0.3, 5, 3.0, None, leaf(4)),
+        'plain, heads in one buffer': (qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:], *triangle(75, 0.2)),
+        'window': (*heads(1, 150, 2, 1, 16), *triangle(150, 0.25, 37)),
+        'window of two': (*heads(1, 20, 2, 2, 8), *triangle(20, 0.3, 2)),
+        'window wider than a tile': (*heads(1, 200, 1, 1, 16), *triangle(200, 0.25, 130)),
+        'soft-cap, values of another width': (*heads(2, 33, 4, 2, 12, 24), *triangle(33, 0.5, None, 2.0)),
+        'ALiBi, window': (*heads(1, 70, 4, 1, 8), *triangle(70, 0.3, 40, None, slopes)),
+        'sinks, window, soft-cap': (*heads(2, 70, 4, 2, 8), *triangle(70, 0.3, 5, 3.0, None, leaf(4))),
         'all of it by position': (*heads(2, 9, 4, 2, 8, S=21), torch.arange(30, 39).expand(2, 9),
-                                  torch.stack((ring(21, 38), ring(21, 33))), False, 0.3, 15, 3.0, slopes,
-                                  leaf(4)),
+                                  torch.stack((ring(21, 38), ring(21, 33))), 0.3, 15, 3.0, slopes, leaf(4)),
     }

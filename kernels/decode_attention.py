@@ -14,20 +14,16 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, by_row, check_shapes, near, positions, score, tile, visible
-from kernels.common import (INTERPRETED, capability, cdiv, check, clamp, fits, kernel, leaf, pow2, programs, randn,
+from kernels.common import (INTERPRETED, capability, cdiv, clamp, fits, kernel, leaf, pow2, programs, randn,
                             tl)
 
-MAX_TOKENS, MAX_HEAD_DIM = 16, 512
+# of a value, and of a key's coordinates that are no value as well
+MAX_TOKENS, MAX_HEAD_DIM, MAX_KEY = 16, 512, 256
 
 
-def decode_attention(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None,
-                     k_more=None):
-    """
-    As `attention`, by position. k_more (B,S,K,Dm): the last coordinates of the keys, where they are stored by
-    themselves; q then has as many more. v may be k itself.
-    """
-    k = k if k_more is None else torch.cat((k, k_more), dim=-1)
-    return attention(q, k, v, pos, key_pos, False, scale, window, softcap, slopes, sinks)
+def decode_attention(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None):
+    """As `attention`, by position. v may be the first coordinates of k, where that is how they are stored."""
+    return attention(q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -117,14 +113,14 @@ def _merge_kernel(part_ptr, top_ptr, total_ptr, sinks_ptr, y_ptr, T, H, K, split
 
 @torch.library.custom_op('nanoblocks::decode_attention', mutates_args=())
 def _decode(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, scale: float, window: int | None,
-            softcap: float | None, slopes: Tensor | None, sinks: Tensor | None,
-            k_more: Tensor | None) -> Tensor:
+            softcap: float | None, slopes: Tensor | None, sinks: Tensor | None) -> Tensor:
+    check_shapes('decode_attention', q, k, v, pos, key_pos, slopes, sinks)
     (B, T, H, _), (S, K, D), DV = q.shape, k.shape[1:], v.shape[-1]
-    more = 0 if k_more is None else k_more.shape[-1]
-    check('decode_attention', q=(q, f'B T H {D + more}'), k_more=(k_more, f'B {S} {K} {more}'))
-    check_shapes('decode_attention', q[..., :D], k, v, pos, key_pos, slopes, sinks)
-    shared = k.data_ptr() == v.data_ptr() and k.shape == v.shape and k.stride() == v.stride()
-    q, k, v, k_more = near(q), near(k), near(v), k if k_more is None else near(k_more)
+    q, k, v = near(q), near(k), near(v)
+    shared = k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and DV <= D
+    # the coordinates of the key that are the value as well, and the others
+    D, more = (DV, D - DV) if shared else (D, 0)
+    k_more = k[..., D:] if more else k
     block_d, block_more, block_dv = (max(16, pow2(width)) for width in (D, max(1, more), DV))
     rows = H // K * T
     block_m, block_n = clamp(pow2(rows), 16, 32 if block_d > 256 else 64), 32 if block_d > 256 else 64
@@ -150,20 +146,21 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, scale
 
 
 @_decode.register_fake
-def _(q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks, k_more):
+def _(q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks):
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-def ok(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None, k_more=None):
-    tensors = (q, k, v, slopes, sinks, k_more)
+def ok(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None):
+    tensors = (q, k, v, slopes, sinks)
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     exact = q.dtype != torch.float32 or INTERPRETED
     return (exact and not grad and fits(*tensors) and q.dtype == k.dtype == v.dtype
-            and q.shape[1] <= MAX_TOKENS and max(k.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM)
+            and q.shape[1] <= MAX_TOKENS and v.shape[-1] <= MAX_HEAD_DIM
+            and (k.shape[-1] <= MAX_KEY or k.shape[-1] - v.shape[-1] <= MAX_KEY))
 
 
-def fused(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None, k_more=None):
-    return _decode(q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks, k_more)
+def fused(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None):
+    return _decode(q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks)
 
 
 def cases():
@@ -175,7 +172,7 @@ def cases():
         held = newest - (newest - torch.arange(S)) % S
         held[[1, S - 2]] = -1
         return held.to(torch.int32)
-    latent, now = randn(1, 300, 1, 24, seed=1), torch.tensor([299])
+    latent, now = randn(1, 300, 1, 32, seed=1), torch.tensor([299])
     slopes = 2.0 ** -torch.arange(1, 5)
     return {
         'one token, a long cache': (*heads(2, 1, 4, 2, 20, 1100), torch.tensor([1050]), torch.arange(1100),
@@ -185,9 +182,8 @@ def cases():
         'rings of two sequences, all flags': (*heads(2, 3, 4, 2, 8, 300), torch.arange(400, 403).repeat(2, 1),
                                               torch.stack((ring(300, 402), ring(300, 340))), 0.3, 211, 3.0,
                                               slopes, leaf(4).detach()),
-        'latents': (randn(1, 1, 5, 32), latent, latent, now, torch.arange(300), 0.2, None, None, None, None,
-                    randn(1, 300, 1, 8, seed=3)),
-        'latents by themselves': (randn(1, 2, 40, 32), latent, latent.clone(), torch.tensor([297, 298]),
-                                  torch.arange(300), 0.2, None, None, None, None,
-                                  randn(1, 300, 1, 8, seed=3)),
+        'latents': (randn(1, 1, 5, 32), latent, latent[..., :24], now, torch.arange(300), 0.2),
+        'latents, a copy of them, two blocks of heads': (
+            randn(1, 2, 40, 32), latent, latent[..., :24].clone(), torch.tensor([297, 298]),
+            torch.arange(300), 0.2),
     }

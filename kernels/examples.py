@@ -52,23 +52,26 @@ def _attention(n, device, H, K, D, T, window=None, softcap=None, alibi=False):
     q, k, v = (_randn(n // T, T, heads, D, device=device) for heads in (H, K, K))
     pos = torch.arange(T, device=device)
     slopes = 2.0 ** -torch.arange(1, H + 1, device=device) if alibi else None
-    return q, k, v, pos, pos, True, D ** -0.5, window, softcap, slopes, None
+    return q, k, v, pos, pos, D ** -0.5, window, softcap, slopes, None, True
 
 
 def _chunk(n, device, H, K, D):
     """Queries behind as many tokens in a cache, which holds them at any place."""
     q, k, v = (_randn(1, size, heads, D, device=device) for size, heads in ((n, H), (2 * n, K), (2 * n, K)))
     pos, key_pos = torch.arange(n, 2 * n, device=device), torch.randperm(2 * n, device=device)
-    return q, k, v, pos, key_pos, False, D ** -0.5
+    return q, k, v, pos, key_pos, D ** -0.5
 
 
-def _decode(n, device, B, H, K, D, more=0):
-    """One token for each of B sequences, that have n tokens together in a full cache."""
+def _decode(n, device, B, H, K, D, DV=None):
+    """
+    One token for each of B sequences, that have n tokens together in a full cache. DV: values are the first
+    coordinates of the keys.
+    """
     made = dict(device=device, grad=False)
-    q, k, v = _randn(B, 1, H, D + more, **made), *(_randn(B, n // B, K, D, **made) for _ in range(2))
+    q, k = _randn(B, 1, H, D, **made), _randn(B, n // B, K, D, **made)
+    v = k[..., :DV] if DV else _randn(B, n // B, K, D, **made)
     pos = torch.arange(n // B, device=device, dtype=torch.int32)
-    args = q, k, k if more else v, pos[-1:], pos, D ** -0.5
-    return (*args, None, None, None, None, _randn(B, n // B, K, more, **made)) if more else args
+    return q, k, v, pos[-1:], pos, D ** -0.5
 
 
 def _experts(n, device, E, n_in, n_out):
@@ -94,9 +97,9 @@ def _head_flops(x, weight, targets, softcap):
     return 6 * x.numel() * weight.shape[0], 0
 
 
-def _attention_flops(q, k, v, pos, key_pos, causal, scale, window=None, *flags):
+def _attention_flops(q, k, v, pos, key_pos, scale, window=None, *flags):
     (B, T, H, D), S = q.shape, k.shape[1]
-    pairs = T * (T + 1) // 2 if causal else S * T
+    pairs = T * (T + 1) // 2 if S == T else S * T
     if window is not None:
         pairs = sum(min(t + 1, window) for t in range(T))
     return 4 * B * H * D * pairs, 10 * B * H * D * pairs
@@ -154,7 +157,7 @@ EXAMPLES = [
             16384, _attention_flops),
     Example('decode_attention', '1 x 32K tokens', lambda n, d: _decode(n, d, 1, 32, 8, 128), 32768),
     Example('decode_attention', '64 x 4K tokens', lambda n, d: _decode(n, d, 64, 32, 8, 128), 262144),
-    Example('decode_attention', 'MLA, 16 x 8K tokens', lambda n, d: _decode(n, d, 16, 16, 1, 512, 64), 131072,
+    Example('decode_attention', 'MLA, 16 x 8K tokens', lambda n, d: _decode(n, d, 16, 16, 1, 576, 512), 131072,
             hard=True),
     Example('grouped_linear', '8 experts, 768 to 4096', lambda n, d: _experts(n, d, 8, 768, 4096), 32768,
             _experts_flops, hard=True),

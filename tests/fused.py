@@ -79,22 +79,20 @@ def repair_interpreter():
 
 def arguments(op, case, dtype, device, double=False):
     """A case's arguments in a dtype, or the very same numbers in float64; strides as they are."""
-    made, seen = [], {}
+    made, stores = [], {}
     for value in kernels.OPS[op].cases()[case]:
-        if isinstance(value, torch.Tensor) and id(value) in seen:  # one tensor as two arguments stays one
-            made.append(seen[id(value)])
-            continue
-        given = value
-        if isinstance(value, torch.Tensor) and not value.is_floating_point():
-            value = value.to(device)
-        elif isinstance(value, torch.Tensor):
-            grad = kernels.OPS[op].backward and (value.requires_grad or value.dtype == torch.float64)
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
             kind = dtype if value.dtype == torch.float64 else value.dtype
-            kept = torch.empty_strided(value.shape, value.stride(), dtype=kind).copy_(value.detach())
-            if double:
-                kept = torch.empty_strided(kept.shape, kept.stride(), dtype=torch.float64).copy_(kept)
-            value = kept.to(device).requires_grad_(grad)
-        seen[id(given)] = value
+            # one buffer that two arguments share stays one
+            key = value.untyped_storage().data_ptr()
+            if key not in stores:
+                store = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(kind)
+                stores[key] = (store.double() if double else store).to(device)
+            grad = kernels.OPS[op].backward and (value.requires_grad or value.dtype == torch.float64)
+            value = stores[key].as_strided(value.shape, value.stride(), value.storage_offset())
+            value = value.detach().requires_grad_(grad)
+        elif isinstance(value, torch.Tensor):
+            value = value.to(device)
         made.append(value)
     return made
 
