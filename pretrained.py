@@ -1151,6 +1151,17 @@ def tokenizer_of(name):
     return None
 
 
+def same_tokenizer(name, meta):
+    """Whether the tokenizer that `meta` describes makes of a text what that of from_pretrained(name) does."""
+    from data.tokenizer import from_meta
+    text = "def main(): return {'naïve': 3.14159}  # the Quick brown fox, 漢字 🙂\n\n\tand so on"
+    ours, theirs = from_meta(meta), tokenizer_of(name)
+    try:
+        return theirs is None or ours.encode(text) == theirs.encode(text)
+    except ValueError:  # a vocabulary of characters, not of these
+        return ours.meta() == theirs.meta()
+
+
 def nanogpt_file(name):
     """The path of a nanoGPT checkpoint, or one of ours, where `name` is one or a folder that holds one."""
     inside = os.path.join(name, 'ckpt.pt')

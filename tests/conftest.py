@@ -63,8 +63,8 @@ FIELDS = {
     'norm_at': Field(('pre', 'post', 'output', 'sandwich'), ('before',)),
     'norm_eps': Field((1e-5, 1e-2), (0.0, -1e-5)),
     'qk_norm': Field((False, True, 'full', 'heads', 'unit'), ('all',)),
-    'ffn': Field(('gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu', 'geglu', 'geglu_erf', 'reglu', 'swiglu_clip'),
-                 ('GELU', 'silu')),
+    'ffn': Field(('gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu', 'geglu', 'geglu_erf', 'reglu',
+                  'swiglu_clip'), ('GELU', 'silu')),
     'ffn_limit': Field((7.0, 0.02), (0.0,)),
     'ffn_alpha': Field((1.702, 1.0), (0.0, -1.0)),
     'ffn_width': Field((None, 40, 7), (0, -1), lambda value, flags: None if value is None else 40),
@@ -265,7 +265,8 @@ def combinations(count, seed):
     """Different legal flags: a family with half of its fields redrawn, in any order, where that is legal."""
     rng, found = random.Random(seed), []
     # no family scales its rope, and only few random steps lead there
-    scaled = [fit(toy(pos='rope', rope_scaling=name, rope_factor=4.0)) for name in ('yarn', 'llama3', 'longrope')]
+    scaled = [fit(toy(pos='rope', rope_scaling=name, rope_factor=4.0))
+              for name in ('yarn', 'llama3', 'longrope')]
     while len(found) < count:
         flags = dict(rng.choice([*families().values(), *scaled]))
         for name in rng.sample(sorted(FIELDS), len(FIELDS)):

@@ -382,7 +382,7 @@ def test_further_predictions_cost_floating_point_operations_and_no_active_parame
 def test_differential_attention_counts_values_of_twice_the_width():
     flags = toy(pos='none')
     plain, diff = (build(flags | more).h[0].mixer.flops(10) for more in ({}, {'attn': 'diff'}))
-    # per query head and key: 2 D for the score, and 2 D or 4 D for the sum, three times for forward and backward
+    # per query head and key: 2 D for the score, and 2 D or 4 D for the sum, and thrice for both passes
     assert (plain, diff) == (4 * 3 * (2 + 2) * 8 * 10, 4 * 3 * (2 + 4) * 8 * 10)
 
 
