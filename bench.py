@@ -4,6 +4,8 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py step config/llama_small.py config/tiny.py
     python bench.py cache
     python bench.py families config/tiny.py --max_iters=100
+    python bench.py kernels --aot=True
+    python bench.py gpu --out=bench/results
     python bench.py window
     python bench.py plot out/*
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
@@ -34,6 +36,11 @@ batch_size = 12                     # sequences in a step
 rounds = 30                         # how often each variant is timed
 nanogpt = ''                        # folder of a nanoGPT checkout to time beside ours, with the same flags
 device = 'cpu'                      # cpu, cuda, mps
+aot = False                         # kernels: compile them for GPUs that are not here; False: time them here
+out = 'out/bench'                   # gpu: the folder for gpu.json
+parts = ''                          # gpu: some of checks,kernels,train,curve,decode; empty: all
+seconds = 510                       # gpu: stop when they are over
+dry = False                         # gpu: everything at toy size, on a CPU
 dtype = 'bfloat16'                  # families: of matrix products, float32 or bfloat16
 reuse = False                       # families: keep the runs that out/families holds, train what is missing
 figure = 'curves.png'               # where plot draws
@@ -149,6 +156,23 @@ def families():
         print(f'| {name} | {left} | {rate:,.0f} | {right} |')
 
 
+def kernel_table():
+    """Registers, shared memory and spills of every kernel, or its times against PyTorch's."""
+    if not aot:
+        return gpu_all('kernels')
+    if importlib.util.find_spec('triton') is None:
+        raise ValueError('aot=True needs Triton: pip install triton')
+    from kernels.aot import print_report
+    if not print_report():
+        sys.exit('a kernel does not fit')
+
+
+def gpu_all(some=None):
+    """Whatever needs a GPU, in one call (kernels/measure.py)."""
+    from kernels.measure import gpu
+    gpu(out, some or parts, seconds, dry)
+
+
 def run_script(*words):
     """Run one of our scripts; when it fails, leave with the last line that it said."""
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True)
@@ -214,7 +238,8 @@ def plot():
     print(f'drawn in {figure}')
 
 
-TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'plot': plot}
+TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'plot': plot,
+          'kernels': kernel_table, 'gpu': gpu_all}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):
