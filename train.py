@@ -237,7 +237,9 @@ groups = optim.param_groups(raw_model, optimizer, learning_rate, muon_lr, weight
 fused = device_type in ('cuda', 'cpu')
 optimizers = [torch.optim.AdamW(groups['adamw'], lr=learning_rate, betas=(beta1, beta2), fused=fused)]
 if groups['muon']:
-    optimizers.insert(0, optim.Muon(groups['muon'], muon_lr, cautious=cautious_decay, compiled=compile))
+    # its products are as exact as the model's
+    optimizers.insert(0, optim.Muon(groups['muon'], muon_lr, cautious=cautious_decay, compiled=compile,
+                                    dtype=torch.bfloat16 if dtype == 'bfloat16' else torch.float32))
 params = list(raw_model.parameters())
 average = optim.Average(raw_model, ema) if ema else None
 lr_share = partial(optim.lr_share, schedule=schedule if decay_lr else 'constant',
