@@ -129,7 +129,9 @@ class Files:
         if os.path.exists(single):
             self.where = dict.fromkeys(self.open('model.safetensors').keys(), 'model.safetensors')
         elif os.path.exists(index):
-            self.where = read_json(index)['weight_map']
+            self.where = read_json(index).get('weight_map')
+            if not isinstance(self.where, dict):
+                raise ValueError(f'{index} must hold weight_map, the file of every tensor: fetch it again')
             for file in sorted(set(self.where.values())):
                 held = set(self.open(file).keys())
                 for name in (name for name, f in self.where.items() if f == file and name not in held):
