@@ -7,6 +7,7 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py kernels --aot=True
     python bench.py gpu --out=bench/results
     python bench.py window
+    python bench.py optimizers config/gpt2_small.py
     python bench.py plot out/*
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
@@ -173,6 +174,15 @@ def gpu_all(some=None):
     gpu(out, some or parts, seconds, dry)
 
 
+def optimizers():
+    """The step of AdamW and of Muon on the model of the flags, ours and PyTorch's, in turns."""
+    from kernels.measure import optimizer_steps
+    model = GPT(GPTConfig(**model_args)).to(device)
+    times = in_turns(optimizer_steps(model))
+    for name, ms in times.items():
+        print(f'{name:18} {statistics.median(ms):9.2f} ms {min(ms):9.2f} ms')
+
+
 def run_script(*words):
     """Run one of our scripts; when it fails, leave with the last line that it said."""
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True)
@@ -239,7 +249,7 @@ def plot():
 
 
 TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'plot': plot,
-          'kernels': kernel_table, 'gpu': gpu_all}
+          'kernels': kernel_table, 'gpu': gpu_all, 'optimizers': optimizers}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):
