@@ -1,0 +1,562 @@
+"""
+The report of a sweep: statistics, tables, verdicts, figures, from the files that ablate.py and its runs wrote.
+
+Everything is paired: an effect is the mean, over seeds, of the difference between two runs that share the seed,
+and so the weights that both have, the batches and the evaluation windows.
+"""
+import csv
+import importlib.util
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from model import GPT, GPTConfig, kv_cache_bytes
+
+# ----------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def t_within(t, df):
+    """P(|T| < t) of Student's t with df degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(df))
+    sin, cos = math.sin(angle), math.cos(angle)
+    term = total = cos if df % 2 else 1.0
+    for k in range(2 + df % 2, df - 1, 2):
+        term *= cos * cos * (k - 1) / k
+        total += term
+    if df % 2:
+        return (angle + (sin * total if df > 1 else 0.0)) * 2 / math.pi
+    return sin * total
+
+
+def t_quantile(p, df):
+    """The t below which Student's t with df degrees of freedom stays with probability p, above 0.5."""
+    low, high = 0.0, 1.0
+    while t_within(high, df) < 2 * p - 1:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, df) < 2 * p - 1 else (low, middle)
+    return high
+
+
+class Effect(NamedTuple):
+    """A mean of paired differences, and how sure it is."""
+    n: int              # pairs
+    mean: float         # nan without pairs
+    sd: float           # of the differences; nan below two
+    half: float         # half of the 95 % interval; nan below two
+
+    @property
+    def resolved(self):
+        return self.n > 1 and abs(self.mean) > self.half
+
+
+def effect(differences):
+    """The paired t-interval: mean +- t(0.975, n - 1) sd / sqrt(n)."""
+    n = len(differences)
+    mean = statistics.fmean(differences) if n else math.nan
+    sd = statistics.stdev(differences) if n > 1 else math.nan
+    return Effect(n, mean, sd, t_quantile(0.975, n - 1) * sd / math.sqrt(n) if n > 1 else math.nan)
+
+
+def seeds_needed(mean, sd, most=1000):
+    """
+    How many pairs it takes to resolve a true difference of `mean` four times out of five, when single
+    differences scatter by sd; None beyond `most`.
+    """
+    for n in range(2, most + 1):
+        if (t_quantile(0.975, n - 1) + t_quantile(0.8, n - 1)) * sd / math.sqrt(n) <= abs(mean):
+            return n
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_lines(path):
+    """The lines of a metrics.jsonl; one that a kill cut short ends it."""
+    lines = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def read_plan(folder):
+    """What ablate.py was to do there. FileNotFoundError, one sentence, where nothing was."""
+    path = Path(folder) / 'sweep.json'
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist: train a sweep into that folder first, or name another')
+    return json.loads(path.read_text())
+
+
+class Run(NamedTuple):
+    """What one run of train.py left behind."""
+    steps: int          # evaluated so far
+    finished: bool
+    curve: list         # (step, validation loss)
+    bpb: float          # at the last evaluation
+    rate: float         # median of its tokens per second
+    memory: float       # peak of the process, bytes
+
+
+def read_run(folder, max_iters):
+    """The run in a folder; None when it has not begun."""
+    if not (folder / 'metrics.jsonl').exists():
+        return None
+    lines = read_lines(folder / 'metrics.jsonl')
+    evaluations = [line for line in lines if 'val_loss' in line]
+    rates = [line['tokens_per_s'] for line in lines if 'tokens_per_s' in line]
+    usage = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else {}
+    steps = evaluations[-1]['step'] if evaluations else 0
+    return Run(steps, steps == max_iters, [(line['step'], line['val_loss']) for line in evaluations],
+               evaluations[-1]['val_bpb'] if evaluations else math.nan,
+               statistics.median(rates) if rates else math.nan, usage.get('peak_memory', math.nan))
+
+
+class Arm(NamedTuple):
+    """One arm at its best learning rate."""
+    rate: float         # the best factor on the learning rates
+    by_rate: dict       # {factor: mean loss over the seeds that all factors have}
+    runs: dict          # {seed: Run} that are finished
+    config: GPTConfig | None
+    words: dict
+
+    @property
+    def tokens_per_step(self):
+        return self.words['batch_size'] * self.words['gradient_accumulation_steps'] * self.config.block_size
+
+    def model(self):
+        """The model without its numbers."""
+        with torch.device('meta'):
+            return GPT(self.config, seed=None)
+
+
+def read_arm(plan, runs, folder, name):
+    found = {(run['rate'], run['seed']): read_run(Path(folder) / run['path'], run['words']['max_iters'])
+             for run in runs if run['arm'] == name}
+    done = {key: run for key, run in found.items() if run and run.finished}
+    shared = [seed for seed in plan['seeds'] if all((rate, seed) in done for rate in plan['rates'])]
+    by_rate = {rate: statistics.fmean(done[rate, seed].curve[-1][1] for seed in shared)
+               for rate in plan['rates'] if shared}
+    best = min(by_rate, key=by_rate.get) if by_rate else plan['rates'][0]
+    config = None
+    for run in runs:
+        path = Path(folder) / run['path'] / 'config.json'
+        if run['arm'] == name and path.exists():
+            config = GPTConfig(**json.loads(path.read_text())['model'])
+            break
+    return Arm(best, by_rate, {seed: run for (rate, seed), run in done.items() if rate == best}, config,
+               plan['arms'][name])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What follows from the runs
+
+
+def final(run):
+    return run.curve[-1][1]
+
+
+def paired(arms, pair):
+    """The differences, with less without, of the seeds that both arms have finished."""
+    first, second = arms[pair['without']].runs, arms[pair['with']].runs
+    return [final(second[seed]) - final(first[seed]) for seed in sorted(first.keys() & second.keys())]
+
+
+def loss_at(curve, step):
+    """The loss of a curve at a step, on the line between its evaluations; nan before the first."""
+    if step >= curve[-1][0]:
+        return curve[-1][1]
+    for (before, loss), (after, next_loss) in zip(curve, curve[1:]):
+        if before <= step <= after:
+            return loss + (next_loss - loss) * (step - before) / (after - before)
+    return math.nan
+
+
+def mean_of(values):
+    values = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(values) if values else math.nan
+
+
+def measures(arms, measured):
+    """{arm: {column: number}} of every arm that has a finished run, in their order."""
+    rows = {}
+    for name, arm in arms.items():
+        if not arm.runs:
+            continue
+        model, T = arm.model(), arm.config.block_size
+        steps, runs = arm.words['max_iters'], list(arm.runs.values())
+        speed = statistics.median(run.rate for run in runs)
+        losses = [final(run) for run in runs]
+        tokens = steps * arm.tokens_per_step
+        more = measured.get(name, {})
+        rows[name] = {
+            'seeds': len(runs), 'loss': statistics.fmean(losses),
+            'sd': statistics.stdev(losses) if len(losses) > 1 else math.nan,
+            'bpb': statistics.fmean(run.bpb for run in runs), 'steps': steps, 'tokens': tokens,
+            'flops_per_token': model.flops_per_token(T), 'flops': tokens * model.flops_per_token(T),
+            'tokens_per_s': speed, 'seconds': tokens / speed,
+            'parameters': model.num_params(), 'active': model.num_params(active=True),
+            'cache_bytes_per_token': kv_cache_bytes(arm.config, T, 1, 2) / T,
+            'decode_tokens_per_s': more.get('decode') or math.nan,
+            'peak_memory': more.get('peak_memory') or max(run.memory for run in runs),
+        }
+    for kind in ('flops', 'seconds'):
+        budget = min((row[kind] for row in rows.values()), default=math.nan)
+        for name, row in rows.items():
+            step = row['steps'] * budget / row[kind]
+            row[f'{kind}_budget'] = budget
+            row[f'loss_at_{kind}'] = mean_of(loss_at(run.curve, step) for run in arms[name].runs.values())
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Words
+
+PLACES = {'all': 'from {without} to {with}', 'alone': 'alone on the base', 'varied': 'with all else as it is',
+          'removed': 'beside all the others', 'ladder': 'in its place of the ladder'}
+
+
+def verdict(e):
+    """What an effect shows, in words."""
+    if e.n == 0:
+        return 'no finished pair of runs'
+    if e.n == 1:
+        return f'one seed only ({e.mean:+.4f}): no interval'
+    if math.isnan(e.mean):
+        return 'a run diverged'
+    if e.resolved:
+        word = 'lowers' if e.mean < 0 else 'raises'
+        return f'{word} the loss by {abs(e.mean):.4f} (95 % interval {interval(e)})'
+    if e.sd == 0:
+        return 'no difference at all'
+    needed = seeds_needed(e.mean, e.sd)
+    return (f'not resolved ({e.mean:+.4f}, 95 % interval {interval(e)}; '
+            + (f'about {needed} seeds would be needed)' if needed else 'more than 1000 seeds would be needed)'))
+
+
+def interval(e):
+    return f'{e.mean - e.half:+.4f} to {e.mean + e.half:+.4f}'
+
+
+def cost_words(rows, pair):
+    """What the flag costs: the columns that change by more than 2 %, in words."""
+    if pair['without'] not in rows or pair['with'] not in rows:
+        return ''
+    before, after = rows[pair['without']], rows[pair['with']]
+    names = {'parameters': 'parameters', 'active': 'active parameters', 'flops': 'FLOPs',
+             'tokens_per_s': 'training speed', 'decode_tokens_per_s': 'decoding speed',
+             'cache_bytes_per_token': 'cache'}
+    ratios = {text: after[name] / before[name] if before[name] else math.nan for name, text in names.items()}
+    if ratios['active parameters'] == ratios['parameters']:
+        del ratios['active parameters']
+    changed = [f'{text} x {ratio:.2f}' for text, ratio in ratios.items() if abs(ratio - 1) > 0.02]
+    return 'costs: ' + ', '.join(changed) if changed else 'costs: the same within 2 %'
+
+
+def verdicts(plan, effects, rows):
+    """A paragraph per flag: what it does wherever it was tried, and what it costs."""
+    flags = {}
+    for pair, e in effects:
+        flags.setdefault(pair['flag'] if pair['how'] != 'varied' else pair['with'], []).append((pair, e))
+    lines = []
+    for flag, found in flags.items():
+        change = f' ({found[0][0]["change"]})' if found[0][0]['how'] != 'all' else ''
+        said = [f'{PLACES[pair["how"]].format(**pair)} {verdict(e)}' for pair, e in found]
+        cost = cost_words(rows, found[0][0])
+        lines.append(f'- **{flag}**{change}: {"; ".join(said)}. {cost[:1].upper()}{cost[1:]}.'.rstrip(' .') + '.')
+    return lines
+
+
+def number(value, digits=4):
+    return '-' if math.isnan(value) else f'{value:,.{digits}f}'
+
+
+def quantity(value):
+    """1234567 -> 1.23M"""
+    for unit, size in (('P', 1e15), ('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if abs(value) >= size:
+            return f'{value / size:.3g}{unit}'
+    return '-' if math.isnan(value) else f'{value:.3g}'
+
+
+def table(heads, rows):
+    return ['| ' + ' | '.join(heads) + ' |', '|' + '---|' * len(heads),
+            *('| ' + ' | '.join(row) + ' |' for row in rows)]
+
+
+def arms_table(plan, rows):
+    budgets = next(iter(rows.values()))
+    heads = ['arm', 'loss', 'sd', 'bits per byte', f'loss at {quantity(budgets["flops_budget"])} FLOPs',
+             f'loss at {budgets["seconds_budget"]:.0f} s', 'parameters', 'active', 'FLOPs per token',
+             'training tokens/s', 'decoding tokens/s', 'cache bytes per token', 'peak memory']
+    body = [[name, number(row['loss']), number(row['sd']), number(row['bpb']), number(row['loss_at_flops']),
+             number(row['loss_at_seconds']), quantity(row['parameters']), quantity(row['active']),
+             quantity(row['flops_per_token']), quantity(row['tokens_per_s']),
+             number(row['decode_tokens_per_s'], 0), number(row['cache_bytes_per_token'], 0),
+             f'{quantity(row["peak_memory"])}B'] for name, row in rows.items()]
+    return table(heads, body)
+
+
+def effects_table(effects):
+    body = [[pair['flag'] if pair['how'] != 'varied' else pair['with'],
+             PLACES[pair['how']].format(**pair), number(e.mean) if math.isnan(e.mean) else f'{e.mean:+.4f}',
+             interval(e) if e.n > 1 else '-', str(e.n),
+             'resolved' if e.resolved else 'not resolved'] for pair, e in effects]
+    return table(['flag', 'where', 'difference in loss', '95 % interval', 'seeds', ''], body)
+
+
+def rates_table(plan, arms):
+    """What each learning rate gave, and a warning where the best one is at the edge."""
+    heads = ['arm', *(f'rates x {rate:g}' for rate in plan['rates']), 'best']
+    body, edge = [], []
+    for name, arm in arms.items():
+        if arm.by_rate:
+            body.append([name, *(number(arm.by_rate[rate]) for rate in plan['rates']), f'x {arm.rate:g}'])
+            if arm.rate in (plan['rates'][0], plan['rates'][-1]):
+                edge.append(name)
+    lines = ['', '## Learning rates', '', 'Mean loss over seeds; arms are compared at the best of each.', '',
+             *table(heads, body)]
+    if edge:
+        lines += ['', f'At the edge of what was tried, so a wider sweep may favour them: {", ".join(edge)}.']
+    return lines
+
+
+def unfinished(plan, runs, folder):
+    lines = []
+    for run in runs:
+        found, steps = read_run(Path(folder) / run['path'], run['words']['max_iters']), run['words']['max_iters']
+        if not (found and found.finished):
+            lines.append(f'- {run["path"]}: ' + (f'step {found.steps} of {steps}' if found else 'not begun'))
+    return lines
+
+
+def markdown(plan, arms, effects, rows, missing, figures):
+    words = plan['arms'][plan['reference']]
+    some = next((arm for arm in arms.values() if arm.config), None)
+    lines = [f'# Ablation: {plan["name"]}', '']
+    if some is not None:
+        tokens = some.tokens_per_step
+        lines += [f'{len(plan["arms"])} arms, seeds {", ".join(map(str, plan["seeds"]))}, '
+                  f'{words["max_iters"]:,} steps of {tokens:,} tokens of {words["dataset"]}; '
+                  f'{some.config.n_layer} layers, {some.config.n_embd} wide, context '
+                  f'{some.config.block_size}; {words["optimizer"]}, learning rate '
+                  f'{words["learning_rate"]:g}. Machine: {plan["machine"]}, '
+                  f'{plan["jobs"]} run{"s" * (plan["jobs"] > 1)} at once. Made by', '', '```', plan['command'],
+                  '```', '']
+    if missing:
+        lines += [f'**{len(missing)} runs are not finished and do not count:**', '', *missing, '']
+    if not rows:
+        return '\n'.join([*lines, 'No run is finished yet.', ''])
+    lines += ['## Verdicts', '', 'Differences are in validation loss (nats per token); negative is better.', '',
+              *verdicts(plan, effects, rows), '']
+    if 'differences' in figures:
+        lines += ['![paired differences](differences.png)', '']
+    lines += ['## Paired differences', '', *effects_table(effects), '']
+    chance = 0.05 * len(effects)
+    if chance >= 0.5:
+        lines += [f'Of {len(effects)} comparisons about {max(1, round(chance))} would look resolved by chance, '
+                  'at 95 % each. An interval over few seeds is wide because it should be.', '']
+    lines += ['## Arms', '', *arms_table(plan, rows), '']
+    lines += ['All arms take the same steps on the same tokens: `loss` is the comparison at equal steps and at '
+              'equal tokens. At equal FLOPs and at equal seconds, the cheapest arm is at its end and the others '
+              'are read off their curves before theirs, where their learning rate has not come down yet: those '
+              'two columns favour the cheapest. A sweep with `--match=flops` has no such bias. Seconds are '
+              'tokens over the median of tokens/s, without evaluations. The cache is in 16 bit, for one '
+              'sequence of the whole context. Peak memory is that of the training process on a CPU, libraries '
+              'included, and of a training step\'s tensors on a GPU.', '']
+    if 'cost' in figures:
+        lines += ['![loss against cost](cost.png)', '']
+    if 'curves' in figures:
+        lines += ['![loss curves](curves.png)', '']
+    if plan['notes']:
+        lines += [f'## Budgets (`--match={plan["match"]}`)', '',
+                  *(f'- {arm}: {note}' for arm, note in plan['notes'].items()), '']
+    if len(plan['rates']) > 1:
+        lines += [*rates_table(plan, arms)[1:], '']
+    return '\n'.join(lines)
+
+
+def write_csv(path, rows, key):
+    """rows {name: {column: value}}"""
+    with open(path, 'w', newline='') as f:
+        writer = csv.writer(f)
+        heads = list(next(iter(rows.values()), {}))
+        writer.writerow([key, *heads])
+        writer.writerows([name, *row.values()] for name, row in rows.items())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures
+
+BLUE, RED, GREY = '#0072B2', '#D55E00', '#8c8c8c'
+COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#7f3c8d', '#5b5b5b']
+
+
+def figure(width, height, panels=1):
+    """A figure and its axes, with little ink around the data."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    fig, axes = pyplot.subplots(1, panels, figsize=(width, height), dpi=130, squeeze=False,
+                                layout='constrained')
+    for ax in axes[0]:
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.tick_params(labelsize=9)
+    return fig, axes[0]
+
+
+def save(fig, path):
+    from matplotlib import pyplot
+    fig.savefig(path)
+    pyplot.close(fig)
+
+
+def plot_differences(plan, effects, path):
+    """A row per comparison: the mean and its interval; in colour where zero is outside."""
+    shown = [(pair, e) for pair, e in effects if e.n > 0 and not math.isnan(e.mean)]
+    fig, (ax,) = figure(8.6, 1.3 + 0.3 * len(shown) + 0.12 * len({pair['flag'] for pair, _ in shown}))
+    y, previous, labels = 0.0, None, []
+    for pair, e in shown:
+        y -= 1.0 if pair['flag'] == previous or previous is None else 1.5
+        previous = pair['flag']
+        color = GREY if not e.resolved else BLUE if e.mean < 0 else RED
+        ax.errorbar(e.mean, y, xerr=None if e.n < 2 else e.half, fmt='o', color=color, capsize=3, markersize=5,
+                    linewidth=1.6)
+        where = {'alone': 'alone on the base', 'removed': 'beside the others', 'ladder': 'ladder',
+                 'varied': '', 'all': f'{pair["without"]} to {pair["with"]}'}[pair['how']]
+        name = pair['with'] if pair['how'] == 'varied' else pair['flag']
+        labels.append((y, f'{name}, {where}'.removesuffix(', ')))
+        ax.annotate(f'{e.mean:+.3f}', (1.01, y), xycoords=('axes fraction', 'data'), va='center', fontsize=9,
+                    color=color)
+    ax.axvline(0, color='black', linewidth=0.8)
+    ax.set_yticks([y for y, _ in labels], [text for _, text in labels])
+    ax.set_ylim(y - 0.8, -0.2)
+    ax.grid(axis='x', alpha=0.3)
+    seeds = max((e.n for _, e in shown), default=0)
+    reference = f', against {plan["reference"]}' if shown and shown[0][0]['how'] == 'varied' else ''
+    ax.set_xlabel(f'difference in validation loss{reference} (nats per token)\n'
+                  'better  \u2190      \u2192  worse')
+    ax.set_title(f'Paired differences and 95 % intervals over {seeds} seeds; grey: not resolved', fontsize=10,
+                 loc='left')
+    save(fig, path)
+
+
+def shown_in_curves(plan, arms):
+    """The ladder where there is one, else every arm: lines that a reader can tell apart."""
+    ladder = [pair['with'] for pair in plan['comparisons'] if pair['how'] == 'ladder']
+    names = [plan['reference'], *ladder] if ladder else list(arms)
+    return [name for name in dict.fromkeys(names) if arms[name].runs][:8]
+
+
+def plot_curves(plan, arms, path):
+    """Left the loss, right its paired difference to the reference, which is what a sweep can see."""
+    names, reference = shown_in_curves(plan, arms), plan['reference']
+    fig, (left, right) = figure(11, 4.4, panels=2)
+    for name, color in zip(names, COLORS):
+        runs = arms[name].runs
+        steps = [step for step, _ in next(iter(runs.values())).curve]
+        losses = [[run.curve[i][1] for run in runs.values()] for i in range(len(steps))]
+        band(left, steps, losses, color, name)
+        base = arms[reference].runs
+        shared = sorted(runs.keys() & base.keys())
+        if name != reference and shared:
+            band(right, steps, [[runs[s].curve[i][1] - base[s].curve[i][1] for s in shared]
+                                for i in range(len(steps))], color, name)
+    last = [run.curve[-1][1] for name in names for run in arms[name].runs.values()]
+    half = [run.curve[len(run.curve) // 4][1] for name in names for run in arms[name].runs.values()]
+    spread = max(half) - min(last) or 1.0
+    left.set_ylim(min(last) - 0.05 * spread, max(half) + 0.1 * spread)
+    left.set_title('validation loss', fontsize=10, loc='left')
+    right.set_title(f'paired difference to {reference}', fontsize=10, loc='left')
+    right.axhline(0, color='black', linewidth=0.8)
+    left.legend(fontsize=8, frameon=False)
+    for ax in (left, right):
+        ax.set_xlabel('step; bands: 95 % intervals over seeds', fontsize=9)
+        ax.grid(alpha=0.3)
+    save(fig, path)
+
+
+def band(ax, steps, values, color, name):
+    """A line of means and a band of 95 % intervals; values[i] are those of all seeds at steps[i]."""
+    found = [effect(column) for column in values]
+    means = [e.mean for e in found]
+    ax.plot(steps, means, color=color, label=name, linewidth=1.6)
+    if len(values[0]) > 1:
+        ax.fill_between(steps, [e.mean - e.half for e in found], [e.mean + e.half for e in found], color=color,
+                        alpha=0.15, linewidth=0)
+
+
+def plot_cost(plan, arms, rows, path):
+    """Final loss against what it took: low and to the left is better."""
+    axes_of = {'seconds': 'seconds of training', 'parameters': 'parameters', 'flops': 'FLOPs of training',
+               'cache_bytes_per_token': 'cache bytes per token'}
+    # a cost that all arms share would be a column of points
+    columns = [name for name in axes_of if len({round(row[name], 6) for row in rows.values()}) > 1
+               and max(row[name] for row in rows.values()) > 1.01 * min(row[name] for row in rows.values())]
+    if not columns:
+        return False
+    fig, axes = figure(4.2 * len(columns) + 1.6, 4.6, panels=len(columns))
+    marks = {name: (COLORS[i % len(COLORS)], 'os^Dv<>P'[i // len(COLORS) % 8]) for i, name in enumerate(rows)}
+    for ax, column in zip(axes, columns):
+        for name, row in rows.items():
+            color, mark = marks[name]
+            ax.errorbar(row[column], row['loss'], fmt=mark, color=color, markersize=6, capsize=2,
+                        yerr=None if math.isnan(row['sd']) else row['sd'], label=name, elinewidth=0.8)
+        ax.set_xlabel(axes_of[column], fontsize=9)
+        ax.xaxis.set_major_formatter(lambda value, _: quantity(value))
+        ax.grid(alpha=0.3)
+    axes[0].set_title('validation loss; bars: standard deviation over seeds', fontsize=10, loc='left')
+    axes[-1].legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5))
+    save(fig, path)
+    return True
+
+
+def draw(plan, arms, effects, rows, out):
+    """The names of the figures drawn, none without matplotlib."""
+    if importlib.util.find_spec('matplotlib') is None or not rows:
+        return []
+    drawn = []
+    if any(e.n and not math.isnan(e.mean) for _, e in effects):
+        plot_differences(plan, effects, os.path.join(out, 'differences.png'))
+        drawn.append('differences')
+    if shown_in_curves(plan, arms):
+        plot_curves(plan, arms, os.path.join(out, 'curves.png'))
+        drawn.append('curves')
+    if plot_cost(plan, arms, rows, os.path.join(out, 'cost.png')):
+        drawn.append('cost')
+    return drawn
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def write(plan, runs, folder, out):
+    """
+    Write report.md, report.csv (a row per arm), differences.csv and the figures of a sweep in `folder` into
+    `out`; what to print.
+    """
+    os.makedirs(out, exist_ok=True)
+    arms = {name: read_arm(plan, runs, folder, name) for name in plan['arms']}
+    measured = Path(folder) / 'measured.json'
+    rows = measures(arms, json.loads(measured.read_text()) if measured.exists() else {})
+    effects = [(pair, effect(paired(arms, pair))) for pair in plan['comparisons']]
+    missing, figures = unfinished(plan, runs, folder), draw(plan, arms, effects, rows, out)
+    Path(out, 'report.md').write_text(markdown(plan, arms, effects, rows, missing, figures))
+    write_csv(os.path.join(out, 'report.csv'), rows, 'arm')
+    write_csv(os.path.join(out, 'differences.csv'), {
+        f'{i}': {key: pair[key] for key in ('flag', 'how', 'without', 'with')} | e._asdict()
+        for i, (pair, e) in enumerate(effects, start=1)}, 'number')
+    said = [line.replace('**', '') for line in verdicts(plan, effects, rows)]
+    return '\n'.join([*said, *(line + ', NOT FINISHED' for line in missing),
+                      f'the report is {os.path.join(out, "report.md")}'])
