@@ -2,13 +2,14 @@
 One block at a time: sweeps of train.py, and what their differences mean.
 
     python ablate.py config/llama_small.py config/tiny.py --base=config/gpt2_small.py --seeds=3
-    python ablate.py config/llama_small.py config/tiny.py --vary="norm=layernorm; ffn=gelu,relu2" --match=params
+    python ablate.py config/llama_small.py config/tiny.py --vary="norm=layernorm; ffn=gelu" --match=params
     python ablate.py --report=out/ablate/llama_small
 
 With --base, the first file is the target, and each flag in which the two differ gets its arms: alone on the
 base, taken out of the target, and in its place of the ladder from one to the other. All other files and flags
-hold for both. With --vary, each value of each flag is an arm beside the files as they are; flags that need
-each other change together when joined by +, as in --vary="layer_pattern=m+pos=none,ma".
+hold for both. With --vary, each value of each flag is an arm beside the files as they are. Flags that need
+each other change together when joined by +, and an arm may have a name:
+--vary="Mamba: layer_pattern=m+pos=none".
 
 Every arm is an ordinary run of train.py in a folder of its own, and takes its settings. A sweep that was
 stopped goes on when the same command is given again.
@@ -131,17 +132,19 @@ def switched(words, other, names):
 
 def refuse_unpaired(names, source):
     for name in names:
-        if name in PAIRED or name in APART:
+        if name in PAIRED + APART:
             raise ValueError(f'{name} must not differ between the arms ({source}): they would not be '
                              'trained on the same tokens and measured alike')
 
 
 def flag_groups(start, end):
     """
-    The flags in which two sets of words differ, in groups that can be switched on at `start` and off at `end`:
-    a flag that means nothing without another, or is refused without it, goes with it.
+    The flags in which two sets of words differ, in groups that can be switched on at `start` and off at
+    `end`: a flag that means nothing without another, or is refused without it, goes with it.
     """
-    differ = [name for name in end | start if value_of(start, name) != value_of(end, name)]
+    configs = [words | asdict(config_of(words)) for words in (start, end)]
+    differ = [name for name in end | start if value_of(start, name) != value_of(end, name)
+              and configs[0][name] != configs[1][name]]
     refuse_unpaired(differ, 'by the files given')
     groups = [(name,) for name in differ]
 
@@ -160,58 +163,55 @@ def flag_groups(start, end):
     return groups
 
 
-def label(names):
-    return '+'.join(names)
-
-
-def comparison(flag, how, without, with_, names, change):
-    """What is compared: two arms that differ in `names`; the effect is the loss of `with` less `without`."""
-    return {'flag': flag, 'how': how, 'without': without, 'with': with_, 'names': list(names),
-            'change': change}
-
-
-def describe(start, end, names):
-    shown = (f'{name} {value_of(start, name)} -> {value_of(end, name)}' for name in names)
-    return ', '.join(shown)
+def comparison(flag, how, arms, without, with_, names):
+    """
+    What is compared: two arms that differ in `names`; the effect is the loss of `with` less `without`. A flag
+    that is written down in one and comes to the same by default in the other is not named.
+    """
+    both = [words | asdict(config_of(words)) for words in (arms[without], arms[with_])]
+    names = [name for name in names if both[0][name] != both[1][name]]
+    change = ', '.join(f'{name} {both[0][name]} -> {both[1][name]}' for name in names)
+    return {'flag': flag, 'how': how, 'without': without, 'with': with_, 'names': names, 'change': change}
 
 
 def arms_between(start, end, start_name, end_name, kinds):
-    """({arm: words}, comparisons) of the arms that lead from one set of words to another."""
+    """({arm: words}, comparisons, names on the ladder) of the arms between one set of words and another."""
     found, comparisons = {start_name: start, end_name: end}, []
 
     def add(name, words):
-        same = next((known for known, theirs in found.items() if config_words(theirs) == config_words(words)),
-                    None)
-        if same is None:
-            found[name] = words
-        return same or name
+        for known, theirs in found.items():
+            if config_words(theirs) == config_words(words):
+                return known
+        found[name] = words
+        return name
+
+    def compare(flag, how, without, with_, names):
+        # the first rung of the ladder stands alone on the base, and the last beside all others
+        if not any(pair['without'] == without and pair['with'] == with_ for pair in comparisons):
+            comparisons.append(comparison(flag, how, found, without, with_, names))
 
     groups = flag_groups(start, end)
     if not groups:
         raise ValueError(f'base={start_name} must differ from {end_name} in some flag')
     everything = sum(groups, ())
-    comparisons.append(comparison('all of them', 'all', start_name, end_name, everything,
-                                  describe(start, end, everything)))
-    rungs, now, previous, left = [], start, start_name, groups
+    if len(groups) > 1:
+        compare('all of them', 'all', start_name, end_name, everything)
+    rungs, now, left = [start_name], start, groups
     while left:
         # the next one in order that works here; if none does alone, the rest goes in at once
         group = next((g for g in left if legal(switched(now, end, g))), sum(left, ()))
-        left = [g for g in left if not set(g) <= set(group)]
-        rungs.append(group)
-    for number, group in enumerate(rungs, start=1):
-        change = describe(start, end, group)
+        left, now = [g for g in left if not set(g) <= set(group)], switched(now, end, group)
+        flag = '+'.join(group)
         if 'alone' in kinds:
-            name = add(f'{start_name}+{label(group)}', switched(start, end, group))
-            comparisons.append(comparison(label(group), 'alone', start_name, name, group, change))
+            name = add(f'{start_name}+{flag}', switched(start, end, group))
+            compare(flag, 'alone', start_name, name, group)
         if 'removed' in kinds:
-            name = add(f'{end_name}-{label(group)}', switched(end, start, group))
-            comparisons.append(comparison(label(group), 'removed', name, end_name, group, change))
+            name = add(f'{end_name}-{flag}', switched(end, start, group))
+            compare(flag, 'removed', name, end_name, group)
         if 'ladder' in kinds:
-            now = switched(now, end, group)
-            name = add(f'ladder{number}+{label(group)}', now)
-            comparisons.append(comparison(label(group), 'ladder', previous, name, group, change))
-            previous = name
-    return found, comparisons
+            rungs.append(add(f'ladder{len(rungs)}+{flag}', now))
+            compare(flag, 'ladder', *rungs[-2:], group)
+    return found, comparisons, rungs if len(rungs) > 1 else []
 
 
 def config_words(words):
@@ -223,16 +223,18 @@ def arms_of_vary(reference, name, text):
     """({arm: words}, comparisons) of a reference and of each value of --vary beside it."""
     found, comparisons = {name: reference}, []
     for part in filter(None, (part.strip() for part in text.split(';'))):
-        flag, equals, values = part.partition('=')
-        if not equals or not values:
-            raise ValueError(f'vary={part} must be flag=value,value; and further flags behind a semicolon')
-        for value in values.split(','):
+        title, colon, rest = part.rpartition(':')
+        flag, equals, values = rest.partition('=')
+        values = [value.strip() for value in values.split(',')]
+        if not equals or not all(values) or colon and len(values) > 1:
+            raise ValueError(f'vary={part} must be flag=value,value or name: flag=value, and further flags '
+                             'stand behind a semicolon')
+        for value in values:
             # a + begins another flag only where a name and = follow, so 1e+3 stays a number
-            pieces = re.split(r'\+(?=[a-z_]\w*=)', f'{flag.strip()}={value.strip()}')
-            words = dict(piece.split('=', 1) for piece in pieces)
-            words = {key: typed(key, word) for key, word in words.items()}
+            pieces = re.split(r'\+(?=[a-z_]\w*=)', f'{flag.strip()}={value}')
+            words = {key: typed(key, word) for key, word in (piece.split('=', 1) for piece in pieces)}
             refuse_unpaired(words, f'by vary={part}')
-            arm = '+'.join(pieces).replace(os.sep, '_')
+            arm = (title.strip() or '+'.join(pieces)).replace(os.sep, '_')
             try:
                 same = config_words(reference | words) == config_words(reference)
             except ValueError as error:
@@ -240,9 +242,7 @@ def arms_of_vary(reference, name, text):
             if same or arm in found:
                 continue
             found[arm] = reference | words
-            names = [key for key in words if value_of(reference, key) != words[key]]
-            comparisons.append(comparison(flag.strip(), 'varied', name, arm, names,
-                                          describe(reference, found[arm], names)))
+            comparisons.append(comparison(arm, 'varied', found, name, arm, words))
     if not comparisons:
         raise ValueError(f'vary={text} must hold a value that the files given do not have')
     return found, comparisons
@@ -326,8 +326,8 @@ def match_budgets(found, reference, kind):
         changed = [f'{width} {getattr(before, width)} -> {getattr(after, width)}' for width in WIDTHS
                    if getattr(before, width) != getattr(after, width)]
         if changed:
-            notes[name] = (f'{", ".join(changed)}: {cost(held[name], kind):,} {MATCHES[kind]} for the {budget:,} of '
-                           f'{reference} (without it {cost(words, kind) / budget - 1:+.1%})')
+            notes[name] = (f'{", ".join(changed)}: {cost(held[name], kind):,} {MATCHES[kind]} for the '
+                           f'{budget:,} of {reference} (without it {cost(words, kind) / budget - 1:+.1%})')
     return held, notes
 
 
@@ -419,9 +419,11 @@ def make_plan(argv):
     spread = {'eval_interval': max(1, -(-words['max_iters'] // own['evals']))}
     if own['base']:
         start, reference = read_words([own['base'], *files[1:], *flags])[0] | spread, Path(own['base']).stem
-        found, comparisons = arms_between(start, words | spread, reference, name, own['arms'].split(','))
+        start |= {key: words[key] for key in APART if key in words}
+        found, comparisons, ladder = arms_between(start, words | spread, reference, name,
+                                                  own['arms'].split(','))
     else:
-        reference = name
+        reference, ladder = name, []
         found, comparisons = arms_of_vary(words | spread, name, own['vary'])
     notes = {}
     if own['match'] != 'none':
@@ -431,7 +433,7 @@ def make_plan(argv):
             'command': shlex.join(['python', 'ablate.py', *argv]), 'machine': machine(), 'jobs': own['jobs'],
             'match': own['match'], 'notes': notes, 'seeds': list(range(first, first + own['seeds'])),
             'rates': [2.0 ** (i - half) for i in range(own['lr_sweep'])],
-            'arms': found, 'comparisons': comparisons}
+            'arms': found, 'comparisons': comparisons, 'ladder': ladder}
 
 
 def check_settings(files, own):

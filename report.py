@@ -1,15 +1,17 @@
 """
-The report of a sweep: statistics, tables, verdicts, figures, from the files that ablate.py and its runs wrote.
+The report of a sweep: statistics, tables, verdicts and figures, from the files that it left.
 
-Everything is paired: an effect is the mean, over seeds, of the difference between two runs that share the seed,
-and so the weights that both have, the batches and the evaluation windows.
+Everything is paired: an effect is the mean, over seeds, of the difference between two runs that share the
+seed, and so the weights that both have, the batches and the evaluation windows.
 """
 import csv
+import functools
 import importlib.util
 import json
 import math
 import os
 import statistics
+from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ from model import GPT, GPTConfig, kv_cache_bytes
 
 
 def t_within(t, df):
-    """P(|T| < t) of Student's t with df degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    """P(|T| < t) of Student's t with df degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     angle = math.atan(t / math.sqrt(df))
     sin, cos = math.sin(angle), math.cos(angle)
     term = total = cos if df % 2 else 1.0
@@ -34,6 +36,7 @@ def t_within(t, df):
     return sin * total
 
 
+@functools.cache
 def t_quantile(p, df):
     """The t below which Student's t with df degrees of freedom stays with probability p, above 0.5."""
     low, high = 0.0, 1.0
@@ -57,11 +60,17 @@ class Effect(NamedTuple):
         return self.n > 1 and abs(self.mean) > self.half
 
 
+def deviation(values):
+    """The standard deviation of a sample; nan below two values, and where one is no number."""
+    mean = sum(values) / max(1, len(values))
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+
+
 def effect(differences):
     """The paired t-interval: mean +- t(0.975, n - 1) sd / sqrt(n)."""
     n = len(differences)
     mean = statistics.fmean(differences) if n else math.nan
-    sd = statistics.stdev(differences) if n > 1 else math.nan
+    sd = deviation(differences)
     return Effect(n, mean, sd, t_quantile(0.975, n - 1) * sd / math.sqrt(n) if n > 1 else math.nan)
 
 
@@ -70,10 +79,9 @@ def seeds_needed(mean, sd, most=1000):
     How many pairs it takes to resolve a true difference of `mean` four times out of five, when single
     differences scatter by sd; None beyond `most`.
     """
-    for n in range(2, most + 1):
-        if (t_quantile(0.975, n - 1) + t_quantile(0.8, n - 1)) * sd / math.sqrt(n) <= abs(mean):
-            return n
-    return None
+    def enough(n):
+        return (t_quantile(0.975, n - 1) + t_quantile(0.8, n - 1)) * sd / math.sqrt(n) <= abs(mean)
+    return bisect_left(range(most + 1), True, lo=2, key=enough) if enough(most) else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -95,7 +103,8 @@ def read_plan(folder):
     """What ablate.py was to do there. FileNotFoundError, one sentence, where nothing was."""
     path = Path(folder) / 'sweep.json'
     if not path.exists():
-        raise FileNotFoundError(f'{path} does not exist: train a sweep into that folder first, or name another')
+        raise FileNotFoundError(f'{path} does not exist: train a sweep into that folder, or name '
+                                'another')
     return json.loads(path.read_text())
 
 
@@ -131,14 +140,15 @@ class Arm(NamedTuple):
     config: GPTConfig | None
     words: dict
 
-    @property
-    def tokens_per_step(self):
-        return self.words['batch_size'] * self.words['gradient_accumulation_steps'] * self.config.block_size
-
     def model(self):
         """The model without its numbers."""
         with torch.device('meta'):
             return GPT(self.config, seed=None)
+
+
+def finite(loss):
+    """A loss that can be sorted: a run that diverged comes last."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def read_arm(plan, runs, folder, name):
@@ -148,7 +158,7 @@ def read_arm(plan, runs, folder, name):
     shared = [seed for seed in plan['seeds'] if all((rate, seed) in done for rate in plan['rates'])]
     by_rate = {rate: statistics.fmean(done[rate, seed].curve[-1][1] for seed in shared)
                for rate in plan['rates'] if shared}
-    best = min(by_rate, key=by_rate.get) if by_rate else plan['rates'][0]
+    best = min(by_rate, key=lambda rate: finite(by_rate[rate])) if by_rate else plan['rates'][0]
     config = None
     for run in runs:
         path = Path(folder) / run['path'] / 'config.json'
@@ -198,12 +208,11 @@ def measures(arms, measured):
         steps, runs = arm.words['max_iters'], list(arm.runs.values())
         speed = statistics.median(run.rate for run in runs)
         losses = [final(run) for run in runs]
-        tokens = steps * arm.tokens_per_step
+        tokens = steps * arm.words['batch_size'] * arm.words['gradient_accumulation_steps'] * T
         more = measured.get(name, {})
         rows[name] = {
             'seeds': len(runs), 'loss': statistics.fmean(losses),
-            'sd': statistics.stdev(losses) if len(losses) > 1 else math.nan,
-            'bpb': statistics.fmean(run.bpb for run in runs), 'steps': steps, 'tokens': tokens,
+            'sd': deviation(losses), 'bpb': statistics.fmean(run.bpb for run in runs), 'steps': steps, 'tokens': tokens,
             'flops_per_token': model.flops_per_token(T), 'flops': tokens * model.flops_per_token(T),
             'tokens_per_s': speed, 'seconds': tokens / speed,
             'parameters': model.num_params(), 'active': model.num_params(active=True),
@@ -223,7 +232,7 @@ def measures(arms, measured):
 # ----------------------------------------------------------------------------------------------------------
 # Words
 
-PLACES = {'all': 'from {without} to {with}', 'alone': 'alone on the base', 'varied': 'with all else as it is',
+PLACES = {'all': 'from {without} to {with}', 'alone': 'alone on the base', 'varied': '',
           'removed': 'beside all the others', 'ladder': 'in its place of the ladder'}
 
 
@@ -242,7 +251,7 @@ def verdict(e):
         return 'no difference at all'
     needed = seeds_needed(e.mean, e.sd)
     return (f'not resolved ({e.mean:+.4f}, 95 % interval {interval(e)}; '
-            + (f'about {needed} seeds would be needed)' if needed else 'more than 1000 seeds would be needed)'))
+            + (f'about {needed}' if needed else 'more than 1000') + ' seeds would be needed)')
 
 
 def interval(e):
@@ -261,20 +270,29 @@ def cost_words(rows, pair):
     if ratios['active parameters'] == ratios['parameters']:
         del ratios['active parameters']
     changed = [f'{text} x {ratio:.2f}' for text, ratio in ratios.items() if abs(ratio - 1) > 0.02]
-    return 'costs: ' + ', '.join(changed) if changed else 'costs: the same within 2 %'
+    return f'Costs: {", ".join(changed)}.' if changed else 'Costs the same within 2 %.'
+
+
+def in_a_word(effects):
+    """What all effects of one flag come to."""
+    signs = {e.mean < 0 for e in effects if e.resolved}
+    if not signs:
+        return 'not resolved' if any(e.n > 1 for e in effects) else 'not tried on two seeds'
+    return {(True,): 'helps', (False,): 'hurts'}.get(tuple(signs), 'depends on the others')
 
 
 def verdicts(plan, effects, rows):
     """A paragraph per flag: what it does wherever it was tried, and what it costs."""
     flags = {}
     for pair, e in effects:
-        flags.setdefault(pair['flag'] if pair['how'] != 'varied' else pair['with'], []).append((pair, e))
+        flags.setdefault(pair['flag'], []).append((pair, e))
     lines = []
     for flag, found in flags.items():
-        change = f' ({found[0][0]["change"]})' if found[0][0]['how'] != 'all' else ''
-        said = [f'{PLACES[pair["how"]].format(**pair)} {verdict(e)}' for pair, e in found]
-        cost = cost_words(rows, found[0][0])
-        lines.append(f'- **{flag}**{change}: {"; ".join(said)}. {cost[:1].upper()}{cost[1:]}.'.rstrip(' .') + '.')
+        pair, several = found[0][0], len(found) > 1
+        change = '' if pair['how'] == 'all' else f' ({pair["change"]})'
+        word = f' **{in_a_word([e for _, e in found])}**;' if several else ''
+        said = '; '.join(f'{PLACES[p["how"]].format(**p)} {verdict(e)}'.strip() for p, e in found)
+        lines.append(f'- **{flag}**{change}:{word} {said}. {cost_words(rows, pair)}')
     return lines
 
 
@@ -298,7 +316,7 @@ def table(heads, rows):
 def arms_table(plan, rows):
     budgets = next(iter(rows.values()))
     heads = ['arm', 'loss', 'sd', 'bits per byte', f'loss at {quantity(budgets["flops_budget"])} FLOPs',
-             f'loss at {budgets["seconds_budget"]:.0f} s', 'parameters', 'active', 'FLOPs per token',
+             f'loss at {budgets["seconds_budget"]:.3g} s', 'parameters', 'active', 'FLOPs per token',
              'training tokens/s', 'decoding tokens/s', 'cache bytes per token', 'peak memory']
     body = [[name, number(row['loss']), number(row['sd']), number(row['bpb']), number(row['loss_at_flops']),
              number(row['loss_at_seconds']), quantity(row['parameters']), quantity(row['active']),
@@ -309,9 +327,8 @@ def arms_table(plan, rows):
 
 
 def effects_table(effects):
-    body = [[pair['flag'] if pair['how'] != 'varied' else pair['with'],
-             PLACES[pair['how']].format(**pair), number(e.mean) if math.isnan(e.mean) else f'{e.mean:+.4f}',
-             interval(e) if e.n > 1 else '-', str(e.n),
+    body = [[pair['flag'], PLACES[pair['how']].format(**pair) or pair['change'],
+             '-' if math.isnan(e.mean) else f'{e.mean:+.4f}', interval(e) if e.n > 1 else '-', str(e.n),
              'resolved' if e.resolved else 'not resolved'] for pair, e in effects]
     return table(['flag', 'where', 'difference in loss', '95 % interval', 'seeds', ''], body)
 
@@ -335,56 +352,62 @@ def rates_table(plan, arms):
 def unfinished(plan, runs, folder):
     lines = []
     for run in runs:
-        found, steps = read_run(Path(folder) / run['path'], run['words']['max_iters']), run['words']['max_iters']
+        steps = run['words']['max_iters']
+        found = read_run(Path(folder) / run['path'], steps)
         if not (found and found.finished):
             lines.append(f'- {run["path"]}: ' + (f'step {found.steps} of {steps}' if found else 'not begun'))
     return lines
 
 
-def markdown(plan, arms, effects, rows, missing, figures):
+ABOUT_ARMS = """
+All arms take the same steps on the same tokens: `loss` is the comparison at equal steps and at equal
+tokens. At equal FLOPs and at equal seconds, the cheapest arm is at its end, and the others are read off
+their curves before theirs, where their learning rate has not come down yet: those two columns favour the
+cheapest. A sweep with `--match=flops` has no such bias. Seconds are tokens over the median of tokens/s,
+without evaluations. The cache is in 16 bit, for one sequence of the whole context. Peak memory is that of
+the training process on a CPU, libraries included, and of the tensors of a training step on a GPU.
+""".strip()
+
+
+def about(plan, config):
+    """What was trained, on what, and how to do it again."""
     words = plan['arms'][plan['reference']]
-    some = next((arm for arm in arms.values() if arm.config), None)
+    tokens = words['batch_size'] * words['gradient_accumulation_steps'] * config.block_size
+    at_once = f'{plan["jobs"]} run{"s" * (plan["jobs"] > 1)} at once'
+    seeds = ', '.join(map(str, plan['seeds']))
+    return [f'{len(plan["arms"])} arms, seeds {seeds}; {words["max_iters"]:,} steps of {tokens:,} tokens of '
+            f'{words["dataset"]}; {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}; {words["optimizer"]}, learning rate {words["learning_rate"]:g}. '
+            f'Machine: {plan["machine"]}, {at_once}. Made by', '', '```', plan['command'], '```']
+
+
+def picture(name, title, figures):
+    return ['', f'![{title}]({name}.png)'] if name in figures else []
+
+
+def markdown(plan, arms, effects, rows, missing, figures):
     lines = [f'# Ablation: {plan["name"]}', '']
-    if some is not None:
-        tokens = some.tokens_per_step
-        lines += [f'{len(plan["arms"])} arms, seeds {", ".join(map(str, plan["seeds"]))}, '
-                  f'{words["max_iters"]:,} steps of {tokens:,} tokens of {words["dataset"]}; '
-                  f'{some.config.n_layer} layers, {some.config.n_embd} wide, context '
-                  f'{some.config.block_size}; {words["optimizer"]}, learning rate '
-                  f'{words["learning_rate"]:g}. Machine: {plan["machine"]}, '
-                  f'{plan["jobs"]} run{"s" * (plan["jobs"] > 1)} at once. Made by', '', '```', plan['command'],
-                  '```', '']
+    if rows:
+        lines += about(plan, arms[next(iter(rows))].config)
     if missing:
-        lines += [f'**{len(missing)} runs are not finished and do not count:**', '', *missing, '']
+        lines += ['', f'**{len(missing)} runs are not finished and do not count:**', '', *missing]
     if not rows:
-        return '\n'.join([*lines, 'No run is finished yet.', ''])
-    lines += ['## Verdicts', '', 'Differences are in validation loss (nats per token); negative is better.', '',
-              *verdicts(plan, effects, rows), '']
-    if 'differences' in figures:
-        lines += ['![paired differences](differences.png)', '']
-    lines += ['## Paired differences', '', *effects_table(effects), '']
-    chance = 0.05 * len(effects)
-    if chance >= 0.5:
-        lines += [f'Of {len(effects)} comparisons about {max(1, round(chance))} would look resolved by chance, '
-                  'at 95 % each. An interval over few seeds is wide because it should be.', '']
-    lines += ['## Arms', '', *arms_table(plan, rows), '']
-    lines += ['All arms take the same steps on the same tokens: `loss` is the comparison at equal steps and at '
-              'equal tokens. At equal FLOPs and at equal seconds, the cheapest arm is at its end and the others '
-              'are read off their curves before theirs, where their learning rate has not come down yet: those '
-              'two columns favour the cheapest. A sweep with `--match=flops` has no such bias. Seconds are '
-              'tokens over the median of tokens/s, without evaluations. The cache is in 16 bit, for one '
-              'sequence of the whole context. Peak memory is that of the training process on a CPU, libraries '
-              'included, and of a training step\'s tensors on a GPU.', '']
-    if 'cost' in figures:
-        lines += ['![loss against cost](cost.png)', '']
-    if 'curves' in figures:
-        lines += ['![loss curves](curves.png)', '']
+        return '\n'.join([*lines, '', 'No run is finished yet.', ''])
+    lines += ['', '## Verdicts', '',
+              'Differences are in validation loss, in nats per token; negative is better.', '',
+              *verdicts(plan, effects, rows), *picture('differences', 'paired differences', figures),
+              '', '## Paired differences', '', *effects_table(effects)]
+    by_chance = round(0.05 * len(effects))
+    if by_chance:
+        lines += ['', f'At 95 % each, about {by_chance} of {len(effects)} comparisons would look resolved by '
+                  'chance. Intervals over few seeds are wide because they should be.']
+    lines += ['', '## Arms', '', *arms_table(plan, rows), '', ABOUT_ARMS,
+              *picture('cost', 'loss against cost', figures), *picture('curves', 'loss curves', figures)]
     if plan['notes']:
-        lines += [f'## Budgets (`--match={plan["match"]}`)', '',
-                  *(f'- {arm}: {note}' for arm, note in plan['notes'].items()), '']
+        lines += ['', f'## Budgets: `--match={plan["match"]}`', '',
+                  *(f'- {arm}: {note}' for arm, note in plan['notes'].items())]
     if len(plan['rates']) > 1:
-        lines += [*rates_table(plan, arms)[1:], '']
-    return '\n'.join(lines)
+        lines += rates_table(plan, arms)
+    return '\n'.join([*lines, ''])
 
 
 def write_csv(path, rows, key):
@@ -431,12 +454,11 @@ def plot_differences(plan, effects, path):
         y -= 1.0 if pair['flag'] == previous or previous is None else 1.5
         previous = pair['flag']
         color = GREY if not e.resolved else BLUE if e.mean < 0 else RED
-        ax.errorbar(e.mean, y, xerr=None if e.n < 2 else e.half, fmt='o', color=color, capsize=3, markersize=5,
-                    linewidth=1.6)
+        ax.errorbar(e.mean, y, xerr=None if e.n < 2 else e.half, fmt='o', color=color, capsize=3,
+                    markersize=5, linewidth=1.6)
         where = {'alone': 'alone on the base', 'removed': 'beside the others', 'ladder': 'ladder',
                  'varied': '', 'all': f'{pair["without"]} to {pair["with"]}'}[pair['how']]
-        name = pair['with'] if pair['how'] == 'varied' else pair['flag']
-        labels.append((y, f'{name}, {where}'.removesuffix(', ')))
+        labels.append((y, f'{pair["flag"]}, {where}'.removesuffix(', ')))
         ax.annotate(f'{e.mean:+.3f}', (1.01, y), xycoords=('axes fraction', 'data'), va='center', fontsize=9,
                     color=color)
     ax.axvline(0, color='black', linewidth=0.8)
@@ -454,9 +476,7 @@ def plot_differences(plan, effects, path):
 
 def shown_in_curves(plan, arms):
     """The ladder where there is one, else every arm: lines that a reader can tell apart."""
-    ladder = [pair['with'] for pair in plan['comparisons'] if pair['how'] == 'ladder']
-    names = [plan['reference'], *ladder] if ladder else list(arms)
-    return [name for name in dict.fromkeys(names) if arms[name].runs][:8]
+    return [name for name in plan['ladder'] or arms if arms[name].runs][:len(COLORS)]
 
 
 def plot_curves(plan, arms, path):
@@ -467,34 +487,46 @@ def plot_curves(plan, arms, path):
         runs = arms[name].runs
         steps = [step for step, _ in next(iter(runs.values())).curve]
         losses = [[run.curve[i][1] for run in runs.values()] for i in range(len(steps))]
-        band(left, steps, losses, color, name)
+        left.plot(steps, [statistics.fmean(column) for column in losses], color=color, label=rung(plan, name))
+        left.fill_between(steps, list(map(min, losses)), list(map(max, losses)), color=color, alpha=0.2,
+                          linewidth=0)
         base = arms[reference].runs
         shared = sorted(runs.keys() & base.keys())
         if name != reference and shared:
-            band(right, steps, [[runs[s].curve[i][1] - base[s].curve[i][1] for s in shared]
-                                for i in range(len(steps))], color, name)
-    last = [run.curve[-1][1] for name in names for run in arms[name].runs.values()]
-    half = [run.curve[len(run.curve) // 4][1] for name in names for run in arms[name].runs.values()]
-    spread = max(half) - min(last) or 1.0
-    left.set_ylim(min(last) - 0.05 * spread, max(half) + 0.1 * spread)
-    left.set_title('validation loss', fontsize=10, loc='left')
-    right.set_title(f'paired difference to {reference}', fontsize=10, loc='left')
+            found = [effect([runs[seed].curve[i][1] - base[seed].curve[i][1] for seed in shared])
+                     for i in range(len(steps))]
+            right.plot(steps, [e.mean for e in found], color=color)
+            if len(shared) > 1:
+                right.fill_between(steps, [e.mean - e.half for e in found], [e.mean + e.half for e in found],
+                                   color=color, alpha=0.15, linewidth=0)
+    zoom(left, [run.curve for name in names for run in arms[name].runs.values()])
+    left.set_title('validation loss; bands: all seeds', fontsize=10, loc='left')
+    right.set_title(f'paired difference to {reference}; bands: 95 % intervals', fontsize=10, loc='left')
     right.axhline(0, color='black', linewidth=0.8)
     left.legend(fontsize=8, frameon=False)
     for ax in (left, right):
-        ax.set_xlabel('step; bands: 95 % intervals over seeds', fontsize=9)
+        ax.set_xlabel('step', fontsize=9)
         ax.grid(alpha=0.3)
     save(fig, path)
 
 
-def band(ax, steps, values, color, name):
-    """A line of means and a band of 95 % intervals; values[i] are those of all seeds at steps[i]."""
-    found = [effect(column) for column in values]
-    means = [e.mean for e in found]
-    ax.plot(steps, means, color=color, label=name, linewidth=1.6)
-    if len(values[0]) > 1:
-        ax.fill_between(steps, [e.mean - e.half for e in found], [e.mean + e.half for e in found], color=color,
-                        alpha=0.15, linewidth=0)
+def rung(plan, name):
+    """How an arm is called in a figure: on the ladder by what it adds."""
+    if name not in plan['ladder'][1:]:
+        return name
+    before = plan['ladder'][plan['ladder'].index(name) - 1]
+    flag = next(pair['flag'] for pair in plan['comparisons']
+                if (pair['without'], pair['with']) == (before, name))
+    return f'+ {flag}' + f' = {name}' * (name == plan['ladder'][-1])
+
+
+def zoom(ax, curves):
+    """Leave out the steep beginning, in which all curves look the same."""
+    last = [curve[-1][1] for curve in curves]
+    early = max(curve[len(curve) // 4][1] for curve in curves)
+    spread = early - min(last)
+    if spread > 0 and math.isfinite(spread):
+        ax.set_ylim(min(last) - 0.05 * spread, early + 0.1 * spread)
 
 
 def plot_cost(plan, arms, rows, path):
@@ -557,6 +589,6 @@ def write(plan, runs, folder, out):
     write_csv(os.path.join(out, 'differences.csv'), {
         f'{i}': {key: pair[key] for key in ('flag', 'how', 'without', 'with')} | e._asdict()
         for i, (pair, e) in enumerate(effects, start=1)}, 'number')
-    said = [line.replace('**', '') for line in verdicts(plan, effects, rows)]
+    said = [line.replace('**', '') for line in verdicts(plan, effects, rows)] if rows else []
     return '\n'.join([*said, *(line + ', NOT FINISHED' for line in missing),
                       f'the report is {os.path.join(out, "report.md")}'])
