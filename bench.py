@@ -4,6 +4,7 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py step config/llama_small.py config/tiny.py
     python bench.py cache
     python bench.py families config/tiny.py --max_iters=100
+    python bench.py window
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
 import glob
@@ -17,6 +18,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -31,6 +33,8 @@ batch_size = 12                     # sequences in a step
 rounds = 30                         # how often each variant is timed
 nanogpt = ''                        # folder of a nanoGPT checkout to time beside ours, with the same flags
 device = 'cpu'                      # cpu, cuda, mps
+dtype = 'bfloat16'                  # families: of matrix products, float32 or bfloat16
+reuse = False                       # families: keep the runs that out/families holds, train what is missing
 
 
 def step():
@@ -115,30 +119,59 @@ def cache():
 
 
 def families():
-    """Every config/*_small.py with the given files and flags behind it, trained: a Markdown table."""
+    """
+    Every config/*_small.py with the given files and flags behind it, trained and sampled, then timed in turns:
+    a Markdown table. tokens/s is of whole training steps with AdamW.
+    """
+    models, rows = {}, {}
+    for path in sorted(glob.glob(os.path.join('config', '*_small.py'))):
+        name = os.path.basename(path).removesuffix('_small.py')
+        out_dir = os.path.join('out', 'families', name)
+        if not (reuse and os.path.exists(os.path.join(out_dir, 'ckpt.pt'))):
+            run_script('train.py', path, *sys.argv[2:], f'--out_dir={out_dir}', '--overwrite=True')
+        run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=64')
+        state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
+        models[name] = model = checkpoint.build(state, out_dir)
+        T = model.config.block_size
+        with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
+            loss = [line['val_loss'] for line in map(json.loads, f) if 'val_loss' in line][-1]
+        rows[name] = (f'{model.num_params() / 1e6:.2f}M | {model.num_params(active=True) / 1e6:.2f}M | '
+                      f'{loss:.3f}', f'{kv_cache_bytes(model.config, T, 1, 2) / T:,.0f}')
+        print(f'{name}: {rows[name][0]} after {state["step"]} steps', file=sys.stderr, flush=True)
+    times = in_turns({name: step_of(model, dtype) for name, model in models.items()})
     print('| family | parameters | active | validation loss | tokens/s | cache bytes per token |')
     print('|---|---|---|---|---|---|')
-    for path in sorted(glob.glob(os.path.join('config', '*_small.py'))):
-        name = os.path.basename(path).removesuffix('.py')
-        out_dir = os.path.join('out', 'families', name)
-        flags = [*sys.argv[2:], f'--out_dir={out_dir}', '--overwrite=True']
-        command = [sys.executable, 'train.py', path, *flags]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            sys.exit(f'{name}: {run.stderr.strip().splitlines()[-1]}')
-        with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
-            lines = [json.loads(line) for line in f]
-        loss = [line['val_loss'] for line in lines if 'val_loss' in line][-1]
-        rate = statistics.median(line['tokens_per_s'] for line in lines if 'tokens_per_s' in line)
-        state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
-        model = checkpoint.build(state, out_dir)
-        T = model.config.block_size
-        print(f'| {name.removesuffix("_small")} | {model.num_params() / 1e6:.2f}M | '
-              f'{model.num_params(active=True) / 1e6:.2f}M | {loss:.3f} | {rate:,.0f} | '
-              f'{kv_cache_bytes(model.config, T, 1, 2) / T:,.0f} |', flush=True)
+    for name, (left, right) in rows.items():
+        rate = batch_size * models[name].config.block_size / statistics.median(times[name]) * 1e3
+        print(f'| {name} | {left} | {rate:,.0f} | {right} |')
 
 
-TOPICS = {'step': step, 'cache': cache, 'families': families}
+def run_script(*words):
+    """Run one of our scripts; when it fails, leave with the last line that it said."""
+    run = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f'{" ".join(words)}: {run.stderr.strip().splitlines()[-1]}')
+
+
+def window():
+    """Forward and backward of attention within a window, against all of it, as the text grows."""
+    c = dict(n_layer=1, n_head=8, n_embd=512, vocab_size=64, pos='rope', block_size=16384)
+    for T in (1024, 2048, 4096, 8192):
+        q, k, v = (torch.randn(1, T, 8, 64, device=device, requires_grad=True) for _ in range(3))
+        pos = torch.arange(T, device=device)
+
+        def run(scores):
+            scores(q, k, v, pos, pos, True).square().mean().backward()
+        kinds = {w: GPT(GPTConfig(**c, layer_pattern='w' if w else 'a', window=w)).h[0].mixer.scores.to(device)
+                 for w in (None, 256, 1024)}
+        times = in_turns({w: partial(run, scores) for w, scores in kinds.items()})
+        full = statistics.median(times[None])
+        print(f'T={T:6}  full {full:9.2f} ms' + ''.join(
+            f'   window {w} {statistics.median(times[w]):9.2f} ms, {full / statistics.median(times[w]):.2f}x'
+            for w in (256, 1024)))
+
+
+TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):

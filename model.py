@@ -629,20 +629,21 @@ class Scores(nn.Module):
         slopes = alibi_slopes(n_head).view(-1, 1, 1).view(torch.int32) if alibi else None
         self.register_buffer('slopes', slopes, persistent=False)
         self.sinks = nn.Parameter(torch.empty(n_head)) if c.sinks else None
-        # what SDPA's own triangle is enough for, which is its fastest path
-        self.triangle = window is None and not alibi and not c.sinks and c.softcap is None
+        # what SDPA's own triangle is enough for, its fastest path, as long as the window covers it
+        self.triangle = not alibi and not c.sinks and c.softcap is None
 
     def draw(self, leaf, generator):
         return torch.randn(self.sinks.shape, generator=generator) * 0.02
 
     def forward(self, q, k, v, pos, key_pos, causal):
         """q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), pos (T,) or (B,T), key_pos (S,) or (B,S) -> (B,T,H,Dv)"""
+        T, window = q.shape[1], self.window or math.inf
+        if causal and 2 * window <= T:
+            return self.blockwise(q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if causal and self.triangle:
+        if causal and self.triangle and window >= T:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale,
                                                dropout_p=self.drop(), enable_gqa=q.shape[1] != k.shape[1])
-        elif causal and self.window is not None and q.shape[2] > 2 * self.window:
-            y = self.blockwise(q, k, v)
         else:
             y = self.masked(q, k, v, pos, key_pos)
         return y.transpose(1, 2)
@@ -685,27 +686,25 @@ class Scores(nn.Module):
 
     def blockwise(self, q, k, v):
         """
-        Tokens 0..T-1 under a window W in blocks of queries, each with the keys of its
-        own block and as many blocks before it as the window reaches: about T * 1.5 W
-        scores in place of T * T. The blocks become a batch, and `masked` does the rest.
+        Tokens 0..T-1 under a window W in blocks of queries, each with the keys of its own block and as many
+        blocks before it as the window reaches: about T * 1.5 W scores in place of T * T. The blocks become a
+        batch, and `masked` does the rest. Shapes as in forward.
         """
-        B, T = q.shape[0], q.shape[2]
+        B, T = q.shape[:2]
         # of a block: smaller ones waste fewer scores, and have more overhead
-        size = max(1, self.window // 2)
+        size = self.window if self.window <= 128 else self.window // 2
         back = -(-(self.window - 1) // size)     # blocks that the window reaches back
-        n = -(-T // size)
-        pad = n * size - T
-        pos = torch.arange(n * size, device=q.device).view(n, size)
+        pad = -T % size
+        if pad:
+            q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
+        pos = torch.arange(T + pad, device=q.device).view(-1, size)
         # what lies before the first token has negative positions, which nobody sees
         key_pos = torch.cat([pos - i * size for i in range(back, -1, -1)], dim=1)
-        q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (n, size)).transpose(1, 2).flatten(0, 1)  # (Bn,H,size,D)
-
-        def reach(x):
-            x = F.pad(x, (0, 0, back * size, pad)).unflatten(2, (n + back, size))
-            x = torch.cat([x[:, :, i:n + i] for i in range(back + 1)], dim=3)
-            return x.transpose(1, 2).flatten(0, 1)  # (Bn,K,(back+1)size,D)
-        y = self.masked(q, reach(k), reach(v), pos.repeat(B, 1), key_pos.repeat(B, 1))
-        return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+        q = q.unflatten(1, (-1, size)).flatten(0, 1)                            # (Bn,size,H,D)
+        k, v = ops.spans(k, size, back), ops.spans(v, size, back)               # (Bn,(back+1)size,K,D)
+        y = self.masked(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                        pos.repeat(B, 1), key_pos.repeat(B, 1))
+        return y.transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
 
 
 class WidthNorm(RMSNorm):

@@ -10,7 +10,8 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.selective_scan import selective_scan
+from kernels.spans import spans
 from kernels.ssd import ssd
 
 __all__ = ['causal_conv', 'geglu', 'grouped_linear', 'linear_cross_entropy', 'rms_norm', 'rope',
-           'selective_scan', 'ssd', 'swiglu']
+           'selective_scan', 'spans', 'ssd', 'swiglu']

@@ -9,7 +9,7 @@ from conftest import assert_close, build, every_family, random_flags, scaled, to
 from model import GPTConfig, TokenCache, kv_cache_bytes
 
 BOUND = 1e-4    # of the largest logit
-RANDOM = 48     # random combinations of flags
+RANDOM = 200    # random combinations of flags
 T = 20          # tokens of a text; every toy's block_size is more
 
 
@@ -72,8 +72,10 @@ def test_cached_logits_equal_the_full_forward(flags, way):
 @random_flags(RANDOM, seed=2)
 def test_cached_logits_equal_the_full_forward_for_random_flags(flags):
     model_text_logits = model_and_text(flags)
-    for way in WAYS.values():
-        way(*model_text_logits)
+    for name, way in WAYS.items():
+        # its angles depend on how long the text may become, which is T for the logits to compare with
+        if flags.get('rope_scaling') != 'dynamic' or name in ('whole', 'uneven chunks', 'single steps'):
+            way(*model_text_logits)
 
 
 @every_family

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FIELDS, assert_close, build, every_family, legal, random_flags, scaled, tokens, toy
-from test_model import assert_causal, assert_gradients
+from test_model import assert_causal, assert_checkpoint_is_exact, assert_compiled_equals_eager, assert_gradients
 
 from model import GPT, GPTConfig, kv_cache_bytes
 
 LEGAL = 320     # random combinations of flags
+CAPTURED = 200  # those of them that are compiled and saved as well
 # Flags that change how some tensors are drawn, with the name of those: a projection onto the residual stream
 # is scaled by the number of layers, or zero. Direction and sign are kept.
 RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight', 'ssm_conv': 'conv1d.bias'}
@@ -239,6 +240,13 @@ def test_random_combination_works(flags):
         start += size
     assert sum(entry.nbytes() for entry in cache) == kv_cache_bytes(model.config, T, 2, 4)
     assert_gradients(build(flags))
+
+
+@random_flags(CAPTURED, seed=1)
+def test_random_combination_is_one_graph_and_survives_a_checkpoint(flags, tmp_path):
+    torch._dynamo.reset()
+    assert_compiled_equals_eager(flags, 'eager')
+    assert_checkpoint_is_exact(flags, tmp_path / 'ckpt.pt')
 
 
 def test_random_combinations_reach_every_value():

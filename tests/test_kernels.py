@@ -78,6 +78,16 @@ def grouped_linear(x, weight, bias, counts):
     return torch.stack(rows)
 
 
+def spans(x, size, back):
+    (B, T), rest = x.shape[:2], x.shape[2:]
+    rows = []
+    for b in range(B):
+        for start in range(0, T, size):
+            rows.append(torch.stack([x[b, t] if t >= 0 else 0 * x[b, 0]
+                                     for t in range(start - back * size, start + size)]))
+    return torch.stack(rows)
+
+
 def plain_grouped_linear(x, weight, bias, counts):
     rows = x.split(counts.tolist())
     return torch.cat([F.linear(r, w, None if bias is None else bias[e])
@@ -93,6 +103,7 @@ OPS = {
     'geglu': (geglu, lambda x: F.gelu(x.chunk(2, -1)[0], approximate='tanh') * x.chunk(2, -1)[1]),
     'linear_cross_entropy': (linear_cross_entropy, plain_linear_cross_entropy),
     'grouped_linear': (grouped_linear, plain_grouped_linear),
+    'spans': (spans, spans),
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,6 +177,14 @@ CASES = {
                          torch.tensor([0, 6, 0, 0])),
         'one expert': (randn(6, 4), randn(1, 3, 4, seed=1), randn(1, 3, seed=2), torch.tensor([6])),
         'not contiguous': (strided(randn(6, 4)), strided(randn(2, 3, 4, seed=1)), None, torch.tensor([2, 4])),
+    },
+    'spans': {
+        'a block back': (randn(2, 6, 3, 5), 2, 1),
+        'two blocks back': (randn(2, 12, 2, 3), 3, 2),
+        'further than there are blocks': (randn(1, 4, 2, 3), 2, 3),
+        'one block': (randn(2, 3, 1, 2), 3, 1),
+        'no block back': (randn(2, 4, 1, 2), 2, 0),
+        'not contiguous': (strided(randn(2, 6, 3, 4)), 2, 2),
     },
     'linear_cross_entropy': {
         'odd sizes': head(13, 7, 19),

@@ -117,18 +117,25 @@ def assert_compiled_equals_eager(flags, backend):
     compiled = torch.compile(inner, fullgraph=True, backend=backend)
     losses = []
     for m in (eager, compiled):
+        torch.manual_seed(0)  # of dropout
         loss = m(idx[:, :-1], idx[:, 1:])[1]
         loss.backward()
         losses.append(loss)
     assert_close(losses[1], losses[0], 1e-5, 'loss')
+    largest = max(p.grad.abs().max() for p in eager.parameters())
     for (name, p), q in zip(eager.named_parameters(), inner.parameters()):
-        assert_close(q.grad, p.grad, 1e-4, f'gradient of {name}')
+        # beside a gradient that all but cancels, what it is summed from is the measure of its rounding
+        error, bound = (q.grad - p.grad).abs().max(), 1e-4 * p.grad.abs().max() + 1e-6 * largest
+        assert error <= bound, f'gradient of {name}: error {error:.2e} must be at most {bound:.2e}'
 
 
 @every_family
 def test_checkpoint_gives_the_same_logits(flags, tmp_path):
+    assert_checkpoint_is_exact(flags, tmp_path / 'ckpt.pt')
+
+
+def assert_checkpoint_is_exact(flags, path):
     model, idx = scaled(build(flags), 5), tokens(flags, 2, 16)
-    path = tmp_path / 'ckpt.pt'
     checkpoint.save(path, checkpoint.contents(model, settings={}, meta={}, step=0))
     again = checkpoint.build(checkpoint.load(path), path).eval()
     assert again.config == model.config
