@@ -11,6 +11,7 @@ D head_dim, I ffn or inner width, N tokens of all sequences, E experts, R latent
 """
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple, get_args
@@ -33,52 +34,70 @@ class GPTConfig:
     n_layer: int = 12               # blocks
     n_head: int = 12                # query heads
     n_embd: int = 768               # width of the residual stream
-    layer_pattern: str = 'a'        # mixer of each layer, repeated: a attention, w windowed, n no rope, m SSM
+    layer_pattern: str = 'a'        # mixer of each layer, repeated: the letters of MIXERS (--help)
     ffn_pattern: str = 'f'          # what follows it, repeated: f one dense ffn, e experts, - nothing
     # positions
-    pos: str = 'learned'            # learned, sinusoidal, rope, alibi, none
+    pos: str = 'learned'            # learned, sinusoidal, rope, alibi, alibi_bf16 (Falcon), none
     rope_theta: float = 10000.0     # rope: the base of its wavelengths
+    rope_local_theta: float | None = None  # rope: a base of their own for windowed layers, never scaled
     rope_fraction: float = 1.0      # rope: the share of each head that turns
-    rope_scaling: str = 'none'      # rope beyond rope_context: none, linear, ntk, dynamic, yarn, llama3
+    rope_scaling: str = 'none'      # none, linear, ntk, dynamic, yarn, llama3, longrope
     rope_factor: float = 1.0        # rope_scaling: how many times longer the context becomes
     rope_context: int | None = None  # rope_scaling: the context that was trained on; None: block_size
     rope_beta_fast: float = 32.0    # yarn: pairs that turn more often than this in rope_context are unchanged
     rope_beta_slow: float = 1.0     # yarn: pairs that turn less often than this are stretched by rope_factor
-    rope_attention_factor: float | None = None  # yarn: scales cos and sin; None: 0.1 ln(rope_factor) + 1
+    rope_truncate: bool = True      # yarn: between the two, the ramp begins and ends at whole pairs
+    rope_attention_factor: float | None = None  # yarn, longrope: scales cos and sin; None: the paper's
     rope_low_freq: float = 1.0      # llama3: as yarn's beta_slow
     rope_high_freq: float = 4.0     # llama3: as yarn's beta_fast
+    rope_short: list | None = None  # longrope: what divides each frequency up to rope_context tokens
+    rope_long: list | None = None   # longrope: and beyond
     # norms and the residual stream
     norm: str = 'layernorm'         # layernorm, rmsnorm
     norm_at: str = 'pre'            # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
     norm_eps: float = 1e-5          # added to the variance, or to the mean square, of every norm
-    residual: str = 'serial'        # serial: ffn after mixer; parallel: both read the same x (GPT-NeoX, PaLM)
-    embed_scale: bool = False       # multiply the token embedding by sqrt(n_embd) (Gemma)
+    residual: str = 'serial'        # serial; parallel, shared, normed: see RESIDUAL
+    residual_scale: float = 1.0     # multiplies what every branch adds to the stream (Granite)
+    embed_scale: bool | float = False  # multiplies the token embedding: a number, or True for sqrt(n_embd)
+    embed_norm: bool = False        # a norm on the embedding (BLOOM)
     embed_skip: bool = False        # later blocks mix the embedding back in, by two learned numbers each
     # attention
     attn: str = 'standard'          # standard (MHA, GQA, MQA), mla (latent), diff (differential)
     n_kv_head: int | None = None    # key/value heads: None as many as n_head (MHA), fewer GQA, 1 MQA
     head_dim: int | None = None     # width of one head: None n_embd / n_head
-    qk_norm: bool | str = False     # RMS norm on q and k before rope: True per head, full over all heads
-    window: int | None = None       # letter w: how many tokens it sees, the newest included
+    attn_scale: float | None = None  # multiplies the scores; None: 1 / sqrt of a key's width
+    qk_norm: bool | str = False     # norm of q and k: True per head, full (OLMo 2), heads, unit (Llama 4)
+    qkv_clip: float | None = None   # q, k and v are clamped to this size (MPT)
+    window: int | None = None       # letters w, v: tokens that are seen, the newest included; c: of a chunk
     softcap: float | None = None    # cap the attention scores smoothly: cap * tanh(score / cap)
     sinks: bool = False             # a learned logit per head that takes attention from all tokens (gpt-oss)
+    temp_scale: float | None = None  # letters n, v: queries grow with the log of their position (Llama 4)
+    temp_floor: int = 8192          # temp_scale: in steps of so many tokens
     value_embed: bool = False       # add a second token embedding to the values, by a learned number a layer
     kv_rank: int | None = None      # mla: width of the latent that is cached; None: n_embd / 4
     q_rank: int | None = None       # mla: width of the query's latent; None: queries come straight from x
     rope_head_dim: int | None = None  # mla: rotated width, one key for all heads; None: head_dim / 2
     v_head_dim: int | None = None   # mla: width of a value head; None: head_dim
+    latent_eps: float | None = None  # mla: as norm_eps, for the norms of the latents; None: norm_eps
     # feed-forward
-    ffn: str = 'gelu'               # relu, gelu, relu2; gated: swiglu, geglu
+    ffn: str = 'gelu'               # relu, gelu, gelu_tanh, relu2; gated: swiglu, geglu, ... (FFN)
     ffn_width: int | None = None    # hidden width: None 4 n_embd, gated 8/3 n_embd (the same parameters)
+    ffn_limit: float = 7.0          # swiglu_clip: gate and up are clamped to this size
+    ffn_alpha: float = 1.702        # swiglu_clip: the gate is x sigmoid(alpha x)
     n_expert: int | None = None     # letter e: experts
     n_expert_used: int = 2          # experts that each token passes through
-    expert_width: int | None = None  # hidden width of one expert; None: all that a token uses are ffn_width
+    expert_width: int | float | None = None  # of one expert, a float: of ffn_width; None: all used are ffn_width
     n_shared: int = 0               # experts' worth of ffn that every token passes through as well
+    shared_width: int | None = None  # n_shared: the hidden width of all that; None: n_shared expert_width
+    shared_gate: bool = False       # n_shared: times the sigmoid of a learned score (Qwen MoE)
     router: str = 'softmax'         # scores of the experts: softmax, sigmoid (DeepSeek V3)
+    router_bias: bool = False       # a learned bias in the router (gpt-oss)
     router_norm: bool = True        # the weights of the chosen experts are made to sum to one
     router_scale: float = 1.0       # and multiplied by this
+    router_input: bool = False      # they weight what goes into an expert, not what comes out (Llama 4)
     n_group: int = 1                # experts lie in groups; a token chooses in the best n_group_used of them
     n_group_used: int = 1           # groups a token chooses in
+    group_top: int = 2              # n_group: a group is worth the sum of so many of its best experts
     balance: str = 'aux'            # keep experts equally busy: none, aux (Switch), bias (DeepSeek V3), both
     aux_weight: float = 0.01        # aux: weight of the balancing loss
     bias_rate: float = 0.001        # bias: how far the router's bias moves in one optimizer step
@@ -90,12 +109,21 @@ class GPTConfig:
     ssm_conv: int = 4               # taps of the causal convolution
     ssm_head_dim: int = 64          # mamba2: channels that share one decay
     ssm_groups: int = 1             # mamba2: groups of heads that share B and C
+    ssm_dt_min: float = 0.0         # mamba2: the least step size
+    ssm_dt_max: float | None = None  # mamba2: the largest; None: no limit
     ssm_dt_rank: int | None = None  # mamba1: rank of the step size; None: n_embd / 16
     ssm_norm: bool = False          # mamba1: RMS norms on the step size, B and C (Jamba)
     # all
-    bias: bool = True               # biases in linear layers and layer norms
+    bias: bool = True               # biases in linear layers and layer norms, unless one of these says it
+    qkv_bias: bool | None = None    # of queries, keys and values (mla: of what goes down to the latents)
+    proj_bias: bool | None = None   # of attention's output
+    ffn_bias: bool | None = None    # of dense ffns and experts
+    norm_bias: bool | None = None   # of layer norms
+    ssm_bias: bool | None = None    # of a state space's two projections
+    conv_bias: bool = True          # of its convolution, whatever bias says
     tie: bool = True                # the output head shares its weight with the token embedding
     dropout: float = 0.0            # on the embedding, the attention weights and every branch
+    logit_scale: float = 1.0        # multiplies the logits
     logit_softcap: float | None = None  # cap the logits smoothly: cap * tanh(logits / cap)
     zero_init: bool = False         # projections that write to the residual stream start at zero
     n_predict: int = 1              # tokens predicted at every position in training, by a block more for each
@@ -119,9 +147,11 @@ class GPTConfig:
                 self._must(name, getattr(self, name) == getattr(GPTConfig, name),
                            f'be left out unless {sentence}')
         self._fill_in()
-        for name in ('norm_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq',
-                     'rope_attention_factor', 'router_scale'):
-            self._must(name, getattr(self, name) is None or getattr(self, name) > 0, 'be above 0')
+        for name in ('norm_eps', 'latent_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq',
+                     'rope_attention_factor', 'router_scale', 'attn_scale', 'qkv_clip', 'temp_scale',
+                     'embed_scale', 'residual_scale', 'logit_scale', 'ffn_limit', 'ffn_alpha'):
+            self._must(name, getattr(self, name) in (None, False) or getattr(self, name) > 0,
+                       'be above 0')
         self._combinations()
 
     def _must(self, name, ok, rule):
@@ -136,20 +166,28 @@ class GPTConfig:
         if self.attends():
             self._must('n_embd', self.head_dim or self.n_embd % self.n_head == 0,
                        f'be a multiple of n_head={self.n_head}, or head_dim must be set')
-            filled |= {'n_kv_head': self.n_head, 'head_dim': self.n_embd // self.n_head}
+            filled |= {'n_kv_head': self.n_head, 'head_dim': self.n_embd // self.n_head,
+                       'qkv_bias': self.bias, 'proj_bias': self.bias}
         if self.rope_scaling in ROPE_CONTEXT:
             filled |= {'rope_context': self.block_size}
         if self.attn == 'mla':
             head_dim = self.head_dim or filled['head_dim']
             filled |= {'kv_rank': max(1, self.n_embd // 4), 'rope_head_dim': head_dim // 2,
-                       'v_head_dim': head_dim}
+                       'v_head_dim': head_dim, 'latent_eps': self.norm_eps}
         if self.ffns() - {'-'}:
-            filled |= {'ffn_width': FFN[self.ffn].func.default_width(self.n_embd)}
+            filled |= {'ffn_width': FFN[self.ffn][0].default_width(self.n_embd), 'ffn_bias': self.bias}
         if 'e' in self.ffns():
-            width = (self.ffn_width or filled['ffn_width']) // max(1, self.n_expert_used + self.n_shared)
+            whole = self.ffn_width or filled['ffn_width']
+            width = whole // max(1, self.n_expert_used + self.n_shared)
             filled |= {'expert_width': max(1, width // 8 * 8 or width)}
+            if isinstance(self.expert_width, float):
+                self.expert_width = max(1, round(self.expert_width * whole))
+        if self.n_shared and 'e' in self.ffns():
+            filled |= {'shared_width': self.n_shared * (self.expert_width or filled['expert_width'])}
+        if self.norm == 'layernorm':
+            filled |= {'norm_bias': self.bias}
         if 'm' in self.mixers():
-            filled |= {'ssm_state': SSM[self.ssm].default_state}
+            filled |= {'ssm_state': SSM[self.ssm].default_state, 'ssm_bias': self.bias}
             if self.ssm == 'mamba1':
                 filled |= {'ssm_dt_rank': Mamba1.default_dt_rank(self.n_embd)}
         for name, value in filled.items():
@@ -166,6 +204,9 @@ class GPTConfig:
     def attends(self):
         return bool(self.mixers() - {'m'})
 
+    def rotates(self):
+        return self.pos == 'rope' and bool(self.mixers() - set('mnv'))
+
     def _combinations(self):
         must = self._must
         must('embed_skip', not self.embed_skip or self.n_layer > 1, 'be False when n_layer=1')
@@ -178,16 +219,23 @@ class GPTConfig:
         must('rope_beta_fast', self.rope_beta_fast > self.rope_beta_slow, f'be above {self.rope_beta_slow}')
         must('rope_high_freq', self.rope_high_freq > self.rope_low_freq, f'be above {self.rope_low_freq}')
         must('residual', self.residual == 'serial' or self.norm_at != 'post', 'be serial when norm_at=post')
+        must('residual', self.residual in ('serial', 'parallel') or NORM_AT[self.norm_at][0],
+             f'be serial when norm_at={self.norm_at}, which has no norm before a branch')
         must('residual', self.residual == 'serial' or '-' not in self.ffns(),
              "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
-        must('pos', self.attends() or self.pos not in ('rope', 'alibi'),
-             'not be rope or alibi when no layer attends')
+        must('pos', self.attends() or not POSITIONS[self.pos].of_attention,
+             'be learned, sinusoidal or none when no layer attends')
+        must('pos', self.pos != 'rope' or self.rotates(),
+             "be none when every layer that attends is an 'n' or 'v', which do not turn")
+        must('layer_pattern', self.pos == 'rope' or not self.mixers() & set('nv'),
+             f"have 'a' for 'n' and 'w' for 'v' when pos={self.pos}: what does not turn is their difference")
         if self.attends():
             self._attention_combinations(must)
         if 'e' in self.ffns():
             must('n_expert', self.n_expert, "be set when ffn_pattern has an 'e'")
             must('n_group', self.n_expert % self.n_group == 0, f'divide n_expert={self.n_expert}')
-            must('n_group_used', self.n_group_used <= self.n_group, f'be at most n_group={self.n_group}')
+            must('n_group_used', self.n_group_used < self.n_group or self.n_group == 1,
+                 f'be below n_group={self.n_group}, or groups make no difference')
             choice = self.n_expert // self.n_group * self.n_group_used
             must('n_expert_used', self.n_expert_used <= choice,
                  f'be at most the {choice} experts to choose from')
@@ -195,17 +243,26 @@ class GPTConfig:
             heads, odd = divmod(self.ssm_expand * self.n_embd, self.ssm_head_dim)
             must('ssm_head_dim', odd == 0, f'divide the inner width {self.ssm_expand * self.n_embd}')
             must('ssm_groups', heads % self.ssm_groups == 0, f'divide the {heads} heads of the state space')
+            must('ssm_dt_max', self.ssm_dt_max is None or self.ssm_dt_max > self.ssm_dt_min,
+                 f'be above ssm_dt_min={self.ssm_dt_min}')
 
     def _attention_combinations(self, must):
         must('n_kv_head', self.n_head % self.n_kv_head == 0, f'divide n_head={self.n_head}')
-        must('window', 'w' not in self.mixers() or self.window, "be set when layer_pattern has a 'w'")
-        if self.pos == 'rope':
+        must('window', self.window or not self.mixers() & set('wvc'),
+             "be set when layer_pattern has a 'w', 'v' or 'c'")
+        if self.rotates():
             width = rope_width(self)
-            must('rope_head_dim' if self.attn == 'mla' else 'head_dim', width > 0 and width % 2 == 0,
+            must('rope_head_dim' if self.attn == 'mla' else 'rope_fraction' if self.rope_fraction < 1 else
+                 'head_dim', width > 0 and width % 2 == 0,
                  f'leave an even number of coordinates to turn when pos=rope, and not {width}')
+            for name in ('rope_short', 'rope_long'):
+                must(name, self.rope_scaling != 'longrope' or getattr(self, name) is not None
+                     and len(getattr(self, name)) == width // 2,
+                     f'hold {width // 2} numbers, one for each pair, when rope_scaling=longrope')
         if self.attn == 'mla':
-            must('attn', self.pos in ('rope', 'none'), f'not be mla with pos={self.pos}: use rope or none')
-            for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0)):
+            must('pos', self.pos in ('rope', 'none'), 'be rope or none when attn=mla')
+            for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0),
+                                  ('qkv_clip', None), ('temp_scale', None)):
                 must(name, getattr(self, name) == default, f'be {default} when attn=mla')
             must('n_kv_head', self.n_kv_head == self.n_head,
                  'be left out when attn=mla, which caches no heads')
@@ -241,9 +298,9 @@ def out_std(c):
     return 0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer)
 
 
-def out_proj(c, n_in):
+def out_proj(c, n_in, bias):
     """A projection back to the residual stream."""
-    return Linear(n_in, c.n_embd, c.bias, std=out_std(c))
+    return Linear(n_in, c.n_embd, bias, std=out_std(c))
 
 
 class Embedding(nn.Embedding):
@@ -264,7 +321,8 @@ class Context(NamedTuple):
     """What all layers of one forward share."""
     pos: torch.Tensor   # (T,) or (B,T) int64; negative marks padding, which nobody attends to
     causal: bool        # tokens 0..T-1 and nothing cached, so the mask is the plain triangle
-    rope: tuple | None  # cos and sin of every token's angles, each (T,D/2) or (B,T,D/2) fp32
+    rope: tuple | None  # cos and sin of every token's angles, each (T,D/2) or (B,T,D/2) fp32: a pair of
+                        # them for most layers, another for windowed ones
     embedding: torch.Tensor | None = None  # embed_skip: what the blocks mix back in, (B,T,C)
     values: torch.Tensor | None = None     # value_embed: what attention adds to its values, (B,T,K,D)
     losses: list | None = None             # what layers add to the training loss
@@ -286,14 +344,14 @@ class Frequencies(nn.Module):
         return pos.unsqueeze(-1) * self.bits.view(torch.float32)
 
 
-class NoPositions(nn.Module):
+class Positions(nn.Module):
     """
     Positions have three ways into the model: the embedding, the rotation and the bias of attention.
     This takes none.
     """
-    rotary = False      # attention rotates queries and keys
-    alibi = False       # attention adds a bias that grows with distance
-    max_tokens = None   # no limit on how far positions reach
+    of_attention = False    # they reach attention, by rotation or bias, and nothing else
+    max_tokens = None       # no limit on how far positions reach
+    longest = math.inf      # texts beyond this turn otherwise, their first tokens included
 
     def __init__(self, c):
         super().__init__()
@@ -305,7 +363,7 @@ class NoPositions(nn.Module):
         return None
 
 
-class LearnedPositions(NoPositions):
+class LearnedPositions(Positions):
     """One vector per position, added to the embedding (GPT-2). There are block_size of them and no more."""
 
     def __init__(self, c):
@@ -319,7 +377,7 @@ class LearnedPositions(NoPositions):
     draw = Embedding.draw
 
 
-class SinusoidalPositions(NoPositions):
+class SinusoidalPositions(Positions):
     """Fixed sines and cosines, added to the embedding (Vaswani et al. 2017, sections 3.4 and 3.5)."""
 
     def __init__(self, c):
@@ -329,69 +387,80 @@ class SinusoidalPositions(NoPositions):
     def forward(self, x, pos):
         angle = self.freq.angles(pos)                                           # (...,T,C/2)
         wave = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)      # (...,T,C)
-        # the sines have amplitude one: the paper scales the embedding up to be heard beside them
-        return x * math.sqrt(x.shape[-1]) + wave.to(x.dtype)
+        return x + wave.to(x.dtype)
 
 
-class AlibiPositions(NoPositions):
+class AlibiPositions(Positions):
     """A bias on the scores that falls linearly with distance (Press et al. 2022); Scores adds it."""
-    alibi = True
+    of_attention = True
 
 
 def alibi_slopes(n_head):
-    """
-    2^(-8/n), 2^(-16/n), ... for n heads; a number that is no power of two takes every other of twice as many.
-    """
+    """2^(-8/n), 2^(-16/n), ... for n heads; other numbers than powers of two take more from twice as many."""
     n = 2 ** int(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     return torch.tensor(slopes + [2 ** (-4 * (2 * i + 1) / n) for i in range(n_head - n)])
 
 
-class RotaryPositions(NoPositions):
-    """
-    Rotates queries and keys by angles that grow with position
-    (kernels/rope.py), at frequencies of ROPE_SCALING.
-    """
-    rotary = True
+def alibi(slopes, scale, pos, key_pos):
+    """slopes (H,1,1), pos (...,T), key_pos (...,S) -> the bias, (1 or B,H,T,S) fp32"""
+    distance = key_pos.unsqueeze(-2) - pos.unsqueeze(-1)  # (...,T,S)
+    return slopes * distance.view(-1, 1, *distance.shape[-2:])
+
+
+def alibi_bf16(slopes, scale, pos, key_pos):
+    """As Falcon was trained: slope and product rounded to bf16, then scaled as the scores are."""
+    key = key_pos.view(-1, 1, 1, key_pos.shape[-1])
+    return (slopes.bfloat16() * key).bfloat16().float() * scale
+
+
+# the bias of attention that positions bring
+ALIBI = {'alibi': alibi, 'alibi_bf16': alibi_bf16}
+
+
+class RotaryPositions(Positions):
+    """Rotates queries and keys by angles that grow with position (kernels/rope.py), see ROPE_SCALING."""
+    of_attention = True
 
     def __init__(self, c):
         super().__init__(c)
-        self.by_length = partial(ROPE_SCALING[c.rope_scaling], c)
-        freq, self.magnitude = self.by_length(c.block_size)
-        self.freq = Frequencies(freq)
-        self.longest = c.rope_context if c.rope_scaling == 'dynamic' else math.inf
+        self.frequencies, self.magnitude = partial(ROPE_SCALING[c.rope_scaling], c), rope_magnitude(c)
+        self.freq = Frequencies(self.frequencies(0))
+        self.local = Frequencies(rope_plain(c, 0, c.rope_local_theta)) if c.rope_local_theta else None
+        if c.rope_scaling in ROPE_BY_LENGTH:
+            self.longest = c.rope_context
 
     def rope(self, pos, length=0):
+        """pos (...,T), of a text of `length` tokens in all -> the two pairs of Context.rope"""
         freq = self.freq
         if length > self.longest:
-            freq = Frequencies(self.by_length(length)[0]).to(pos.device)
+            freq = Frequencies(self.frequencies(length)).to(pos.device)
         angle = freq.angles(pos)  # (...,T,D/2)
-        return angle.cos() * self.magnitude, angle.sin() * self.magnitude
+        scaled = angle.cos() * self.magnitude, angle.sin() * self.magnitude
+        if self.local is None:
+            return scaled, scaled
+        angle = self.local.angles(pos)
+        return scaled, (angle.cos(), angle.sin())
 
 
 def rope_width(c):
     """How many coordinates of a head turn."""
-    return c.rope_head_dim if c.attn == 'mla' else int(c.head_dim * c.rope_fraction)
+    return c.rope_head_dim if c.attn == 'mla' else round(c.head_dim * c.rope_fraction)
 
 
 def rope_plain(c, length, theta=None):
-    """
-    theta^(-2j/D) for pair j of D/2 -> (frequencies (D/2,) fp64, factor on cos and sin).
-    length: tokens in all.
-    """
+    """theta^(-2j/D) for pair j of D/2 -> (D/2,) fp64. length: tokens in all."""
     width = rope_width(c)
-    return (theta or c.rope_theta) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
+    return (theta or c.rope_theta) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
 
 
 def rope_linear(c, length):
     """Position interpolation (Chen et al. 2023): everything turns rope_factor times more slowly."""
-    return rope_plain(c, length)[0] / c.rope_factor, 1.0
+    return rope_plain(c, length) / c.rope_factor
 
 
 def rope_ntk(c, length, factor=None):
-    """
-    NTK-aware (bloc97 2023): a larger base, so that the slowest pair is stretched and the fastest is kept.
-    """
+    """NTK-aware (bloc97 2023): a larger base: the slowest pair is stretched, the fastest is kept."""
     width = rope_width(c)
     stretch = (factor or c.rope_factor) ** (width / max(1, width - 2))
     return rope_plain(c, length, c.rope_theta * stretch)
@@ -408,41 +477,66 @@ def rope_dynamic(c, length):
 
 def rope_yarn(c, length):
     """
-    YaRN (Peng et al. 2023): interpolates the slow pairs, keeps the fast ones, a ramp over pairs in between.
+    YaRN (Peng et al. 2023): interpolates the slow pairs, keeps the fast ones, with a ramp over the pairs in
+    between (the released code's; the paper's formula ramps over turns).
     """
-    freq, width = rope_plain(c, length)[0], rope_width(c)
+    freq, width = rope_plain(c, length), rope_width(c)
 
     def pair(turns):  # which pair makes that many turns in the trained context
         return width * math.log(c.rope_context / (2 * math.pi * turns)) / (2 * math.log(c.rope_theta))
-    low, high = max(math.floor(pair(c.rope_beta_fast)), 0), min(math.ceil(pair(c.rope_beta_slow)), width - 1)
+    low, high = pair(c.rope_beta_fast), pair(c.rope_beta_slow)
+    if c.rope_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-    magnitude = c.rope_attention_factor
-    if magnitude is None:
-        magnitude = 0.1 * math.log(c.rope_factor) + 1
-    return freq * (1 - ramp) + freq / c.rope_factor * ramp, magnitude
+    return freq * (1 - ramp) + freq / c.rope_factor * ramp
 
 
 def rope_llama3(c, length):
-    """
-    Llama 3.1: as YaRN's ramp, but over wavelengths relative to the trained context,
-    and no factor on cos and sin.
-    """
-    freq = rope_plain(c, length)[0]
+    """Llama 3.1: as YaRN, but the ramp is over the turns that a pair makes in the trained context."""
+    freq = rope_plain(c, length)
     turns = c.rope_context * freq / (2 * math.pi)
     keep = ((turns - c.rope_low_freq) / (c.rope_high_freq - c.rope_low_freq)).clamp(0, 1)
-    return freq * keep + freq / c.rope_factor * (1 - keep), 1.0
+    return freq * keep + freq / c.rope_factor * (1 - keep)
 
 
-# the scalings that ask how long the context was
-ROPE_CONTEXT = ('dynamic', 'yarn', 'llama3')
+def rope_longrope(c, length):
+    """LongRoPE (Ding et al. 2024): a searched divisor per pair, one set up to rope_context, one beyond."""
+    divisors = c.rope_long if length > c.rope_context else c.rope_short
+    return rope_plain(c, length) / torch.tensor(divisors, dtype=torch.float64)
+
+
+def rope_magnitude(c):
+    """What cos and sin are multiplied by: scores of longer texts are made sharper."""
+    if c.rope_attention_factor is not None:
+        return c.rope_attention_factor
+    if c.rope_scaling == 'longrope':
+        return math.sqrt(1 + math.log(c.rope_factor) / math.log(c.rope_context)) if c.rope_factor > 1 else 1.0
+    # MLA turns a part of each key only: there the whole score is scaled (DeepSeek V2)
+    return yarn_sharpness(c) if c.attn != 'mla' else 1.0
+
+
+def yarn_sharpness(c):
+    return 0.1 * math.log(c.rope_factor) + 1 if c.rope_scaling == 'yarn' else 1.0
+
+
 ROPE_SCALING = {
     'none': rope_plain, 'linear': rope_linear, 'ntk': rope_ntk, 'dynamic': rope_dynamic, 'yarn': rope_yarn,
-    'llama3': rope_llama3,
+    'llama3': rope_llama3, 'longrope': rope_longrope,
 }
+# the scalings that ask how long the trained context was, and how long this text is
+ROPE_CONTEXT = ('dynamic', 'yarn', 'llama3', 'longrope')
+ROPE_BY_LENGTH = ('dynamic', 'longrope')
 POSITIONS = {
     'learned': LearnedPositions, 'sinusoidal': SinusoidalPositions, 'rope': RotaryPositions,
-    'alibi': AlibiPositions, 'none': NoPositions,
+    'alibi': AlibiPositions, 'alibi_bf16': AlibiPositions, 'none': Positions,
 }
+
+
+def wide(x):
+    """x in fp32, or fp64 if it is: for what rounding would spoil, as scores, step sizes and decays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Norms
@@ -454,7 +548,7 @@ class LayerNorm(nn.Module):
     def __init__(self, width, c):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width)) if c.bias else None
+        self.bias = nn.Parameter(torch.empty(width)) if c.norm_bias else None
         self.eps = c.norm_eps
 
     def draw(self, leaf, generator):
@@ -468,10 +562,10 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """Only the scale normalised, no mean and no bias (kernels/rms_norm.py)."""
 
-    def __init__(self, width, c):
+    def __init__(self, width, c, eps=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = c.norm_eps
+        self.eps = eps or c.norm_eps
 
     draw = LayerNorm.draw
 
@@ -615,22 +709,29 @@ def visible(pos, key_pos, window=None):
     return mask.view(-1, 1, *mask.shape[-2:])
 
 
+def visible_in_chunk(pos, key_pos, size):
+    """As visible, of the keys in the query's own chunk of `size` tokens (Llama 4)."""
+    return visible(pos, key_pos, pos.unsqueeze(-1) % size + 1)
+
+
 class Scores(nn.Module):
     """
     softmax(scale q k^T) v over what each query may see, with what the flags add to it: windows, ALiBi,
     soft-capped scores, sinks. Knows positions only, so the same lines serve training, prefill and decoding.
     """
 
-    def __init__(self, c, n_head, scale, window=None):
+    def __init__(self, c, n_head, width, kind):
+        """kind: how far these layers see and whether they turn, a Kind. width: of a query and a key."""
         super().__init__()
-        self.scale, self.window, self.softcap, self.dropout = scale, window, c.softcap, c.dropout
-        alibi = POSITIONS[c.pos].alibi
+        self.scale = (width ** -0.5 if c.attn_scale is None else c.attn_scale)
+        self.window, self.visible = kind.window, kind.visible
+        self.softcap, self.dropout, self.alibi = c.softcap, c.dropout, ALIBI.get(c.pos)
         # as Frequencies keeps its numbers, and for the same reason
-        slopes = alibi_slopes(n_head).view(-1, 1, 1).view(torch.int32) if alibi else None
+        slopes = alibi_slopes(n_head).view(-1, 1, 1).view(torch.int32) if self.alibi else None
         self.register_buffer('slopes', slopes, persistent=False)
         self.sinks = nn.Parameter(torch.empty(n_head)) if c.sinks else None
         # what SDPA's own triangle is enough for, its fastest path, as long as the window covers it
-        self.triangle = not alibi and not c.sinks and c.softcap is None
+        self.triangle = not self.alibi and not c.sinks and c.softcap is None
 
     def draw(self, leaf, generator):
         return torch.randn(self.sinks.shape, generator=generator) * 0.02
@@ -638,7 +739,7 @@ class Scores(nn.Module):
     def forward(self, q, k, v, pos, key_pos, causal):
         """q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), pos (T,) or (B,T), key_pos (S,) or (B,S) -> (B,T,H,Dv)"""
         T, window = q.shape[1], self.window or math.inf
-        if causal and 2 * window <= T:
+        if causal and T >= 2 * window:
             return self.blockwise(q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if causal and self.triangle and window >= T:
@@ -656,33 +757,34 @@ class Scores(nn.Module):
         q (B,H,T,D), k (B,K,S,D), v (B,K,S,Dv) -> (B,H,T,Dv).
         A query that may look nowhere gets finite numbers.
         """
-        bias = visible(pos, key_pos, self.window)  # (1 or B,1,T,S)
-        if self.slopes is not None or self.sinks is not None or self.softcap is not None:
+        bias = self.visible(pos, key_pos, self.window)  # (1 or B,1,T,S)
+        if not self.triangle:
             # a large finite number: rows of padding see nothing, and infinities would make them NaN
             bias = torch.zeros(bias.shape, device=q.device).masked_fill_(
                 ~bias, torch.finfo(torch.float32).min / 2)
-        if self.slopes is not None:
-            distance = key_pos.unsqueeze(-2) - pos.unsqueeze(-1)  # (...,T,S)
-            bias = bias + self.slopes.view(torch.float32) * distance.view(-1, 1, *distance.shape[-2:])
+        if self.alibi is not None:
+            bias = bias + self.alibi(self.slopes.view(torch.float32), self.scale, pos, key_pos)
         if self.sinks is not None:
             # one more key with score sinks and value zero
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-            sink = self.sinks.float().view(1, -1, 1, 1).expand(bias.shape[0], -1, bias.shape[2], 1)
+            sink = wide(self.sinks).view(1, -1, 1, 1).expand(bias.shape[0], -1, bias.shape[2], 1)
             bias = torch.cat((bias.expand(-1, sink.shape[1], -1, -1), sink), dim=-1)
         if self.softcap is not None:
             return self.capped(q, k, v, bias)
         if bias.dtype != torch.bool:
-            bias = bias.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+            least = max(torch.finfo(q.dtype).min, torch.finfo(bias.dtype).min)
+            bias = bias.clamp(min=least).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale,
                                               dropout_p=self.drop(), enable_gqa=q.shape[1] != k.shape[1])
 
     def capped(self, q, k, v, bias):
         """Soft-capped scores (Gemma 2), which SDPA does not do. bias is added after the cap."""
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = (q @ k.transpose(-1, -2)).float() * self.scale
+        groups = (k.shape[1], -1)  # of query heads that share a key
+        k, v = k.unsqueeze(2), v.unsqueeze(2)                                   # (B,K,1,S,D)
+        scores = wide(q.unflatten(1, groups) @ k.transpose(-1, -2)).flatten(1, 2) * self.scale  # (B,H,T,S)
         probs = (self.softcap * torch.tanh(scores / self.softcap) + bias).softmax(-1)
-        return F.dropout(probs, self.dropout, self.training).to(v.dtype) @ v
+        probs = F.dropout(probs, self.dropout, self.training).to(v.dtype)
+        return (probs.unflatten(1, groups) @ v).flatten(1, 2)
 
     def blockwise(self, q, k, v):
         """
@@ -692,8 +794,9 @@ class Scores(nn.Module):
         """
         B, T = q.shape[:2]
         # of a block: smaller ones waste fewer scores, and have more overhead
-        size = self.window if self.window <= 128 else self.window // 2
-        back = -(-(self.window - 1) // size)     # blocks that the window reaches back
+        size = self.window if self.window <= 128 or self.visible is visible_in_chunk else self.window // 2
+        # blocks that the window reaches back
+        back = 0 if self.visible is visible_in_chunk else -(-(self.window - 1) // size)
         pad = -T % size
         if pad:
             q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
@@ -714,12 +817,47 @@ class WidthNorm(RMSNorm):
         return super().forward(x.flatten(-2)).view(x.shape)
 
 
-#          None, or the norm of a query or key of so many heads
+class HeadsNorm(nn.Module):
+    """Layer norm of each head with a weight of its own and no bias, as in Cohere's models. x (B,T,H,D)"""
+
+    def __init__(self, n_head, c):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_head, c.head_dim))
+        self.eps = c.norm_eps
+
+    draw = LayerNorm.draw
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class UnitNorm(nn.Module):
+    """RMS norm without a weight, as in Llama 4."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.eps = c.norm_eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+#          the norm of a query or key of so many heads before it turns, and after
 QK_NORM = {
-    False: lambda c, n_head: nn.Identity(),
-    True: lambda c, n_head: RMSNorm(c.head_dim, c),
-    'full': lambda c, n_head: WidthNorm(n_head * c.head_dim, c),
+    False: lambda c, n_head: (nn.Identity(), nn.Identity()),
+    True: lambda c, n_head: (RMSNorm(c.head_dim, c), nn.Identity()),
+    'full': lambda c, n_head: (WidthNorm(n_head * c.head_dim, c), nn.Identity()),
+    'heads': lambda c, n_head: (HeadsNorm(n_head, c), nn.Identity()),
+    'unit': lambda c, n_head: (nn.Identity(), UnitNorm(c)),
 }
+
+
+class Kind(NamedTuple):
+    """What differs between the layers that attend."""
+    window: int | None = None       # tokens that are kept
+    visible: Callable = visible     # which of them a query sees
+    rotary: bool = True             # queries and keys turn
+    local: bool = False             # at the frequencies of windowed layers
 
 
 class Attention(nn.Module):
@@ -728,26 +866,37 @@ class Attention(nn.Module):
     """
     n_maps = 1  # query heads that share an output head
 
-    def __init__(self, c, layer, window=None, rotary=True):
+    def __init__(self, c, layer, kind):
         super().__init__()
-        self.heads, self.head_dim, self.window = (c.n_head, c.n_kv_head, c.n_kv_head), c.head_dim, window
-        self.rotary = rotary and POSITIONS[c.pos].rotary
+        self.heads, self.head_dim, self.window = (c.n_head, c.n_kv_head, c.n_kv_head), c.head_dim, kind.window
+        self.rotary, self.local = kind.rotary and c.pos == 'rope', kind.local
         # query, key and value, side by side
-        self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.bias)
-        self.c_proj = out_proj(c, c.n_head * c.head_dim)
-        self.q_norm, self.k_norm = QK_NORM[c.qk_norm](c, c.n_head), QK_NORM[c.qk_norm](c, c.n_kv_head)
-        self.scores = Scores(c, c.n_head // self.n_maps, c.head_dim ** -0.5, window)
+        self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.qkv_bias)
+        self.c_proj = out_proj(c, c.n_head * c.head_dim, c.proj_bias)
+        self.clip = c.qkv_clip
+        (self.q_norm, self.q_unit), (self.k_norm, self.k_unit) = (
+            QK_NORM[c.qk_norm](c, n) for n in (c.n_head, c.n_kv_head))
+        self.scores = Scores(c, c.n_head // self.n_maps, c.head_dim, kind)
         self.value_scale = nn.Parameter(torch.empty(1)) if c.value_embed else None
+        self.temperature = None if self.rotary or c.temp_scale is None else (c.temp_scale, c.temp_floor)
 
     def draw(self, leaf, generator):
         return torch.full((1,), 0.5)
 
     def qkv(self, x, ctx):
         """x (B,T,C) -> query (B,T,H,D), key and value (B,T,K,D), normed and rotated"""
-        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        x = self.c_attn(x)
+        if self.clip is not None:
+            x = x.clamp(-self.clip, self.clip)
+        q, k, v = x.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q, k = ops.rope(q, *ctx.rope), ops.rope(k, *ctx.rope)
+            cos, sin = ctx.rope[self.local]
+            q, k = self.q_unit(ops.rope(q, cos, sin)), self.k_unit(ops.rope(k, cos, sin))
+        if self.temperature is not None:
+            scale, floor = self.temperature
+            steps = ((ctx.pos.clamp(min=0) + 1) / floor).floor()                # (T,) or (B,T)
+            q = q * (1 + scale * torch.log1p(steps)).to(q.dtype).unsqueeze(-1).unsqueeze(-1)
         if self.value_scale is not None:
             v = v + self.value_scale * ctx.values
         return q, k, v
@@ -758,7 +907,10 @@ class Attention(nn.Module):
         key_pos = ctx.pos
         if cache is not None:
             key_pos, (k, v) = cache.update(ctx.pos, k, v)
-        return self.c_proj(self.scores(q, k, v, ctx.pos, key_pos, ctx.causal).flatten(2))
+        return self.c_proj(self.attend(q, k, v, ctx, key_pos).flatten(2))
+
+    def attend(self, q, k, v, ctx, key_pos):
+        return self.scores(q, k, v, ctx.pos, key_pos, ctx.causal)
 
     def new_cache(self, batch_size, max_tokens, dtype, device):
         widths = [(self.heads[1], self.head_dim)] * 2
@@ -767,19 +919,19 @@ class Attention(nn.Module):
 
     def flops(self, T):
         """Floating-point operations per token, forward and backward, of the scores and the weighted sum."""
-        return 12 * self.heads[0] * self.head_dim * min(T, self.window or T)
+        return 6 * self.heads[0] * (1 + self.n_maps) * self.head_dim * min(T, self.window or T)
 
 
 class DiffAttention(Attention):
     """
-    Differential attention (Ye et al. 2024, https://arxiv.org/abs/2410.05258):
-    heads come in pairs that share a value of twice the width, and the second
-    one's attention is subtracted, lambda times, to cancel what both see.
+    Differential attention (Ye et al. 2024, https://arxiv.org/abs/2410.05258): heads come in pairs that share
+    a value of twice the width, and the second one's attention is subtracted, lambda times, to cancel what
+    both see.
     """
     n_maps = 2
 
-    def __init__(self, c, layer, window=None, rotary=True):
-        super().__init__(c, layer, window, rotary)
+    def __init__(self, c, layer, kind):
+        super().__init__(c, layer, kind)
         # the paper's schedule, by depth from 0
         self.start = 0.8 - 0.6 * math.exp(-0.3 * layer)
         self.lambdas = nn.Parameter(torch.empty(4, c.head_dim))  # q1, k1, q2, k2
@@ -788,20 +940,16 @@ class DiffAttention(Attention):
     def draw(self, leaf, generator):
         return torch.randn(self.lambdas.shape, generator=generator) * 0.1
 
-    def forward(self, x, ctx, cache=None):
-        """x (B,T,C) -> (B,T,C)"""
-        q, k, v = self.qkv(x, ctx)
-        key_pos = ctx.pos
-        if cache is not None:
-            key_pos, (k, v) = cache.update(ctx.pos, k, v)
-        first, second = ((q[:, :, i::2], k[:, :, i::2], v.unflatten(2, (-1, 2)).flatten(-2)) for i in (0, 1))
-        y = self.scores(*first, ctx.pos, key_pos, ctx.causal)                                   # (B,T,H/2,2D)
-        y = y - self.weight().to(y.dtype) * self.scores(*second, ctx.pos, key_pos, ctx.causal)
-        return self.c_proj((self.head_norm(y) * (1 - self.start)).flatten(2))
+    def attend(self, q, k, v, ctx, key_pos):
+        """q (B,T,H,D), k and v (B,S,K,D) -> (B,T,H/2,2D)"""
+        v = v.unflatten(2, (-1, 2)).flatten(-2)                                 # (B,S,K/2,2D)
+        first, second = (self.scores(q[:, :, i::2], k[:, :, i::2], v, ctx.pos, key_pos, ctx.causal)
+                         for i in (0, 1))
+        return self.head_norm(first - self.weight().to(first.dtype) * second) * (1 - self.start)
 
     def weight(self):
         """lambda = exp(q1 . k1) - exp(q2 . k2) + its start"""
-        q1, k1, q2, k2 = self.lambdas.float()
+        q1, k1, q2, k2 = wide(self.lambdas)
         return (q1 @ k1).exp() - (q2 @ k2).exp() + self.start
 
 
@@ -816,20 +964,23 @@ class MLA(nn.Module):
     attend to one shared key of kv_rank + rope_head_dim, whose first part is the value as well.
     """
 
-    def __init__(self, c, layer, window=None, rotary=True):
+    def __init__(self, c, layer, kind):
         super().__init__()
-        self.n_head, self.window, self.rotary = c.n_head, window, rotary and POSITIONS[c.pos].rotary
+        self.n_head, self.window = c.n_head, kind.window
+        self.rotary, self.local = kind.rotary and c.pos == 'rope', kind.local
         self.widths = c.head_dim, c.rope_head_dim  # of a query and key: Dn that do not turn, Dr that do
         self.rank, self.v_head_dim = c.kv_rank, c.v_head_dim
-        n_query = c.n_head * (c.head_dim + c.rope_head_dim)
-        self.q_down = Linear(c.n_embd, c.q_rank, c.bias) if c.q_rank else nn.Identity()
-        self.q_norm = RMSNorm(c.q_rank, c) if c.q_rank else nn.Identity()
-        self.q_up = Linear(c.q_rank or c.n_embd, n_query, bias=False)
-        self.kv_down = Linear(c.n_embd, c.kv_rank + c.rope_head_dim, c.bias)  # latent and rotated key
-        self.kv_norm = RMSNorm(c.kv_rank, c)
+        width = sum(self.widths)
+        self.q_down = Linear(c.n_embd, c.q_rank, c.qkv_bias) if c.q_rank else nn.Identity()
+        self.q_norm = RMSNorm(c.q_rank, c, c.latent_eps) if c.q_rank else nn.Identity()
+        self.q_up = Linear(c.q_rank or c.n_embd, c.n_head * width, bias=False)
+        self.kv_down = Linear(c.n_embd, c.kv_rank + c.rope_head_dim, c.qkv_bias)  # latent and rotated key
+        self.kv_norm = RMSNorm(c.kv_rank, c, c.latent_eps)
         self.kv_up = Linear(c.kv_rank, c.n_head * (c.head_dim + c.v_head_dim), bias=False)
-        self.c_proj = out_proj(c, c.n_head * c.v_head_dim)
-        self.scores = Scores(c, c.n_head, (c.head_dim + c.rope_head_dim) ** -0.5, window)
+        self.c_proj = out_proj(c, c.n_head * c.v_head_dim, c.proj_bias)
+        self.scores = Scores(c, c.n_head, width, kind)
+        if c.rope_attention_factor is None and c.attn_scale is None:
+            self.scores.scale *= yarn_sharpness(c) ** 2
 
     def forward(self, x, ctx, cache=None):
         """x (B,T,C) -> (B,T,C)"""
@@ -838,34 +989,34 @@ class MLA(nn.Module):
         latent, key = self.kv_down(x).split((self.rank, self.widths[1]), dim=-1)    # (B,T,R), (B,T,Dr)
         latent, key = self.kv_norm(latent), key.unsqueeze(2)
         if self.rotary:
-            turned, key = ops.rope(turned, *ctx.rope), ops.rope(key, *ctx.rope)
-        key_pos, expand = ctx.pos, True
+            turned, key = (ops.rope(t, *ctx.rope[self.local]) for t in (turned, key))
+        shared, key_pos = torch.cat((latent, key.squeeze(2)), dim=-1), ctx.pos     # (B,T,R+Dr)
+        attend = self.expanded
         if cache is not None:
-            expand = ctx.causal
-            key_pos, (latent, key) = cache.update(ctx.pos, latent, key)
-        attend = self.expanded if expand else self.absorbed
-        return self.c_proj(attend(q, turned, latent, key, ctx, key_pos).flatten(2))
+            attend = self.expanded if ctx.causal else self.absorbed
+            key_pos, (shared,) = cache.update(ctx.pos, shared)
+        return self.c_proj(attend(q, turned, shared, ctx, key_pos).flatten(2))
 
-    def expanded(self, q, turned, latent, key, ctx, key_pos):
-        """q (B,T,H,Dn), turned (B,T,H,Dr), latent (B,S,R), key (B,S,1,Dr) -> (B,T,H,Dv)"""
+    def expanded(self, q, turned, shared, ctx, key_pos):
+        """q (B,T,H,Dn), turned (B,T,H,Dr), shared (B,S,R+Dr) -> (B,T,H,Dv)"""
+        latent, key = shared.split((self.rank, self.widths[1]), dim=-1)
         k, v = self.kv_up(latent).unflatten(-1, (self.n_head, -1)).split(
             (self.widths[0], self.v_head_dim), dim=-1)
-        k = torch.cat((k, key.expand(-1, -1, self.n_head, -1)), dim=-1)
+        k = torch.cat((k, key.unsqueeze(2).expand(-1, -1, self.n_head, -1)), dim=-1)
         return self.scores(torch.cat((q, turned), dim=-1), k, v, ctx.pos, key_pos, ctx.causal)
 
-    def absorbed(self, q, turned, latent, key, ctx, key_pos):
-        """The same from the latent alone."""
+    def absorbed(self, q, turned, shared, ctx, key_pos):
+        """The same from what is cached alone: one key for all heads, whose first part is the value."""
         up_k, up_v = self.kv_up.weight.view(self.n_head, -1, self.rank).split(
             (self.widths[0], self.v_head_dim), dim=1)
         q = torch.cat((torch.einsum('bthd,hdr->bthr', q, up_k), turned), dim=-1)
-        latent = latent.unsqueeze(2)  # (B,S,1,R), one head for all
-        y = self.scores(q, torch.cat((latent, key), dim=-1), latent, ctx.pos, key_pos, ctx.causal)
+        key = shared.unsqueeze(2)  # (B,S,1,R+Dr)
+        y = self.scores(q, key, key[..., :self.rank], ctx.pos, key_pos, ctx.causal)
         return torch.einsum('bthr,hdr->bthd', y, up_v)
 
     def new_cache(self, batch_size, max_tokens, dtype, device):
-        widths = [(self.rank,), (1, self.widths[1])]
         slots = min(max_tokens, self.window or max_tokens)
-        return TokenCache(batch_size, slots, widths, dtype, device, max_tokens)
+        return TokenCache(batch_size, slots, [(self.rank + self.widths[1],)], dtype, device, max_tokens)
 
     def flops(self, T):
         """As Attention.flops, for keys of Dn + Dr and values of Dv."""
@@ -876,11 +1027,6 @@ ATTN = {'standard': Attention, 'mla': MLA, 'diff': DiffAttention}
 
 # ----------------------------------------------------------------------------------------------------------
 # State spaces
-
-
-def wide(x):
-    """x in fp32, or fp64 if it is: for step sizes and decays, whose rounding would add up over all tokens."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def close_gap(tail, x, pos):
@@ -897,9 +1043,9 @@ def close_gap(tail, x, pos):
     return both.gather(1, source.unsqueeze(-1).expand_as(both)).split(sizes, dim=1)
 
 
-def step_size(dt, ctx):
+def step_size(dt, ctx, limits=(0.0, None)):
     """dt (B,T,...) through softplus, in fp32. Padding takes steps of size 0, which leave the state alone."""
-    dt = F.softplus(wide(dt))
+    dt = F.softplus(wide(dt)).clamp(*limits)
     return dt if ctx.causal else dt.masked_fill((ctx.pos < 0).unsqueeze(-1), 0)
 
 
@@ -912,10 +1058,10 @@ def draw_step_bias(shape, generator):
 class CausalConv(nn.Module):
     """Each channel mixed over the last W tokens, then SiLU (kernels/causal_conv.py)."""
 
-    def __init__(self, channels, width):
+    def __init__(self, channels, c):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, width))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.weight = nn.Parameter(torch.empty(channels, c.ssm_conv))
+        self.bias = nn.Parameter(torch.empty(channels)) if c.conv_bias else None
 
     def draw(self, leaf, generator):
         # as nn.Conv1d does: a std of 0.02 would all but silence the channels
@@ -960,12 +1106,12 @@ class Mamba1(nn.Module):
         super().__init__()
         inner, N, rank = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_dt_rank
         self.sizes = (rank, N, N)
-        self.in_proj = Linear(c.n_embd, 2 * inner, c.bias)  # the input and its gate, side by side
-        self.conv1d = CausalConv(inner, c.ssm_conv)
+        self.in_proj = Linear(c.n_embd, 2 * inner, c.ssm_bias)  # the input and its gate, side by side
+        self.conv1d = CausalConv(inner, c)
         self.x_proj = Linear(inner, sum(self.sizes), bias=False)  # step size, B and C
         self.dt_proj = StepProjection(rank, inner)
         self.A_log, self.D = nn.Parameter(torch.empty(inner, N)), nn.Parameter(torch.empty(inner))
-        self.c_proj = out_proj(c, inner)
+        self.c_proj = out_proj(c, inner, c.ssm_bias)
         # Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887) keeps large models stable with these
         self.dt_norm, self.b_norm, self.c_norm = (
             RMSNorm(size, c) if c.ssm_norm else nn.Identity() for size in self.sizes)
@@ -1033,13 +1179,14 @@ class Mamba2(nn.Module):
         super().__init__()
         inner, N, G, P = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_groups, c.ssm_head_dim
         heads = inner // P
-        self.state, self.groups = (heads, P, N), G
+        self.state, self.groups, self.limits = (heads, P, N), G, (c.ssm_dt_min, c.ssm_dt_max)
         self.split = (inner, G * N, G * N)
-        self.in_proj = Linear(c.n_embd, inner + sum(self.split) + heads, c.bias)  # gate, (x, B, C), step size
-        self.conv1d = CausalConv(sum(self.split), c.ssm_conv)
+        # gate, (x, B, C), step size
+        self.in_proj = Linear(c.n_embd, inner + sum(self.split) + heads, c.ssm_bias)
+        self.conv1d = CausalConv(sum(self.split), c)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(heads)) for _ in range(3))
         self.norm = GatedRMSNorm(inner, G, c)
-        self.c_proj = out_proj(c, inner)
+        self.c_proj = out_proj(c, inner, c.ssm_bias)
 
     def draw(self, leaf, generator):
         shape = self.D.shape
@@ -1056,7 +1203,7 @@ class Mamba2(nn.Module):
         gate, x, dt = self.in_proj(x).split((H * P, sum(self.split), H), dim=-1)    # (B,T,I|I+2GN|H)
         x, tail = self.conv1d(x, ctx, tail)
         x, B, C = x.split(self.split, dim=-1)                                       # (B,T,I|GN|GN)
-        dt = step_size(wide(dt) + wide(self.dt_bias), ctx)                          # (B,T,H)
+        dt = step_size(wide(dt) + wide(self.dt_bias), ctx, self.limits)             # (B,T,H)
         A = -torch.exp(wide(self.A_log))
         x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
         y, state = ops.ssd(x, dt, A, B, C, self.D, state)                           # (B,T,H,P)
@@ -1088,11 +1235,10 @@ SSM = {'mamba1': Mamba1, 'mamba2': Mamba2}
 class MLP(nn.Module):
     """Two linear layers and an activation."""
 
-    def __init__(self, c, act, width=None):
+    def __init__(self, c, act, width):
         super().__init__()
-        width = width or c.ffn_width
-        self.c_fc = Linear(c.n_embd, self.fan_out(width), c.bias)
-        self.c_proj = out_proj(c, width)
+        self.c_fc = Linear(c.n_embd, self.fan_out(width), c.ffn_bias)
+        self.c_proj = out_proj(c, width, c.ffn_bias)
         self.act = act
 
     def forward(self, x, ctx):
@@ -1130,13 +1276,38 @@ def relu2(x):
     return F.relu(x).square()
 
 
+def gated_by(act):
+    def gated(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act(gate) * up
+    return gated
+
+
+def swiglu_clip(gate_up, limit, alpha):
+    """gpt-oss (2025, https://arxiv.org/abs/2508.10925): both halves clamped, and up moved by one."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+# the class, and the activation that a config asks for
 FFN = {
-    'relu': partial(MLP, act=F.relu),
-    'gelu': partial(MLP, act=F.gelu),
-    'relu2': partial(MLP, act=relu2),
-    'swiglu': partial(GatedMLP, act=ops.swiglu),
-    'geglu': partial(GatedMLP, act=ops.geglu),
+    'relu': (MLP, lambda c: F.relu),
+    'gelu': (MLP, lambda c: F.gelu),
+    'gelu_tanh': (MLP, lambda c: partial(F.gelu, approximate='tanh')),
+    'relu2': (MLP, lambda c: relu2),
+    'swiglu': (GatedMLP, lambda c: ops.swiglu),
+    'geglu': (GatedMLP, lambda c: ops.geglu),
+    'geglu_erf': (GatedMLP, lambda c: gated_by(F.gelu)),
+    'reglu': (GatedMLP, lambda c: gated_by(F.relu)),
+    'swiglu_clip': (GatedMLP, lambda c: partial(swiglu_clip, limit=c.ffn_limit, alpha=c.ffn_alpha)),
 }
+
+
+def dense(c, width):
+    """A dense ffn of this hidden width."""
+    cls, act = FFN[c.ffn]
+    return cls(c, act(c), width)
 
 
 def softmax_scores(logits):
@@ -1161,15 +1332,16 @@ class MoE(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        E, I, ffn = c.n_expert, c.expert_width, FFN[c.ffn].func
-        self.c, self.act, self.score = c, FFN[c.ffn].keywords['act'], ROUTER[c.router]
-        self.router = Linear(c.n_embd, E, bias=False)
-        self.c_fc = ExpertLinear(E, c.n_embd, ffn.fan_out(I), c.bias, 0.02)
-        self.c_proj = ExpertLinear(E, I, c.n_embd, c.bias, out_std(c))
-        self.shared = FFN[c.ffn](c, width=c.n_shared * I) if c.n_shared else None
+        E, I, (ffn, act) = c.n_expert, c.expert_width, FFN[c.ffn]
+        self.c, self.act, self.score = c, act(c), ROUTER[c.router]
+        self.router = Linear(c.n_embd, E, c.router_bias)
+        self.c_fc = ExpertLinear(E, c.n_embd, ffn.fan_out(I), c.ffn_bias, 0.02)
+        self.c_proj = ExpertLinear(E, I, c.n_embd, c.ffn_bias, out_std(c))
+        self.shared = dense(c, c.shared_width) if c.n_shared else None
+        self.shared_gate = Linear(c.n_embd, 1, bias=False) if c.shared_gate else None
         self.aux, self.biased = BALANCE[c.balance]
         if self.biased:
-            self.register_buffer('router_bias', torch.zeros(E))
+            self.register_buffer('choice_bias', torch.zeros(E))
         # tokens each expert took since the last optimizer step
         self.register_buffer('load', torch.zeros(E), persistent=False)
 
@@ -1177,7 +1349,8 @@ class MoE(nn.Module):
         """x (B,T,C) -> (B,T,C)"""
         x_NC = x.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):  # close scores decide who works, so in fp32
-            logits_NE = F.linear(x_NC.float(), self.router.weight.float())
+            bias = None if self.router.bias is None else wide(self.router.bias)
+            logits_NE = F.linear(wide(x_NC), wide(self.router.weight), bias)
         scores_NE = self.score(logits_NE)
         expert_NK = self.choose(scores_NE)
         weight_NK = scores_NE.gather(-1, expert_NK)
@@ -1190,16 +1363,18 @@ class MoE(nn.Module):
             self.account(logits_NE, scores_NE, counts_E, ctx)
         y_NC = self.experts(x_NC, expert_NK, (weight_NK * self.c.router_scale).to(x.dtype), counts_E)
         y = y_NC.view(x.shape)
-        return y if self.shared is None else y + self.shared(x, ctx)
+        if self.shared is None:
+            return y
+        shared = self.shared(x, ctx)
+        return y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
 
     def choose(self, scores_NE):
         """The experts of every token, (N,K) int64: the best, within the best groups if there are groups."""
         if self.biased:
-            scores_NE = scores_NE + self.router_bias
+            scores_NE = scores_NE + self.choice_bias
         if self.c.n_group > 1:
             groups_NGE = scores_NE.unflatten(-1, (self.c.n_group, -1))
-            # a group is worth its two best experts (DeepSeek V3)
-            worth_NG = groups_NGE.topk(min(2, groups_NGE.shape[-1]), dim=-1).values.sum(-1)
+            worth_NG = groups_NGE.topk(min(self.c.group_top, groups_NGE.shape[-1]), dim=-1).values.sum(-1)
             best_NG = worth_NG.topk(self.c.n_group_used, dim=-1).indices
             out_NG = torch.ones_like(worth_NG, dtype=torch.bool).scatter(-1, best_NG, False)
             scores_NE = groups_NGE.masked_fill(out_NG.unsqueeze(-1), -torch.inf).flatten(-2)
@@ -1209,8 +1384,11 @@ class MoE(nn.Module):
         """The weighted sum over each token's experts, (N,C)."""
         K = expert_NK.shape[1]
         order = expert_NK.flatten().argsort(stable=True)  # pairs of token and choice, sorted by expert
-        h = self.act(self.c_fc(x_NC[order // K], counts_E))
-        y = self.c_proj(h, counts_E) * weight_NK.flatten()[order].unsqueeze(-1)
+        x, weight = x_NC[order // K], weight_NK.flatten()[order].unsqueeze(-1)
+        if self.c.router_input:
+            y = self.c_proj(self.act(self.c_fc(x * weight, counts_E)), counts_E)
+        else:
+            y = self.c_proj(self.act(self.c_fc(x, counts_E)), counts_E) * weight
         return torch.zeros_like(x_NC, dtype=y.dtype).index_add(0, order // K, y)
 
     def account(self, logits_NE, scores_NE, counts_E, ctx):
@@ -1223,17 +1401,11 @@ class MoE(nn.Module):
         if self.c.z_weight:
             ctx.losses.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
 
-    def rebalance(self):
-        """
-        The share of each expert since the last call, (E,), over all processes; the bias moves against it.
-        """
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.load)
-        share = self.load / self.load.sum().clamp(min=1)
+    def rebalance(self, share_E):
+        """The bias moves against the share of the tokens that each expert took."""
         if self.biased:
-            self.router_bias += self.c.bias_rate * torch.sign(share.mean() - share)
+            self.choice_bias += self.c.bias_rate * torch.sign(share_E.mean() - share_E)
         self.load.zero_()
-        return share
 
     def idle(self):
         """Parameters that one token does not pass through."""
@@ -1262,26 +1434,16 @@ class ExpertLinear(nn.Module):
         return ops.grouped_linear(x, self.weight, self.bias, counts)
 
 
-FFNS = {'f': lambda c, layer: FFN[c.ffn](c), 'e': MoE, '-': lambda c, layer: None}
+FFNS = {'f': lambda c, layer: dense(c, c.ffn_width), 'e': MoE, '-': lambda c, layer: None}
 
 MIXERS = {
-    'a': lambda c, layer: ATTN[c.attn](c, layer),
-    'w': lambda c, layer: ATTN[c.attn](c, layer, window=c.window),
-    'n': lambda c, layer: ATTN[c.attn](c, layer, rotary=False),
-    'm': lambda c, layer: SSM[c.ssm](c),
+    'a': lambda c, layer: ATTN[c.attn](c, layer, Kind()),                                   # attention
+    'w': lambda c, layer: ATTN[c.attn](c, layer, Kind(c.window, local=True)),               # within a window
+    'c': lambda c, layer: ATTN[c.attn](c, layer, Kind(c.window, visible_in_chunk)),         # within chunks
+    'n': lambda c, layer: ATTN[c.attn](c, layer, Kind(rotary=False)),                       # without rope
+    'v': lambda c, layer: ATTN[c.attn](c, layer, Kind(c.window, rotary=False)),             # w without rope
+    'm': lambda c, layer: SSM[c.ssm](c),                                                    # state space
 }
-
-def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
-    """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
-    dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-    if dtype_bytes not in dtypes:
-        raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
-    dtype = dtypes[dtype_bytes]
-    letters = [mixer for mixer, _ in config.plan()]
-    with torch.device('meta'):
-        size = {m: MIXERS[m](config, 0).new_cache(batch_size, seq_len, dtype, 'meta').nbytes()
-                for m in set(letters)}
-    return sum(size[m] for m in letters)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1302,7 +1464,7 @@ class Block(nn.Module):
         if self.ffn is not None:
             self.ln_2, self.ln_2_out, self.ln_2_sum = (
                 norm_if(x, c.n_embd, c) for x in (before, on_output, on_sum))
-        self.drop = nn.Dropout(c.dropout)
+        self.drop, self.scale = nn.Dropout(c.dropout), c.residual_scale
         # the first block reads the embedding anyway
         self.skip = nn.Parameter(torch.empty(2)) if c.embed_skip and layer > 0 else None
 
@@ -1311,10 +1473,14 @@ class Block(nn.Module):
 
     def branches(self, x, ctx, cache):
         """The mixer of x, then the ffn of the sum."""
-        x = self.ln_1_sum(x + self.drop(self.ln_1_out(self.mixer(self.ln_1(x), ctx, cache))))
+        x = self.ln_1_sum(x + self.write(self.ln_1_out(self.mixer(self.ln_1(x), ctx, cache))))
         if self.ffn is None:
             return x
-        return self.ln_2_sum(x + self.drop(self.ln_2_out(self.ffn(self.ln_2(x), ctx))))
+        return self.ln_2_sum(x + self.write(self.ln_2_out(self.ffn(self.ln_2(x), ctx))))
+
+    def write(self, y):
+        """What a branch adds to the stream."""
+        return self.drop(y) if self.scale == 1 else self.drop(y) * self.scale
 
     def forward(self, x, ctx, cache=None):
         """x (B,T,C) -> (B,T,C)"""
@@ -1324,14 +1490,36 @@ class Block(nn.Module):
 
 
 class ParallelBlock(Block):
-    """Mixer and ffn read the same x, and both are added to it (GPT-J, GPT-NeoX, PaLM)."""
+    """Mixer and ffn read the same x, each through its own norm, and both are added to it (GPT-NeoX)."""
 
     def branches(self, x, ctx, cache):
         mixed = self.ln_1_out(self.mixer(self.ln_1(x), ctx, cache))
-        return x + self.drop(mixed) + self.drop(self.ln_2_out(self.ffn(self.ln_2(x), ctx)))
+        return x + self.write(mixed) + self.write(self.ln_2_out(self.ffn(self.ln_2(x), ctx)))
 
 
-RESIDUAL = {'serial': Block, 'parallel': ParallelBlock}
+class SharedBlock(Block):
+    """Mixer and ffn read the same norm of the same x (GPT-J, PaLM, Falcon, Cohere)."""
+
+    def __init__(self, c, mixer, ffn, layer):
+        super().__init__(c, mixer, ffn, layer)
+        self.ln_2 = nn.Identity()
+
+    def branches(self, x, ctx, cache):
+        read = self.ln_1(x)
+        mixed, fed = self.ln_1_out(self.mixer(read, ctx, cache)), self.ln_2_out(self.ffn(read, ctx))
+        return x + self.write(mixed) + self.write(fed)
+
+
+class NormedBlock(Block):
+    """The branches are added to the norm that they read (an option of BLOOM)."""
+
+    def branches(self, x, ctx, cache):
+        x = self.ln_1(x)
+        x = self.ln_2(x + self.write(self.ln_1_out(self.mixer(x, ctx, cache))))
+        return x + self.write(self.ln_2_out(self.ffn(x, ctx)))
+
+
+RESIDUAL = {'serial': Block, 'parallel': ParallelBlock, 'shared': SharedBlock, 'normed': NormedBlock}
 
 # the tables that the string flags are looked up in
 WORDS = {
@@ -1346,38 +1534,52 @@ def belongs(condition, applies, *names):
 
 # flags that mean something only beside others: {name: (when, in words, and as a test of the config)}
 BELONGS = {
-    **belongs('pos=rope', lambda c: c.pos == 'rope', 'rope_theta', 'rope_fraction', 'rope_scaling'),
+    **belongs('pos=rope and a layer turns', GPTConfig.rotates, 'rope_theta', 'rope_fraction', 'rope_scaling'),
+    **belongs("pos=rope and layer_pattern has a 'w'", lambda c: c.rotates() and 'w' in c.mixers(),
+              'rope_local_theta'),
     **belongs('rope_scaling is set', lambda c: c.rope_scaling != 'none', 'rope_factor'),
-    **belongs('rope_scaling is dynamic, yarn or llama3', lambda c: c.rope_scaling in ROPE_CONTEXT,
+    **belongs(f'rope_scaling is one of {", ".join(ROPE_CONTEXT)}', lambda c: c.rope_scaling in ROPE_CONTEXT,
               'rope_context'),
     **belongs('rope_scaling=yarn', lambda c: c.rope_scaling == 'yarn', 'rope_beta_fast', 'rope_beta_slow',
+              'rope_truncate'),
+    **belongs('rope_scaling is yarn or longrope', lambda c: c.rope_scaling in ('yarn', 'longrope'),
               'rope_attention_factor'),
     **belongs('rope_scaling=llama3', lambda c: c.rope_scaling == 'llama3', 'rope_low_freq', 'rope_high_freq'),
-    **belongs('a layer attends', GPTConfig.attends, 'attn', 'n_kv_head', 'head_dim', 'qk_norm',
-              'softcap', 'sinks', 'value_embed'),
-    **belongs("layer_pattern has a 'w'", lambda c: 'w' in c.mixers(), 'window'),
-    **belongs('attn=mla', lambda c: c.attn == 'mla', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim'),
-    **belongs("ffn_pattern has an 'f' or an 'e'", lambda c: c.ffns() - {'-'}, 'ffn', 'ffn_width'),
+    **belongs('rope_scaling=longrope', lambda c: c.rope_scaling == 'longrope', 'rope_short', 'rope_long'),
+    **belongs('a layer attends', GPTConfig.attends, 'attn', 'n_kv_head', 'head_dim', 'attn_scale', 'qk_norm',
+              'qkv_clip', 'softcap', 'sinks', 'value_embed', 'qkv_bias', 'proj_bias'),
+    **belongs("layer_pattern has a 'w', 'v' or 'c'", lambda c: c.mixers() & set('wvc'), 'window'),
+    **belongs("layer_pattern has an 'n' or 'v'", lambda c: c.mixers() & set('nv'), 'temp_scale'),
+    **belongs('temp_scale is set', lambda c: c.temp_scale is not None, 'temp_floor'),
+    **belongs('attn=mla', lambda c: c.attn == 'mla', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim',
+              'latent_eps'),
+    **belongs("ffn_pattern has an 'f' or an 'e'", lambda c: c.ffns() - {'-'}, 'ffn', 'ffn_width', 'ffn_bias'),
+    **belongs('ffn=swiglu_clip', lambda c: c.ffn == 'swiglu_clip' and c.ffns() - {'-'}, 'ffn_limit',
+              'ffn_alpha'),
     **belongs("ffn_pattern has an 'e'", lambda c: 'e' in c.ffns(), 'n_expert', 'n_expert_used',
-              'expert_width', 'n_shared', 'router', 'router_norm', 'router_scale', 'n_group', 'n_group_used',
-              'balance', 'z_weight'),
+              'expert_width', 'n_shared', 'router', 'router_bias', 'router_norm', 'router_scale',
+              'router_input', 'n_group', 'balance', 'z_weight'),
+    **belongs('n_shared is set', lambda c: c.n_shared and 'e' in c.ffns(), 'shared_width', 'shared_gate'),
     **belongs('balance is aux or both', lambda c: BALANCE[c.balance][0] and 'e' in c.ffns(), 'aux_weight'),
     **belongs('balance is bias or both', lambda c: BALANCE[c.balance][1], 'bias_rate'),
-    **belongs('n_group is above 1', lambda c: c.n_group > 1, 'n_group_used'),
+    **belongs('n_group is above 1', lambda c: c.n_group > 1, 'n_group_used', 'group_top'),
     **belongs("layer_pattern has an 'm'", lambda c: 'm' in c.mixers(), 'ssm', 'ssm_state', 'ssm_expand',
-              'ssm_conv'),
-    **belongs('ssm=mamba2', lambda c: c.ssm == 'mamba2' and 'm' in c.mixers(), 'ssm_head_dim', 'ssm_groups'),
+              'ssm_conv', 'ssm_bias', 'conv_bias'),
+    **belongs('ssm=mamba2', lambda c: c.ssm == 'mamba2' and 'm' in c.mixers(), 'ssm_head_dim', 'ssm_groups',
+              'ssm_dt_min', 'ssm_dt_max'),
     **belongs('ssm=mamba1', lambda c: c.ssm == 'mamba1' and 'm' in c.mixers(), 'ssm_dt_rank', 'ssm_norm'),
+    **belongs('norm=layernorm', lambda c: c.norm == 'layernorm', 'norm_bias'),
     **belongs('n_predict is above 1', lambda c: c.n_predict > 1, 'predict_weight'),
 }
 
 # the least values of the numbers
 LOWEST = dict.fromkeys(
-    ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'window', 'kv_rank',
-     'q_rank', 'rope_head_dim', 'v_head_dim', 'ffn_width', 'n_expert', 'n_expert_used', 'expert_width',
-     'n_group', 'n_group_used', 'rope_context', 'rope_factor', 'ssm_state', 'ssm_expand', 'ssm_conv',
-     'ssm_head_dim', 'ssm_groups', 'ssm_dt_rank', 'n_predict'), 1) | dict.fromkeys(
-    ('n_shared', 'aux_weight', 'bias_rate', 'z_weight', 'predict_weight'), 0)
+    ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'window',
+     'temp_floor', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim', 'ffn_width', 'n_expert',
+     'n_expert_used', 'expert_width', 'shared_width', 'n_group', 'n_group_used', 'group_top', 'rope_context',
+     'rope_factor', 'ssm_state', 'ssm_expand', 'ssm_conv', 'ssm_head_dim', 'ssm_groups', 'ssm_dt_rank',
+     'n_predict'), 1) | dict.fromkeys(
+    ('n_shared', 'aux_weight', 'bias_rate', 'z_weight', 'predict_weight', 'ssm_dt_min'), 0)
 
 
 # which matrices are which, for optimizers
@@ -1396,7 +1598,8 @@ class GPT(nn.Module):
         self.config = c = config
         self.wte = Embedding(c.vocab_size, c.n_embd)
         self.wpe = POSITIONS[c.pos](c)
-        self.embed_scale = math.sqrt(c.n_embd) if c.embed_scale else 1.0
+        self.embed_scale = (math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0)
+        self.ln_e = norm_if(c.embed_norm, c.n_embd, c)
         self.drop = nn.Dropout(c.dropout)
         block = RESIDUAL[c.residual]
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(c.plan()))
@@ -1433,28 +1636,31 @@ class GPT(nn.Module):
         (kernels/linear_cross_entropy.py).
         """
         ctx = self.context(idx, pos, cache)
-        x = self.drop(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos))  # (B,T,C)
+        x = self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos)))  # (B,T,C)
         ctx = ctx._replace(embedding=x, values=self.value_embedding(idx), losses=[])
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             x = block(x, ctx, entry)
         if targets is not None:
             loss = self.loss(x, targets)
             return None, loss + self.further_losses(x, targets, ctx) if self.training else loss
-        x = self.ln_f(x[:, -1:] if last_only else x)
-        cap = self.config.logit_softcap
-        logits = self.lm_head(x)
+        cap, logits = self.config.logit_softcap, self.lm_head(self.read_out(x[:, -1:] if last_only else x))
         return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
+
+    def read_out(self, x):
+        """x (B,T,C) of the last block -> what the head sees"""
+        x, scale = self.ln_f(x), self.config.logit_scale
+        return x if scale == 1 else x * scale
 
     def loss(self, x, targets):
         """x (B,T,C) of the last block, targets (B,T) -> mean cross entropy"""
-        return ops.linear_cross_entropy(self.ln_f(x).flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                        self.config.logit_softcap)
+        x_NC, targets_N = self.read_out(x).flatten(0, 1), targets.flatten()
+        return ops.linear_cross_entropy(x_NC, self.lm_head.weight, targets_N, self.config.logit_softcap)
 
     def further_losses(self, x, targets, ctx):
         """What training adds: the losses of routers, and of the tokens after the next one."""
         total = 0.0
         for k, block in enumerate(self.further, start=1):
-            shifted = F.pad(targets[:, k:], (0, k), value=-1)
+            shifted = F.pad(targets, (0, k), value=-1)[:, k:]
             total = total + self.config.predict_weight / len(self.further) * self.loss(block(x, ctx), shifted)
         return total + sum(ctx.losses)
 
@@ -1483,6 +1689,22 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         return [block.mixer.new_cache(batch_size, max_tokens, dtype, weight.device) for block in self.h]
 
+    # -- checkpoints in Hugging Face format, in pretrained.py
+
+    @classmethod
+    def from_pretrained(cls, name, **overrides):
+        """
+        The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint, in fp32.
+        overrides: flags that shall be otherwise; what fits of the weights is kept.
+        """
+        import pretrained
+        return pretrained.from_pretrained(name, **overrides)
+
+    def save_pretrained(self, folder):
+        """config.json and model.safetensors, as transformers loads them, where a published family fits."""
+        import pretrained
+        pretrained.save_pretrained(self, folder)
+
     # -- counting
 
     def num_params(self, active=False):
@@ -1490,11 +1712,13 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         if not active:
             return total
-        return total - sum(p.numel() for p in self.further.parameters()) - sum(m.idle() for m in self.moes)
+        idle = sum(m.idle() for m in self.h.modules() if isinstance(m, MoE))
+        return total - sum(p.numel() for p in self.further.parameters()) - idle
 
     def flops_per_token(self, T):
         """Floating-point operations per token, forward and backward, in sequences of T (PaLM, appendix B)."""
         matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        matmul += len(self.further) * self.lm_head.weight.numel()  # which the further predictions share
         mixers = sum(block.mixer.flops(T) for block in (*self.h, *self.further))
         return 6 * matmul + mixers + sum(moe.flops() for moe in self.moes)
 
@@ -1503,13 +1727,19 @@ class GPT(nn.Module):
         """
         Call once per optimizer step, on every process: moves the routers' biases and begins to count anew.
         Returns {'expert_entropy': mean over layers, 1 when all are equally busy, 'expert_max': the largest
-        share that one expert had} as tensors, empty without experts.
+        share that one expert had, 'expert_load': (layers,E) the share of each} as tensors, empty without
+        experts.
         """
         if not self.moes:
             return {}
-        shares = torch.stack([moe.rebalance() for moe in self.moes])  # (layers,E)
+        loads = torch.stack([moe.load for moe in self.moes])  # (layers,E)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(loads)
+        shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
+        for moe, share in zip(self.moes, shares):
+            moe.rebalance(share)
         entropy = -(shares * shares.clamp(min=1e-12).log()).sum(-1) / math.log(max(2, shares.shape[-1]))
-        return {'expert_entropy': entropy.mean(), 'expert_max': shares.max()}
+        return {'expert_entropy': entropy.mean(), 'expert_max': shares.max(), 'expert_load': shares}
 
     def param_kinds(self):
         """
@@ -1548,11 +1778,13 @@ class GPT(nn.Module):
             raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
                              f'block_size={limit}, where learned positions end; a model with pos=rope has no '
                              'such end')
+        # a rotation that depends on the length of the text leaves nothing to reuse when it grows
+        cached = total <= self.wpe.longest
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         stop = None if stop is None else torch.as_tensor(stop, device=idx.device).view(-1)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        cache, token, pos, next_pos = (self.new_cache(B, total), idx, None,
-                                       torch.full((1,), T, device=idx.device))
+        cache = self.new_cache(B, total) if cached else None
+        token, pos, next_pos = idx, None, torch.full((1,), T, device=idx.device)
         training = self.training
         self.eval()
         try:
@@ -1560,14 +1792,30 @@ class GPT(nn.Module):
                 logits, _ = self(token, cache=cache, pos=pos, last_only=True)
                 drawn = sample(logits[:, -1], temperature, top_k, top_p, generator)
                 token = torch.where(done, token[:, -1:], drawn)
-                pos, next_pos = next_pos, next_pos + 1
                 yield token
+                if cached:
+                    pos, next_pos = next_pos, next_pos + 1
+                else:
+                    idx = token = torch.cat((idx, token), dim=1)
                 if stop is not None:
-                    done |= torch.isin(token, stop)
+                    done |= torch.isin(token[:, -1:], stop)
                     if done.all():
                         return
         finally:
             self.train(training)
+
+
+def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
+    """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
+    dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+    if dtype_bytes not in dtypes:
+        raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
+    dtype = dtypes[dtype_bytes]
+    letters = [mixer for mixer, _ in config.plan()]
+    with torch.device('meta'):
+        size = {m: MIXERS[m](config, 0).new_cache(batch_size, seq_len, dtype, 'meta').nbytes()
+                for m in set(letters)}
+    return sum(size[m] for m in letters)
 
 
 def check_sampling(temperature, top_k, top_p):

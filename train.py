@@ -442,7 +442,7 @@ while True:
         rate = timed_steps * tokens_per_step / (time.time() - interval_start)
         mfu = rate * flops / (peak * world) if peak else None
         record(train_loss=train_loss, tokens_per_s=round(rate, 1), mfu=mfu,
-               **{name: value.item() for name, value in balance.items()})
+               **{name: value.tolist() for name, value in balance.items()})
         line = f'loss {train_loss:.4f}, {human(rate)} tokens/s' + (f', MFU {mfu:.1%}' if mfu else '')
         if bar.disable:
             say(f'step {step}: {line}')

@@ -14,3 +14,4 @@ ssm = 'mamba1'
 ssm_norm = True
 n_expert = 8
 n_expert_used = 2
+router_norm = False

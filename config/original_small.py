@@ -4,5 +4,6 @@ ReLU.
 """
 out_dir = 'out/original_small'
 pos = 'sinusoidal'
+embed_scale = True  # the embedding is scaled up to be heard beside sines of amplitude one
 norm_at = 'post'
 ffn = 'relu'

@@ -52,36 +52,55 @@ FIELDS = {
     'n_kv_head': Field((None, 1, 2), (0, -2), lambda value, flags: (
         {None: None, 1: 1, flags.get('n_head', 12): 4}.get(value, 2))),
     'head_dim': Field((None, 6, 20), (0,), lambda value, flags: None if value is None else 12),
-    'pos': Field(('learned', 'sinusoidal', 'rope', 'alibi', 'none'), ('absolute', '')),
+    'pos': Field(('learned', 'sinusoidal', 'rope', 'alibi', 'alibi_bf16', 'none'), ('absolute', '')),
     'rope_theta': Field((10000.0, 100.0), (1.0, 0.0, -10.0)),
+    'rope_local_theta': Field((None, 50.0), (1.0, -10.0)),
     'norm': Field(('layernorm', 'rmsnorm'), ('batchnorm',)),
     'norm_at': Field(('pre', 'post', 'output', 'sandwich'), ('before',)),
     'norm_eps': Field((1e-5, 1e-2), (0.0, -1e-5)),
-    'qk_norm': Field((False, True, 'full'), ('all',)),
-    'ffn': Field(('gelu', 'relu', 'relu2', 'swiglu', 'geglu'), ('GELU', 'silu')),
+    'qk_norm': Field((False, True, 'full', 'heads', 'unit'), ('all',)),
+    'ffn': Field(('gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu', 'geglu', 'swiglu_clip'), ('GELU', 'silu')),
+    'ffn_limit': Field((7.0, 0.02), (0.0,)),
+    'ffn_alpha': Field((1.702, 1.0), (0.0, -1.0)),
     'ffn_width': Field((None, 40, 7), (0, -1), lambda value, flags: None if value is None else 40),
     'bias': Field((True, False)),
+    'qkv_bias': Field((None, True, False)),
+    'proj_bias': Field((None, True, False)),
+    'ffn_bias': Field((None, True, False)),
+    'norm_bias': Field((None, True, False)),
+    'ssm_bias': Field((None, True, False)),
+    'conv_bias': Field((True, False)),
     'tie': Field((True, False)),
     # families are compared with themselves: dropout has tests of its own
     'dropout': Field((0.0, 0.3), (1.0, -0.1, 1.5), same_for_all(0.0)),
+    'logit_scale': Field((1.0, 0.3), (0.0, -1.0)),
     'logit_softcap': Field((None, 3.0), (0.0, -30.0)),
     'zero_init': Field((False, True)),
-    'layer_pattern': Field(('a', 'w', 'aw', 'n', 'm', 'ma'), ('', 'x', 'A')),
+    'layer_pattern': Field(('a', 'w', 'aw', 'an', 'c', 'ac', 'av', 'm', 'ma'), ('', 'x', 'A')),
     'ffn_pattern': Field(('f', 'e', 'fe', '-'), ('', 'x')),
     'rope_fraction': Field((1.0, 0.5), (0.0, 1.5)),
-    'rope_scaling': Field(('none', 'linear', 'ntk', 'dynamic', 'yarn', 'llama3'), ('', 'YaRN')),
+    'rope_scaling': Field(('none', 'linear', 'ntk', 'dynamic', 'yarn', 'llama3', 'longrope'), ('', 'YaRN')),
     'rope_factor': Field((4.0, 2.0), (0.5, 0.0)),
     'rope_context': Field((None, 8), (0, -1), same_for_all(8)),
     'rope_beta_fast': Field((32.0, 2.0), (1.0, 0.5)),
     'rope_beta_slow': Field((1.0, 0.25), (0.0,)),
     'rope_attention_factor': Field((None, 1.5), (-1.0,)),
+    'rope_truncate': Field((True, False)),
+    'rope_short': Field((None, [1.0, 1.5, 2.0, 3.0])),
+    'rope_long': Field((None, [1.5, 2.0, 4.0, 8.0])),
     'rope_low_freq': Field((1.0, 0.25), (0.0,)),
     'rope_high_freq': Field((4.0, 2.0), (0.5,)),
-    'residual': Field(('serial', 'parallel'), ('both',)),
-    'embed_scale': Field((False, True)),
+    'residual': Field(('serial', 'parallel', 'shared'), ('both',)),
+    'residual_scale': Field((1.0, 0.3), (0.0, -1.0)),
+    'embed_scale': Field((False, True, 3.0), (-1.0,)),
+    'embed_norm': Field((False, True)),
     'embed_skip': Field((False, True)),
     'attn': Field(('standard', 'mla', 'diff'), ('gqa',)),
     'window': Field((None, 5, 3), (0, -1), same_for_all(5)),
+    'attn_scale': Field((None, 0.1), (0.0, -1.0)),
+    'qkv_clip': Field((None, 0.05), (0.0, -1.0)),
+    'temp_scale': Field((None, 0.5), (0.0, -1.0)),
+    'temp_floor': Field((3, 7), (0,), same_for_all(3)),
     'softcap': Field((None, 2.0), (0.0, -1.0), same_for_all(2.0)),
     'sinks': Field((False, True)),
     'value_embed': Field((False, True)),
@@ -89,15 +108,21 @@ FIELDS = {
     'q_rank': Field((None, 12), (0,)),
     'rope_head_dim': Field((None, 6), (0, 3), same_for_all(None)),
     'v_head_dim': Field((None, 6), (0,), same_for_all(None)),
+    'latent_eps': Field((None, 1e-2), (0.0, -1e-5)),
     'n_expert': Field((None, 4, 8), (0,), same_for_all(4)),
     'n_expert_used': Field((2, 1), (0,), lambda value, flags: min(value, 2)),
     'expert_width': Field((None, 12), (0,), same_for_all(12)),
     'n_shared': Field((0, 1), (-1,)),
+    'shared_width': Field((None, 12), (0,)),
+    'shared_gate': Field((False, True)),
+    'router_bias': Field((False, True)),
+    'router_input': Field((False, True)),
     'router': Field(('softmax', 'sigmoid'), ('relu',)),
     'router_norm': Field((True, False)),
     'router_scale': Field((1.0, 2.5), (0.0,)),
-    'n_group': Field((1, 2), (0,), lambda value, flags: min(value, 2)),
+    'n_group': Field((1, 2, 4), (0,), lambda value, flags: min(value, 2)),
     'n_group_used': Field((1, 2), (0,), same_for_all(1)),
+    'group_top': Field((2, 1), (0,)),
     'balance': Field(('aux', 'none', 'bias', 'both'), ('loss',)),
     'aux_weight': Field((0.01, 0.5), (-0.1,)),
     'bias_rate': Field((0.001, 0.1), (-0.1,)),
@@ -109,6 +134,8 @@ FIELDS = {
     'ssm_head_dim': Field((8, 16), (0,)),
     'ssm_groups': Field((1, 2), (0,)),
     'ssm_dt_rank': Field((None, 5), (0,)),
+    'ssm_dt_min': Field((0.0, 0.05), (-0.1,)),
+    'ssm_dt_max': Field((None, 0.02), (0.0,)),
     'ssm_norm': Field((False, True)),
     'n_predict': Field((1, 3), (0,)),
     'predict_weight': Field((0.3, 1.0), (-0.1,)),
@@ -182,7 +209,7 @@ def every_family(test):
 
 class Letters(SimpleNamespace):
     """Flags before they are a config: what the conditions of BELONGS ask for."""
-    mixers, ffns, attends = GPTConfig.mixers, GPTConfig.ffns, GPTConfig.attends
+    mixers, ffns, attends, rotates = GPTConfig.mixers, GPTConfig.ffns, GPTConfig.attends, GPTConfig.rotates
 
 
 def fit(flags):
@@ -194,8 +221,16 @@ def fit(flags):
             if not applies(now):
                 flags.pop(name, None)
     now = Letters(**(defaults() | flags))
-    if 'w' in now.mixers() and now.window is None:
+    if now.mixers() & set('wvc') and now.window is None:
         flags['window'] = 5
+    if now.rope_scaling == 'longrope':
+        # as many as there are pairs, starting with those of FIELDS
+        for name in ('rope_short', 'rope_long'):
+            width = now.rope_head_dim or 4 if now.attn == 'mla' else now.head_dim or now.n_embd // now.n_head
+            given = flags.get(name) or [1.0, 1.25, 1.5]
+            flags[name] = (given * 9)[:round(width * now.rope_fraction) // 2]
+    if now.n_expert_used == 1 and now.n_expert != 1 and 'e' in now.ffns():
+        flags['router_norm'] = False
     if 'e' in now.ffns() and now.n_expert is None:
         flags['n_expert'] = 4
     if now.rope_scaling != 'none' and now.rope_factor == 1:
