@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from kernels import rope as rotate
-from model import FFN, GPT, NORMS, Context, GPTConfig, RotaryPositions
+from model import FFN, GPT, NORMS, GPTConfig, RotaryPositions
 from report import COLORS, figure, quantity, read_lines, save
 
 HERE = Path(__file__).resolve().parent
@@ -111,7 +112,7 @@ def norms(device, rounds, out):
         def forward(norm):
             with torch.no_grad():
                 return norm(x)
-        ahead = in_turns({name: lambda norm=norm: forward(norm) for name, norm in built.items()}, device, rounds)
+        ahead = in_turns({name: partial(forward, norm) for name, norm in built.items()}, device, rounds)
         both = in_turns({name: lambda norm=norm: norm(x).sum().backward() for name, norm in built.items()},
                         device, rounds)
         for name, norm in built.items():
@@ -120,8 +121,8 @@ def norms(device, rounds, out):
                          f'{2 * x.nbytes / ahead[name] / 1e6:.1f}', f'{kept / x.nbytes:.2f}',
                          sum(p.numel() for p in norm.parameters())])
         ratios.append((ahead['layernorm'] / ahead['rmsnorm'], both['layernorm'] / both['rmsnorm']))
-    print_table(['width, norm', 'forward ms', 'with backward ms', 'forward GB/s', 'kept / input', 'parameters'],
-                rows)
+    print_table(['width, norm', 'forward ms', 'with backward ms', 'forward GB/s', 'kept / input',
+                 'parameters'], rows)
     fig, (ax,) = figure(6.4, 3.8)
     for column, label in enumerate(('forward', 'forward and backward')):
         ax.plot(widths, [row[column] for row in ratios], 'o-', color=COLORS[column], label=label)
@@ -138,7 +139,8 @@ def norms(device, rounds, out):
 def ffns(device, rounds, out):
     """SwiGLU 8/3 and 4 times as wide as the stream, against GELU at 4 times: parameters and time."""
     width, tokens = 512, 1024
-    kinds = {'GELU 4x': ('gelu', 4 * width), 'SwiGLU 8/3x': ('swiglu', None), 'SwiGLU 4x': ('swiglu', 4 * width)}
+    kinds = {'GELU 4x': ('gelu', 4 * width), 'SwiGLU 8/3x': ('swiglu', None),
+             'SwiGLU 4x': ('swiglu', 4 * width)}
     x, built = torch.randn(1, tokens, width, device=device), {}
     for name, (ffn, hidden) in kinds.items():
         config = GPTConfig(n_embd=width, n_head=8, n_layer=1, ffn=ffn, ffn_width=hidden, bias=False)
@@ -152,13 +154,14 @@ def ffns(device, rounds, out):
     kept = {name: saved_bytes(lambda ffn=ffn: ffn(x, None)) / x.nbytes for name, ffn in built.items()}
     print(f'width {width}, {tokens} tokens, fp32, forward and backward')
     print_table(['ffn', 'hidden', 'parameters', 'of GELU', 'ms', 'of GELU', 'kept / input'],
-                [[name, built[name].c_proj.in_features, f'{size[name]:,}', f'x {size[name] / size["GELU 4x"]:.2f}',
+                [[name, ffn.c_proj.in_features, f'{size[name]:,}', f'x {size[name] / size["GELU 4x"]:.2f}',
                   f'{times[name]:.2f}', f'x {times[name] / times["GELU 4x"]:.2f}', f'{kept[name]:.1f}']
-                 for name in kinds])
+                 for name, ffn in built.items()])
     print('their losses: python ablate.py config/llama_small.py config/study.py '
           '--vary="GELU 4x: ffn=gelu; SwiGLU 4x: ffn_width=512"')
     fig, axes = figure(9, 3.2, panels=3)
-    for ax, values, title in zip(axes, (size, times, kept), ('parameters', 'ms', 'kept for backward / input')):
+    titles = ('parameters', 'ms', 'kept for backward / input')
+    for ax, values, title in zip(axes, (size, times, kept), titles):
         ax.bar(list(values), list(values.values()), color=COLORS[:3])
         ax.yaxis.set_major_formatter(lambda value, _: quantity(value) if value else '0')
         ax.set_title(title, fontsize=10, loc='left')
@@ -177,7 +180,7 @@ def cache_figure(sizes, spans, out):
         ax.bar_label(bars, [f'{size[i]:.2g}' for size in sizes.values()], fontsize=8)
     ax.set_yscale('log')
     ax.set_xticks(range(len(sizes)), list(sizes), fontsize=8, rotation=20)
-    ax.set_title('GB of cache for one sequence in 16 bit, in the shape of Llama 3 8B', fontsize=10, loc='left')
+    ax.set_title('GB of cache for one sequence in 16 bit, shape of Llama 3 8B', fontsize=10, loc='left')
     ax.legend(frameon=False, fontsize=9)
     finish(fig, out, 'cache')
 
@@ -199,16 +202,16 @@ def rope(device, rounds, out):
     print_table(['pair', '10K: wave', 'turns', '100K: wave', 'turns'], rows)
 
     q, k = torch.randn(2, 1, 1, 1, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    at = torch.tensor([0, 1, 100, 1000, 3000])
+    at = torch.tensor([[0], [1], [100], [1000], [3000]])
     rows = []
     for offset in (0, 1, 16, 256, 1024):
         scores = []
         for start in at:
-            cos_q, sin_q = built['10K'].rope(torch.tensor([int(start) + offset]))
-            cos_k, sin_k = built['10K'].rope(torch.tensor([int(start)]))
-            scores.append((rotate(q, cos_q, sin_q) * rotate(k, cos_k, sin_k)).sum().item())
+            turned = (rotate(x, angle.cos(), angle.sin()) for x, angle in (
+                (q, built['10K'].freq.angles(start + offset)), (k, built['10K'].freq.angles(start))))
+            scores.append(math.prod(turned).sum().item())
         rows.append([offset, f'{scores[0]:+.5f}', f'{max(scores) - min(scores):.1e}'])
-    print(f'q.k of one q and k, in fp64 with angles in fp32, the key at {", ".join(map(str, at.tolist()))}')
+    print(f'q.k of one q and k, in fp64 with angles in fp32, the key at {", ".join(map(str, at.flatten().tolist()))}')
     print_table(['offset', 'q.k', 'spread over starts'], rows)
 
     fig, (left, right) = figure(11, 4.2, panels=2)
@@ -221,14 +224,14 @@ def rope(device, rounds, out):
                       annotation_clip=False, color=COLORS[i])
     left.set_yticks([])
     left.set_xlabel('position')
-    left.set_title('cos of the angle, base 10K: fast pairs tell neighbours apart,\nslow ones tell far from near',
+    left.set_title('cos of the angle, base 10K: fast pairs tell neighbours\napart, slow ones far from near',
                    fontsize=10, loc='left')
     ones = torch.ones(1, 1, 1, width)
     offsets = torch.arange(0, T)
     for i, (name, module) in enumerate(built.items()):
-        cos, sin = module.rope(offsets)
-        turned = rotate(ones.expand(1, T, 1, width), cos, sin)[0, :, 0]
-        right.plot(offsets, turned @ ones.flatten() / width, color=COLORS[i], label=f'base {name}', linewidth=1)
+        angle = module.freq.angles(offsets)
+        turned = rotate(ones.expand(1, T, 1, width), angle.cos(), angle.sin())[0, :, 0]
+        right.plot(offsets, turned.mean(-1), color=COLORS[i], label=f'base {name}', linewidth=1)
     right.axhline(0, color='black', linewidth=0.8)
     right.set_xscale('symlog', linthresh=1)
     right.set_xlim(0, T)
@@ -248,8 +251,8 @@ def context(device, rounds, out):
             for T in longer:
                 more = [] if scaling == 'none' or T == 128 else [
                     f'--rope_scaling={scaling}', f'--rope_factor={factor[T]}']
-                printed = call([sys.executable, str(HERE / 'train.py'), '--init_from=resume', '--eval_only=True',
-                                f'--out_dir={folder}', f'--block_size={T}', *more])
+                printed = call([sys.executable, str(HERE / 'train.py'), '--init_from=resume',
+                                '--eval_only=True', f'--out_dir={folder}', f'--block_size={T}', *more])
                 losses[base, scaling, T] = float(re.search(r'val loss ([\d.]+)', printed).group(1))
             cells = [f'{losses[base, scaling, T]:.4f}' for T in longer]
             rows.append([f'{quantity(base)}, {scaling}', *cells])
@@ -298,7 +301,8 @@ def peak_bytes(run, device):
 def lengths(device, rounds, out, budget=60.0):
     """One layer of attention, windowed attention, Mamba and Mamba-2 over 1K to 128K tokens, one sequence."""
     width, all_lengths = 256, [1024 * 2 ** i for i in range(8)]
-    flags = dict(n_embd=width, n_head=4, n_layer=1, bias=False, norm='rmsnorm', ffn_pattern='-', block_size=131072)
+    flags = dict(n_embd=width, n_head=4, n_layer=1, bias=False, norm='rmsnorm', ffn_pattern='-',
+                 block_size=all_lengths[-1])
     kinds = {'attention': dict(pos='rope'), 'window 1024': dict(pos='rope', layer_pattern='w', window=1024),
              'Mamba': dict(pos='none', layer_pattern='m', ssm='mamba1'),
              'Mamba-2': dict(pos='none', layer_pattern='m', ssm='mamba2')}
@@ -313,8 +317,9 @@ def lengths(device, rounds, out, budget=60.0):
                 break
             x = torch.randn(1, T, width, device=device)
             ctx = model.context(torch.zeros(1, T, dtype=torch.int64, device=device), None, None)
-            ctx = Context(ctx.pos, ctx.causal, ctx.rope, losses=[])
             with torch.no_grad():
+                if T == all_lengths[0]:
+                    mixer(x, ctx)  # the first call loads what it needs
                 began = time.perf_counter()
                 memory[name, T] = peak_bytes(lambda: mixer(x, ctx), device)
                 times = [time.perf_counter() - began]
@@ -394,8 +399,8 @@ def reach(device, rounds, out):
         rows.append([layer, int(strength.nonzero().max()), layer * (window - 1),
                      f'{influence[-1][1]:.1e}', f'{influence[-1][layer * (window - 1)]:.1e}'])
     print(f'{depth} layers, each sees {window} tokens, its own included')
-    print_table(['layers', 'farthest token felt', 'layers x (window - 1)', 'influence at 1', 'at the farthest'],
-                rows)
+    print_table(['layers', 'farthest token felt', 'layers x (window - 1)', 'influence at 1',
+                 'at the farthest'], rows)
     from matplotlib.colors import LogNorm
     fig, (ax,) = figure(8.4, 3.6)
     image = torch.stack(influence).cpu().clamp(min=1e-12)
@@ -405,6 +410,7 @@ def reach(device, rounds, out):
     ax.plot(*zip(*corners), color='white', linewidth=1.2)
     ax.set_xlabel('distance of the token (white: layers x (window - 1))')
     ax.set_ylabel('layers')
-    ax.set_title(f'influence on the last token, over that of itself; window {window}', fontsize=10, loc='left')
+    ax.set_title(f'influence on the last token over its own on itself; window {window}', fontsize=10,
+                 loc='left')
     fig.colorbar(shown, ax=ax)
     finish(fig, out, 'reach')

@@ -11,9 +11,9 @@ ffn_width = None  # by its rule
 block_size = 128
 
 dataset = 'pysource'
-batch_size = 16
-gradient_accumulation_steps = 1  # 16 x 128 = 2048 tokens a step
-max_iters = 400
+batch_size = 8
+gradient_accumulation_steps = 1  # 8 x 128 = 1024 tokens a step
+max_iters = 800
 warmup_iters = 20
 lr_decay_iters = None
 optimizer = 'adamw'  # Muon leaves experts to AdamW, and would not treat them as it treats a dense ffn
@@ -24,5 +24,5 @@ weight_decay = 0.1
 beta2 = 0.99
 
 log_interval = 20
-eval_tokens = 65536
+eval_tokens = 32768
 wandb_log = False
