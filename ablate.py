@@ -70,7 +70,7 @@ APART = ('out_dir', 'init_from', 'overwrite', 'wandb_log', 'wandb_project', 'wan
 RATES = ('learning_rate', 'muon_lr', 'min_lr')
 WIDTHS = ('ffn_width', 'expert_width')
 # what --match can hold, in words
-MATCHES = {'none': 'nothing', 'params': 'parameters', 'active': 'active parameters',
+MATCHES = {'none': '', 'params': 'parameters', 'active': 'active parameters',
            'flops': 'FLOPs per token'}
 MODEL = model_flags(GPTConfig)
 
@@ -507,8 +507,13 @@ def environment(plan, slot):
         cards = env.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
         env['CUDA_VISIBLE_DEVICES'] = cards.split(',')[slot % len(cards.split(','))]
     elif plan['jobs'] > 1:
-        env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // plan['jobs'])))
+        env['OMP_NUM_THREADS'] = str(threads(plan))
     return env
+
+
+def threads(plan):
+    """Threads of one of several runs at once on a CPU."""
+    return int(os.environ.get('OMP_NUM_THREADS') or max(1, (os.cpu_count() or 1) // plan['jobs']))
 
 
 def start_run(plan, run, slot, lock):
@@ -577,6 +582,8 @@ def measure(plan, folder, rounds=5, prompt=16, new_tokens=48):
     the first seed's checkpoints. The arms are taken in turns, and the median of the rounds is kept.
     """
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'cpu' and plan['jobs'] > 1:
+        torch.set_num_threads(threads(plan))  # as many as each run had
     paths = {}
     for run in runs_of(plan):
         path = Path(folder) / run['path'] / 'ckpt.pt'

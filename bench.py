@@ -185,7 +185,8 @@ def study(topic):
 TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window,
           'norms': study(studies.norms), 'ffns': study(studies.ffns), 'rope': study(studies.rope),
           'context': study(studies.context), 'lengths': study(studies.lengths),
-          'router': study(studies.router), 'reach': study(studies.reach)}
+          'router': study(studies.router), 'reach': study(studies.reach),
+          'ablations': study(studies.ablations)}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):

@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from model import FFN, GPT, NORMS, GPTConfig, RotaryPositions
 from report import COLORS, figure, quantity, read_lines, save
 
 HERE = Path(__file__).resolve().parent
-SIZE = ['config/llama_small.py', 'config/study.py']
+SIZE = ['config/llama_small.py', 'config/study.py']  # of all that is trained here
 
 
 def print_table(heads, rows):
@@ -76,7 +77,7 @@ def train(out, name, *flags):
     folder = os.path.join(out, name)
     if not os.path.exists(os.path.join(folder, 'done')):
         print(f'training {name} ...', flush=True)
-        command = [sys.executable, str(HERE / 'train.py'), *(str(HERE / path) for path in SIZE), *flags,
+        command = [sys.executable, str(HERE / 'train.py'), *SIZE, *flags,
                    f'--out_dir={folder}', '--overwrite=True']
         call(command)
         Path(folder, 'done').write_text(' '.join(flags))
@@ -94,6 +95,24 @@ def call(command):
 
 
 # ----------------------------------------------------------------------------------------------------------
+
+# each block from GPT-2 to Llama; then what else a layer can be, at equal active parameters
+SWEEPS = {
+    'ladder': ['--base=config/gpt2_small.py', '--arms=alone,ladder'],
+    'blocks': ['--vary=MHA: n_kv_head=4; MQA: n_kv_head=1; MLA: attn=mla+n_kv_head=None; '
+               'MoE: ffn_pattern=e+n_expert=8; hybrid: layer_pattern=mmam+ssm_state=64; '
+               'Mamba-2: layer_pattern=m+pos=none+n_kv_head=None+ssm_state=64', '--match=active'],
+}
+
+
+def ablations(device, rounds, out):
+    """The sweeps whose reports lie in results/: three seeds of everything, under an hour on two cores."""
+    jobs = torch.cuda.device_count() if device.startswith('cuda') else min(2, os.cpu_count() or 1)
+    for name, flags in SWEEPS.items():
+        more = ['--seeds=3', f'--jobs={jobs}', f'--device={device}',
+                f'--out_dir=out/ablate/{name}', f'--results=results/{name}']
+        print(f'{name}: python ablate.py {shlex.join([*SIZE, *flags, *more])}', flush=True)
+        subprocess.run([sys.executable, str(HERE / 'ablate.py'), *SIZE, *flags, *more], check=True)
 
 
 def norms(device, rounds, out):
@@ -403,7 +422,7 @@ def reach(device, rounds, out):
                  'at the farthest'], rows)
     from matplotlib.colors import LogNorm
     fig, (ax,) = figure(8.4, 3.6)
-    image = torch.stack(influence).cpu().clamp(min=1e-12)
+    image = torch.stack(influence).cpu().clamp(min=1e-12).numpy()
     shown = ax.imshow(image, aspect='auto', norm=LogNorm(1e-8, 1), cmap='viridis', origin='lower',
                       extent=(-0.5, T - 0.5, 0.5, depth + 0.5))
     corners = [(layer * (window - 1) + 0.5, layer + y) for layer in range(1, depth + 1) for y in (-0.5, 0.5)]
