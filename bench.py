@@ -129,12 +129,13 @@ def families():
     Every config/*_small.py with the given files and flags behind it, trained and sampled, then timed in turns:
     a Markdown table. tokens/s is of whole training steps with AdamW.
     """
+    flags = [flag for flag in sys.argv[2:] if not flag.startswith(('--reuse=', '--rounds='))]
     models, rows = {}, {}
     for path in sorted(glob.glob(os.path.join('config', '*_small.py'))):
         name = os.path.basename(path).removesuffix('_small.py')
         out_dir = os.path.join('out', 'families', name)
         if not (reuse and os.path.exists(os.path.join(out_dir, 'ckpt.pt'))):
-            run_script('train.py', path, *sys.argv[2:], f'--out_dir={out_dir}', '--overwrite=True')
+            run_script('train.py', path, *flags, f'--out_dir={out_dir}', '--overwrite=True')
         run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=64')
         state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
         models[name] = model = checkpoint.build(state, out_dir)

@@ -50,8 +50,8 @@ class GPTConfig:
     rope_attention_factor: float | None = None  # yarn, longrope: scales cos and sin; None: the paper's
     rope_low_freq: float = 1.0      # llama3: as yarn's beta_slow
     rope_high_freq: float = 4.0     # llama3: as yarn's beta_fast
-    rope_short: list | None = None  # longrope: what divides each frequency up to rope_context tokens
-    rope_long: list | None = None   # longrope: and beyond
+    rope_short: tuple | None = None  # longrope: what divides each frequency up to rope_context tokens
+    rope_long: tuple | None = None  # longrope: and beyond
     # norms and the residual stream
     norm: str = 'layernorm'         # layernorm, rmsnorm
     norm_at: str = 'pre'            # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
@@ -132,6 +132,8 @@ class GPTConfig:
     def __post_init__(self):
         for f in fields(self):
             kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
+            if tuple in kinds and type(value) is list:  # as JSON has them
+                setattr(self, f.name, value := tuple(value))
             self._must(f.name, type(value) in kinds or type(value) is int and float in kinds,
                        f'be of type {f.type if get_args(f.type) else f.type.__name__}')
         for name, table in WORDS.items():
@@ -149,9 +151,9 @@ class GPTConfig:
         self._fill_in()
         for name in ('norm_eps', 'latent_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq',
                      'rope_attention_factor', 'router_scale', 'attn_scale', 'qkv_clip', 'temp_scale',
-                     'embed_scale', 'residual_scale', 'logit_scale', 'ffn_limit', 'ffn_alpha'):
-            self._must(name, getattr(self, name) in (None, False) or getattr(self, name) > 0,
-                       'be above 0')
+                     'embed_scale', 'residual_scale', 'expert_width', 'logit_scale', 'ffn_limit', 'ffn_alpha'):
+            value = getattr(self, name)
+            self._must(name, value is None or value is False or value > 0, 'be above 0')
         self._combinations()
 
     def _must(self, name, ok, rule):
@@ -181,6 +183,7 @@ class GPTConfig:
             width = whole // max(1, self.n_expert_used + self.n_shared)
             filled |= {'expert_width': max(1, width // 8 * 8 or width)}
             if isinstance(self.expert_width, float):
+                self._must('expert_width', self.expert_width > 0, 'be above 0')
                 self.expert_width = max(1, round(self.expert_width * whole))
         if self.n_shared and 'e' in self.ffns():
             filled |= {'shared_width': self.n_shared * (self.expert_width or filled['expert_width'])}
@@ -213,8 +216,9 @@ class GPTConfig:
         must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
         must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
         must('rope_theta', self.rope_theta > 1, 'be above 1')
+        must('rope_local_theta', self.rope_local_theta is None or self.rope_local_theta > 1, 'be above 1')
         must('rope_fraction', 0 < self.rope_fraction <= 1, 'be above 0 and at most 1')
-        must('rope_factor', self.rope_scaling == 'none' or self.rope_factor > 1,
+        must('rope_factor', self.rope_scaling in ('none', *ROPE_BY_LENGTH) or self.rope_factor > 1,
              'be above 1 when rope_scaling is set')
         must('rope_beta_fast', self.rope_beta_fast > self.rope_beta_slow, f'be above {self.rope_beta_slow}')
         must('rope_high_freq', self.rope_high_freq > self.rope_low_freq, f'be above {self.rope_low_freq}')
@@ -511,7 +515,7 @@ def rope_magnitude(c):
     if c.rope_attention_factor is not None:
         return c.rope_attention_factor
     if c.rope_scaling == 'longrope':
-        return math.sqrt(1 + math.log(c.rope_factor) / math.log(c.rope_context)) if c.rope_factor > 1 else 1.0
+        return math.sqrt(1 + math.log(c.rope_factor) / math.log(max(2, c.rope_context)))
     # MLA turns a part of each key only: there the whole score is scaled (DeepSeek V2)
     return yarn_sharpness(c) if c.attn != 'mla' else 1.0
 
@@ -1576,7 +1580,7 @@ BELONGS = {
 LOWEST = dict.fromkeys(
     ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'window',
      'temp_floor', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim', 'ffn_width', 'n_expert',
-     'n_expert_used', 'expert_width', 'shared_width', 'n_group', 'n_group_used', 'group_top', 'rope_context',
+     'n_expert_used', 'shared_width', 'n_group', 'n_group_used', 'group_top', 'rope_context',
      'rope_factor', 'ssm_state', 'ssm_expand', 'ssm_conv', 'ssm_head_dim', 'ssm_groups', 'ssm_dt_rank',
      'n_predict'), 1) | dict.fromkeys(
     ('n_shared', 'aux_weight', 'bias_rate', 'z_weight', 'predict_weight', 'ssm_dt_min'), 0)

@@ -162,7 +162,7 @@ def reading(table, hf, key, default=None):
 GATED = {'silu': 'swiglu', 'swish': 'swiglu', 'gelu_pytorch_tanh': 'geglu', 'gelu_new': 'geglu',
          'gelu_fast': 'geglu', 'gelu': 'geglu_erf', 'relu': 'reglu'}
 PLAIN = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
-         'relu': 'relu', 'relu2': 'relu2'}
+         'relu': 'relu'}
 
 
 def word_for(table, flag):
@@ -180,7 +180,7 @@ def mscale(factor, m=1.0):
     return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def read_rope(hf, theta=10000.0, parameters=None):
+def read_rope(hf, theta=10000.0, parameters=None, partial=False):
     """Flags of rotary positions. theta: what the family means where none is given."""
     p = parameters or hf.get('rope_parameters')
     if p is None:  # as published before transformers 5
@@ -189,7 +189,7 @@ def read_rope(hf, theta=10000.0, parameters=None):
     share = p.get('partial_rotary_factor') or hf.get('partial_rotary_factor') or 1.0
     kind, longest = p.get('rope_type') or p.get('type') or 'default', hf.get('max_position_embeddings', 2048)
     flags = {'pos': 'rope', 'rope_theta': float(p.get('rope_theta') or hf.get('rope_theta') or theta)}
-    if share != 1:
+    if partial and share != 1:
         flags['rope_fraction'] = int(head * share) / head
     if kind == 'default':
         return flags
@@ -224,7 +224,7 @@ def read_llama3(p, factor, trained, longest):
 
 def read_longrope(p, factor, trained, longest):
     return {'rope_scaling': 'longrope', 'rope_factor': factor, 'rope_context': trained,
-            'rope_short': list(map(float, p['short_factor'])), 'rope_long': list(map(float, p['long_factor'])),
+            'rope_short': tuple(map(float, p['short_factor'])), 'rope_long': tuple(map(float, p['long_factor'])),
             'rope_attention_factor': p.get('attention_factor')}
 
 
@@ -317,10 +317,10 @@ def shared(place, name):
 LLAMA_TENSORS = ENDS + NORMS + ATTENTION + gated('mlp')
 
 
-def read_llama(hf, has, theta=10000.0, rope=None):
+def read_llama(hf, has, theta=10000.0, rope=None, partial=False):
     return {'norm': 'rmsnorm', 'ffn': reading(GATED, hf, 'hidden_act', 'silu'), 'bias': False,
             'qkv_bias': has(LAYER + 'self_attn.q_proj.bias'), 'proj_bias': has(LAYER + 'self_attn.o_proj.bias'),
-            'ffn_bias': has(LAYER + 'mlp.down_proj.bias')} | read_rope(hf, theta, rope)
+            'ffn_bias': has(LAYER + 'mlp.down_proj.bias')} | read_rope(hf, theta, rope, partial)
 
 
 def write_llama(c):
@@ -428,6 +428,7 @@ def read_gemma2(hf, has):
 
 def write_gemma2(c):
     scalar = c.head_dim if c.attn_scale is None else c.attn_scale ** -2
+    scalar = round(scalar) if math.isclose(scalar, round(scalar), rel_tol=1e-6) else scalar
     return write_window(c) | {'hidden_activation': word_for(GATED, c.ffn), 'layer_types': write_types(c),
                               'query_pre_attn_scalar': scalar, 'attn_logit_softcapping': c.softcap,
                               'final_logit_softcapping': c.logit_softcap}
@@ -454,9 +455,13 @@ PHI3_TENSORS = ENDS + NORMS + [
     ('h.{f}.ffn.c_fc', [LAYER + 'mlp.gate_up_proj'], same), ('h.{f}.ffn.c_proj', [LAYER + 'mlp.down_proj'], same)]
 
 
+def read_phi3(hf, has):
+    return everywhere(hf, read_llama(hf, has, partial=True))
+
+
 def write_phi3(c):
     # transformers takes the trained context from the top level
-    return write_window(c) | {'partial_rotary_factor': c.rope_fraction, 'pad_token_id': None} | (
+    return write_window(c) | {'partial_rotary_factor': c.rope_fraction} | (
         {'original_max_position_embeddings': c.rope_context} if c.rope_context else {})
 
 
@@ -567,7 +572,7 @@ def read_llama4(hf, has):
     if 'f' in ffns:
         flags['ffn_width'] = hf['intermediate_size_mlp']
     if 'e' in ffns:
-        flags |= {'n_expert': hf['num_local_experts'], 'n_expert_used': hf['num_experts_per_tok'],
+        flags |= {'n_expert': hf['num_local_experts'], 'n_expert_used': hf.get('num_experts_per_tok', 1),
                   'expert_width': hf['intermediate_size'], 'n_shared': 1, 'router': 'sigmoid',
                   'router_norm': False, 'router_input': True}
     return flags
@@ -681,8 +686,13 @@ def write_deepseek(c):
     rope = write_rope(c)
     if c.rope_scaling == 'yarn' and c.attn_scale is None and c.rope_attention_factor is None:
         rope |= {'mscale': 1.0, 'mscale_all_dim': 1.0}
+    elif c.rope_scaling != 'none' and c.attn_scale is not None:
+        # the other way from what read_deepseek makes of the two
+        sharp, unit = math.sqrt(c.attn_scale * math.sqrt(c.head_dim + c.rope_head_dim)), 0.1 * math.log(c.rope_factor)
+        rope |= {'mscale': ((c.rope_attention_factor or 1.0) * sharp - 1) / unit, 'mscale_all_dim': (sharp - 1) / unit}
+        rope.pop('attention_factor', None)
     keys = write_llama(c) | {
-        'rope_parameters': rope, 'num_key_value_heads': c.n_head, 'head_dim': c.rope_head_dim,
+        'rope_parameters': rope, 'num_key_value_heads': c.n_head, 'q_lora_rank': c.q_rank, 'head_dim': c.rope_head_dim,
         'first_k_dense_replace': dense, 'n_group': c.n_group, 'topk_group': c.n_group_used}
     return keys | ({'n_routed_experts': c.n_expert, 'num_experts_per_tok': c.n_expert_used,
                     'moe_intermediate_size': c.expert_width, 'n_shared_experts': c.n_shared or None,
@@ -747,7 +757,7 @@ def read_neox(hf, has):
     if rope is None:
         rope = {'rope_theta': hf.get('rotary_emb_base', 10000)} | (hf.get('rope_scaling') or {})
     rope = {'partial_rotary_factor': hf.get('rotary_pct', 0.25)} | rope
-    return read_rope(hf, 10000.0, rope) | {
+    return read_rope(hf, 10000.0, rope, partial=True) | {
         'ffn': reading(PLAIN, hf, 'hidden_act', 'gelu'), 'qkv_bias': has(NEOX + 'attention.query_key_value.bias'),
         'proj_bias': has(NEOX + 'attention.dense.bias'),
         'residual': 'parallel' if hf.get('use_parallel_residual', True) else 'serial'}
@@ -970,6 +980,11 @@ class Family(NamedTuple):
     write: Callable         # config -> the other keys
     needs: dict = {}        # {key: the only value of it that we do}
     finish: Callable = lambda model, hf: None
+    tied: bool = False      # the head, where the config does not say
+    eps: float = 1e-6       # of norms, likewise
+    # biases of query, key and value, of attention's output, of ffns: never 0, always 1, by one key a, another m
+    biases: str = '000'
+    partial: bool = False   # rotary positions may turn a part of each head
 
 
 def family(architecture, keys, tensors, read, write, **more):
@@ -980,43 +995,53 @@ MIXTRAL_TENSORS = ENDS + NORMS + ATTENTION + experts('block_sparse_moe', ('w1', 
 SPARSE_TENSORS = LLAMA_TENSORS + experts('mlp')
 QWEN2_MOE_TENSORS = SPARSE_TENSORS + shared('mlp', 'shared_expert') + [
     ('h.{e}.ffn.shared_gate', [LAYER + 'mlp.shared_expert_gate'], same)]
-WITHOUT_EXPERTS = {key: flag for key, flag in MOE_KEYS.items() if key != 'num_experts_per_tok'}
+SPARSE_KEYS = {key: flag for key, flag in MOE_KEYS.items() if key != 'num_experts_per_tok'}
 
 # the first whose flags fit is the one that is written
 FAMILIES = {
     'gpt2': family('GPT2LMHeadModel', GPT2_KEYS, GPT2_TENSORS, read_gpt2, write_gpt2, finish=finish_gpt2,
-                   needs={'add_cross_attention': False}),
-    'llama': family('LlamaForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_llama, write_llama),
+                   needs={'add_cross_attention': False}, tied=True, eps=1e-5, biases='111'),
+    'llama': family('LlamaForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_llama, write_llama, biases='aam'),
     'mistral': family('MistralForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_mistral, write_window),
-    'mixtral': family('MixtralForCausalLM', MOE_KEYS, MIXTRAL_TENSORS, read_mixtral, write_mixtral),
-    'qwen2': family('Qwen2ForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_qwen2, write_qwen2),
-    'qwen3': family('Qwen3ForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_qwen3, write_qwen2),
-    'qwen2_moe': family('Qwen2MoeForCausalLM', WITHOUT_EXPERTS, QWEN2_MOE_TENSORS, read_qwen2_moe,
-                        write_qwen2_moe),
-    'qwen3_moe': family('Qwen3MoeForCausalLM', WITHOUT_EXPERTS, SPARSE_TENSORS, read_qwen3_moe, write_qwen3_moe),
-    'gemma2': family('Gemma2ForCausalLM', LLAMA_KEYS, GEMMA_TENSORS, read_gemma2, write_gemma2),
-    'gemma3_text': family('Gemma3ForCausalLM', LLAMA_KEYS, GEMMA_TENSORS, read_gemma3, write_gemma3,
-                          needs={'use_bidirectional_attention': False}),
-    'phi3': family('Phi3ForCausalLM', LLAMA_KEYS, PHI3_TENSORS, read_mistral, write_phi3),
-    'olmo2': family('Olmo2ForCausalLM', LLAMA_KEYS, OLMO2_TENSORS, read_olmo2, write_llama),
-    'smollm3': family('SmolLM3ForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_smollm3, write_smollm3),
+    'mixtral': family('MixtralForCausalLM', MOE_KEYS, MIXTRAL_TENSORS, read_mixtral, write_mixtral, eps=1e-5),
+    'qwen2': family('Qwen2ForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_qwen2, write_qwen2, biases='100'),
+    'qwen3': family('Qwen3ForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_qwen3, write_qwen2, biases='aa0'),
+    'qwen2_moe': family('Qwen2MoeForCausalLM', SPARSE_KEYS, QWEN2_MOE_TENSORS, read_qwen2_moe, write_qwen2_moe,
+                        biases='a00'),
+    'qwen3_moe': family('Qwen3MoeForCausalLM', SPARSE_KEYS, SPARSE_TENSORS, read_qwen3_moe, write_qwen3_moe,
+                        biases='aa0'),
+    'gemma2': family('Gemma2ForCausalLM', LLAMA_KEYS, GEMMA_TENSORS, read_gemma2, write_gemma2, tied=True,
+                     biases='aa0'),
+    'gemma3_text': family('Gemma3ForCausalLM', LLAMA_KEYS, GEMMA_TENSORS, read_gemma3, write_gemma3, tied=True,
+                          needs={'use_bidirectional_attention': False}, biases='aa0'),
+    'phi3': family('Phi3ForCausalLM', LLAMA_KEYS, PHI3_TENSORS, read_phi3, write_phi3, eps=1e-5, partial=True),
+    'olmo2': family('Olmo2ForCausalLM', LLAMA_KEYS, OLMO2_TENSORS, read_olmo2, write_llama, eps=1e-5,
+                    biases='aa0'),
+    'smollm3': family('SmolLM3ForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_smollm3, write_smollm3, tied=True,
+                      biases='aam'),
     'starcoder2': family('Starcoder2ForCausalLM', STARCODER2_KEYS, STARCODER2_TENSORS, read_starcoder2,
-                         write_starcoder2),
-    'granite': family('GraniteForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_granite, write_granite),
-    'cohere': family('CohereForCausalLM', COHERE_KEYS, COHERE_TENSORS, read_cohere, write_cohere),
-    'llama4_text': family('Llama4ForCausalLM', WITHOUT_EXPERTS, LLAMA4_TENSORS, read_llama4, write_llama4),
-    'gpt_oss': family('GptOssForCausalLM', WITHOUT_EXPERTS, GPT_OSS_TENSORS, read_gpt_oss, write_gpt_oss),
+                         write_starcoder2, tied=True, eps=1e-5, biases='aaa'),
+    'granite': family('GraniteForCausalLM', LLAMA_KEYS, LLAMA_TENSORS, read_granite, write_granite, biases='aam'),
+    'cohere': family('CohereForCausalLM', COHERE_KEYS, COHERE_TENSORS, read_cohere, write_cohere, tied=True,
+                     eps=1e-5, biases='aa0'),
+    'llama4_text': family('Llama4ForCausalLM', SPARSE_KEYS, LLAMA4_TENSORS, read_llama4, write_llama4, eps=1e-5,
+                          biases='aa0'),
+    'gpt_oss': family('GptOssForCausalLM', SPARSE_KEYS, GPT_OSS_TENSORS, read_gpt_oss, write_gpt_oss, eps=1e-5,
+                      biases='aa1'),
     'deepseek_v2': family('DeepseekV2ForCausalLM', DEEPSEEK_KEYS, deepseek_tensors, read_deepseek_v2,
-                          write_deepseek_v2),
+                          write_deepseek_v2, biases='aa0'),
     'deepseek_v3': family('DeepseekV3ForCausalLM', DEEPSEEK_KEYS, deepseek_tensors, read_deepseek_v3,
-                          write_deepseek_v3),
-    'gpt_neox': family('GPTNeoXForCausalLM', NEOX_KEYS, NEOX_TENSORS, read_neox, write_neox),
-    'falcon': family('FalconForCausalLM', FALCON_KEYS, falcon_tensors, read_falcon, write_falcon),
-    'bloom': family('BloomForCausalLM', BLOOM_KEYS, BLOOM_TENSORS, read_bloom, write_bloom),
-    'mpt': family('MptForCausalLM', MPT_KEYS, MPT_TENSORS, read_mpt, write_mpt),
+                          write_deepseek_v3, biases='aa0'),
+    'gpt_neox': family('GPTNeoXForCausalLM', NEOX_KEYS, NEOX_TENSORS, read_neox, write_neox, eps=1e-5,
+                       biases='aa1', partial=True),
+    'falcon': family('FalconForCausalLM', FALCON_KEYS, falcon_tensors, read_falcon, write_falcon, tied=True,
+                     eps=1e-5, biases='aaa'),
+    'bloom': family('BloomForCausalLM', BLOOM_KEYS, BLOOM_TENSORS, read_bloom, write_bloom, tied=True, eps=1e-5,
+                    biases='111'),
+    'mpt': family('MptForCausalLM', MPT_KEYS, MPT_TENSORS, read_mpt, write_mpt, tied=True, eps=1e-5),
     'mamba': family('MambaForCausalLM', MAMBA_KEYS, MAMBA_ENDS + scan_tensors(B + 'mixer.', 'i'), read_mamba,
-                    write_mamba),
-    'mamba2': family('Mamba2ForCausalLM', MAMBA_KEYS, MAMBA2_TENSORS, read_mamba2, write_mamba2),
+                    write_mamba, tied=True, eps=1e-5),
+    'mamba2': family('Mamba2ForCausalLM', MAMBA_KEYS, MAMBA2_TENSORS, read_mamba2, write_mamba2, eps=1e-5),
     'jamba': family('JambaForCausalLM', JAMBA_KEYS, JAMBA_TENSORS, read_jamba, write_jamba),
 }
 
@@ -1076,7 +1101,11 @@ class Files:
                     raise ValueError(f'{name} in {folder} must hold {tensor}, as its index says: fetch it again')
         elif os.path.exists(os.path.join(folder, 'pytorch_model.bin')):
             path = os.path.join(folder, 'pytorch_model.bin')
-            self.pickled = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            try:
+                self.pickled = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            except Exception:  # damaged, or no plain tensors: many classes
+                raise ValueError(f'{path} must hold tensors and nothing else: fetch it again, or its safetensors '
+                                 'instead') from None
             self.where = dict.fromkeys(self.pickled, 'pytorch_model.bin')
         else:
             raise FileNotFoundError(f'{folder} must hold model.safetensors, or model.safetensors.index.json and '
@@ -1146,10 +1175,12 @@ def flags_of(hf, entry, names):
             found[name] = any(map(match, names))
         return found[name]
     keys = {flag: hf[key] for key, flag in entry.keys.items() if hf.get(key) is not None}
-    for flag in ('norm_eps', 'latent_eps'):
-        keys |= {flag: float(keys[flag])} if flag in keys else {}
+    keys['norm_eps'] = float(keys.get('norm_eps', entry.eps))
     try:
         flags = keys | entry.read(hf, holds)
+        for key in (key for key, flag in entry.keys.items() if flag in ('vocab_size', 'n_embd', 'n_layer')):
+            if entry.keys[key] not in flags:
+                raise KeyError(key)
     except KeyError as error:
         raise ValueError(f'config.json must say {error.args[0]}') from None
     if '-' in flags.get('ffn_pattern', 'f') or 'f' not in flags.get('ffn_pattern', 'f'):
@@ -1165,6 +1196,7 @@ def from_pretrained(name, **overrides):
     anew, and a line is printed for each kind. ValueError or FileNotFoundError, one sentence, where that
     cannot be; nothing is half-loaded.
     """
+    name = os.fspath(name)
     if name.endswith('.pt') or not os.path.exists(os.path.join(name, 'config.json')) and os.path.exists(
             os.path.join(name, 'ckpt.pt')):
         model = from_nanogpt(name if name.endswith('.pt') else os.path.join(name, 'ckpt.pt'))
@@ -1190,10 +1222,10 @@ def from_folder(folder):
     rules = entry.tensors(GPTConfig(), hf)
     head = next(names[0] for ours, names, _ in rules if ours == 'lm_head') + '.weight'
     wte = next(names[0] for ours, names, _ in rules if ours == 'wte') + '.weight'
-    flags['tie'] = head not in theirs or bool(hf.get('tie_word_embeddings')) and torch.equal(
-        files.get(theirs[head]), files.get(theirs[wte]))
-    if flags['tie']:
-        ignored.add(head)
+    flags['tie'] = hf.get('tie_word_embeddings', entry.tied)
+    if head in theirs and flags['tie']:
+        flags['tie'] = torch.equal(files.get(theirs[head]), files.get(theirs[wte]))
+        ignored |= {head} if flags['tie'] else set()
     config = GPTConfig(**flags)
     model = GPT(config, seed=None).eval()
     # DeepSeek V3's further predictions are layers behind the last
@@ -1261,9 +1293,12 @@ def from_nanogpt(path):
 def operate(model, overrides):
     """A model whose flags are these, otherwise the same, from the weights of `model`."""
     old = model.config
-    if overrides.get('attn', old.attn) != old.attn:
-        raise ValueError(f'attn={overrides["attn"]} must be {old.attn} as in the checkpoint: one kind of attention '
-                         'has no weights for another')
+    for name, value in overrides.items():
+        if name not in FIELDS:
+            raise ValueError(f'{name} is no flag of GPTConfig')
+        if name in ('attn', 'n_embd', 'n_head', 'head_dim'):
+            raise ValueError(f'{name}={value} must be {getattr(old, name)} as in the checkpoint: with another there '
+                             'is nothing of its attention to keep')
     flags = asdict(old) | overrides
     # widths that follow from others follow the new ones, unless they were asked for
     for name in ('expert_width', 'shared_width', 'n_kv_head') if 'n_expert' in overrides else ():
@@ -1336,6 +1371,21 @@ def differences(c, d):
         found.pop('balance', None)
     if c.pos != 'learned':
         found.pop('block_size', None)  # no more than a hint
+    if not c.attends():
+        found.pop('n_head', None)
+    return found
+
+
+def unlike(c, entry):
+    """As differences, between c and what the family's class has whatever the config says."""
+    found, free = {}, {}
+    for flag, code in zip(('qkv_bias', 'proj_bias', 'ffn_bias'), entry.biases):
+        value = getattr(c, flag)
+        there = {'0': False, '1': True}.get(code, free.setdefault(code, value))
+        if value is not None and value != there:
+            found[flag] = value, there
+    if c.rope_fraction != 1 and not entry.partial:
+        found['rope_fraction'] = c.rope_fraction, 1.0
     return found
 
 
@@ -1344,12 +1394,13 @@ def family_for(model):
     c, nearest = model.config, None
     for kind, entry in FAMILIES.items():
         hf = {key: getattr(c, flag) for key, flag in entry.keys.items() if getattr(c, flag) is not None}
-        hf |= {'model_type': kind, 'architectures': [entry.architecture], 'tie_word_embeddings': c.tie}
+        hf |= {'model_type': kind, 'architectures': [entry.architecture], 'tie_word_embeddings': c.tie,
+               **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))}
         try:
             hf |= entry.write(c)
             names = {t for _, theirs, _ in matches(entry, c, hf, tensors_of(model)) for t in theirs}
             back = GPTConfig(**flags_of(hf, entry, names) | {'tie': c.tie})
-            left = differences(c, back)
+            left = differences(c, back) | unlike(c, entry)
             uncovered = tensors_of(model).keys() - {mine for mine, _, _ in matches(entry, c, hf, tensors_of(model))}
             uncovered = {name for name in uncovered if not name.startswith('further.') and not (
                 c.tie and name == 'lm_head.weight')}

@@ -17,3 +17,4 @@ n_group_used = 2
 router = 'sigmoid'
 router_scale = 2.5
 balance = 'bias'
+latent_eps = 1e-6

@@ -15,3 +15,4 @@ ssm_norm = True
 n_expert = 8
 n_expert_used = 2
 router_norm = False
+expert_width = 1.0  # as wide as the dense ffns

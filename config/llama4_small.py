@@ -14,6 +14,7 @@ layer_pattern = 'cccn'
 window = 128
 qk_norm = 'unit'
 temp_scale = 0.1
+temp_floor = 8192
 ffn_pattern = 'fe'
 n_expert = 16
 n_expert_used = 1

@@ -59,7 +59,8 @@ FIELDS = {
     'norm_at': Field(('pre', 'post', 'output', 'sandwich'), ('before',)),
     'norm_eps': Field((1e-5, 1e-2), (0.0, -1e-5)),
     'qk_norm': Field((False, True, 'full', 'heads', 'unit'), ('all',)),
-    'ffn': Field(('gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu', 'geglu', 'swiglu_clip'), ('GELU', 'silu')),
+    'ffn': Field(('gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu', 'geglu', 'geglu_erf', 'reglu', 'swiglu_clip'),
+                 ('GELU', 'silu')),
     'ffn_limit': Field((7.0, 0.02), (0.0,)),
     'ffn_alpha': Field((1.702, 1.0), (0.0, -1.0)),
     'ffn_width': Field((None, 40, 7), (0, -1), lambda value, flags: None if value is None else 40),
@@ -86,11 +87,11 @@ FIELDS = {
     'rope_beta_slow': Field((1.0, 0.25), (0.0,)),
     'rope_attention_factor': Field((None, 1.5), (-1.0,)),
     'rope_truncate': Field((True, False)),
-    'rope_short': Field((None, [1.0, 1.5, 2.0, 3.0])),
-    'rope_long': Field((None, [1.5, 2.0, 4.0, 8.0])),
+    'rope_short': Field(((1.0, 1.25, 1.5, 2.0), (1.0, 1.5, 2.0, 3.0)), ('1.5',)),
+    'rope_long': Field(((1.5, 2.0, 4.0, 8.0), (2.0, 3.0, 5.0, 9.0)), ('1.5',)),
     'rope_low_freq': Field((1.0, 0.25), (0.0,)),
     'rope_high_freq': Field((4.0, 2.0), (0.5,)),
-    'residual': Field(('serial', 'parallel', 'shared'), ('both',)),
+    'residual': Field(('serial', 'parallel', 'shared', 'normed'), ('both',)),
     'residual_scale': Field((1.0, 0.3), (0.0, -1.0)),
     'embed_scale': Field((False, True, 3.0), (-1.0,)),
     'embed_norm': Field((False, True)),
@@ -111,7 +112,7 @@ FIELDS = {
     'latent_eps': Field((None, 1e-2), (0.0, -1e-5)),
     'n_expert': Field((None, 4, 8), (0,), same_for_all(4)),
     'n_expert_used': Field((2, 1), (0,), lambda value, flags: min(value, 2)),
-    'expert_width': Field((None, 12), (0,), same_for_all(12)),
+    'expert_width': Field((None, 12, 0.4), (0, 0.0), lambda value, flags: value if value == 1.0 else 12),
     'n_shared': Field((0, 1), (-1,)),
     'shared_width': Field((None, 12), (0,)),
     'shared_gate': Field((False, True)),
@@ -134,8 +135,8 @@ FIELDS = {
     'ssm_head_dim': Field((8, 16), (0,)),
     'ssm_groups': Field((1, 2), (0,)),
     'ssm_dt_rank': Field((None, 5), (0,)),
-    'ssm_dt_min': Field((0.0, 0.05), (-0.1,)),
-    'ssm_dt_max': Field((None, 0.02), (0.0,)),
+    'ssm_dt_min': Field((0.0, 0.003), (-0.1,)),
+    'ssm_dt_max': Field((None, 0.05), (0.0,)),
     'ssm_norm': Field((False, True)),
     'n_predict': Field((1, 3), (0,)),
     'predict_weight': Field((0.3, 1.0), (-0.1,)),
@@ -227,7 +228,7 @@ def fit(flags):
         # as many as there are pairs, starting with those of FIELDS
         for name in ('rope_short', 'rope_long'):
             width = now.rope_head_dim or 4 if now.attn == 'mla' else now.head_dim or now.n_embd // now.n_head
-            given = flags.get(name) or [1.0, 1.25, 1.5]
+            given = flags.get(name) or FIELDS[name].values[0]
             flags[name] = (given * 9)[:round(width * now.rope_fraction) // 2]
     if now.n_expert_used == 1 and now.n_expert != 1 and 'e' in now.ffns():
         flags['router_norm'] = False
@@ -260,7 +261,7 @@ def combinations(count, seed):
     """Different legal flags: a family with half of its fields redrawn, in any order, where that is legal."""
     rng, found = random.Random(seed), []
     # no family scales its rope, and only few random steps lead there
-    scaled = [toy(pos='rope', rope_scaling=name, rope_factor=4.0) for name in ('yarn', 'llama3')]
+    scaled = [fit(toy(pos='rope', rope_scaling=name, rope_factor=4.0)) for name in ('yarn', 'llama3', 'longrope')]
     while len(found) < count:
         flags = dict(rng.choice([*families().values(), *scaled]))
         for name in rng.sample(sorted(FIELDS), len(FIELDS)):
@@ -296,7 +297,8 @@ def scaled(model, factor):
         if p.dim() < 2:
             p.add_(noise)
         else:
-            p.copy_(p * factor if p.any() else noise)
+            # one value everywhere: zero_init, or the weight of a norm
+            p.copy_(p * factor if p.unique().numel() > 1 else p + noise)
     return model
 
 

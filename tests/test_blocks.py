@@ -77,11 +77,11 @@ def test_groups_limit_the_choice():
 def test_bias_changes_the_choice_and_not_the_weights():
     moe = scaled(moe_of(toy(**MOE, n_expert_used=1, balance='bias', router='sigmoid', router_norm=False)), 5)
     x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
-    moe.router_bias[1] = 10.0
+    moe.choice_bias[1] = 10.0
     scores = torch.sigmoid(x.flatten(0, 1) @ moe.router.weight.T)
     assert (moe.choose(scores) == 1).all()
     one = moe(x, None)
-    moe.router_bias[1] = 20.0
+    moe.choice_bias[1] = 20.0
     assert torch.equal(one, moe(x, None))
 
 
@@ -117,10 +117,10 @@ def test_bias_moves_once_per_optimizer_step_whatever_the_micro_batches():
     whole(idx[:, :-1], idx[:, 1:])
     for rows in idx.split(1):
         parts(rows[:, :-1], rows[:, 1:])
-        assert not parts.h[0].ffn.router_bias.any(), 'not before the optimizer steps'
+        assert not parts.h[0].ffn.choice_bias.any(), 'not before the optimizer steps'
     whole.balance_experts(), parts.balance_experts()
-    bias = whole.h[0].ffn.router_bias
-    assert bias.any() and torch.equal(bias, parts.h[0].ffn.router_bias)
+    bias = whole.h[0].ffn.choice_bias
+    assert bias.any() and torch.equal(bias, parts.h[0].ffn.choice_bias)
     assert all(abs(b) < 1e-9 or abs(b - 0.001) < 1e-9 for b in bias.abs().tolist())
     assert not whole.h[0].ffn.load.any()
 
