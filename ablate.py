@@ -563,6 +563,7 @@ def close_run(plan, run, code, usage):
     (out / 'run.json').write_text(json.dumps({'exit_code': code, 'jobs': plan['jobs'], 'peak_memory': peak}))
     step = progress(out)[0]
     if code == 0 and step == steps_of(run):
+        check_run(out, run['words'])  # at once, before more are trained in vain
         return None
     lines = (out / 'log.txt').read_text().strip().splitlines() or ['']
     return f'{run["path"]} ended at step {step} of {steps_of(run)} with exit code {code}: {lines[-1]}'

@@ -393,9 +393,9 @@ def router(device, rounds, out):
             ax.plot(*zip(*points), color=COLORS[i], label=f'balancing: {name}')
         ax.axhline(even, color='black', linewidth=0.8, linestyle='--')
         ax.set_xlabel('step; dashed: perfectly even')
-    axes[0].set_title('share of the busiest of 8 experts, in any layer', fontsize=10, loc='left')
+    axes[0].set_title('share of the busiest of 8 experts in any layer, at most 1/2', fontsize=10, loc='left')
     axes[1].set_title('entropy of the shares, mean over layers', fontsize=10, loc='left')
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[1].legend(frameon=False, fontsize=9, loc='lower right')
     finish(fig, out, 'router')
 
 
