@@ -62,8 +62,10 @@ class Effect(NamedTuple):
 
 def deviation(values):
     """The standard deviation of a sample; nan below two values, and where one is no number."""
-    mean = sum(values) / max(1, len(values))
-    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+    if len(values) < 2:
+        return math.nan
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
 
 
 def effect(differences):
@@ -212,7 +214,8 @@ def measures(arms, measured):
         more = measured.get(name, {})
         rows[name] = {
             'seeds': len(runs), 'loss': statistics.fmean(losses),
-            'sd': deviation(losses), 'bpb': statistics.fmean(run.bpb for run in runs), 'steps': steps, 'tokens': tokens,
+            'sd': deviation(losses), 'bpb': statistics.fmean(run.bpb for run in runs),
+            'steps': steps, 'tokens': tokens,
             'flops_per_token': model.flops_per_token(T), 'flops': tokens * model.flops_per_token(T),
             'tokens_per_s': speed, 'seconds': tokens / speed,
             'parameters': model.num_params(), 'active': model.num_params(active=True),

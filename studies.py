@@ -262,23 +262,25 @@ def rope(device, rounds, out):
 
 def context(device, rounds, out):
     """RoPE with base 10K and 100K, trained at 128 tokens and evaluated at four times that, scaled or not."""
-    longer, factor, rows = (128, 256, 512), {128: 1, 256: 2, 512: 4}, []
-    losses = {}
+    longer, scalings, losses, rows = (128, 256, 512), ('none', 'linear', 'ntk', 'yarn'), {}, []
+
+    def evaluate(folder, T, scaling):
+        factor = [] if scaling == 'none' else [f'--rope_scaling={scaling}', f'--rope_factor={T / 128}']
+        printed = call([sys.executable, str(HERE / 'train.py'), '--init_from=resume', '--eval_only=True',
+                        f'--out_dir={folder}', f'--block_size={T}', *factor])
+        return float(re.search(r'val loss ([\d.]+)', printed).group(1))
     for base in (10000.0, 100000.0):
-        folder, lines = train(out, f'base{base:.0f}', f'--rope_theta={base}', f'--device={device}')
-        for scaling in ('none', 'linear', 'ntk', 'yarn'):
+        folder, _ = train(out, f'base{base:.0f}', f'--rope_theta={base}', f'--device={device}')
+        trained = evaluate(folder, 128, 'none')
+        for scaling in scalings:
             for T in longer:
-                more = [] if scaling == 'none' or T == 128 else [
-                    f'--rope_scaling={scaling}', f'--rope_factor={factor[T]}']
-                printed = call([sys.executable, str(HERE / 'train.py'), '--init_from=resume',
-                                '--eval_only=True', f'--out_dir={folder}', f'--block_size={T}', *more])
-                losses[base, scaling, T] = float(re.search(r'val loss ([\d.]+)', printed).group(1))
+                losses[base, scaling, T] = trained if T == 128 else evaluate(folder, T, scaling)
             cells = [f'{losses[base, scaling, T]:.4f}' for T in longer]
             rows.append([f'{quantity(base)}, {scaling}', *cells])
     print_table(['base, scaling', *(f'{T} tokens' for T in longer)], rows)
     fig, axes = figure(10, 4, panels=2)
     for ax, base in zip(axes, (10000.0, 100000.0)):
-        for i, scaling in enumerate(('none', 'linear', 'ntk', 'yarn')):
+        for i, scaling in enumerate(scalings):
             ax.plot(longer, [losses[base, scaling, T] for T in longer], 'o-', color=COLORS[i], label=scaling)
         ax.set_xscale('log', base=2)
         ax.set_xticks(longer, longer)
