@@ -64,7 +64,8 @@ HERE = Path(__file__).resolve().parent
 TOLERANCE = 0.01                    # how far a matched budget may be off
 # what two runs must share to see the same tokens and be measured alike
 PAIRED = ('seed', 'dataset', 'block_size', 'vocab_size', 'batch_size', 'gradient_accumulation_steps',
-          'max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'eval_only', 'device')
+          'max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'eval_only', 'device',
+          'batch_tokens', 'batch_warmup_iters')
 # what a run may record differently without being another run
 APART = ('out_dir', 'init_from', 'overwrite', 'wandb_log', 'wandb_project', 'wandb_run_name')
 RATES = ('learning_rate', 'muon_lr', 'min_lr')
@@ -411,12 +412,15 @@ def make_plan(argv):
     """All that a sweep will do, as plain values: arms, comparisons, seeds, rates."""
     words, own, given = read_words(argv)
     files, flags = ([arg for arg in argv if arg.startswith('--') == is_flag] for is_flag in (False, True))
-    check_settings(files, own)
+    check_settings(files, own, words)
     name = Path(files[0]).stem
     # a config file names a folder too, that of its single run
     folder = own['out_dir'] if given.get('out_dir', '').startswith('--') else f'out/ablate/{name}'
     # evaluations are spread over the run, the last one at its end
     spread = {'eval_interval': max(1, -(-words['max_iters'] // own['evals']))}
+    if words['batch_tokens'] is not None:  # as train.py works it out, and records it
+        row = words['batch_size'] * config_of(words).block_size
+        spread['gradient_accumulation_steps'] = words['batch_tokens'] // row
     if own['base']:
         start, reference = read_words([own['base'], *files[1:], *flags])[0] | spread, Path(own['base']).stem
         start |= {key: words[key] for key in APART if key in words}
@@ -436,12 +440,16 @@ def make_plan(argv):
             'arms': found, 'comparisons': comparisons, 'ladder': ladder}
 
 
-def check_settings(files, own):
+def check_settings(files, own, words):
     if not files:
         raise ValueError('the first word must be a config file, or --report=FOLDER: see --help')
     if bool(own['base']) == bool(own['vary']):
         raise ValueError('either --base (a config to come from) or --vary (flags and their values) must be '
                          'given, and not both')
+    if words['init_from'] != 'scratch':
+        raise ValueError(f'init_from={words["init_from"]} must be scratch: every arm is drawn from its seeds')
+    if words['group_lr'] and own['lr_sweep'] > 1:
+        raise ValueError(f'lr_sweep={own["lr_sweep"]} must be 1 with group_lr, whose rates it does not scale')
     if own['match'] not in MATCHES:
         raise ValueError(f'match={own["match"]} must be one of {", ".join(MATCHES)}')
     if set(own['arms'].split(',')) - {'alone', 'removed', 'ladder'}:
@@ -492,12 +500,12 @@ def command_of(run, folder):
     """The command line that begins a run, or goes on with it."""
     out = os.path.join(folder, run['path'])
     start = [sys.executable, str(HERE / 'train.py'), f'--out_dir={out}']
-    if os.path.exists(os.path.join(out, 'ckpt.pt')):
+    if checkpoint.can_resume(out):
         return [*start, '--init_from=resume']
     defaults = {name: flag.default for name, flag in (setting_flags(train_settings()) | MODEL).items()}
     words = run['words'] | {'wandb_run_name': run['path'].replace(os.sep, ' '), 'overwrite': True}
     return start + [f'--{name}={value}' for name, value in words.items()
-                    if value != defaults[name] and name not in ('out_dir', 'init_from')]
+                    if value != defaults[name] and name != 'out_dir']
 
 
 def environment(plan, slot):
@@ -538,10 +546,10 @@ def train_all(plan, lock=None):
                 run, slot = todo.popleft(), min(set(range(plan['jobs'])) - {r[1] for r in running.values()})
                 process = start_run(plan, run, slot, lock)
                 running[process.pid] = run, slot, process
-            pid, status, usage = os.wait4(-1, 0)
+            pid, status = os.wait()
             run, _, process = running.pop(pid)
             process.returncode, ended = os.waitstatus_to_exitcode(status), ended + 1
-            sentence = close_run(plan, run, process.returncode, usage)
+            sentence = close_run(plan, run, process.returncode)
             left = (time.time() - began) / ended * (total - ended)
             step, loss = progress(folder / run['path'])
             print(f'[{ended}/{total}] {run["path"]}: ' + (sentence or f'val loss {loss:.4f}')
@@ -555,12 +563,9 @@ def train_all(plan, lock=None):
     return failed
 
 
-def close_run(plan, run, code, usage):
-    """Write down how a run ended; a sentence when that was not at its last step, else None."""
+def close_run(plan, run, code):
+    """A sentence when a run did not end at its last step, else None."""
     out = Path(plan['folder']) / run['path']
-    # Linux counts kilobytes, macOS bytes
-    peak = usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    (out / 'run.json').write_text(json.dumps({'exit_code': code, 'jobs': plan['jobs'], 'peak_memory': peak}))
     step = progress(out)[0]
     if code == 0 and step == steps_of(run):
         check_run(out, run['words'])  # at once, before more are trained in vain
@@ -574,13 +579,13 @@ def steps_of(run):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What only a model can say: how fast it generates, how much memory it takes on a GPU
+# What only a model can say: how fast it generates
 
 
 def measure(plan, folder, rounds=5, prompt=16, new_tokens=48):
     """
-    {arm: {'decode': tokens/s at batch 1, 'peak_memory': bytes of a training step on a GPU, else None}} from
-    the first seed's checkpoints. The arms are taken in turns, and the median of the rounds is kept.
+    {arm: {'decode': tokens/s at batch 1}} of the first seed's checkpoints. The arms are taken in turns, and
+    the median of the rounds is kept.
     """
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cpu' and plan['jobs'] > 1:
@@ -591,7 +596,6 @@ def measure(plan, folder, rounds=5, prompt=16, new_tokens=48):
         if path.exists():
             paths.setdefault(run['arm'], path)
     rates = {arm: [] for arm in paths}
-    peaks = {}
     for _ in range(rounds):
         for arm, path in paths.items():
             model = checkpoint.build(checkpoint.load(path), str(path)).to(device)
@@ -602,18 +606,7 @@ def measure(plan, folder, rounds=5, prompt=16, new_tokens=48):
             began = time.perf_counter()
             model.generate(idx, new, temperature=0)[0, -1].item()
             rates[arm].append(new / (time.perf_counter() - began))
-            if device == 'cuda' and arm not in peaks:
-                peaks[arm] = step_memory(model, plan['arms'][arm]['batch_size'])
-    return {arm: {'decode': statistics.median(rates[arm]), 'peak_memory': peaks.get(arm)} for arm in paths}
-
-
-def step_memory(model, batch_size):
-    """Bytes that a forward and a backward pass in bf16 take at most on a GPU, weights included."""
-    torch.cuda.reset_peak_memory_stats()
-    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device='cuda')
-    with torch.autocast('cuda', torch.bfloat16):
-        model.train()(idx, idx)[1].backward()
-    return torch.cuda.max_memory_allocated()
+    return {arm: {'decode': statistics.median(found)} for arm, found in rates.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py families config/tiny.py --max_iters=100
     python bench.py window
     python bench.py lengths
+    python bench.py plot out/*
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
 import glob
@@ -38,6 +39,7 @@ device = 'cpu'                      # cpu, cuda, mps
 dtype = 'bfloat16'                  # families: of matrix products, float32 or bfloat16
 figures = 'out/bench'               # folder of the figures of a topic, and of what it trains
 reuse = False                       # families: keep the runs that out/families holds, train what is missing
+figure = 'curves.png'               # where plot draws
 
 
 def step():
@@ -126,8 +128,8 @@ def cache():
 
 def families():
     """
-    Every config/*_small.py with the given files and flags behind it, trained and sampled, then timed in turns:
-    a Markdown table. tokens/s is of whole training steps with AdamW.
+    Every config/*_small.py with the given files and flags behind it, trained and sampled, then timed in
+    turns: a Markdown table. tokens/s is of whole training steps with AdamW.
     """
     flags = [flag for flag in sys.argv[2:] if not flag.startswith(('--reuse=', '--rounds='))]
     models, rows = {}, {}
@@ -169,8 +171,9 @@ def window():
 
         def run(scores):
             scores(q, k, v, pos, pos, True).square().mean().backward()
-        kinds = {w: GPT(GPTConfig(**c, layer_pattern='w' if w else 'a', window=w)).h[0].mixer.scores.to(device)
-                 for w in (None, 256, 1024)}
+        models = {w: GPT(GPTConfig(**c, layer_pattern='w' if w else 'a', window=w))
+                  for w in (None, 256, 1024)}
+        kinds = {w: model.to(device).h[0].mixer.scores for w, model in models.items()}
         times = in_turns({w: partial(run, scores) for w, scores in kinds.items()})
         full = statistics.median(times[None])
         print(f'T={T:6}  full {full:9.2f} ms' + ''.join(
@@ -178,12 +181,51 @@ def window():
             for w in (256, 1024)))
 
 
+def plot():
+    """Loss curves of the runs in these folders, in one figure: over steps, tokens, seconds and FLOPs."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    scales, runs = ('step', 'tokens', 'seconds', 'FLOPs'), []
+    for folder in folders:
+        path = os.path.join(folder, 'metrics.jsonl')
+        if not os.path.isfile(path):
+            print(f'{folder} holds no metrics.jsonl and is left out')
+            continue
+        with open(path) as f, open(os.path.join(folder, 'config.json')) as g:
+            lines, config = [json.loads(line) for line in f], GPTConfig(**json.load(g)['model'])
+        with torch.device('meta'):
+            flops = GPT(config, seed=None).flops_per_token(config.block_size)
+        runs.append((os.path.basename(os.path.normpath(folder)),
+                     [line | {'FLOPs': line['tokens'] * flops} for line in lines]))
+    if not runs:
+        raise ValueError('plot needs folders of runs: python bench.py plot out/*')
+    _, panels = plt.subplots(2, 2, figsize=(14, 10), sharey=True)
+    for panel, scale in zip(panels.flat, scales):
+        for color, (name, lines) in enumerate(runs):
+            for loss, style in (('train_loss', dict(alpha=0.4, linewidth=0.8)),
+                                ('val_loss', dict(marker='o', label=name))):
+                points = [(line[scale], line[loss]) for line in lines if line.get(loss) is not None]
+                if points:
+                    panel.plot(*zip(*points), color=f'C{color}', **style)
+        panel.set(xlabel=scale, ylabel='loss: validation (dots), training (thin)')
+        panel.grid(alpha=0.3)
+    panels.flat[0].legend()
+    plt.tight_layout()
+    plt.savefig(figure, dpi=120)
+    for name, lines in runs:
+        losses = [line['val_loss'] for line in lines if line.get('val_loss') is not None]
+        if losses:
+            print(f'{name:30} best validation loss {min(losses):.4f}, last {losses[-1]:.4f}')
+    print(f'drawn in {figure}')
+
+
 def study(topic):
     """A topic of studies.py, with these settings."""
     return lambda: topic(device, rounds, figures)
 
 
-TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window,
+TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'plot': plot,
           'norms': study(studies.norms), 'ffns': study(studies.ffns), 'rope': study(studies.rope),
           'context': study(studies.context), 'lengths': study(studies.lengths),
           'router': study(studies.router), 'reach': study(studies.reach),
@@ -194,6 +236,8 @@ if __name__ == '__main__':
         sys.exit(f'the first word must be a topic, one of {", ".join(TOPICS)}: python bench.py step')
     chosen = TOPICS.get(sys.argv[1])
     argv = sys.argv[2:] if chosen else ['--help']
+    folders = [arg for arg in argv if chosen is plot and not arg.startswith('-')]
+    argv = [arg for arg in argv if arg not in folders]
     model_args = configure(globals(), GPTConfig, argv, skip=names_in('train.py'))
     with one_sentence():
         checkpoint.check_device(device)

@@ -1126,10 +1126,56 @@ class Files:
         return self.open[file].get_tensor(name) if file in self.open else self.pickled[name]
 
 
+def tokenizer_of(name):
+    """The tokenizer of what from_pretrained(name) loads, from data/tokenizer.py; None where there is none."""
+    from data.tokenizer import TiktokenTokenizer, from_folder, from_meta
+    path = nanogpt_file(name)
+    if path is None:
+        folder = folder_of(name)
+        with open(os.path.join(folder, 'config.json')) as f:
+            gpt2 = json.load(f).get('vocab_size') == 50257
+        return from_folder(folder) or (TiktokenTokenizer('gpt2') if gpt2 else None)
+    state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    if 'meta' in state:
+        return from_meta(state['meta']['tokenizer'])
+    if state['model_args']['vocab_size'] in (50257, 50304):
+        return TiktokenTokenizer('gpt2')
+    # nanoGPT keeps characters beside its data, pickled: the same dataset prepared here has the same
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+    meta = os.path.join(here, os.path.basename(str(state.get('config', {}).get('dataset'))), 'meta.json')
+    if os.path.exists(meta):
+        with open(meta) as f:
+            meta = json.load(f)
+        if meta['vocab_size'] == state['model_args']['vocab_size']:
+            return from_meta(meta['tokenizer'])
+    return None
+
+
+def same_tokenizer(name, meta):
+    """Whether the tokenizer that `meta` describes makes of a text what that of from_pretrained(name) does."""
+    from data.tokenizer import from_meta
+    text = "def main(): return {'naïve': 3.14159}  # the Quick brown fox, 漢字 🙂\n\n\tand so on"
+    ours, theirs = from_meta(meta), tokenizer_of(name)
+    try:
+        return theirs is None or ours.encode(text) == theirs.encode(text)
+    except ValueError:  # a vocabulary of characters, not of these
+        return ours.meta() == theirs.meta()
+
+
+def nanogpt_file(name):
+    """The path of a nanoGPT checkpoint, or one of ours, where `name` is one or a folder that holds one."""
+    inside = os.path.join(name, 'ckpt.pt')
+    if name.endswith('.pt'):
+        return name
+    return inside if os.path.exists(inside) and not os.path.exists(os.path.join(name, 'model.safetensors')) else None
+
+
 def folder_of(name):
     """A folder as it is; anything else is a repository of the Hugging Face hub, which is downloaded."""
     if os.path.isdir(name):
         return name
+    if re.fullmatch('gpt2(-medium|-large|-xl)?', name):
+        name = f'openai-community/{name}'  # as nanoGPT calls them
     if name.count('/') != 1 or name[0] in './~' or os.path.exists(name):
         raise FileNotFoundError(f'{name} must be a folder with config.json and model.safetensors, or a repository '
                                 'of the Hugging Face hub such as openai-community/gpt2')
@@ -1197,11 +1243,8 @@ def from_pretrained(name, **overrides):
     cannot be; nothing is half-loaded.
     """
     name = os.fspath(name)
-    if name.endswith('.pt') or not os.path.exists(os.path.join(name, 'config.json')) and os.path.exists(
-            os.path.join(name, 'ckpt.pt')):
-        model = from_nanogpt(name if name.endswith('.pt') else os.path.join(name, 'ckpt.pt'))
-    else:
-        model = from_folder(folder_of(name))
+    path = nanogpt_file(name)
+    model = from_nanogpt(path) if path else from_folder(folder_of(name))
     changed = {k: v for k, v in overrides.items() if getattr(model.config, k, None) != v or k not in FIELDS}
     return operate(model, changed) if changed else model
 
@@ -1264,7 +1307,7 @@ def fill(model, entry, hf, files, theirs, ignored, folder):
 def from_nanogpt(path):
     """A checkpoint of nanoGPT: its model_args, its names with or without what torch.compile puts before them."""
     import checkpoint
-    state = torch.load(path, map_location='cpu', weights_only=True)
+    state = checkpoint.load(path, needed=('model',))
     if 'model_args' not in state:
         return checkpoint.build(checkpoint.load(path), path).eval()  # one of ours
     known = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}

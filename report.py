@@ -117,7 +117,7 @@ class Run(NamedTuple):
     curve: list         # (step, validation loss)
     bpb: float          # at the last evaluation
     rate: float         # median of its tokens per second
-    memory: float       # peak of the process, bytes
+    memory: float       # most that the process held, or that it held on the GPU, in bytes
 
 
 def read_run(folder, max_iters):
@@ -125,13 +125,13 @@ def read_run(folder, max_iters):
     if not (folder / 'metrics.jsonl').exists():
         return None
     lines = read_lines(folder / 'metrics.jsonl')
-    evaluations = [line for line in lines if 'val_loss' in line]
-    rates = [line['tokens_per_s'] for line in lines if 'tokens_per_s' in line]
-    usage = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else {}
+    evaluations = [line for line in lines if line.get('val_loss') is not None]
+    rates = [line['tokens_per_s'] for line in lines if line.get('tokens_per_s')]
+    memory = [1e9 * line['memory_gb'] for line in lines if line.get('memory_gb')]
     steps = evaluations[-1]['step'] if evaluations else 0
     return Run(steps, steps == max_iters, [(line['step'], line['val_loss']) for line in evaluations],
                evaluations[-1]['val_bpb'] if evaluations else math.nan,
-               statistics.median(rates) if rates else math.nan, usage.get('peak_memory', math.nan))
+               statistics.median(rates) if rates else math.nan, max(memory, default=math.nan))
 
 
 class Arm(NamedTuple):
@@ -221,7 +221,7 @@ def measures(arms, measured):
             'parameters': model.num_params(), 'active': model.num_params(active=True),
             'cache_bytes_per_token': kv_cache_bytes(arm.config, T, 1, 2) / T,
             'decode_tokens_per_s': more.get('decode') or math.nan,
-            'peak_memory': more.get('peak_memory') or max(run.memory for run in runs),
+            'peak_memory': max(run.memory for run in runs),
         }
     for kind in ('flops', 'seconds'):
         budget = min((row[kind] for row in rows.values()), default=math.nan)
@@ -368,7 +368,7 @@ tokens. At equal FLOPs and at equal seconds, the cheapest arm is at its end, and
 their curves before theirs, where their learning rate has not come down yet: those two columns favour the
 cheapest. A sweep with `--match=flops` has no such bias. Seconds are tokens over the median of tokens/s,
 without evaluations. The cache is in 16 bit, for one sequence of the whole context. Peak memory is that of
-the training process on a CPU, libraries included, and of the tensors of a training step on a GPU.
+the training process, libraries included, or on a GPU that of its tensors.
 """.strip()
 
 

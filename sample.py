@@ -3,6 +3,7 @@ Write text with a trained model.
 
     python sample.py --out_dir=out/llama_small --start="def main"
     python sample.py --out_dir=out/llama_small --start=FILE:prompt.txt --num_samples=3 --temperature=0.7
+    python sample.py --init_from=gpt2 --start="The meaning of life"    # or a folder in Hugging Face format
 """
 import codecs
 import os
@@ -12,14 +13,16 @@ import time
 import torch
 
 import checkpoint
+import pretrained
 from configurator import configure, one_sentence
 from data.common import read_text
 from data.tokenizer import from_meta
-from model import check_sampling
+from model import GPT, check_sampling
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
 
+init_from = 'resume'                # resume (the run in out_dir), or a checkpoint: a folder, file or hub id
 out_dir = 'out'                     # the run to read
 ckpt = 'best.pt'                    # best.pt (lowest validation loss) or ckpt.pt (newest)
 start = ''                          # what to continue: a text, or FILE:path; empty: what the dataset says
@@ -54,18 +57,23 @@ with one_sentence():
         if value < 1:
             raise ValueError(f'{name}={value} must be at least 1')
     check_sampling(temperature, top_k, top_p)
-    path = os.path.join(out_dir, ckpt)
-    if ckpt == 'best.pt' and not os.path.exists(path):
-        path = os.path.join(out_dir, 'ckpt.pt')
-    state = checkpoint.load(path)
-    model = checkpoint.build(state, path).eval().to(device, getattr(torch, dtype))
-    tokenizer = from_meta(state['meta']['tokenizer'])
-    start = start or state['meta'].get('prompt', '')
+    if init_from == 'resume':
+        path = os.path.join(out_dir, ckpt)
+        if ckpt == 'best.pt' and not os.path.exists(path):
+            path = os.path.join(out_dir, 'ckpt.pt')
+        state = checkpoint.load(path)
+        model, tokenizer = checkpoint.build(state, path), from_meta(state['meta']['tokenizer'])
+        start = start or state['meta'].get('prompt', '')
+    else:
+        model, tokenizer = GPT.from_pretrained(init_from), pretrained.tokenizer_of(init_from)
+        if tokenizer is None:
+            raise ValueError(f'{init_from} must hold tokenizer.json, without which its tokens are no text')
+    model = model.eval().to(device, getattr(torch, dtype))
     if start.startswith('FILE:'):
         start = read_text(start.removeprefix('FILE:'))
     new_document = start in ('', '<|endoftext|>') and tokenizer.eot is not None
     start = start or '\n'  # where no token begins a document
-    prompt = [tokenizer.eot] if new_document else tokenizer.encode(start)
+    prompt = [tokenizer.eot] if new_document else tokenizer.prompt(start)
     room = max_new_tokens if model.wpe.max_tokens is None else model.wpe.max_tokens - len(prompt)
     if room < 1:
         raise ValueError(f'start has {len(prompt)} tokens and must have fewer than '

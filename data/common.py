@@ -2,11 +2,12 @@
 
 import argparse
 import hashlib
+import os
 import sys
 import urllib.request
 from pathlib import Path
 
-from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer
+from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, from_folder
 from data.writer import temporary
 
 
@@ -43,7 +44,15 @@ def run(main):
 
 
 def make_tokenizer(name, texts, vocab_size):
-    """The tokenizer called `name`: bytes, chars or bpe (made from the texts), or one of tiktoken's."""
+    """
+    The tokenizer called `name`: bytes, chars or bpe (made from the texts), one of tiktoken's, or that of a
+    folder with a checkpoint in Hugging Face format.
+    """
+    if os.path.isdir(name):
+        found = from_folder(name)
+        if found is None:
+            raise ValueError(f'--tokenizer={name} is a folder and must hold tokenizer.json')
+        return found
     if name == 'bytes':
         return ByteTokenizer()
     if name == 'chars':

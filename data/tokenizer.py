@@ -5,6 +5,7 @@ Every tokenizer has
     vocab_size, eot       eot is the id that ends a document, or None
     encode(text)          -> list of ids
     decode(ids)           -> text; bytes that are not UTF-8 become U+FFFD
+    prompt(text)          -> list of ids to continue; most: as encode
     decode_bytes(ids)     -> bytes, for printing token by token: a character may span several tokens
     meta()                -> a dictionary of plain JSON types, from which `from_meta` builds it again
 
@@ -16,6 +17,8 @@ letter, never as the special token. A lone surrogate, which UTF-8 cannot hold, b
 
 import heapq
 import importlib
+import json
+import os
 from collections import Counter, defaultdict
 
 EOT_BYTES = b'<|endoftext|>'
@@ -50,6 +53,8 @@ class ByteTokenizer:
     def encode(self, text):
         return list(utf8(text))
 
+    prompt = encode
+
     def decode_bytes(self, ids):
         return b''.join(EOT_BYTES if i == self.eot else bytes([i]) for i in ids)
 
@@ -77,6 +82,8 @@ class CharTokenizer:
             unknown = ''.join(sorted(set(text) - set(self.chars)))[:20]
             raise ValueError(f'the vocabulary of {self.vocab_size} characters has no {unknown!r}: leave them '
                              'out, or prepare the dataset with a tokenizer for all, such as bytes') from None
+
+    prompt = encode
 
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids)
@@ -108,6 +115,8 @@ class TiktokenTokenizer:
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
+
+    prompt = encode
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(ids)
@@ -200,6 +209,54 @@ def merge(word, pair):
     return out
 
 
+class HFTokenizer:
+    """The vocabulary of a published checkpoint: the text of its tokenizer.json, run by the tokenizers library.
+
+    `eot` is the id that ends its texts. `prompt(text)` is as `encode`, with what the checkpoint expects before
+    a text, such as Llama's <|begin_of_text|>.
+    """
+
+    def __init__(self, json_text, eot=None):
+        tokenizers = need('tokenizers', 'of a checkpoint')
+        self.json, self.eot = json_text, eot
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f'tokenizer.json is not understood ({error}): fetch it again') from None
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        # bytes are spelt by characters of their own, or where the model has none for them as <0x0A>
+        self.bytes_of = byte_alphabet() if '"ByteLevel"' in json_text else {}
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, text):
+        return self.tokenizer.encode(text).ids
+
+    def decode_bytes(self, ids):
+        return b''.join(self.token_bytes(self.tokenizer.id_to_token(i) or '') for i in ids)
+
+    def token_bytes(self, token):
+        if self.bytes_of and all(char in self.bytes_of for char in token):
+            return bytes(self.bytes_of[char] for char in token)
+        if len(token) == 6 and token.startswith('<0x') and token.endswith('>'):
+            return bytes([int(token[3:5], 16)])
+        return utf8(token.replace('\u2581', ' '))
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode(errors='replace')
+
+    def meta(self):
+        return {'kind': 'tokenizers', 'json': self.json, 'eot': self.eot}
+
+
+def byte_alphabet():
+    """{character: byte} of GPT-2's vocabulary: printable bytes stand for themselves, others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
 def from_meta(meta):
     """The tokenizer that `tokenizer.meta()` described. Raises ValueError for a kind that does not exist."""
     kind = meta.get('kind')
@@ -211,4 +268,34 @@ def from_meta(meta):
         return TiktokenTokenizer(meta['name'])
     if kind == 'bpe':
         return BPETokenizer(meta['tokens'], meta['split'])
-    raise ValueError(f'tokenizer kind {kind!r} is unknown: it must be bytes, chars, tiktoken or bpe')
+    if kind == 'tokenizers':
+        return HFTokenizer(meta['json'], meta['eot'])
+    raise ValueError(f'tokenizer kind {kind!r} is unknown: it must be bytes, chars, tiktoken, bpe or tokenizers')
+
+
+def from_folder(folder):
+    """The tokenizer of a checkpoint in Hugging Face format: its tokenizer.json, or None where it has none."""
+    path = os.path.join(folder, 'tokenizer.json')
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding='utf-8') as f:
+        text = f.read()
+    tokenizer = HFTokenizer(text)
+    for name, key in (('tokenizer_config.json', 'eos_token'), ('generation_config.json', 'eos_token_id'),
+                      ('config.json', 'eos_token_id')):
+        end = read_json(os.path.join(folder, name)).get(key)
+        end = end.get('content') if isinstance(end, dict) else end[0] if isinstance(end, list) else end
+        end = tokenizer.tokenizer.token_to_id(end) if isinstance(end, str) else end
+        if end is not None:
+            return HFTokenizer(text, end)
+    return tokenizer
+
+
+def read_json(path):
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding='utf-8') as f:
+        try:
+            return json.load(f)
+        except ValueError:
+            raise ValueError(f'{path} is no JSON: fetch it again') from None
