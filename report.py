@@ -485,24 +485,25 @@ def shown_in_curves(plan, arms):
 def plot_curves(plan, arms, path):
     """Left the loss, right its paired difference to the reference, which is what a sweep can see."""
     names, reference = shown_in_curves(plan, arms), plan['reference']
+    curves = [run.curve for name in {*names, reference} for run in arms[name].runs.values()]
+    steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
     fig, (left, right) = figure(11, 4.4, panels=2)
     for name, color in zip(names, COLORS):
         runs = arms[name].runs
-        steps = [step for step, _ in next(iter(runs.values())).curve]
-        losses = [[run.curve[i][1] for run in runs.values()] for i in range(len(steps))]
+        losses = [[dict(run.curve)[step] for run in runs.values()] for step in steps]
         left.plot(steps, [statistics.fmean(column) for column in losses], color=color, label=rung(plan, name))
         left.fill_between(steps, list(map(min, losses)), list(map(max, losses)), color=color, alpha=0.2,
                           linewidth=0)
         base = arms[reference].runs
         shared = sorted(runs.keys() & base.keys())
         if name != reference and shared:
-            found = [effect([runs[seed].curve[i][1] - base[seed].curve[i][1] for seed in shared])
-                     for i in range(len(steps))]
+            found = [effect([dict(runs[seed].curve)[step] - dict(base[seed].curve)[step] for seed in shared])
+                     for step in steps]
             right.plot(steps, [e.mean for e in found], color=color)
             if len(shared) > 1:
                 right.fill_between(steps, [e.mean - e.half for e in found], [e.mean + e.half for e in found],
                                    color=color, alpha=0.15, linewidth=0)
-    zoom(left, [run.curve for name in names for run in arms[name].runs.values()])
+    zoom(left, curves)
     left.set_title('validation loss; bands: all seeds', fontsize=10, loc='left')
     right.set_title(f'paired difference to {reference}; bands: 95 % intervals', fontsize=10, loc='left')
     right.axhline(0, color='black', linewidth=0.8)

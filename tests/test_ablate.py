@@ -355,10 +355,11 @@ def test_finished_runs_are_skipped_and_an_arm_without_effect_has_no_difference_a
 
 
 def cut(run, step):
-    """Leave of a run what a kill at `step` leaves: its metrics up to there, and no later checkpoint."""
+    """Leave of a run what a kill at `step` leaves: its metrics up to there, and no checkpoint."""
     lines = [line for line in report.read_lines(run / 'metrics.jsonl') if line['step'] <= step]
     (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"step": 1')
-    (run / 'ckpt.pt').unlink()
+    for path in run.glob('ckpt*.pt'):
+        path.unlink()
 
 
 def test_a_killed_run_is_trained_again_to_the_same_end(copy, place):
