@@ -4,6 +4,8 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py step config/llama_small.py config/tiny.py
     python bench.py cache
     python bench.py families config/tiny.py --max_iters=100
+    python bench.py kernels --aot=True
+    python bench.py gpu --out=bench/results
     python bench.py window
     python bench.py lengths
     python bench.py plot out/*
@@ -36,6 +38,11 @@ batch_size = 12                     # sequences in a step
 rounds = 30                         # how often each variant is timed
 nanogpt = ''                        # folder of a nanoGPT checkout to time beside ours, with the same flags
 device = 'cpu'                      # cpu, cuda, mps
+aot = False                         # kernels: compile them for GPUs that are not here; False: time them here
+out = 'out/bench'                   # gpu: the folder for gpu.json
+parts = ''                          # gpu: some of checks,kernels,train,curve,decode; empty: all
+seconds = 510                       # gpu: stop when they are over
+dry = False                         # gpu: everything at toy size, on a CPU
 dtype = 'bfloat16'                  # families: of matrix products, float32 or bfloat16
 figures = 'out/bench'               # folder of the figures of a topic, and of what it trains
 reuse = False                       # families: keep the runs that out/families holds, train what is missing
@@ -138,7 +145,7 @@ def families():
         out_dir = os.path.join('out', 'families', name)
         if not (reuse and os.path.exists(os.path.join(out_dir, 'ckpt.pt'))):
             run_script('train.py', path, *flags, f'--out_dir={out_dir}', '--overwrite=True')
-        run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=64')
+            run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=64')
         state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
         models[name] = model = checkpoint.build(state, out_dir)
         T = model.config.block_size
@@ -153,6 +160,23 @@ def families():
     for name, (left, right) in rows.items():
         rate = batch_size * models[name].config.block_size / statistics.median(times[name]) * 1e3
         print(f'| {name} | {left} | {rate:,.0f} | {right} |')
+
+
+def kernel_table():
+    """Registers, shared memory and spills of every kernel, or its times against PyTorch's."""
+    if not aot:
+        return gpu_all('kernels')
+    if importlib.util.find_spec('triton') is None:
+        raise ValueError('aot=True needs Triton: pip install triton')
+    from kernels.aot import print_report
+    if not print_report():
+        sys.exit('a kernel does not fit')
+
+
+def gpu_all(some=None):
+    """Whatever needs a GPU, in one call (kernels/measure.py)."""
+    from kernels.measure import gpu
+    gpu(out, some or parts, seconds, dry)
 
 
 def run_script(*words):
@@ -226,6 +250,7 @@ def study(topic):
 
 
 TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'plot': plot,
+          'kernels': kernel_table, 'gpu': gpu_all,
           'norms': study(studies.norms), 'ffns': study(studies.ffns), 'rope': study(studies.rope),
           'context': study(studies.context), 'lengths': study(studies.lengths),
           'router': study(studies.router), 'reach': study(studies.reach),

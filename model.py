@@ -740,13 +740,22 @@ class Scores(nn.Module):
         self.sinks = nn.Parameter(torch.empty(n_head)) if c.sinks else None
         # what SDPA's own triangle is enough for, its fastest path, as long as the window covers it
         self.triangle = not self.alibi and not c.sinks and c.softcap is None
+        # what kernels/attention.py knows
+        self.kernels = self.visible is visible and self.alibi in (None, alibi)
 
     def draw(self, leaf, generator):
         return torch.randn(self.sinks.shape, generator=generator) * 0.02
 
     def forward(self, q, k, v, pos, key_pos, causal):
         """q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), pos (T,) or (B,T), key_pos (S,) or (B,S) -> (B,T,H,Dv)"""
+        slopes = None if self.slopes is None else self.slopes.view(torch.float32).view(-1)
+        flags = pos, key_pos, self.scale, self.window, self.softcap, slopes, self.sinks
         T, window = q.shape[1], self.window or math.inf
+        if self.kernels and not self.drop() and not (causal and self.triangle and window >= T):
+            if not causal and ops.is_fused('decode_attention', q, k, v, *flags):
+                return ops.decode_attention(q, k, v, *flags)
+            if ops.is_fused('attention', q, k, v, *flags, causal):
+                return ops.attention(q, k, v, *flags, causal)
         if causal and T >= 2 * window:
             return self.blockwise(q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -884,6 +893,7 @@ class Attention(nn.Module):
         self.clip = c.qkv_clip
         (self.q_norm, self.q_unit), (self.k_norm, self.k_unit) = (
             QK_NORM[c.qk_norm](c, n) for n in (c.n_head, c.n_kv_head))
+        self.norm_in_rope = self.rotary and c.qk_norm is True  # one operation for both
         self.scores = Scores(c, c.n_head // self.n_maps, c.head_dim, kind)
         self.value_scale = nn.Parameter(torch.empty(1)) if c.value_embed else None
         self.temperature = None if self.rotary or c.temp_scale is None else (c.temp_scale, c.temp_floor)
@@ -897,10 +907,12 @@ class Attention(nn.Module):
         if self.clip is not None:
             x = x.clamp(-self.clip, self.clip)
         q, k, v = x.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.norm_in_rope else ()
+        if not norms:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            cos, sin = ctx.rope[self.local]
-            q, k = self.q_unit(ops.rope(q, cos, sin)), self.k_unit(ops.rope(k, cos, sin))
+            q, k = ops.rope_qk(q, k, *ctx.rope[self.local], *norms)
+            q, k = self.q_unit(q), self.k_unit(k)
         if self.temperature is not None:
             scale, floor = self.temperature
             steps = ((ctx.pos.clamp(min=0) + 1) / floor).floor()                # (T,) or (B,T)

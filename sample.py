@@ -17,6 +17,7 @@ import pretrained
 from configurator import configure, one_sentence
 from data.common import read_text
 from data.tokenizer import from_meta
+from kernels import use_kernels
 from model import GPT, check_sampling
 
 # ----------------------------------------------------------------------------------------------------------
@@ -34,6 +35,7 @@ top_p: float | None = 0.9           # draw from the fewest tokens that hold this
 seed = 1337                         # of the draws
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of the weights: auto (on a GPU 16 bit), float32, bfloat16, float16
+kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all, and compiled or not)
 compile = False                     # torch.compile the model: a minute for the first token, faster ones after
 
 configure(globals())
@@ -51,6 +53,7 @@ if dtype == 'auto':
 
 with one_sentence():
     checkpoint.check_device(device)
+    use_kernels(kernels, device)
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f'dtype={dtype} must be one of auto, float32, bfloat16, float16')
     for name, value in (('num_samples', num_samples), ('max_new_tokens', max_new_tokens)):

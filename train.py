@@ -29,6 +29,7 @@ import pretrained
 import stopping
 from configurator import configure, one_sentence, plain_settings
 from data.loader import ahead, check_hashes, ensure_prepared, open_dataset
+from kernels import use_kernels
 from logbook import PEAKS, Logbook, Spikes, Tally, clock, human, memory_gb, profile_steps, sample_texts
 from model import GPT, GPTConfig, kv_cache_bytes
 from rules import STARTS, check_settings
@@ -84,6 +85,7 @@ wsd_decay = 0.6                     # the share of lr_decay_iters in which wsd g
 # machine
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of matrix products: auto, float32, bfloat16, float16; weights: float32
+kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all, and compiled or not)
 compile: bool | None = None         # torch.compile; None: on a GPU, where the minute it takes pays
 deterministic: bool | None = None   # the same bits every time; None: where it costs nothing, on a CPU
 activation_checkpointing = False    # compute what is inside a block twice instead of keeping it
@@ -137,6 +139,7 @@ if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 with one_sentence():
     checkpoint.check_device(device)
+    use_kernels(kernels, device)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
 watch = parallel.start(device_type, backend) if world > 1 else None
@@ -234,7 +237,9 @@ groups = optim.param_groups(raw_model, optimizer, learning_rate, muon_lr, weight
 fused = device_type in ('cuda', 'cpu')
 optimizers = [torch.optim.AdamW(groups['adamw'], lr=learning_rate, betas=(beta1, beta2), fused=fused)]
 if groups['muon']:
-    optimizers.insert(0, optim.Muon(groups['muon'], muon_lr, cautious=cautious_decay, compiled=compile))
+    # its products are as exact as the model's
+    optimizers.insert(0, optim.Muon(groups['muon'], muon_lr, cautious=cautious_decay, compiled=compile,
+                                    dtype=torch.bfloat16 if dtype == 'bfloat16' else torch.float32))
 params = list(raw_model.parameters())
 average = optim.Average(raw_model, ema) if ema else None
 lr_share = partial(optim.lr_share, schedule=schedule if decay_lr else 'constant',

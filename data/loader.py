@@ -99,7 +99,7 @@ def ensure_prepared(folder):
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / 'meta.json').exists() and subprocess.run([sys.executable, script]).returncode:
-            raise ValueError(f'{command(folder)} failed for the reason above: put it right and run that again')
+            raise ValueError(f'{command(folder)} failed for the reason above: put it right and run it again')
 
 
 def command(folder):

@@ -28,6 +28,10 @@ from model import BELONGS, GPT, GPTConfig  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'gpu: needs a GPU')
+
+
 class Field(NamedTuple):
     """How the tests meet one field of GPTConfig."""
     # legal at toy size: flags are flipped to them, random combinations draw them

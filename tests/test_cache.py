@@ -74,7 +74,8 @@ def test_cached_logits_equal_the_full_forward_for_random_flags(flags):
     model_text_logits = model_and_text(flags)
     for name, way in WAYS.items():
         # its angles depend on how long the text may become, which is T for the logits to compare with
-        if flags.get('rope_scaling') not in ROPE_BY_LENGTH or name in ('whole', 'uneven chunks', 'single steps'):
+        of_this_length = name in ('whole', 'uneven chunks', 'single steps')
+        if flags.get('rope_scaling') not in ROPE_BY_LENGTH or of_this_length:
             way(*model_text_logits)
 
 

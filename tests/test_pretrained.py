@@ -81,6 +81,7 @@ YARN_PLAIN = rope('yarn', 200.0, factor=3.0)
 YARN_FACTOR = rope('yarn', 90.0, factor=4.0, attention_factor=1.3, **BEFORE)
 YARN_MSCALE = rope('yarn', 20.0, factor=6.0, mscale=1.0, mscale_all_dim=0.6, **BENT)
 YARN_SAME = rope('yarn', 90.0, factor=6.0, mscale=0.8, mscale_all_dim=0.8, **BEFORE)
+YARN_ONES = rope('yarn', 20.0, factor=6.0, mscale=1.0, mscale_all_dim=1.0, **BENT)
 LLAMA3 = rope('llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=3.0, **BEFORE)
 LONG = dict(short_factor=[1.0, 1.3, 2.5], long_factor=[1.2, 3.0, 7.5])
 EXPERTS = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=19)
@@ -156,6 +157,7 @@ CASES = {
         **GEMMA3, **FIVE, 'final_logit_softcapping': 4.0, 'rope_parameters': {
             'full_attention': {'rope_type': 'linear', 'rope_theta': 5000.0, 'factor': 4.0},
             'sliding_attention': {'rope_type': 'default', 'rope_theta': 500.0}}}),
+    'gemma3-all-global': Case('gemma3_text', {**GEMMA, 'sliding_window_pattern': 1}),
     'deepseek_v2': Case('deepseek_v2', {**DEEPSEEK2, 'topk_method': 'greedy'}),
     'deepseek_v2-groups': Case('deepseek_v2', {**DEEPSEEK2, 'q_lora_rank': 11, 'n_group': 3, 'topk_group': 2,
                                                'topk_method': 'group_limited_greedy',
@@ -163,11 +165,13 @@ CASES = {
     'deepseek_v2-yarn': Case('deepseek_v2', {**DEEPSEEK2, **YARN_MSCALE, 'q_lora_rank': 11,
                                              'first_k_dense_replace': 0}),
     'deepseek_v2-yarn-same': Case('deepseek_v2', {**DEEPSEEK2, **YARN_SAME, 'n_shared_experts': 1}),
+    'deepseek_v2-yarn-plain': Case('deepseek_v2', {**DEEPSEEK2, **YARN}),
     'deepseek_v3': Case('deepseek_v3', {**DEEPSEEK3, 'q_lora_rank': 11}),
     'deepseek_v3-no-norm': Case('deepseek_v3', {**DEEPSEEK3, 'norm_topk_prob': False, 'n_group': 1,
                                                 'topk_group': 1, 'n_shared_experts': 1}),
     'deepseek_v3-yarn': Case('deepseek_v3', {**DEEPSEEK3, **YARN_MSCALE, 'q_lora_rank': 11}),
     'deepseek_v3-yarn-same': Case('deepseek_v3', {**DEEPSEEK3, **YARN_SAME, 'first_k_dense_replace': 2}),
+    'deepseek_v3-yarn-ones': Case('deepseek_v3', {**DEEPSEEK3, **YARN_ONES}),
     'deepseek_v3-half-split': Case('deepseek_v3', {**DEEPSEEK3, 'rope_interleave': False,
                                                    'attention_bias': True, 'q_lora_rank': 11}),
     'jamba': Case('jamba', JAMBA),
@@ -197,7 +201,9 @@ CASES = {
     'mpt': Case('mpt', {**MPT, 'layer_norm_epsilon': 1e-5}, old={'layer_norm_epsilon': ABSENT}),
     'mpt-clipped': Case('mpt', {**MPT, 'attn_config': {'clip_qkv': 0.8}}),
     'mpt-scaled': Case('mpt', {'n_heads': 4, 'attn_config': {'softmax_scale': 0.8, 'clip_qkv': 1.2}}),
-    'gpt_neox': Case('gpt_neox', {**NEOX, **HALF}),
+    # a quarter of 18 coordinates are 4
+    'gpt_neox': Case('gpt_neox', {'num_attention_heads': 2, **rope(partial_rotary_factor=0.25)}),
+    'gpt_neox-half': Case('gpt_neox', {**NEOX, **HALF}),
     'gpt_neox-sequential': Case('gpt_neox', {**NEOX, **HALF, 'use_parallel_residual': False}),
     'gpt_neox-tied': Case('gpt_neox', {**NEOX, **rope(partial_rotary_factor=1.0), 'tie_word_embeddings': True,
                                        'hidden_act': 'gelu_new'}),
@@ -209,7 +215,8 @@ CASES = {
     'phi3-short': Case('phi3', {**rope('longrope', **LONG), 'original_max_position_embeddings': 64,
                                 'max_position_embeddings': 256}),
     'phi3-long': Case('phi3', {**rope('longrope', **LONG), 'original_max_position_embeddings': 16,
-                               'max_position_embeddings': 64, **WINDOW}, cache=False),
+                               'max_position_embeddings': 64, **WINDOW},
+                      old={'rope_scaling': {'type': 'longrope', **LONG}}, cache=False),
     'phi3-long-partial': Case('phi3', {**rope('longrope', **LONG, partial_rotary_factor=0.5),
                                        'original_max_position_embeddings': 8, 'num_attention_heads': 3,
                                        'num_key_value_heads': 1, 'tie_word_embeddings': True}),
@@ -224,6 +231,7 @@ CASES = {
                                    inert=r'layers\.3\..*k_proj.bias'),
     'llama4-listed-layers': Case('llama4_text', {**LLAMA4, 'moe_layers': [0, 3],
                                                  'no_rope_layers': [0, 1, 1, 0, 1]}),
+    'llama4-dense': Case('llama4_text', {**LLAMA4, 'moe_layers': [], 'tie_word_embeddings': True}),
     'gpt_oss': Case('gpt_oss', {**OSS, **OSS_YARN}, old={'experts_per_token': 2, 'swiglu_alpha': ABSENT}),
     'gpt_oss-plain-rope': Case('gpt_oss', {**OSS, **FIVE, **rope(), 'swiglu_limit': 0.7,
                                            'num_experts_per_tok': 3}, old=None),
@@ -357,16 +365,18 @@ def published(config, case):
     return {key: value for key, value in config.items() if value is not ABSENT}
 
 
-def make(folder, name, seed=0):
+def make(folder, name):
     """Saves the checkpoint of a case, in both styles of config.json, and what transformers makes of it."""
     case = CASES[name]
-    redraw(transformers.AutoModelForCausalLM.from_config(config_of(case)), seed).save_pretrained(folder)
+    redraw(transformers.AutoModelForCausalLM.from_config(config_of(case))).save_pretrained(folder)
     made = SimpleNamespace(case=case, folder=folder, old_folder=None)
     if case.old is not None:
         made.old_folder = folder / 'published'
         made.old_folder.mkdir()
         (made.old_folder / 'model.safetensors').symlink_to(folder / 'model.safetensors')
-        config = json.loads((folder / 'config.json').read_text())
+        # transformers 5 writes {"__float__": "Infinity"}, older files a bare Infinity
+        config = json.loads((folder / 'config.json').read_text(),
+                            object_hook=lambda d: float(d['__float__']) if '__float__' in d else d)
         (made.old_folder / 'config.json').write_text(json.dumps(published(config, case)))
     made.model = load_reference(folder, case).eval()
     for seed in range(40):
@@ -472,8 +482,8 @@ def one_sentence(error):
 @torch.no_grad()
 def assert_logits(got, want, what, bound=TOLERANCE):
     got = got(want.idx)[0] if isinstance(got, GPT) else got(want.idx).logits
-    error = (got - want.logits).abs()
     assert got.shape == want.logits.shape and got.dtype == torch.float32, f'{what}: {got.dtype} {got.shape}'
+    error = (got - want.logits).abs()
     assert error.max() <= bound, (f'{what}: error {error.max():.1e} must be at most {bound:.0e}; it is '
                                   f'{error.amax((0, 2)).tolist()} by position')
 
@@ -488,8 +498,9 @@ def test_the_published_config_reads_the_same(made, ours, name):
     made, model = made(name), ours(name)
     if made.old_folder is None:
         pytest.skip('the published style cannot say this')
-    assert_logits(load(made.old_folder), made, f'{name}, published style')
-    assert load(made.old_folder).config == model.config
+    old = load(made.old_folder)
+    assert_logits(old, made, f'{name}, published style')
+    assert old.config == model.config
 
 
 @every_case
@@ -508,7 +519,7 @@ def test_round_trip(made, ours, name, tmp_path):
         model.save_pretrained(tmp_path)
     except ValueError as error:
         message = one_sentence(error)
-        assert made.case.model_type not in EXPORTED, message
+        assert made.case.rare or made.case.model_type not in EXPORTED, message
         assert any(re.search(rf'\b{flag}\b', message) for flag in FLAGS), f'no flag is named: {message}'
         assert not list(tmp_path.iterdir()), f'refused and wrote {list(tmp_path.iterdir())}'
         return
@@ -542,6 +553,36 @@ def test_twenty_steps_of_fine_tuning_lower_the_loss(made, name):
         model.train()(inputs, targets)[1].backward()
         optimizer.step()
     assert loss() < before - 0.5, f'{name}: {before:.2f} became {loss():.2f}'
+
+
+# keys that files leave out where they have the value that transformers means then
+OPTIONAL = """
+    rms_norm_eps layer_norm_eps layer_norm_epsilon norm_epsilon hidden_act hidden_activation
+    activation_function activation rope_parameters attention_bias mlp_bias qkv_bias use_bias bias
+    tie_word_embeddings use_sliding_window max_window_layers layer_types _sliding_window_pattern
+    max_position_embeddings original_max_position_embeddings max_seq_len norm_topk_prob topk_method
+    routed_scaling_factor rope_interleave decoder_sparse_step mlp_only_layers query_pre_attn_scalar
+    attn_logit_softcapping final_logit_softcapping expert_layer_period mamba_expand mamba_conv_bias
+    mamba_proj_bias expand conv_kernel use_conv_bias time_step_limit time_step_rank
+    new_decoder_architecture multi_query parallel_attn alibi num_kv_heads num_ln_in_parallel_attn
+    ffn_hidden_size apply_residual_connection_post_layernorm attn_config use_parallel_residual
+    no_rope_layers no_rope_layer_interval moe_layers use_qk_norm attn_temperature_tuning floor_scale
+    attn_scale attention_chunk_size swiglu_limit swiglu_alpha embedding_multiplier residual_multiplier
+    logits_scaling attention_multiplier logit_scale scale_attn_weights scale_attn_by_inverse_layer_idx
+    n_inner
+""".split()
+
+
+@one_of_each
+@torch.no_grad()
+def test_keys_that_are_left_out_mean_their_defaults(made, name, tmp_path):
+    def drop(config, tensors):
+        for key in OPTIONAL:
+            config.pop(key, None)
+    made = made(name)
+    theirs, info = load_reference(copy_of(made, tmp_path, drop), made.case, output_loading_info=True)
+    assert not any(info.values()), f'{name}: {info}'
+    assert_logits(load(tmp_path), SimpleNamespace(idx=made.idx, logits=theirs(made.idx).logits), name)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -667,6 +708,9 @@ BAD = {
     'no config': ('llama', after(lambda folder: (folder / 'config.json').unlink()), 'config.json'),
     'config not json': ('llama', after(lambda folder: (folder / 'config.json').write_text('{"a":')),
                         'config.json'),
+    'config a list': ('llama', after(lambda folder: (folder / 'config.json').write_text('[1]')),
+                      'config.json'),
+    'size of another type': ('llama', setting(hidden_size='36'), 'hidden_size|n_embd'),
     'no weights': ('llama', after(lambda folder: (folder / 'model.safetensors').unlink()), 'safetensors'),
     'truncated': ('llama', after(lambda folder: os.truncate(folder / 'model.safetensors', 50000)),
                   'model.safetensors'),
@@ -676,6 +720,8 @@ BAD = {
                         'model.safetensors'),
     'missing shard': ('llama', after(lambda folder: shard(folder, remove=True)), 'model-2.safetensors'),
     'truncated shard': ('llama', after(lambda folder: shard(folder, remove=False)), 'model-2.safetensors'),
+    'index not json': ('llama', after(lambda folder: index(folder, '{"weight_map":')), 'index.json'),
+    'index without map': ('llama', after(lambda folder: index(folder, '{"metadata": {}}')), 'index.json'),
     'no model_type': ('llama', lambda config, tensors: config.pop('model_type'), 'model_type'),
     'unknown model_type': ('llama', setting(model_type='bert'), 'bert'),
     'another shape': ('llama', tensor(UP, torch.zeros(51, 35)), UP),
@@ -713,6 +759,11 @@ BAD = {
     'unknown router': ('deepseek_v2', setting(topk_method='noaux_tc'), 'topk_method'),
     'missing key': ('llama', lambda config, tensors: config.pop('hidden_size'), 'hidden_size'),
 }
+
+
+def index(folder, text):
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model.safetensors.index.json').write_text(text)
 
 
 def shard(folder, remove):
@@ -947,3 +998,22 @@ def test_a_nanogpt_checkpoint_with_strange_weights_is_refused(tmp_path):
         with pytest.raises(ValueError, match=key) as error:
             GPT.from_pretrained(tmp_path)
         one_sentence(error.value)
+
+
+@pytest.mark.parametrize('fault', ['truncated', 'not torch', 'code', 'no model'])
+def test_a_damaged_nanogpt_checkpoint_is_refused(fault, tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint = nanogpt(True)
+    if fault == 'code':
+        checkpoint['model']['transformer.ln_f.weight'] = Marker(tmp_path / 'ran')
+    if fault == 'no model':
+        del checkpoint['model']
+    torch.save(checkpoint, path)
+    if fault == 'truncated':
+        os.truncate(path, 9000)
+    if fault == 'not torch':
+        path.write_text('version')
+    with pytest.raises(ValueError, match='ckpt.pt') as error:
+        GPT.from_pretrained(tmp_path)
+    one_sentence(error.value)
+    assert not (tmp_path / 'ran').exists()
