@@ -249,12 +249,17 @@ def study(topic):
     return lambda: topic(device, rounds, figures)
 
 
+def ablations():
+    """The sweeps in results/; flags of train.py and of the model hold for all of their runs."""
+    studies.ablations(device, [flag for flag in sys.argv[2:] if not flag.startswith('--device=')])
+
+
 TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'plot': plot,
           'kernels': kernel_table, 'gpu': gpu_all,
           'norms': study(studies.norms), 'ffns': study(studies.ffns), 'rope': study(studies.rope),
           'context': study(studies.context), 'lengths': study(studies.lengths),
           'router': study(studies.router), 'reach': study(studies.reach),
-          'ablations': study(studies.ablations)}
+          'ablations': ablations}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):

@@ -118,6 +118,7 @@ class Run(NamedTuple):
     bpb: float          # at the last evaluation
     rate: float         # median of its tokens per second
     memory: float       # most that the process held, or that it held on the GPU, in bytes
+    seconds: float      # of all of it, evaluations too
 
 
 def read_run(folder, max_iters):
@@ -131,7 +132,8 @@ def read_run(folder, max_iters):
     steps = evaluations[-1]['step'] if evaluations else 0
     return Run(steps, steps == max_iters, [(line['step'], line['val_loss']) for line in evaluations],
                evaluations[-1]['val_bpb'] if evaluations else math.nan,
-               statistics.median(rates) if rates else math.nan, max(memory, default=math.nan))
+               statistics.median(rates) if rates else math.nan, max(memory, default=math.nan),
+               lines[-1]['seconds'] if lines else 0.0)
 
 
 class Arm(NamedTuple):
@@ -372,15 +374,18 @@ the training process, libraries included, or on a GPU that of its tensors.
 """.strip()
 
 
-def about(plan, config):
+def about(plan, arms, config):
     """What was trained, on what, and how to do it again."""
     words = plan['arms'][plan['reference']]
     tokens = words['batch_size'] * words['gradient_accumulation_steps'] * config.block_size
     at_once = f'{plan["jobs"]} run{"s" * (plan["jobs"] > 1)} at once'
     seeds = ', '.join(map(str, plan['seeds']))
+    minutes = sum(run.seconds for arm in arms.values() for run in arm.runs.values()) / 60
     return [f'{len(plan["arms"])} arms, seeds {seeds}; {words["max_iters"]:,} steps of {tokens:,} tokens of '
-            f'{words["dataset"]}; {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}; {words["optimizer"]}, learning rate {words["learning_rate"]:g}. '
-            f'Machine: {plan["machine"]}, {at_once}. Made by', '', '```', plan['command'], '```']
+            f'{words["dataset"]}; {config.n_layer} layers, {config.n_embd} wide, context '
+            f'{config.block_size}; {words["optimizer"]}, learning rate {words["learning_rate"]:g}. '
+            f'Machine: {plan["machine"]}; {at_once}, whose times add up to {minutes:.0f} minutes. Made by',
+            '', '```', plan['command'], '```']
 
 
 def picture(name, title, figures):
@@ -390,7 +395,7 @@ def picture(name, title, figures):
 def markdown(plan, arms, effects, rows, missing, figures):
     lines = [f'# Ablation: {plan["name"]}', '']
     if rows:
-        lines += about(plan, arms[next(iter(rows))].config)
+        lines += about(plan, arms, arms[next(iter(rows))].config)
     if missing:
         lines += ['', f'**{len(missing)} runs are not finished and do not count:**', '', *missing]
     if not rows:

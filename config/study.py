@@ -13,7 +13,7 @@ block_size = 128
 dataset = 'pysource'
 batch_size = 8
 gradient_accumulation_steps = 1  # 8 x 128 = 1024 tokens a step
-max_iters = 800
+max_iters = 500
 warmup_iters = 20
 lr_decay_iters = None
 optimizer = 'adamw'  # Muon leaves experts to AdamW, and would not treat them as it treats a dense ffn
