@@ -212,6 +212,7 @@ def arms_between(start, end, start_name, end_name, kinds):
         if 'ladder' in kinds:
             rungs.append(add(f'ladder{len(rungs)}+{flag}', now))
             compare(flag, 'ladder', *rungs[-2:], group)
+    found[end_name] = found.pop(end_name)  # a report goes from one to the other
     return found, comparisons, rungs if len(rungs) > 1 else []
 
 

@@ -408,6 +408,10 @@ def markdown(plan, arms, effects, rows, missing, figures):
     if by_chance:
         lines += ['', f'At 95 % each, about {by_chance} of {len(effects)} comparisons would look resolved by '
                   'chance. Intervals over few seeds are wide because they should be.']
+    words = plan['arms'][plan['reference']]
+    if words['eval_tokens']:
+        lines += ['', f'All runs are evaluated on the same {words["eval_tokens"]:,} tokens. The intervals are '
+                  'over seeds and do not cover the choice of that text.']
     lines += ['', '## Arms', '', *arms_table(plan, rows), '', ABOUT_ARMS,
               *picture('cost', 'loss against cost', figures), *picture('curves', 'loss curves', figures)]
     if plan['notes']:
@@ -544,7 +548,7 @@ def plot_cost(plan, arms, rows, path):
                'cache_bytes_per_token': 'cache bytes per token'}
     # a cost that all arms share would be a column of points
     columns = [name for name in axes_of if len({round(row[name], 6) for row in rows.values()}) > 1
-               and max(row[name] for row in rows.values()) > 1.01 * min(row[name] for row in rows.values())]
+               and max(row[name] for row in rows.values()) > 1.05 * min(row[name] for row in rows.values())]
     if not columns:
         return False
     fig, axes = figure(4.2 * len(columns) + 1.6, 4.6, panels=len(columns))
@@ -553,7 +557,8 @@ def plot_cost(plan, arms, rows, path):
         for name, row in rows.items():
             color, mark = marks[name]
             ax.errorbar(row[column], row['loss'], fmt=mark, color=color, markersize=6, capsize=2,
-                        yerr=None if math.isnan(row['sd']) else row['sd'], label=name, elinewidth=0.8)
+                        yerr=None if math.isnan(row['sd']) else row['sd'], label=rung(plan, name),
+                        elinewidth=0.8)
         ax.set_xlabel(axes_of[column], fontsize=9)
         ax.xaxis.set_major_formatter(lambda value, _: quantity(value))
         ax.grid(alpha=0.3)

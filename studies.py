@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import ablate
 from kernels import rope as rotate
 from model import FFN, GPT, NORMS, GPTConfig, RotaryPositions
 from report import COLORS, figure, quantity, read_lines, save
@@ -109,12 +110,10 @@ def ablations(device, flags):
     """The sweeps whose reports lie in results/: five seeds of every arm, under an hour on two cores."""
     jobs = torch.cuda.device_count() if device.startswith('cuda') else min(2, os.cpu_count() or 1)
     for name, arms in SWEEPS.items():
-        words = [*SIZE, *arms, '--seeds=5', f'--jobs={jobs}', f'--device={device}',
+        words = [*SIZE, *arms, '--seeds=5', '--evals=6', f'--jobs={jobs}', f'--device={device}',
                  f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
         print(f'{name}: python ablate.py {shlex.join(words)}', flush=True)
-        code = subprocess.run([sys.executable, str(HERE / 'ablate.py'), *words]).returncode
-        if code:  # it has said why
-            sys.exit(code)
+        ablate.main(words)
 
 
 def norms(device, rounds, out):
@@ -232,7 +231,8 @@ def rope(device, rounds, out):
                 (q, built['10K'].freq.angles(start + offset)), (k, built['10K'].freq.angles(start))))
             scores.append(math.prod(turned).sum().item())
         rows.append([offset, f'{scores[0]:+.5f}', f'{max(scores) - min(scores):.1e}'])
-    print(f'q.k of one q and k, in fp64 with angles in fp32, the key at {", ".join(map(str, at.flatten().tolist()))}')
+    places = ', '.join(map(str, at.flatten().tolist()))
+    print(f'q.k of one q and k, in fp64 with angles in fp32, the key at {places}')
     print_table(['offset', 'q.k', 'spread over starts'], rows)
 
     fig, (left, right) = figure(11, 4.2, panels=2)

@@ -13,7 +13,7 @@ block_size = 128
 dataset = 'pysource'
 batch_size = 8
 gradient_accumulation_steps = 1  # 8 x 128 = 1024 tokens a step
-max_iters = 500
+max_iters = 480
 warmup_iters = 20
 lr_decay_iters = None
 optimizer = 'adamw'  # Muon leaves experts to AdamW, and would not treat them as it treats a dense ffn
@@ -24,5 +24,5 @@ weight_decay = 0.1
 beta2 = 0.99
 
 log_interval = 20
-eval_tokens = 32768
+eval_tokens = 65536
 wandb_log = False
