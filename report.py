@@ -410,8 +410,8 @@ def markdown(plan, arms, effects, rows, missing, figures):
                   'chance. Intervals over few seeds are wide because they should be.']
     words = plan['arms'][plan['reference']]
     if words['eval_tokens']:
-        lines += ['', f'All runs are evaluated on the same {words["eval_tokens"]:,} tokens. The intervals are '
-                  'over seeds and do not cover the choice of that text.']
+        lines += ['', f'All runs are evaluated on the same {words["eval_tokens"]:,} tokens. The intervals '
+                  'are over seeds and do not cover the choice of that text.']
     lines += ['', '## Arms', '', *arms_table(plan, rows), '', ABOUT_ARMS,
               *picture('cost', 'loss against cost', figures), *picture('curves', 'loss curves', figures)]
     if plan['notes']:

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import ablate
 import studies
 
 pytest.importorskip('matplotlib')
@@ -43,3 +44,20 @@ def test_peak_bytes_sees_what_is_allocated_and_freed():
     size = 64 * 2**20
     peak = studies.peak_bytes(lambda: torch.ones(size // 4).sum(), 'cpu')
     assert 0.9 * size < peak < 1.5 * size
+
+
+def test_the_sweeps_of_results_train_five_seeds_of_every_block_asked_about(monkeypatch):
+    plans = {}
+
+    def main(argv):
+        plan = ablate.make_plan([*argv, '--match=none'])  # budgets would need the dataset
+        plans[plan['results']] = plan
+    monkeypatch.setattr(ablate, 'main', main)
+    studies.ablations('cpu', ['--max_iters=6'])
+    ladder, blocks = plans['results/ladder'], plans['results/blocks']
+    assert [pair['flag'] for pair in ladder['comparisons']] == [
+        'all of them', 'pos', 'norm', 'ffn', 'bias', 'n_kv_head']
+    assert list(blocks['arms']) == ['llama_small', 'MHA', 'MQA', 'MLA', 'MoE', 'hybrid', 'Mamba-2']
+    for plan in plans.values():
+        assert len(plan['seeds']) == 5 and plan['reference'] in plan['arms']
+        assert all(words['max_iters'] == 6 for words in plan['arms'].values())
