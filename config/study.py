@@ -14,10 +14,10 @@ dataset = 'pysource'
 batch_size = 8
 gradient_accumulation_steps = 1  # 8 x 128 = 1024 tokens a step
 max_iters = 480
-warmup_iters = 20
+warmup_iters = 100  # after 20, at this rate, attention would stay behind for hundreds of steps
 lr_decay_iters = None
 optimizer = 'adamw'  # Muon leaves experts to AdamW, and would not treat them as it treats a dense ffn
-learning_rate = 3e-3
+learning_rate = 4e-3
 min_lr = 0.0
 schedule = 'wsd'
 weight_decay = 0.1

@@ -159,7 +159,7 @@ def test_flags_that_mean_nothing_alone_go_together(target, groups):
 
 def test_a_ladder_alone_trains_its_rungs_only():
     _, _, arms, pairs, ladder = between('gpt2_small', 'llama_small', ('ladder',))
-    assert list(arms) == ['gpt2_small', 'llama_small', *ladder[1:-1]]
+    assert list(arms) == ladder and ladder[-1] == 'llama_small'
     assert {pair['how'] for pair in pairs} == {'all', 'ladder'}
 
 
@@ -405,7 +405,8 @@ def test_learning_rates_are_compared_at_the_best_of_each_arm(tmp_path, place):
         folder = tmp_path / run['path']
         folder.mkdir(parents=True)
         loss = 2.0 + 0.1 * abs(math.log2(run['rate'] / best[run['arm']])) + 0.01 * (run['seed'] - 1337)
-        lines = [{'step': step, 'val_loss': loss + 20 - step, 'val_bpb': 1.0} for step in (5, 10, 15, 20)]
+        lines = [{'step': step, 'seconds': 1.0, 'val_loss': loss + 20 - step, 'val_bpb': 1.0}
+                 for step in (5, 10, 15, 20)]
         (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
         (folder / 'config.json').write_text(json.dumps(
             {'model': vars(ablate.config_of(run['words'])), 'settings': run['words']}))
