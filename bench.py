@@ -8,6 +8,7 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py gpu --out=bench/results
     python bench.py window
     python bench.py lengths
+    python bench.py optimizers config/gpt2_small.py
     python bench.py plot out/*
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
@@ -179,6 +180,15 @@ def gpu_all(some=None):
     gpu(out, some or parts, seconds, dry)
 
 
+def optimizers():
+    """The step of AdamW and of Muon on the model of the flags, ours and PyTorch's, in turns."""
+    from kernels.measure import optimizer_steps
+    model = GPT(GPTConfig(**model_args)).to(device)
+    times = in_turns(optimizer_steps(model))
+    for name, ms in times.items():
+        print(f'{name:18} {statistics.median(ms):9.2f} ms {min(ms):9.2f} ms')
+
+
 def run_script(*words):
     """Run one of our scripts; when it fails, leave with the last line that it said."""
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True)
@@ -255,7 +265,7 @@ def ablations():
 
 
 TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'plot': plot,
-          'kernels': kernel_table, 'gpu': gpu_all,
+          'kernels': kernel_table, 'gpu': gpu_all, 'optimizers': optimizers,
           'norms': study(studies.norms), 'ffns': study(studies.ffns), 'rope': study(studies.rope),
           'context': study(studies.context), 'lengths': study(studies.lengths),
           'router': study(studies.router), 'reach': study(studies.reach),

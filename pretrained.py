@@ -80,7 +80,6 @@ def tokenizer_of(name):
 
 def same_tokenizer(name, meta):
     """Whether the tokenizer that `meta` describes makes of a text what that of from_pretrained(name) does."""
-    from data.tokenizer import from_meta
     text = "def main(): return {'naïve': 3.14159}  # the Quick brown fox, 漢字 🙂\n\n\tand so on"
     ours, theirs = from_meta(meta), tokenizer_of(name)
     try:
@@ -121,7 +120,7 @@ def folder_of(name):
 
 class Files:
     """The tensors of a folder in Hugging Face format, read one by one from memory-mapped files."""
-    KEPT = 2 ** 24  # bytes: pages that were read count as memory until their file is closed
+    PAGES = 2 ** 24  # bytes: pages that were read count as memory until their file is closed
 
     def __init__(self, folder):
         self.folder, self.name, self.file = folder, None, None
@@ -170,7 +169,7 @@ class Files:
         file = self.where[name]
         if file is None:
             return self.pickled[name]
-        if file != self.name or self.read > self.KEPT:
+        if file != self.name or self.read > self.PAGES:
             self.open(file)
         tensor = self.file.get_tensor(name)
         self.read += tensor.nbytes
@@ -205,11 +204,12 @@ def read_config(folder):
 
 
 def complete(hf, entry):
-    """With the defaults of a family where a key is absent or null, unless that means something of its own."""
+    """With the defaults of a family where a key is absent or null, unless null means something of its own."""
+    default = DEFAULTS | entry.defaults
     said = {key: value for key, value in hf.items() if value is not None or key in NULLABLE}
+    no = {key: False for key, value in hf.items() if value is None and isinstance(default.get(key), bool)}
     named = {key: said[other] for other, key in entry.synonyms.items() if other in said}
-    said = DEFAULTS | entry.defaults | named | said
-    return {key: value for key, value in said.items() if value is not None}
+    return {key: value for key, value in (default | no | named | said).items() if value is not None}
 
 
 def flags_of(hf, entry):

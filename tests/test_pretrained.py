@@ -11,7 +11,10 @@ import json
 import math
 import os
 import re
-from dataclasses import fields
+import subprocess
+import sys
+import textwrap
+from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,7 +22,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import families
+import pretrained
 from conftest import ROOT, build, flags_of, shrink, toy
+from families import DEFAULTS, FAMILIES
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers', reason='transformers is what the logits are compared with')
@@ -81,6 +87,7 @@ YARN_PLAIN = rope('yarn', 200.0, factor=3.0)
 YARN_FACTOR = rope('yarn', 90.0, factor=4.0, attention_factor=1.3, **BEFORE)
 YARN_MSCALE = rope('yarn', 20.0, factor=6.0, mscale=1.0, mscale_all_dim=0.6, **BENT)
 YARN_SAME = rope('yarn', 90.0, factor=6.0, mscale=0.8, mscale_all_dim=0.8, **BEFORE)
+YARN_HALF = rope('yarn', 20.0, factor=6.0, mscale_all_dim=0.8, **BENT)
 YARN_ONES = rope('yarn', 20.0, factor=6.0, mscale=1.0, mscale_all_dim=1.0, **BENT)
 LLAMA3 = rope('llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=3.0, **BEFORE)
 LONG = dict(short_factor=[1.0, 1.3, 2.5], long_factor=[1.2, 3.0, 7.5])
@@ -124,6 +131,7 @@ CASES = {
     'mistral-full': Case('mistral', {'sliding_window': None, **rope(theta=1e6)}),
     'mistral-null-head': Case('mistral', {**WINDOW, 'head_dim': None}, old={'head_dim': None}),
     'mixtral': Case('mixtral', {'num_local_experts': 5, **rope(theta=1e6)}, old={'rope_theta': ABSENT}),
+    'mixtral-plain-head': Case('mixtral', {'num_local_experts': 3, 'head_dim': 6}),
     'mixtral-window': Case('mixtral', {**WINDOW, 'num_local_experts': 4, 'num_experts_per_tok': 3}),
     'qwen2': Case('qwen2', old={'sliding_window': 7, 'max_window_layers': 0}),
     'qwen2-window': Case('qwen2', {**WINDOW, **FOUR, 'use_sliding_window': True, 'max_window_layers': 2}),
@@ -259,6 +267,19 @@ CASES = {
     'gpt2-gelu-untied': Case('gpt2', {'n_positions': 48, 'activation_function': 'gelu',
                                       'tie_word_embeddings': False}),
 
+    # combinations at the edge of what a key can say
+    'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),
+    'mistral-yarn-by-one': Case('mistral', {**WINDOW, **rope('yarn', factor=1.0, mscale=0.7)}),
+    'smollm3-no-rope': Case('smollm3', {'no_rope_layers': [0, 0, 0]}, inert='k_proj.bias'),
+    'llama4-no-chunks': Case('llama4_text', {**LLAMA4, 'layer_types': layers('fffff')}, old=None),
+    'jamba-attention-alone': Case('jamba', {**JAMBA, 'attn_layer_period': 1, 'attn_layer_offset': 0}),
+    'deepseek_v2-dense': Case('deepseek_v2', {**DEEPSEEK2, **YARN_HALF, 'first_k_dense_replace': 4}),
+    'deepseek_v3-yarn-half': Case('deepseek_v3', {**DEEPSEEK3, **YARN_HALF, 'v_head_dim': 5}),
+    'qwen2_moe-no-experts': Case('qwen2_moe', {**EXPERTS, 'shared_expert_intermediate_size': 23,
+                                               'mlp_only_layers': [0, 1, 2]}),
+    'qwen2_moe-window-default': Case('qwen2_moe', {**EXPERTS, **WINDOW, 'use_sliding_window': True,
+                                                   'shared_expert_intermediate_size': 23}),
+
     # rarely or never published
     'llama-gelu': Case('llama', {'hidden_act': 'gelu'}, rare='hidden_act'),
     'gemma2-erf': Case('gemma2', {**GEMMA, 'hidden_activation': 'gelu'}, rare='hidden_activation'),
@@ -284,6 +305,8 @@ CASES = {
     'gpt_neox-tanh': Case('gpt_neox', {**NEOX, **HALF, 'hidden_act': 'gelu_fast'}),
 }
 every_case = pytest.mark.parametrize('name', CASES)
+one_of_each = pytest.mark.parametrize('name', {case.model_type: name for name, case in reversed(CASES.items())
+                                               if not case.rare}.values())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -421,7 +444,7 @@ def pieces(name, p):
     return [half for expert in p for half in (expert.chunk(2, dim) if 'gate_up' in name else [expert])]
 
 
-@every_case
+@one_of_each
 @torch.no_grad()
 def test_every_tensor_of_the_reference_matters(made, name):
     made = made(name)
@@ -436,7 +459,7 @@ def test_every_tensor_of_the_reference_matters(made, name):
             at[0] = live if part.shape[0] == V else at[0]
             kept = part[*at].item()
             part[*at] += 0.5
-            moved.append((made.model(made.idx).logits - made.logits).abs().max().item())
+            moved.append((made.model(made.idx[:1]).logits - made.logits[:1]).abs().max().item())
             part[*at] = kept
         assert max(moved) > 5 * TOLERANCE, f'{name}: {key} moves the logits by {max(moved):.1e} only'
 
@@ -530,10 +553,6 @@ def test_round_trip(made, ours, name, tmp_path):
     again = load(tmp_path)
     assert again.config == model.config
     assert torch.equal(again(made.idx)[0], model(made.idx)[0]), f'{name}: what is read again is not the same'
-
-
-one_of_each = pytest.mark.parametrize('name', {case.model_type: name for name, case in reversed(CASES.items())
-                                               if not case.rare}.values())
 
 
 @one_of_each
@@ -718,8 +737,9 @@ BAD = {
                          'model.safetensors'),
     'not safetensors': ('llama', after(lambda folder: (folder / 'model.safetensors').write_text('version')),
                         'model.safetensors'),
-    'missing shard': ('llama', after(lambda folder: shard(folder, remove=True)), 'model-2.safetensors'),
-    'truncated shard': ('llama', after(lambda folder: shard(folder, remove=False)), 'model-2.safetensors'),
+    'missing shard': ('llama', after(lambda folder: shard(folder).unlink()), 'model-2.safetensors'),
+    'truncated shard': ('llama', after(lambda folder: os.truncate(shard(folder), 5000)),
+                        'model-2.safetensors'),
     'index not json': ('llama', after(lambda folder: index(folder, '{"weight_map":')), 'index.json'),
     'index without map': ('llama', after(lambda folder: index(folder, '{"metadata": {}}')), 'index.json'),
     'no model_type': ('llama', lambda config, tensors: config.pop('model_type'), 'model_type'),
@@ -758,6 +778,35 @@ BAD = {
     'bidirectional': ('gemma3', setting(use_bidirectional_attention=True), 'use_bidirectional_attention'),
     'unknown router': ('deepseek_v2', setting(topk_method='noaux_tc'), 'topk_method'),
     'missing key': ('llama', lambda config, tensors: config.pop('hidden_size'), 'hidden_size'),
+    'missing layers': ('mamba', lambda config, tensors: config.pop('num_hidden_layers'), 'num_hidden_layers'),
+    'null size': ('llama', setting(hidden_size=None), 'hidden_size'),
+    'heads of another type': ('granite', setting(num_attention_heads='six'), 'config.json'),
+    'unknown layer type': ('qwen3', setting(layer_types=['full_attention', 'linear_attention',
+                                                         'full_attention']), 'layer_types'),
+    'too few layer types': ('gemma2', setting(layer_types=['full_attention']), 'layer_types'),
+    'no chunk': ('llama4', setting(attention_chunk_size=0), 'attention_chunk_size'),
+    'windows in llama4': ('llama4', setting(layer_types=layers('fsfff')), 'layer_types'),
+    'temperature without a layer': ('llama4', setting(no_rope_layers=[0] * 5, layer_types=layers('fffff')),
+                                    'no_rope_layers'),
+    'scaled local rope': ('gemma3', lambda config, tensors: config['rope_parameters'].update(
+        sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
+    'phi3 by yarn': ('phi3', rope_setting(rope_type='yarn', factor=2.0), 'short_factor'),
+    'phi3 by llama3': ('phi3', rope_setting(rope_type='llama3', factor=2.0), 'rope_type'),
+    'llama3 without its factors': ('llama', rope_setting(rope_type='llama3', factor=2.0), 'low_freq_factor'),
+    'shortened context': ('llama', rope_setting(rope_type='yarn', factor=0.5), 'factor'),
+    'sharpened unscaled': ('llama', rope_setting(rope_type='yarn', factor=1.0, attention_factor=1.2),
+                           'attention_factor'),
+    'odd part of a head': ('phi3', lambda config, tensors: (
+        config.update(partial_rotary_factor=0.5, num_attention_heads=6),
+        config['rope_parameters'].update(partial_rotary_factor=0.5)), 'partial_rotary_factor'),
+    'slow but exact': ('bloom', setting(slow_but_exact=True), 'slow_but_exact'),
+    'activation of a state space': ('jamba', setting(hidden_act='gelu'), 'hidden_act'),
+    'activation of mamba': ('mamba2', setting(hidden_act='gelu'), 'hidden_act'),
+    'half an expansion': ('mamba', setting(expand=1.5), 'expand'),
+    'other heads of a state space': ('mamba2', setting(num_heads=8), 'num_heads'),
+    'heads that cannot be shared': ('llama', setting(num_key_value_heads=4), 'num_key_value_heads'),
+    'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
+                           'num_experts_per_tok'),
 }
 
 
@@ -766,18 +815,16 @@ def index(folder, text):
     (folder / 'model.safetensors.index.json').write_text(text)
 
 
-def shard(folder, remove):
+def shard(folder, count=2):
+    """Spread the tensors of a checkpoint over so many files; the last of them."""
     tensors = safetensors_torch.load_file(folder / 'model.safetensors')
-    names = {key: f'model-{number % 2 + 1}.safetensors' for number, key in enumerate(tensors)}
+    names = {key: f'model-{number % count + 1}.safetensors' for number, key in enumerate(tensors)}
     for file in set(names.values()):
         of_file = {key: p for key, p in tensors.items() if names[key] == file}
         safetensors_torch.save_file(of_file, folder / file)
     (folder / 'model.safetensors').unlink()
     (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': names}))
-    if remove:
-        (folder / 'model-2.safetensors').unlink()
-    else:
-        os.truncate(folder / 'model-2.safetensors', 5000)
+    return folder / f'model-{count}.safetensors'
 
 
 @pytest.mark.parametrize('name, change, word', BAD.values(), ids=BAD)
@@ -795,6 +842,95 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match='nowhere') as error:
         GPT.from_pretrained(tmp_path / 'nowhere')
     one_sentence(error.value)
+
+
+@one_of_each
+@torch.no_grad()
+def test_absent_keys_mean_what_they_mean_in_transformers(name):
+    """The defaults of an entry are those of the config class, where that has a plain one."""
+    config_class = type(transformers.AutoConfig.for_model(CASES[name].model_type))
+    plain = {field.name: field.default for field in fields(config_class) if field.default is not MISSING}
+    theta = config_class.default_theta
+    entry = FAMILIES[CASES[name].model_type]
+    ours = DEFAULTS | entry.defaults
+    if isinstance(theta, dict):
+        assert (ours['rope_theta'], ours['rope_local_base_freq']) == (theta['global'], theta['local'])
+    else:
+        assert ours['rope_theta'] == theta or 'rope_parameters' not in plain
+    # null stands for these
+    worked_out = {'mlp_only_layers': None, 'rope_parameters': None, 'n_group': None, 'topk_group': None}
+    for key, value in ours.items():
+        if key in plain and plain[key] != worked_out.get(key, ...):
+            assert plain[key] == value, f'{key}: {value} here and {plain[key]} there'
+    # what is not stated at all has no default there either, or is a size, which a file always says
+    sizes = re.compile('size|hidden|layers|heads|dim|inner|position|seq_len|num_experts$|num_local_experts|'
+                       'n_routed_experts|n_embd|n_layer|n_head|d_model|kv_lora_rank|layer_types')
+    unsaid = {key for key in entry.keys if plain.get(key) is not None and key not in ours}
+    assert not {key for key in unsaid if not sizes.search(key)}
+
+
+def test_null_and_other_words_for_a_key_are_understood(made, ours, tmp_path):
+    """As in files of all ages: no head_dim, several ends of a text, settings of training, other names."""
+    def change(config, tensors):
+        config |= dict.fromkeys(('rope_scaling', 'head_dim', 'quantization_config', 'pretraining_tp'))
+        config |= {'eos_token_id': [3, 5], 'torch_dtype': 'bfloat16', 'attention_dropout': 0.5}
+        config['num_experts'] = config.pop('num_local_experts')
+    (tmp_path / 'mixtral').mkdir()
+    assert load(copy_of(made('mixtral-plain-head'), tmp_path / 'mixtral', change)).config == \
+        ours('mixtral-plain-head').config
+
+    def older(config, tensors):
+        config['rope_scaling'] = config.pop('rope_parameters') | {'type': 'su'}
+        del config['rope_scaling']['rope_type']
+    (tmp_path / 'phi3').mkdir()
+    assert load(copy_of(made('phi3-long'), tmp_path / 'phi3', older)).config == ours('phi3-long').config
+
+
+# what a fresh process needs beside the weights, and what it takes to read them
+MEMORY = """
+import resource, sys
+import safetensors.torch, torch
+from model import GPT
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+before = peak()
+model = GPT.from_pretrained(sys.argv[1])
+print(peak() - before, sum(p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize('shards', [1, 3])
+def test_loading_holds_the_weights_once(tmp_path, shards):
+    sizes = dict(n_layer=4, n_embd=512, n_head=8, vocab_size=16000, tie=False, block_size=64)
+    model = GPT(GPTConfig(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, **sizes), seed=None)
+    for p in model.parameters():
+        p.data.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    if shards > 1:
+        shard(tmp_path, shards)
+    done = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path)], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    more, count = map(int, done.stdout.split())
+    assert count == sum(p.numel() for p in model.parameters()) > 20e6
+    assert more < 1.35 * 4 * count, f'{more / 4 / count:.2f} times the weights'
+
+
+def test_adding_a_family_is_what_the_docstring_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, 'FAMILIES', families.FAMILIES.copy())
+    monkeypatch.setattr(pretrained, 'FAMILIES', families.FAMILIES)
+    example = ''.join(re.findall(r'^    .*\n', families.__doc__, re.M))
+    exec(textwrap.dedent(example), vars(families))
+    case = Case('arcee', {**YARN, 'attention_bias': True})
+    reference = redraw(transformers.AutoModelForCausalLM.from_config(config_of(case)))
+    reference.save_pretrained(tmp_path)
+    idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = SimpleNamespace(idx=idx, logits=load_reference(tmp_path, case)(idx).logits)
+        model = load(tmp_path)
+        assert_logits(model, want, 'arcee')
+        model.save_pretrained(tmp_path / 'again')
+        assert_logits(load_reference(tmp_path / 'again', case), want, 'arcee, exported')
 
 
 # ----------------------------------------------------------------------------------------------------------

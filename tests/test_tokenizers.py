@@ -1,6 +1,6 @@
 """
 Tokenizers of published checkpoints: ids and texts are those of the `tokenizers` library, bytes are never
-lost, prepare.py and sample.py take them. The vocabularies are made here, in the two styles that are published.
+lost, prepare.py and sample.py take them. The vocabularies are made here, in the two published styles.
 """
 import json
 import os
