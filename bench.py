@@ -271,6 +271,17 @@ TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 
           'router': study(studies.router), 'reach': study(studies.reach),
           'ablations': ablations}
 
+
+def run(topic):
+    """A topic; a table alone where there is nothing to draw with."""
+    try:
+        topic()
+    except ModuleNotFoundError as error:
+        if error.name != 'matplotlib':
+            raise
+        print('no figure without matplotlib: pip install -r requirements-dev.txt')
+
+
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):
         sys.exit(f'the first word must be a topic, one of {", ".join(TOPICS)}: python bench.py step')
@@ -283,4 +294,4 @@ if __name__ == '__main__':
         checkpoint.check_device(device)
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
               + (torch.cuda.get_device_name() if device.startswith('cuda') else device))
-        chosen()
+        run(chosen)

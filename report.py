@@ -481,8 +481,8 @@ def plot_differences(plan, effects, path):
     reference = f', against {plan["reference"]}' if shown and shown[0][0]['how'] == 'varied' else ''
     ax.set_xlabel(f'difference in validation loss{reference} (nats per token)\n'
                   'better  \u2190      \u2192  worse')
-    ax.set_title(f'Paired differences and 95 % intervals over {seeds} seeds; grey: not resolved', fontsize=10,
-                 loc='left')
+    ax.set_title(f'Paired differences and 95 % intervals over {seeds} seed{"s" * (seeds > 1)}; grey: not '
+                 'resolved', fontsize=10, loc='left')
     save(fig, path)
 
 

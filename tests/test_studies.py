@@ -1,8 +1,11 @@
 """The topics of bench.py that can be checked in seconds: what they claim holds exactly, and their figures exist."""
+import sys
+
 import pytest
 import torch
 
 import ablate
+import bench
 import studies
 
 pytest.importorskip('matplotlib')
@@ -10,6 +13,13 @@ pytest.importorskip('matplotlib')
 
 def lines(capsys):
     return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_without_matplotlib_a_table_stands_alone(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    bench.run(bench.cache)
+    printed = capsys.readouterr().out
+    assert 'MLA 512 + 64' in printed and printed.splitlines()[-1].startswith('no figure without matplotlib')
 
 
 def test_influence_reaches_as_far_as_layers_times_window(tmp_path, capsys):
