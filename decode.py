@@ -325,6 +325,17 @@ class Text:
         return told
 
 
+def special_token(tokenizer, text):
+    """The id of a special token, None for ordinary text. ValueError for one that the tokenizer lacks."""
+    if tokenizer.eot is not None and text == '<|endoftext|>':
+        return tokenizer.eot
+    known = getattr(tokenizer, 'tokenizer', None)  # of a published checkpoint
+    found = known.token_to_id(text) if known is not None and text.startswith('<') else None
+    if found is None and text.startswith('<|') and text.endswith('|>'):
+        raise ValueError(f'stop={text} must be a text or a special token that this tokenizer has')
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------
 # How likely a text is, and how fast a step can be
 
