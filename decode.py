@@ -208,7 +208,8 @@ class Decoder:
             if self.num_samples > 1:
                 for entry in self.cache:
                     entry.expand(self.num_samples)
-        self.pos.copy_(pos[..., -1:].view(-1, 1).repeat_interleave(self.num_samples, 0).expand(self.pos.shape))
+        last = pos[..., -1:].expand(len(logits), 1)
+        self.pos.copy_(last.repeat_interleave(self.num_samples, 0))
         self.take(logits[:, -1].repeat_interleave(self.num_samples, 0))
 
     def step(self):
@@ -287,12 +288,12 @@ def left_padded(prompts, device='cpu'):
 
 
 class Text:
-    """The text of one row as it grows: whole characters, and nothing from a stop string on."""
+    """The text of one row as it grows: whole characters, nothing from a stop string or an ending token on."""
 
-    def __init__(self, tokenizer, stops=()):
+    def __init__(self, tokenizer, stops=(), ends=()):
         # a character may be spread over several tokens: nothing is told before its last byte
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.tokenizer, self.stops = tokenizer, stops
+        self.tokenizer, self.stops, self.ends = tokenizer, stops, ends
         self.tokens, self.text, self.told, self.done = [], '', 0, False
 
     def add(self, token):
@@ -300,7 +301,7 @@ class Text:
         if self.done:
             return ''
         self.tokens.append(token)
-        if token == self.tokenizer.eot:
+        if token in self.ends:
             return self.finish()
         self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]))
         ends = [at for at in (self.text.find(stop) for stop in self.stops) if at >= 0]

@@ -249,7 +249,8 @@ def plain_decoder(batch, room, first_row=0, samples=None):
 
 def play(decoder, rows):
     """Run it to its end, print and write what it says; (new tokens, seconds, tokens a second after the first)"""
-    said, logprobs, ends = [Text(tokenizer, stop_texts) for _ in rows], [[] for _ in rows], [0.0] * len(rows)
+    said = [Text(tokenizer, stop_texts, stop_tokens or ()) for _ in rows]
+    logprobs, ends = [[] for _ in rows], [0.0] * len(rows)
     print(rows[0][1], end='', flush=True)
     began = prefilled = clock(device)
     for step, tokens in enumerate(decoder.stream()):
@@ -267,8 +268,6 @@ def play(decoder, rows):
                 print(fresh, end='', flush=True)
             if text.done:
                 decoder.done[n], ends[n] = True, clock(device)
-            elif stop_tokens and value in stop_tokens:
-                text.finish()
         if all(text.done for text in said):
             break
     over = clock(device)
@@ -307,7 +306,7 @@ def typed():
     while True:
         try:
             line = input('> ')
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         if line:

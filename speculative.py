@@ -34,7 +34,7 @@ class Chance:
     """All that is left to chance, from a seed."""
 
     def __init__(self, seed, row, device):
-        self.key = key(torch.tensor(seed, device=device), torch.tensor(row, device=device), torch.tensor(1, device=device))
+        self.key = key(torch.tensor(seed, device=device), torch.tensor(row, device=device))
         self.count = 0
 
     def next_key(self):
@@ -86,8 +86,8 @@ class Speculative:
         T = idx.shape[1]
         sizes = [m.lm_head.weight.shape[0] for m in (model, draft)]
         if idx.shape[0] != 1 or T == 0:
-            raise ValueError(f'idx of shape {tuple(idx.shape)} must be one row of at least one token, as a draft '
-                             'is for one text at a time')
+            raise ValueError(f'idx of shape {tuple(idx.shape)} must be one row of at least one token, as '
+                             'a draft is for one text at a time')
         if sizes[0] != sizes[1]:
             raise ValueError(f'draft has a vocabulary of {sizes[1]} tokens and must have that of the model, '
                              f'{sizes[0]}: take a draft with the same tokenizer')
@@ -107,6 +107,7 @@ class Speculative:
         self.chance = Chance(seed, first_row, idx.device)
         self.model, self.draft = (Side(m, T + max_new_tokens, ahead, compiled) for m in (model, draft))
         self.cache, self.logprob = self.model.cache, None
+        self.done = torch.zeros(1, 1, dtype=torch.bool)     # whoever reads the stream may end it
         self.proposed = self.kept = self.rounds = 0
         self.seen = None
         if sampling.repetition_penalty != 1:
@@ -142,7 +143,7 @@ class Speculative:
                     self.logprob = logprobs[n].view(1, 1)
                     yield new[n].view(1, 1)
                     made += 1
-                    if one in self.stop:
+                    if one in self.stop or self.done:
                         return
                 token, place = new[-1:], place + len(new)
         finally:
