@@ -275,8 +275,7 @@ def decode_variants():
         size, step = bytes_per_step(models[name], decoder.cache), statistics.median(steps[name, mode])
         print(f'{name:9} {mode:8} {statistics.median(firsts[name, mode]) * 1e3:7.1f} ms {step * 1e3:7.2f} ms '
               f'{1 / step:9.1f} {size / 1e6:11.1f} {size / step / bandwidth:13.0%}')
-    ours = min((name for name in runs if name[0] == 'float32'), key=lambda name: statistics.median(totals[name]))
-    seconds = statistics.median(totals[ours])
+    seconds, ours = min((statistics.median(totals[name]), name) for name in runs if name[0] == 'float32')
     if theirs:
         print(f'transformers, float32: {new / statistics.median(whole):.1f} tokens/s with the prompt, ours '
               f'({ours[1]}) {new / seconds:.1f}: {statistics.median(whole) / seconds:.2f}x')
@@ -312,8 +311,8 @@ def decode_batches():
         if gpu:
             run()
         first, steps = run()
-        size, step = bytes_per_step(model, model.new_cache(rows, 256 if gpu else 152), rows), statistics.median(
-            steps)
+        step, cache = statistics.median(steps), model.new_cache(rows, 256 if gpu else 152)
+        size = bytes_per_step(model, cache, rows)
         bandwidth = read_bandwidth(min(size, 2 ** 30), device)
         print(f'{rows:3} rows: first {first * 1e3:8.1f} ms, then {rows / step:9.1f} tokens/s, '
               f'{size / 1e6:8.1f} MB a step, {size / step / bandwidth:.0%} of {bandwidth / 1e9:.1f} GB/s')

@@ -22,8 +22,8 @@ class Sampling:
     temperature: float = 1.0            # 0: the likeliest; 1: as the model says; higher: wilder
     top_k: int | None = None            # the k likeliest only
     top_p: float | None = None          # the fewest that hold this share (nucleus, Holtzman et al. 2019)
-    min_p: float | None = None          # at least so likely as this share of the likeliest (Nguyen et al. 2024)
-    repetition_penalty: float = 1.0     # divides positive logits of tokens in the text (CTRL, Keskar et al. 2019)
+    min_p: float | None = None          # at least this share as likely as the likeliest (Nguyen et al. 2024)
+    repetition_penalty: float = 1.0     # against tokens that the text holds already (Keskar et al. 2019)
 
     def __post_init__(self):
         if not self.temperature >= 0:
@@ -353,7 +353,8 @@ def logprobs_of(model, tokens, window):
     while scored < len(tokens):
         text = tokens[start:start + window]
         logits = model(text[:-1].unsqueeze(0))[0][0, scored - start - 1:].float()
-        parts.append(logits.gather(-1, text[scored - start:].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1))
+        chosen = logits.gather(-1, text[scored - start:].unsqueeze(-1)).squeeze(-1)
+        parts.append(chosen - logits.logsumexp(-1))
         scored = start + len(text)
         start = scored - window // 2
     model.train(training)
@@ -381,7 +382,7 @@ def clock(device):
 
 
 def read_bandwidth(nbytes, device, rounds=5):
-    """Bytes a second at which this machine can read so many: the fastest of sums and products with a vector."""
+    """Bytes a second at which this machine reads so many: the fastest of sums and products with a vector."""
     width = 1024
     x = torch.ones(max(1, nbytes // (4 * width)), width, device=device)
     v, best = torch.ones(width, device=device), math.inf

@@ -1785,7 +1785,7 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None,
                  **more):
-        """idx (B,T) int64 and what `stream` yields after it -> (B,T+new) int64, samples next to each other."""
+        """idx (B,T) int64 and what `stream` yields after it -> (B,T+new) int64, samples side by side."""
         new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed, **more))
         idx = idx.repeat_interleave(more.get('num_samples', 1), 0)
         return torch.cat((idx, decode.trimmed(torch.cat(new, dim=1), stop)), dim=1) if new else idx

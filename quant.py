@@ -1,6 +1,6 @@
 """
-Weights in 8 bit, for sampling: a step of one row reads every weight once and does little else, so a quarter of
-the bytes is up to four times the speed. Activations, norms, embeddings and the cache stay as they are.
+Weights in 8 bit, for sampling: a step of one row reads every weight once and does little else, so a quarter
+of the bytes is up to four times the speed. Activations, norms, embeddings and the cache stay as they are.
 
 Each output row of a matrix has its own scale, the largest of its weights / 127 (symmetric, rounded to the
 nearest). What that costs is printed by sample.py, in bits per byte.

@@ -45,7 +45,7 @@ max_new_tokens = 500                # tokens in each; fewer where the document o
 temperature = 0.6                   # 0: always the likeliest token; 1: as the model says; higher: wilder
 top_k: int | None = 200             # draw from the k likeliest tokens only; None: from all
 top_p: float | None = 0.9           # draw from the fewest tokens that hold this share; None: all
-min_p: float | None = None          # draw from tokens at least this share as likely as the likeliest; None: all
+min_p: float | None = None          # draw from tokens this share as likely as the likeliest; None: all
 repetition_penalty = 1.0            # above 1: tokens that the text holds already become less likely
 stop = ''                           # a text or special token that ends a sample, or a JSON list of them
 seed = 1337                         # of the draws
@@ -55,7 +55,7 @@ chunk = 2048                        # tokens of a prompt that are run at once
 draft = ''                          # out_dir of a smaller model that drafts (speculative decoding)
 ahead = 4                           # draft: tokens it runs ahead
 quant = 'none'                      # none, int8 (of the weights)
-out = ''                            # write prompt, text, tokens and log-probabilities to this file, as JSON lines
+out = ''                            # write prompt, text, tokens, log-probabilities to this file, as JSON lines
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of the weights: auto (on a GPU 16 bit), float32, bfloat16, float16
 compile = False                     # torch.compile the step: a minute for the first token, faster ones after
@@ -84,9 +84,10 @@ def load_run(folder):
 
 
 def prepared(model):
-    """The model on its device, without rows of a rounded-up vocabulary: without a text, they must not be drawn."""
+    """The model on its device, without the rows of a rounded-up vocabulary, which have no text to be drawn."""
     model = model.eval().to(device, getattr(torch, dtype))
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:tokenizer.vocab_size], requires_grad=False)
+    head = model.lm_head.weight[:tokenizer.vocab_size]
+    model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     return model
 
 
@@ -100,8 +101,7 @@ def read_prompts(path):
     if not lines:
         raise ValueError(f'prompts={path} must hold at least one line that is not empty')
     try:
-        rows = [json.loads(line) for line in lines] if path.endswith('.jsonl') else [{'prompt': x} for x in lines]
-        return [str(row['prompt']) for row in rows]
+        return [str(json.loads(line)['prompt']) for line in lines] if path.endswith('.jsonl') else lines
     except (ValueError, TypeError, KeyError):
         raise ValueError(f'prompts={path} must hold JSON lines with a "prompt" each') from None
 
@@ -129,8 +129,8 @@ def room_behind(tokens, name):
     """How many tokens may follow these. ValueError where learned positions leave none."""
     limits = [m.wpe.max_tokens for m in (model, draft_model) if m and m.wpe.max_tokens is not None]
     if limits and len(tokens) >= min(limits):
-        raise ValueError(f'{name} has {len(tokens)} tokens and must have fewer than block_size={min(limits)}, '
-                         'where learned positions end: shorten it')
+        raise ValueError(f'{name} has {len(tokens)} tokens and must have fewer than '
+                         f'block_size={min(limits)}, where learned positions end: shorten it')
     return min([max_new_tokens, *(limit - len(tokens) for limit in limits)])
 
 
@@ -146,8 +146,8 @@ with one_sentence():
             raise ValueError(f'{name}={value} must be at least 1')
     modes = {'start': start, 'prompts': prompts, 'interactive': interactive, 'score': score}
     if sum(map(bool, modes.values())) > 1:
-        raise ValueError(f'{" and ".join(name for name in modes if modes[name])} must not be set together: each '
-                         'says what to continue')
+        given = ' and '.join(name for name in modes if modes[name])
+        raise ValueError(f'{given} must not be set together: each says what to do')
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     draft_model, meta = None, {}
     if init_from == 'resume':
@@ -160,8 +160,8 @@ with one_sentence():
     if draft:
         draft_model, its_tokenizer, _ = load_run(draft)
         if its_tokenizer.meta() != tokenizer.meta():
-            raise ValueError(f'draft={draft} has a vocabulary of {its_tokenizer.vocab_size} tokens that is not '
-                             'the one of the model: take a draft trained on the same dataset')
+            raise ValueError(f'draft={draft} has a vocabulary of {its_tokenizer.vocab_size} tokens that is '
+                             'not that of the model and must be: take a draft trained on the same dataset')
         draft_model = prepared(draft_model)
     stop_texts, stop_tokens = stops()
     if prompts:
@@ -223,7 +223,8 @@ if score:
     count = len(to_score) - 1
     print(f'{count} tokens, {size} bytes: log-likelihood {nats:.3f} nats, perplexity a token '
           f'{math.exp(-nats / count):.3f}, {bpb:.4f} bits per byte')
-    write_line(text=scored_text, tokens=to_score, logprobs=text_logprobs(to_score).tolist(), bits_per_byte=bpb)
+    write_line(text=scored_text, tokens=to_score, logprobs=text_logprobs(to_score).tolist(),
+               bits_per_byte=bpb)
 
 # ----------------------------------------------------------------------------------------------------------
 # Samples, the first of a batch printed as it comes
@@ -242,13 +243,13 @@ def decoders(batch, first_row):
 
 def plain_decoder(batch, room, first_row=0, samples=None):
     idx, lengths = left_padded([tokens for tokens, _ in batch], device)
+    lengths = None if min(lengths) == max(lengths) else lengths
     return Decoder(model, idx, room, sampling, stop_tokens, seed, num_samples=samples or num_samples,
-                   lengths=None if min(lengths) == max(lengths) else lengths, first_row=first_row, chunk=chunk,
-                   compiled=compile, logprobs=bool(out))
+                   lengths=lengths, first_row=first_row, chunk=chunk, compiled=compile, logprobs=bool(out))
 
 
 def play(decoder, rows):
-    """Run it to its end, print and write what it says; (new tokens, seconds, tokens a second after the first)"""
+    """Run it to its end, print and write what it says -> (tokens, steps after the first, their seconds)"""
     said = [Text(tokenizer, stop_texts, stop_tokens or ()) for _ in rows]
     logprobs, ends = [[] for _ in rows], [0.0] * len(rows)
     print(rows[0][1], end='', flush=True)
@@ -292,8 +293,8 @@ def report(decoder, total, steps, seconds):
         stamps = [clock(device) for _ in plain.stream()]
         rate, without = steps / seconds, (len(stamps) - 1) / max(1e-9, stamps[-1] - stamps[0])
         print(f'draft: {decoder.kept / max(1, decoder.proposed):.0%} of its tokens kept, '
-              f'{(steps + 1) / decoder.rounds:.2f} tokens a round; {rate / max(1e-9, without):.2f}x the speed '
-              'without it')
+              f'{(steps + 1) / decoder.rounds:.2f} tokens a round; {rate / max(1e-9, without):.2f}x the '
+              'speed without it')
         return
     bandwidth = read_bandwidth(min(size, 2 ** 29), device, rounds=2)
     print(f'{rows} {"row" if rows == 1 else "rows"} together: {total - rows:.0f} tokens in {steps} steps of '

@@ -6,10 +6,11 @@ agrees with. What comes out is distributed exactly as if the large model had dra
     x ~ q is kept with probability min(1, p(x) / q(x)); at the first that is not, the token is drawn from
     what is left of p, max(0, p - q) / sum of it; when all are kept, one more is drawn from p.
 
-Tokens that are not kept are taken back: caches of tokens by writing their positions anew (a window has as many
-slots more as may be taken back), states of state spaces from a copy.
+Tokens that are not kept are taken back: caches of tokens by writing their positions anew (a window has as
+many slots more as may be taken back), states of state spaces from a copy.
 
-One row at a time: rows would agree with their drafts at different places. Shapes: A tokens ahead, V vocabulary.
+One row at a time: rows would agree with their drafts at different places.
+Shapes: A tokens ahead, V vocabulary.
 """
 import torch
 
@@ -98,8 +99,8 @@ class Speculative:
                 raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
                                  f'block_size={m.wpe.max_tokens} of {name}, where learned positions end')
             if T + max_new_tokens > m.wpe.longest:
-                raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within the '
-                                 f'{m.wpe.longest} tokens up to which {name} can reuse its cache')
+                raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
+                                 f'the {m.wpe.longest} tokens up to which {name} can reuse its cache')
         self.idx, self.max_new_tokens, self.sampling, self.ahead, self.chunk = (
             idx, max_new_tokens, sampling, ahead, chunk)
         self.stop = set() if stop is None else set(torch.as_tensor(stop).view(-1).tolist())
@@ -152,8 +153,8 @@ class Speculative:
 
     def round(self, token, unread, place, ahead):
         """
-        token (1,) at `place`, which the model has not read; unread: the tokens up to it that the draft has not
-        -> the next tokens (1 to ahead + 1,), their log-probabilities, what the draft has not read of them.
+        token (1,) at `place`, which the model has not read; unread: the tokens up to it that the draft has
+        not -> the next tokens (1 to ahead + 1,), their log-probabilities, what the draft has not read of them.
         """
         drafted, q, states = token[:0], [], []
         read = unread

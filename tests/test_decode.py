@@ -117,9 +117,10 @@ def test_a_step_is_one_graph_for_all_positions(flags):
 
 
 @pytest.mark.parametrize('flags', [
-    toy(layer_pattern='w', window=5, pos='rope'), toy(layer_pattern='m', ffn_pattern='-', pos='none',
-                                                      ssm_head_dim=8),
-    toy(layer_pattern='w', window=5, pos='alibi'), toy(layer_pattern='wm', window=5, pos='none', ssm_head_dim=8)],
+    toy(layer_pattern='w', window=5, pos='rope'),
+    toy(layer_pattern='m', ffn_pattern='-', pos='none', ssm_head_dim=8),
+    toy(layer_pattern='w', window=5, pos='alibi'),
+    toy(layer_pattern='wm', window=5, pos='none', ssm_head_dim=8)],
     ids=['window', 'state', 'alibi', 'both'])
 def test_windows_and_states_go_on_in_constant_memory(flags):
     model, idx = scaled(build(flags), 5), tokens(flags, 1, 4)
@@ -158,7 +159,8 @@ PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
 
 @pytest.mark.parametrize('arguments, kept', [
-    ({'min_p': 0.6}, [0, 1]), ({'min_p': 0.5}, [0, 1, 2]), ({'min_p': 1.0}, [0]), ({'min_p': 1e-3}, [0, 1, 2, 3]),
+    ({'min_p': 0.6}, [0, 1]), ({'min_p': 0.5}, [0, 1, 2]), ({'min_p': 1.0}, [0]),
+    ({'min_p': 1e-3}, [0, 1, 2, 3]),
     ({'min_p': 0.5, 'temperature': 2.0}, [0, 1, 2, 3]), ({'min_p': 0.4, 'top_k': 2}, [0, 1]),
     ({'min_p': 0.4, 'top_p': 0.6}, [0, 1])], ids=str)
 def test_min_p_keeps_what_is_so_likely(arguments, kept):
@@ -303,14 +305,16 @@ def test_greedy_speculation_is_the_greedy_text(flags):
             new.append(token)
             logprobs.append(decoder.logprob)
         assert torch.equal(torch.cat(new, 1), text), f'{ahead} ahead'
-        assert_close(torch.cat(logprobs, 1), want(model, torch.cat((idx, text), 1), 14), 1e-4, 'log-probabilities')
+        whole = torch.cat((idx, text), 1)
+        assert_close(torch.cat(logprobs, 1), want(model, whole, 14), 1e-4, 'log-probabilities')
         if draft is model:
             assert decoder.kept == decoder.proposed and decoder.rounds == 3, 'it must agree with itself'
 
 
 def test_speculation_stops_where_the_text_does():
     model, idx = scaled(build(toy(pos='rope')), 10), tokens(toy(), 1, 6)
-    text = torch.cat(list(Speculative(model, model, idx, 14, Sampling(), seed=1, ahead=4).stream()), 1)[0].tolist()
+    whole = Speculative(model, model, idx, 14, Sampling(), seed=1, ahead=4)
+    text = [token.item() for token in whole.stream()]
     stop = text[6]
     again = Speculative(model, model, idx, 14, Sampling(), stop=[stop], seed=1, ahead=4)
     assert [t.item() for t in again.stream()] == text[:text.index(stop) + 1]
@@ -451,7 +455,8 @@ def test_text_is_told_in_whole_characters():
 
 def test_text_ends_before_a_stop_string():
     text = Text(ByteTokenizer(), stops=['END', 'NO'])
-    assert said(text, b'aENxENDb') == ['a', '', '', 'ENx', '', '', '', ''] and text.done and text.text == 'aENx'
+    assert said(text, b'aENxENDb') == ['a', '', '', 'ENx', '', '', '', '']
+    assert text.done and text.text == 'aENx'
     assert text.tokens == [*b'aENxEND'], 'the tokens of the stop are counted, later ones are not'
     text = Text(ByteTokenizer(), stops=['END'])
     said(text, b'aEN')
