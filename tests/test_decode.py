@@ -93,11 +93,12 @@ def test_a_prompt_is_run_in_pieces():
     assert sizes == [4, 4, 2, 1]
 
 
-@every_family
+@pytest.mark.parametrize('flags', [
+    toy(), toy(pos='rope', layer_pattern='w', window=5), toy(pos='rope', attn='mla'),
+    toy(pos='none', layer_pattern='m', ssm_head_dim=8), toy(pos='alibi', ffn_pattern='e', n_expert=4)],
+    ids=['full', 'ring', 'latent', 'state', 'experts'])
 @torch.no_grad()
 def test_a_step_is_one_graph_for_all_positions(flags):
-    if 'e' in flags.get('ffn_pattern', '') or flags.get('n_expert'):
-        pytest.skip('experts are counted on the host')
     graphs = []
 
     def backend(graph, inputs):
