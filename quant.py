@@ -26,7 +26,7 @@ def rounded(weight):
 
 def int8_linear(x, weight, scale, bias):
     """x (M,I), weight (N,I) int8, scale (N,), bias (N,) or None -> (M,N) in x's dtype"""
-    if x.device.type == 'cpu' and len(x) <= FEW:
+    if x.device.type == 'cpu' and len(x) <= FEW and x.shape[1] % 64 == 0:  # it reads whole vectors
         # the scale is applied afterwards: the kernel would round it to its own 16 bit
         y = torch._weight_int8pack_mm(x.bfloat16(), weight, torch.ones_like(scale, dtype=torch.bfloat16))
     else:

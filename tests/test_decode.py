@@ -12,7 +12,7 @@ from conftest import assert_close, build, every_family, scaled, tokens, toy
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from decode import (Decoder, Sampling, Text, bytes_per_step, gumbel, key, left_padded, logprobs_of,
                     read_bandwidth, special_token, trimmed, uniform)
-from model import GPT, GPTConfig, StateCache, TokenCache
+from model import GPT, GPTConfig, Linear, StateCache, TokenCache
 from quant import Int8Experts, Int8Linear, quantize, rounded
 from speculative import Speculative, verdict
 
@@ -374,14 +374,17 @@ def test_int8_is_near_the_model_and_a_quarter_of_its_bytes(flags):
 
 
 def test_int8_rows_few_and_many_are_the_same_product():
-    linear = build(toy(n_embd=64, n_head=4)).h[0].ffn.c_fc
     torch.manual_seed(0)
-    linear.weight.data.normal_()
-    x, layer = torch.randn(40, 64), Int8Linear(linear)
-    want = x @ (layer.weight.float() * layer.scale.view(torch.float32)[:, None]).T + linear.bias
-    assert_close(layer(x[None])[0], want, 1e-5, 'many rows')
-    # activations are rounded to 16 bit
-    assert_close(layer(x[None, :3])[0], want[:3], 2e-2, 'few rows')
+    # the CPU's kernel reads whole vectors: widths that are no multiple of them must not reach it
+    for width, out in itertools.product((64, 128, 7, 12, 48, 100), (1, 7, 64)):
+        linear = Linear(width, out, bias=True)
+        torch.nn.init.normal_(linear.weight), torch.nn.init.normal_(linear.bias)
+        x, layer = torch.randn(40, width), Int8Linear(linear)
+        want = x @ (layer.weight.float() * layer.scale.view(torch.float32)[:, None]).T + linear.bias
+        assert_close(layer(x[None])[0], want, 1e-5, f'many rows of {width}')
+        for rows in (1, 3, 16):
+            # activations are rounded to 16 bit
+            assert_close(layer(x[None, :rows])[0], want[:rows], 2e-2, f'{rows} rows of {width}')
 
 
 def test_int8_keeps_the_embedding_of_a_tied_head():
