@@ -152,7 +152,7 @@ class Decoder:
         self.cache = model.new_cache(B, slots) if total <= model.wpe.longest else None
         self.padding = None if lengths is None else T - torch.as_tensor(lengths, device=device).view(-1, 1)
         seed = torch.randint(2 ** 62, ()).item() if seed is None else seed
-        self.keys = key(torch.tensor(seed, device=device),
+        self.keys = key(torch.tensor(seed % 2 ** 63, device=device),
                         torch.arange(first_row, first_row + rows, device=device)).view(-1, 1)
         self.stop = None if stop is None else torch.as_tensor(stop, device=device).view(-1)
         self.pos, self.number = torch.zeros(rows, 1, dtype=torch.int64, device=device), torch.zeros(

@@ -35,7 +35,7 @@ class Chance:
     """All that is left to chance, from a seed."""
 
     def __init__(self, seed, row, device):
-        self.key = key(torch.tensor(seed, device=device), torch.tensor(row, device=device))
+        self.key = key(torch.tensor(seed % 2 ** 63, device=device), torch.tensor(row, device=device))
         self.count = 0
 
     def next_key(self):

@@ -374,7 +374,8 @@ def test_a_draft_of_another_vocabulary_is_refused():
     assert not done.out
 
 
-@pytest.mark.parametrize('name, text', [('a.txt', ' \n\n'), ('a.jsonl', '{"text": "a"}\n'), ('a.jsonl', 'abc\n')])
+@pytest.mark.parametrize('name, text', [
+    ('a.txt', ' \n\n'), ('a.jsonl', '{"text": "a"}\n'), ('a.jsonl', 'abc\n')])
 def test_a_file_without_prompts_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     done = python('sample.py', *flags(out_dir=chars(), device='cpu', prompts=tmp_path / name))
