@@ -4,8 +4,11 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py step config/llama_small.py config/tiny.py
     python bench.py cache
     python bench.py families config/tiny.py --max_iters=100
+    python bench.py kernels --aot=True
+    python bench.py gpu --out=bench/results
     python bench.py window
     python bench.py decode
+    python bench.py plot out/*
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
 import copy
@@ -37,8 +40,14 @@ batch_size = 12                     # sequences in a step
 rounds = 30                         # how often each variant is timed
 nanogpt = ''                        # folder of a nanoGPT checkout to time beside ours, with the same flags
 device = 'cpu'                      # cpu, cuda, mps
+aot = False                         # kernels: compile them for GPUs that are not here; False: time them here
+out = 'out/bench'                   # gpu: the folder for gpu.json
+parts = ''                          # gpu: some of checks,kernels,train,curve,decode; empty: all
+seconds = 510                       # gpu: stop when they are over
+dry = False                         # gpu: everything at toy size, on a CPU
 dtype = 'bfloat16'                  # families: of matrix products, float32 or bfloat16
 reuse = False                       # families: keep the runs that out/families holds, train what is missing
+figure = 'curves.png'               # where plot draws
 
 
 def step():
@@ -124,8 +133,8 @@ def cache():
 
 def families():
     """
-    Every config/*_small.py with the given files and flags behind it, trained and sampled, then timed in turns:
-    a Markdown table. tokens/s is of whole training steps with AdamW.
+    Every config/*_small.py with the given files and flags behind it, trained and sampled, then timed in
+    turns: a Markdown table. tokens/s is of whole training steps with AdamW.
     """
     flags = [flag for flag in sys.argv[2:] if not flag.startswith(('--reuse=', '--rounds='))]
     models, rows = {}, {}
@@ -134,7 +143,7 @@ def families():
         out_dir = os.path.join('out', 'families', name)
         if not (reuse and os.path.exists(os.path.join(out_dir, 'ckpt.pt'))):
             run_script('train.py', path, *flags, f'--out_dir={out_dir}', '--overwrite=True')
-        run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=64')
+            run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=64')
         state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
         models[name] = model = checkpoint.build(state, out_dir)
         T = model.config.block_size
@@ -149,6 +158,23 @@ def families():
     for name, (left, right) in rows.items():
         rate = batch_size * models[name].config.block_size / statistics.median(times[name]) * 1e3
         print(f'| {name} | {left} | {rate:,.0f} | {right} |')
+
+
+def kernel_table():
+    """Registers, shared memory and spills of every kernel, or its times against PyTorch's."""
+    if not aot:
+        return gpu_all('kernels')
+    if importlib.util.find_spec('triton') is None:
+        raise ValueError('aot=True needs Triton: pip install triton')
+    from kernels.aot import print_report
+    if not print_report():
+        sys.exit('a kernel does not fit')
+
+
+def gpu_all(some=None):
+    """Whatever needs a GPU, in one call (kernels/measure.py)."""
+    from kernels.measure import gpu
+    gpu(out, some or parts, seconds, dry)
 
 
 def run_script(*words):
@@ -167,8 +193,9 @@ def window():
 
         def run(scores):
             scores(q, k, v, pos, pos, True).square().mean().backward()
-        kinds = {w: GPT(GPTConfig(**c, layer_pattern='w' if w else 'a', window=w)).h[0].mixer.scores.to(device)
-                 for w in (None, 256, 1024)}
+        models = {w: GPT(GPTConfig(**c, layer_pattern='w' if w else 'a', window=w))
+                  for w in (None, 256, 1024)}
+        kinds = {w: model.to(device).h[0].mixer.scores for w, model in models.items()}
         times = in_turns({w: partial(run, scores) for w, scores in kinds.items()})
         full = statistics.median(times[None])
         print(f'T={T:6}  full {full:9.2f} ms' + ''.join(
@@ -368,13 +395,55 @@ def decode_latents():
               f'{statistics.median(times[name]) * 1e3:6.2f} ms a token')
 
 
-TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'decode': decode}
+def plot():
+    """Loss curves of the runs in these folders, in one figure: over steps, tokens, seconds and FLOPs."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    scales, runs = ('step', 'tokens', 'seconds', 'FLOPs'), []
+    for folder in folders:
+        path = os.path.join(folder, 'metrics.jsonl')
+        if not os.path.isfile(path):
+            print(f'{folder} holds no metrics.jsonl and is left out')
+            continue
+        with open(path) as f, open(os.path.join(folder, 'config.json')) as g:
+            lines, config = [json.loads(line) for line in f], GPTConfig(**json.load(g)['model'])
+        with torch.device('meta'):
+            flops = GPT(config, seed=None).flops_per_token(config.block_size)
+        runs.append((os.path.basename(os.path.normpath(folder)),
+                     [line | {'FLOPs': line['tokens'] * flops} for line in lines]))
+    if not runs:
+        raise ValueError('plot needs folders of runs: python bench.py plot out/*')
+    _, panels = plt.subplots(2, 2, figsize=(14, 10), sharey=True)
+    for panel, scale in zip(panels.flat, scales):
+        for color, (name, lines) in enumerate(runs):
+            for loss, style in (('train_loss', dict(alpha=0.4, linewidth=0.8)),
+                                ('val_loss', dict(marker='o', label=name))):
+                points = [(line[scale], line[loss]) for line in lines if line.get(loss) is not None]
+                if points:
+                    panel.plot(*zip(*points), color=f'C{color}', **style)
+        panel.set(xlabel=scale, ylabel='loss: validation (dots), training (thin)')
+        panel.grid(alpha=0.3)
+    panels.flat[0].legend()
+    plt.tight_layout()
+    plt.savefig(figure, dpi=120)
+    for name, lines in runs:
+        losses = [line['val_loss'] for line in lines if line.get('val_loss') is not None]
+        if losses:
+            print(f'{name:30} best validation loss {min(losses):.4f}, last {losses[-1]:.4f}')
+    print(f'drawn in {figure}')
+
+
+TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'decode': decode, 'plot': plot,
+          'kernels': kernel_table, 'gpu': gpu_all}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):
         sys.exit(f'the first word must be a topic, one of {", ".join(TOPICS)}: python bench.py step')
     chosen = TOPICS.get(sys.argv[1])
     argv = sys.argv[2:] if chosen else ['--help']
+    folders = [arg for arg in argv if chosen is plot and not arg.startswith('-')]
+    argv = [arg for arg in argv if arg not in folders]
     model_args = configure(globals(), GPTConfig, argv, skip=names_in('train.py'))
     with one_sentence():
         checkpoint.check_device(device)

@@ -35,7 +35,7 @@ class GPTConfig:
     n_layer: int = 12               # blocks
     n_head: int = 12                # query heads
     n_embd: int = 768               # width of the residual stream
-    layer_pattern: str = 'a'        # mixer of each layer, repeated: the letters of MIXERS (--help)
+    layer_pattern: str = 'a'        # mixers: a all, w window, c chunk, n v like a w without rope, m SSM
     ffn_pattern: str = 'f'          # what follows it, repeated: f one dense ffn, e experts, - nothing
     # positions
     pos: str = 'learned'            # learned, sinusoidal, rope, alibi, alibi_bf16 (Falcon), none
@@ -87,7 +87,7 @@ class GPTConfig:
     ffn_alpha: float = 1.702        # swiglu_clip: the gate is x sigmoid(alpha x)
     n_expert: int | None = None     # letter e: experts
     n_expert_used: int = 2          # experts that each token passes through
-    expert_width: int | float | None = None  # of one expert, a float: of ffn_width; None: all used are ffn_width
+    expert_width: int | float | None = None  # None: all that a token uses are ffn_width; float: share
     n_shared: int = 0               # experts' worth of ffn that every token passes through as well
     shared_width: int | None = None  # n_shared: the hidden width of all that; None: n_shared expert_width
     shared_gate: bool = False       # n_shared: times the sigmoid of a learned score (Qwen MoE)
@@ -152,7 +152,8 @@ class GPTConfig:
         self._fill_in()
         for name in ('norm_eps', 'latent_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq',
                      'rope_attention_factor', 'router_scale', 'attn_scale', 'qkv_clip', 'temp_scale',
-                     'embed_scale', 'residual_scale', 'expert_width', 'logit_scale', 'ffn_limit', 'ffn_alpha'):
+                     'embed_scale', 'residual_scale', 'expert_width', 'logit_scale', 'ffn_limit',
+                     'ffn_alpha'):
             value = getattr(self, name)
             self._must(name, value is None or value is False or value > 0, 'be above 0')
         self._combinations()
@@ -377,6 +378,9 @@ class LearnedPositions(Positions):
         self.weight = nn.Parameter(torch.empty(c.block_size, c.n_embd))
 
     def forward(self, x, pos):
+        if pos.device.type == 'cpu' and not torch.compiler.is_compiling() and pos.max() >= self.max_tokens:
+            raise ValueError(f'pos={pos.max()} must be below block_size={self.max_tokens}, where learned '
+                             'positions end')
         return x + F.embedding(pos.clamp(min=0), self.weight)
 
     draw = Embedding.draw
@@ -754,13 +758,22 @@ class Scores(nn.Module):
         self.sinks = nn.Parameter(torch.empty(n_head)) if c.sinks else None
         # what SDPA's own triangle is enough for, its fastest path, as long as the window covers it
         self.triangle = not self.alibi and not c.sinks and c.softcap is None
+        # what kernels/attention.py knows
+        self.kernels = self.visible is visible and self.alibi in (None, alibi)
 
     def draw(self, leaf, generator):
         return torch.randn(self.sinks.shape, generator=generator) * 0.02
 
     def forward(self, q, k, v, pos, key_pos, causal):
         """q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), pos (T,) or (B,T), key_pos (S,) or (B,S) -> (B,T,H,Dv)"""
+        slopes = None if self.slopes is None else self.slopes.view(torch.float32).view(-1)
+        flags = pos, key_pos, self.scale, self.window, self.softcap, slopes, self.sinks
         T, window = q.shape[1], self.window or math.inf
+        if self.kernels and not self.drop() and not (causal and self.triangle and window >= T):
+            if not causal and ops.is_fused('decode_attention', q, k, v, *flags):
+                return ops.decode_attention(q, k, v, *flags)
+            if ops.is_fused('attention', q, k, v, *flags, causal):
+                return ops.attention(q, k, v, *flags, causal)
         if causal and T >= 2 * window:
             return self.blockwise(q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -898,6 +911,7 @@ class Attention(nn.Module):
         self.clip = c.qkv_clip
         (self.q_norm, self.q_unit), (self.k_norm, self.k_unit) = (
             QK_NORM[c.qk_norm](c, n) for n in (c.n_head, c.n_kv_head))
+        self.norm_in_rope = self.rotary and c.qk_norm is True  # one operation for both
         self.scores = Scores(c, c.n_head // self.n_maps, c.head_dim, kind)
         self.value_scale = nn.Parameter(torch.empty(1)) if c.value_embed else None
         self.temperature = None if self.rotary or c.temp_scale is None else (c.temp_scale, c.temp_floor)
@@ -911,10 +925,12 @@ class Attention(nn.Module):
         if self.clip is not None:
             x = x.clamp(-self.clip, self.clip)
         q, k, v = x.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.norm_in_rope else ()
+        if not norms:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            cos, sin = ctx.rope[self.local]
-            q, k = self.q_unit(ops.rope(q, cos, sin)), self.k_unit(ops.rope(k, cos, sin))
+            q, k = ops.rope_qk(q, k, *ctx.rope[self.local], *norms)
+            q, k = self.q_unit(q), self.k_unit(k)
         if self.temperature is not None:
             scale, floor = self.temperature
             steps = ((ctx.pos.clamp(min=0) + 1) / floor).floor()                # (T,) or (B,T)
@@ -1619,6 +1635,8 @@ class GPT(nn.Module):
         """seed=None leaves the parameters undrawn, for weights that are loaded next."""
         super().__init__()
         self.config = c = config
+        self.z_loss = 0.0  # set by train.py: the weight of the logits' z-loss in training
+        self.extra_loss = 0.0  # what the last training forward added to the cross entropy
         self.wte = Embedding(c.vocab_size, c.n_embd)
         self.wpe = POSITIONS[c.pos](c)
         self.embed_scale = (math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0)
@@ -1651,8 +1669,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, pos=None, last_only=False):
         """
         idx (B,T) int64. pos (T,) or (B,T) int64 says where the tokens belong: consecutive, negative for
-        padding on the left, below block_size where positions are learned, None for 0..T-1. cache: from
-        new_cache; then pos may only be None on its first call.
+        padding before the first token of a row, below block_size where positions are learned, None for
+        0..T-1. cache: from new_cache; then pos may only be None on its first call.
 
         Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where
         there is none -> (None, mean cross entropy in nats): the logits are not kept
@@ -1665,7 +1683,12 @@ class GPT(nn.Module):
             x = block(x, ctx, entry)
         if targets is not None:
             loss = self.loss(x, targets)
-            return None, loss + self.further_losses(x, targets, ctx) if self.training else loss
+            if self.training:
+                extra = self.further_losses(x, targets, ctx)
+                # for a log that compares runs with and without them
+                self.extra_loss = extra.detach() if isinstance(extra, torch.Tensor) else extra
+                loss = loss + extra
+            return None, loss
         cap, logits = self.config.logit_softcap, self.lm_head(self.read_out(x[:, -1:] if last_only else x))
         return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
 
@@ -1677,7 +1700,8 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """x (B,T,C) of the last block, targets (B,T) -> mean cross entropy"""
         x_NC, targets_N = self.read_out(x).flatten(0, 1), targets.flatten()
-        return ops.linear_cross_entropy(x_NC, self.lm_head.weight, targets_N, self.config.logit_softcap)
+        return ops.linear_cross_entropy(x_NC, self.lm_head.weight, targets_N, self.config.logit_softcap,
+                                        self.z_loss if self.training else 0.0)
 
     def further_losses(self, x, targets, ctx):
         """What training adds: the losses of routers, and of the tokens after the next one."""
@@ -1707,8 +1731,9 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size, max_tokens, spare=0):
         """
-        An empty cache per layer, for batch_size sequences of max_tokens, in the activations' dtype. spare:
-        how many tokens may be taken back, which costs a window that many slots.
+        An empty cache per layer, for batch_size sequences of max_tokens, in the activations' dtype. Tokens
+        beyond max_tokens push out the oldest. spare: how many tokens may be taken back, which costs a window
+        that many slots.
         """
         weight = self.wte.weight
         kind = weight.device.type

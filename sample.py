@@ -24,6 +24,7 @@ from data.common import read_text
 from data.tokenizer import from_meta
 from decode import (Decoder, Sampling, Text, bytes_per_step, clock, left_padded, logprobs_of, read_bandwidth,
                     special_token)
+from kernels import use_kernels
 from model import GPT
 from speculative import Speculative
 
@@ -58,6 +59,7 @@ quant = 'none'                      # none, int8 (of the weights)
 out = ''                            # write prompt, text, tokens, log-probabilities to this file, as JSON lines
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of the weights: auto (on a GPU 16 bit), float32, bfloat16, float16
+kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all, and compiled or not)
 compile = False                     # torch.compile the step: a minute for the first token, faster ones after
 
 configure(globals())
@@ -136,6 +138,7 @@ def room_behind(tokens, name):
 
 with one_sentence():
     checkpoint.check_device(device)
+    use_kernels(kernels, device)
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f'dtype={dtype} must be one of auto, float32, bfloat16, float16')
     if quant not in ('none', 'int8'):

@@ -11,17 +11,21 @@ cannot disturb the training order, and rows can be dealt to micro-batches and pr
 are mapped into memory, and only the rows asked for are read.
 """
 
+import hashlib
 import json
 import math
 import mmap
+import queue
 import subprocess
 import sys
+import threading
 from bisect import bisect_right
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.writer import DTYPES
 
@@ -58,6 +62,28 @@ def open_dataset(folder, block_size, seed):
     return Dataset(meta, train, val, block_size, seed)
 
 
+def check_hashes(folder, most_bytes=None):
+    """
+    Compare the token files in `folder` with the hashes in meta.json; with `most_bytes` only if they are no
+    larger. Reads all of them, about a gigabyte a second. ValueError where a file is not what was written.
+    """
+    folder = Path(folder)
+    meta = json.loads((folder / 'meta.json').read_text())
+    paths = {split: [folder / name for name in files] for split, files in meta['files'].items()}
+    size = sum(path.stat().st_size for files in paths.values() for path in files)
+    if most_bytes is not None and size > most_bytes:
+        return
+    for split, digest in meta.get('sha256', {}).items():
+        found = hashlib.sha256()
+        for path in paths[split]:
+            with open(path, 'rb') as file:
+                while piece := file.read(1 << 20):
+                    found.update(piece)
+        if found.hexdigest() != digest:
+            raise ValueError(f'{" ".join(map(str, paths[split]))} must have the hash that is in meta.json: '
+                             f'it was damaged since; run {command(folder)} again')
+
+
 def ensure_prepared(folder):
     """Prepare the dataset in `folder` if it is missing and needs no network.
 
@@ -73,7 +99,7 @@ def ensure_prepared(folder):
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / 'meta.json').exists() and subprocess.run([sys.executable, script]).returncode:
-            raise ValueError(f'{command(folder)} failed for the reason above: put it right and run that again')
+            raise ValueError(f'{command(folder)} failed for the reason above: put it right and run it again')
 
 
 def command(folder):
@@ -151,18 +177,63 @@ class Dataset:
         """x and y, int64 (n_rows, block_size), of the rows from first_row on; y is x shifted by one token."""
         return inputs_and_targets(self.train.rows(self.train_starts(first_row, n_rows), self.block_size + 1))
 
-    def eval_batches(self, batch_size, max_tokens, rank=0, world=1):
+    def eval_batches(self, batch_size, max_tokens, rank=0, world=1, full=False):
         """Yields x and y over windows spread evenly over the validation split, without overlap.
 
         They hold at most `max_tokens` tokens, but are at least one; None takes all there are. They are the
         same for every batch_size and world; process `rank` takes every world-th of them, which may be none.
+        full=True makes all batches of one size, and as many in every process: rows of targets -1 are added.
         """
         available = (len(self.val) - 1) // self.block_size
         wanted = available if max_tokens is None else max(1, min(available, max_tokens // self.block_size))
         starts = np.arange(wanted, dtype=np.int64) * available // wanted * self.block_size
-        starts = starts[rank::world]
-        for i in range(0, len(starts), batch_size):
-            yield inputs_and_targets(self.val.rows(starts[i:i + batch_size], self.block_size + 1))
+        starts, most = starts[rank::world], -(-wanted // world)
+        for i in range(0, most if full else len(starts), batch_size):
+            x, y = inputs_and_targets(self.val.rows(starts[i:i + batch_size], self.block_size + 1))
+            if full and len(x) < batch_size:
+                more = (0, 0, 0, batch_size - len(x))
+                x, y = F.pad(x, more), F.pad(y, more, value=-1)
+            yield x, y
+
+
+def ahead(batches, depth, pin=False):
+    """
+    What an iterator yields, made on a thread up to `depth` items before it is asked for; pin: in memory from
+    which a GPU can copy while it computes. depth 0: made when asked for.
+    """
+    if not depth:
+        yield from batches
+        return
+    made, over = queue.Queue(depth), threading.Event()
+
+    def put(item):
+        while not over.is_set():
+            try:
+                return made.put(item, timeout=1)
+            except queue.Full:
+                pass  # whoever takes them may have gone
+
+    def work():
+        try:
+            for batch in batches:
+                put((tuple(x.pin_memory() for x in batch) if pin else batch, None))
+                if over.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            batch, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
+            yield batch
+    finally:
+        over.set()
 
 
 def inputs_and_targets(rows):

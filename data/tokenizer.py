@@ -19,6 +19,7 @@ import heapq
 import importlib
 import json
 import os
+import re
 from collections import Counter, defaultdict
 
 EOT_BYTES = b'<|endoftext|>'
@@ -210,10 +211,11 @@ def merge(word, pair):
 
 
 class HFTokenizer:
-    """The vocabulary of a published checkpoint: the text of its tokenizer.json, run by the tokenizers library.
+    """The vocabulary of a published checkpoint: its tokenizer.json, run by the tokenizers library.
 
-    `eot` is the id that ends its texts. `prompt(text)` is as `encode`, with what the checkpoint expects before
-    a text, such as Llama's <|begin_of_text|>.
+    `eot` is the id that ends its texts. `prompt(text)` is as `encode`, with what the checkpoint expects
+    before a text, such as Llama's <|begin_of_text|>. `decode` is the library's, which may drop the blank
+    that a vocabulary puts before a text; `decode_bytes` keeps it.
     """
 
     def __init__(self, json_text, eot=None):
@@ -223,9 +225,12 @@ class HFTokenizer:
             self.tokenizer = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f'tokenizer.json is not understood ({error}): fetch it again') from None
-        self.vocab_size = self.tokenizer.get_vocab_size()
-        # bytes are spelt by characters of their own, or where the model has none for them as <0x0A>
-        self.bytes_of = byte_alphabet() if '"ByteLevel"' in json_text else {}
+        # ids may have gaps
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+        # bytes are spelt by characters of their own or, where the vocabulary has none for them, as <0x0A>
+        decoder = json.loads(json_text).get('decoder') or {}
+        kinds = {part['type'] for part in (decoder, *decoder.get('decoders', ())) if 'type' in part}
+        self.bytes_of = byte_alphabet() if 'ByteLevel' in kinds else None
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -234,24 +239,27 @@ class HFTokenizer:
         return self.tokenizer.encode(text).ids
 
     def decode_bytes(self, ids):
-        return b''.join(self.token_bytes(self.tokenizer.id_to_token(i) or '') for i in ids)
+        return b''.join(map(self.token_bytes, ids))
 
-    def token_bytes(self, token):
-        if self.bytes_of and all(char in self.bytes_of for char in token):
-            return bytes(self.bytes_of[char] for char in token)
-        if len(token) == 6 and token.startswith('<0x') and token.endswith('>'):
+    def token_bytes(self, i):
+        token = self.tokenizer.id_to_token(i) or ''
+        if self.bytes_of:
+            # the library takes special tokens for bytes too, where they could be
+            spelt = [self.bytes_of.get(char) for char in token]
+            return utf8(token) if None in spelt else bytes(spelt)
+        if re.fullmatch('<0x[0-9A-F]{2}>', token):
             return bytes([int(token[3:5], 16)])
         return utf8(token.replace('\u2581', ' '))
 
     def decode(self, ids):
-        return self.decode_bytes(ids).decode(errors='replace')
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def meta(self):
         return {'kind': 'tokenizers', 'json': self.json, 'eot': self.eot}
 
 
 def byte_alphabet():
-    """{character: byte} of GPT-2's vocabulary: printable bytes stand for themselves, others from U+0100 on."""
+    """{character: byte} of GPT-2's vocabulary: printable bytes as they are, others from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -270,7 +278,8 @@ def from_meta(meta):
         return BPETokenizer(meta['tokens'], meta['split'])
     if kind == 'tokenizers':
         return HFTokenizer(meta['json'], meta['eot'])
-    raise ValueError(f'tokenizer kind {kind!r} is unknown: it must be bytes, chars, tiktoken, bpe or tokenizers')
+    raise ValueError(f'tokenizer kind {kind!r} is unknown: it must be bytes, chars, tiktoken, bpe or '
+                     'tokenizers')
 
 
 def from_folder(folder):
@@ -284,7 +293,9 @@ def from_folder(folder):
     for name, key in (('tokenizer_config.json', 'eos_token'), ('generation_config.json', 'eos_token_id'),
                       ('config.json', 'eos_token_id')):
         end = read_json(os.path.join(folder, name)).get(key)
-        end = end.get('content') if isinstance(end, dict) else end[0] if isinstance(end, list) else end
+        if isinstance(end, list):
+            end = end[0] if end else None
+        end = end.get('content') if isinstance(end, dict) else end
         end = tokenizer.tokenizer.token_to_id(end) if isinstance(end, str) else end
         if end is not None:
             return HFTokenizer(text, end)
@@ -292,10 +303,14 @@ def from_folder(folder):
 
 
 def read_json(path):
+    """The names and values of a JSON file, none where there is no file."""
     if not os.path.exists(path):
         return {}
     with open(path, encoding='utf-8') as f:
         try:
-            return json.load(f)
-        except ValueError:
-            raise ValueError(f'{path} is no JSON: fetch it again') from None
+            found = json.load(f)
+        except ValueError as error:
+            raise ValueError(f'{path} is no JSON ({error}): fetch it again') from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{path} must hold names and values: fetch it again')
+    return found

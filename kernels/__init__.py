@@ -1,17 +1,89 @@
 """
 The operations of the model that are worth a kernel of their own. `model.py` says `import kernels as ops`
-and calls `ops.rms_norm(x, weight, eps)`; it never asks what the hardware is. Each file holds one operation
-and, first, the plain PyTorch function that defines it.
-"""
-from kernels.causal_conv import causal_conv
-from kernels.gated import geglu, swiglu
-from kernels.grouped_linear import grouped_linear
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.rms_norm import rms_norm
-from kernels.rope import rope
-from kernels.selective_scan import selective_scan
-from kernels.spans import spans
-from kernels.ssd import ssd
+and calls `ops.rms_norm(x, weight, eps)`; it never asks what the hardware is. Each file holds one operation:
+first the plain PyTorch function that it must equal, then Triton kernels for its forward and backward pass.
 
-__all__ = ['causal_conv', 'geglu', 'grouped_linear', 'linear_cross_entropy', 'rms_norm', 'rope',
-           'selective_scan', 'spans', 'ssd', 'swiglu']
+One rule for all: the Triton kernels run when the first argument is on a GPU, Triton is installed and the
+kernels take these arguments (`ok`); else plain PyTorch does. What a compiler fuses with its neighbours anyway
+is left to torch.compile where there is one. `use_kernels` overrules it, for ablations: --kernels=torch is
+plain PyTorch everywhere, --kernels=triton is Triton wherever it can be, compiled or not.
+"""
+import functools
+from typing import NamedTuple
+
+import torch
+
+from kernels import (attention, causal_conv, decode_attention, gated, grouped_linear, linear_cross_entropy,
+                     rms_norm, rope, selective_scan, ssd)
+from kernels.common import HAS_TRITON, INTERPRETED
+from kernels.spans import spans  # noqa: F401
+
+
+class Op(NamedTuple):
+    plain: object           # plain PyTorch
+    fused: object           # Triton, same arguments and results
+    ok: object              # whether the fused one takes these arguments
+    cases: object           # -> {name: arguments}, small and odd ones
+    compiles: bool = False  # torch.compile makes one kernel of the plain one as well
+    backward: bool = True   # has gradients
+
+
+OPS = {
+    'rms_norm': Op(rms_norm.rms_norm, rms_norm.fused, rms_norm.ok, rms_norm.cases, compiles=True),
+    'add_rms_norm': Op(rms_norm.add_rms_norm, rms_norm.fused_add, rms_norm.ok_add, rms_norm.cases_add,
+                       compiles=True),
+    'rope': Op(rope.rope, rope.fused, rope.ok, rope.cases, compiles=True),
+    'rope_qk': Op(rope.rope_qk, rope.fused_qk, rope.ok_qk, rope.cases_qk, compiles=True),
+    'swiglu': Op(gated.swiglu, gated.fused_swiglu, gated.ok, gated.cases, compiles=True),
+    'geglu': Op(gated.geglu, gated.fused_geglu, gated.ok, gated.cases, compiles=True),
+    'linear_cross_entropy': Op(linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.fused,
+                               linear_cross_entropy.ok, linear_cross_entropy.cases),
+    'causal_conv': Op(causal_conv.causal_conv, causal_conv.fused, causal_conv.ok, causal_conv.cases,
+                      compiles=True),
+    'selective_scan': Op(selective_scan.selective_scan, selective_scan.fused, selective_scan.ok,
+                         selective_scan.cases),
+    'ssd': Op(ssd.ssd, ssd.fused, ssd.ok, ssd.cases),
+    'attention': Op(attention.attention, attention.fused, attention.ok, attention.cases),
+    'decode_attention': Op(decode_attention.decode_attention, decode_attention.fused, decode_attention.ok,
+                           decode_attention.cases, backward=False),
+    'grouped_linear': Op(grouped_linear.grouped_linear, grouped_linear.fused, grouped_linear.ok,
+                         grouped_linear.cases),
+}
+CHOICES = ('auto', 'torch', 'triton')
+backend = 'auto'
+
+
+def use_kernels(choice, device='cuda'):
+    """Choose for all operations. ValueError, one sentence, for what this machine cannot do."""
+    global backend
+    if choice not in CHOICES:
+        raise ValueError(f'kernels={choice} must be one of {", ".join(CHOICES)}')
+    if choice == 'triton' and not HAS_TRITON:
+        raise ValueError('kernels=triton needs Triton, which comes with PyTorch for CUDA on Linux: '
+                         'choose kernels=auto')
+    if choice == 'triton' and not (str(device).startswith('cuda') or INTERPRETED):
+        raise ValueError(f'kernels=triton must run on a GPU and device={device}: choose kernels=auto, or, to '
+                         'test kernels at a thousandth of the speed, set TRITON_INTERPRET=1')
+    backend = choice
+
+
+def is_fused(name, *args, **options):
+    """Whether an operation runs Triton for these arguments."""
+    op, first = OPS[name], args[0]
+    here = HAS_TRITON and (first.is_cuda or (INTERPRETED and backend == 'triton'))
+    # a compiler makes one kernel of these as well, and fuses it with its neighbours
+    left = backend == 'torch' or (backend == 'auto' and op.compiles and torch.compiler.is_compiling())
+    return here and not left and op.ok(*args, **options)
+
+
+def _dispatch(name):
+    op = OPS[name]
+
+    @functools.wraps(op.plain)
+    def run(*args, **options):
+        return (op.fused if is_fused(name, *args, **options) else op.plain)(*args, **options)
+    return run
+
+
+globals().update({name: _dispatch(name) for name in OPS})
+__all__ = sorted([*OPS, 'spans'])

@@ -5,8 +5,16 @@ One linear layer per expert, over rows that are sorted by expert: rows of expert
 
 No row is padded or dropped: every expert takes as many as there are.
 Saved for the backward pass: x, W and the counts.
+
+On a GPU no count is read by the host: the shapes are those of all rows together, and each program finds its
+expert from the counts. F.grouped_mm does it where it can, 16-bit brain floats on Hopper and later; elsewhere
+Triton kernels do, one for y and dx and one for dW. Not measured on a GPU yet.
 """
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.common import INTERPRETED, capability, cdiv, check, clamp, fits, kernel, pow2, randn, tl
 
 
 def grouped_linear_reference(x, weight, bias, counts):
@@ -71,3 +79,145 @@ def grouped_linear(x, weight, bias, counts):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _forward(x, weight, bias, counts)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Triton
+
+
+@kernel
+def _rows_kernel(x_ptr, w_ptr, counts_ptr, y_ptr, E, IN, OUT, w_stride_e, w_stride_o, w_stride_i,
+                 BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    """y_mo = sum over i of x_mi W_eoi. A tile of rows is of one expert: its last one may be short."""
+    e = tl.arange(0, BLOCK_E)
+    counts = tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.int32)
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    index = tl.program_id(1)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= index).to(tl.int32), 0)
+    if expert < E:
+        before = e < expert
+        first = tl.sum(tl.where(before, counts, 0), 0)
+        end = first + tl.sum(tl.where(e == expert, counts, 0), 0)
+        m = first + (index - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+        o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+        w_ptr += expert.to(tl.int64) * w_stride_e
+        row = m.to(tl.int64)[:, None]
+        acc = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+        for start in range(0, IN, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)
+            x = tl.load(x_ptr + row * IN + i[None, :], mask=(m[:, None] < end) & (i[None, :] < IN), other=0.0)
+            w = tl.load(w_ptr + o[None, :] * w_stride_o + i[:, None] * w_stride_i,
+                        mask=(o[None, :] < OUT) & (i[:, None] < IN), other=0.0)
+            acc += tl.dot(x, w)
+        tl.store(y_ptr + row * OUT + o[None, :], acc.to(y_ptr.dtype.element_ty),
+                 mask=(m[:, None] < end) & (o[None, :] < OUT))
+
+
+@kernel
+def _weight_kernel(dy_ptr, x_ptr, counts_ptr, dw_ptr, E, IN, OUT, BLOCK_E: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    """dW_eoi = sum over the expert's rows of dy_mo x_mi, zeros where it has none."""
+    e, expert = tl.arange(0, BLOCK_E), tl.program_id(2)
+    counts = tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.int32)
+    first = tl.sum(tl.where(e < expert, counts, 0), 0)
+    end = first + tl.sum(tl.where(e == expert, counts, 0), 0)
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    for start in range(first, end, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        row = m.to(tl.int64)[:, None]
+        dy = tl.load(dy_ptr + row * OUT + o[None, :], mask=(m[:, None] < end) & (o[None, :] < OUT), other=0.0)
+        x = tl.load(x_ptr + row * IN + i[None, :], mask=(m[:, None] < end) & (i[None, :] < IN), other=0.0)
+        acc += tl.dot(tl.trans(dy), x)
+    at = (expert.to(tl.int64) * OUT + o[:, None]) * IN + i[None, :]
+    tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=(o[:, None] < OUT) & (i[None, :] < IN))
+
+
+def _products(x, weight, counts):
+    """x (M,in) and weight (E,out,in), of any strides -> (M,out)"""
+    (M, n_in), (E, n_out) = x.shape, weight.shape[:2]
+    y = x.new_empty(M, n_out)
+    block_m = clamp(pow2(M // max(1, E)), 16, 128)
+    block_o, block_i = clamp(pow2(n_out), 16, 128), clamp(pow2(n_in), 16, 64)
+    if y.numel():
+        # as many tiles as there can be: each expert may leave one short
+        _rows_kernel[(cdiv(n_out, block_o), cdiv(M, block_m) + E)](
+            x.contiguous(), weight, counts, y, E, n_in, n_out, *weight.stride(), pow2(E), block_m, block_o,
+            block_i, num_warps=8 if block_m * block_o >= 128 * 128 else 4, num_stages=3)
+    return y
+
+
+@torch.library.custom_op('nanoblocks::grouped_linear_fused', mutates_args=())
+def _fused(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    check('grouped_linear', x=(x, 'M in'), weight=(weight, 'E out in'), counts=(counts, 'int E'))
+    return _products(x, weight, counts)
+
+
+@torch.library.custom_op('nanoblocks::grouped_linear_fused_backward', mutates_args=())
+def _fused_backward(dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    dy, x, (E, n_out, n_in) = dy.contiguous(), x.contiguous(), weight.shape
+    dw = weight.new_empty(weight.shape)
+    blocks = clamp(pow2(n_out), 16, 128), clamp(pow2(n_in), 16, 128)
+    _weight_kernel[(cdiv(n_out, blocks[0]), cdiv(n_in, blocks[1]), E)](
+        dy, x, counts, dw, E, n_in, n_out, pow2(E), 64, *blocks, num_warps=8, num_stages=3)
+    return _products(dy, weight.mT, counts), dw
+
+
+@_fused.register_fake
+def _(x, weight, counts):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_fused_backward.register_fake
+def _(dy, x, weight, counts):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _fused_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _fused_autograd(ctx, dy):
+    return *_fused_backward(dy, *ctx.saved_tensors), None
+
+
+_fused.register_autograd(_fused_autograd, setup_context=_fused_save)
+
+
+def _library(x, weight):
+    """Whether PyTorch has a kernel for these: rows on multiples of 16 bytes, and the right GPU."""
+    return (hasattr(F, 'grouped_mm') and x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+            and capability(x) >= 90 and all(n % 8 == 0 for n in weight.shape[1:]))
+
+
+def ok(x, weight, bias, counts):
+    return ((x.dtype != torch.float32 or INTERPRETED or torch.is_autocast_enabled(x.device.type))
+            and fits(x, weight, bias))
+
+
+def fused(x, weight, bias, counts):
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    ends = counts.cumsum(0)
+    if _library(x, weight):
+        y = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends.to(torch.int32))
+    else:
+        y = _fused(x, weight.to(x.dtype), counts)
+    if bias is None:
+        return y
+    return y + bias[torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)]
+
+
+def cases():
+    return {
+        'odd sizes': (randn(50, 37), randn(3, 75, 37, seed=1), randn(3, 75, seed=2),
+                      torch.tensor([24, 1, 25])),
+        'no bias': (randn(10, 7), randn(3, 5, 7, seed=1), None, torch.tensor([4, 1, 5])),
+        'idle experts': (randn(36, 4), randn(4, 3, 4, seed=1), randn(4, 3, seed=2),
+                         torch.tensor([0, 36, 0, 0])),
+        'wider than a tile': (randn(40, 140), randn(2, 136, 140, seed=1), None, torch.tensor([22, 18])),
+        'not contiguous': (randn(4, 6).mT, randn(2, 4, 3, seed=1).mT, None, torch.tensor([2, 4])),
+    }

@@ -16,9 +16,16 @@ computed again, chunk by chunk: all of them at once are N times as large as x, t
 The loop runs over tokens, on (N,I) per sequence: the channels innermost, as they are many, and time
 outermost, so that a token's states are one piece of memory. On a CPU this beats the parallel scans, which
 move more memory. On a GPU it is right and slow, at a launch for each token.
+
+The Triton kernels give each program some channels of one sequence, whose states stay in registers from the
+first token to the last. A chunk of tokens is one tile (tokens, channels, N), and a scan along its tokens; the
+backward pass has the state in front of every chunk, scans forward again, and then backward. dB and dC are
+sums over channels, made by parts that are added up in an order that never changes. Not measured on a GPU yet.
 """
 import torch
 from torch import Tensor
+
+from kernels.common import cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
 
 CHUNK = 16
 
@@ -157,3 +164,209 @@ def selective_scan(x, dt, A, B, C, D, state=None):
         state = x.new_zeros(batch, I, A.shape[1], dtype=wide)
     y, state, _ = _scan(x, dt, A, B, C, D, state)
     return y, state
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Triton
+
+MAX_STATE = 64  # numbers of a channel's state that fit in registers
+
+
+@jit
+def _after(decay_1, add_1, decay_2, add_2):
+    """s -> decay s + add, first 1 and then 2, as one."""
+    return decay_1 * decay_2, decay_2 * add_1 + add_2
+
+
+@jit
+def _tile(ptr, row, t, inside, i, T, WIDTH):
+    """Rows t of sequence `row` of (B,T,WIDTH), columns i, zeros outside: fp32."""
+    return tl.load(ptr + (row * T + t[:, None]) * WIDTH + i[None, :],
+                   mask=inside[:, None] & (i[None, :] < WIDTH), other=0.0).to(tl.float32)
+
+
+@kernel
+def _fused_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, state_ptr, y_ptr, end_ptr, starts_ptr, T, I, N,
+                  chunks, HAS_STATE: tl.constexpr, KEEP: tl.constexpr, L: tl.constexpr, BLOCK_I: tl.constexpr,
+                  BLOCK_N: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    i, n = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    in_IN = (i[:, None] < I) & (n[None, :] < N)
+    at_IN = i[:, None] * N + n[None, :]
+    A = tl.load(A_ptr + at_IN, mask=in_IN, other=0.0).to(tl.float32)
+    D = tl.load(D_ptr + i, mask=i < I, other=0.0).to(tl.float32)
+    state = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    if HAS_STATE:
+        state += tl.load(state_ptr + row * I * N + at_IN, mask=in_IN, other=0.0).to(tl.float32)
+    step = tl.arange(0, L)
+    for chunk in range(chunks):
+        if KEEP:
+            tl.store(starts_ptr + (row * chunks + chunk) * I * N + at_IN, state, mask=in_IN)
+        t = chunk * L + step
+        x, dt = _tile(x_ptr, row, t, t < T, i, T, I), _tile(dt_ptr, row, t, t < T, i, T, I)
+        B, C = _tile(B_ptr, row, t, t < T, n, T, N), _tile(C_ptr, row, t, t < T, n, T, N)
+        decay = tl.exp(dt[:, :, None] * A[None, :, :])
+        decay, added = tl.associative_scan((decay, (dt * x)[:, :, None] * B[:, None, :]), 0, _after)
+        s = decay * state[None, :, :] + added  # (L,I,N)
+        y = tl.sum(s * C[:, None, :], 2) + D[None, :] * x
+        tl.store(y_ptr + (row * T + t[:, None]) * I + i[None, :], y.to(y_ptr.dtype.element_ty),
+                 mask=(t[:, None] < T) & (i[None, :] < I))
+        state = tl.sum(tl.where(step[:, None, None] == L - 1, s, 0.0), 0)
+    tl.store(end_ptr + row * I * N + at_IN, state, mask=in_IN)
+
+
+@kernel
+def _fused_backward_kernel(dy_ptr, d_end_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dx_ptr,
+                           d_dt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, d_state_ptr, T, I, N, chunks,
+                           L: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dA (B,I,N), dD (B,I), dB and dC (channel blocks,B,T,N): parts, fp32."""
+    row = tl.program_id(1).to(tl.int64)
+    i, n = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    in_IN = (i[:, None] < I) & (n[None, :] < N)
+    at_IN = i[:, None] * N + n[None, :]
+    A = tl.load(A_ptr + at_IN, mask=in_IN, other=0.0).to(tl.float32)
+    D = tl.load(D_ptr + i, mask=i < I, other=0.0).to(tl.float32)
+    d_s = tl.load(d_end_ptr + row * I * N + at_IN, mask=in_IN, other=0.0)
+    dA, dD = tl.zeros([BLOCK_I, BLOCK_N], tl.float32), tl.zeros([BLOCK_I], tl.float32)
+    step = tl.arange(0, L)
+    part = (tl.program_id(0) * tl.num_programs(1) + row) * T
+    for index in range(chunks):
+        chunk = chunks - 1 - index
+        t = chunk * L + step
+        start = tl.load(starts_ptr + (row * chunks + chunk) * I * N + at_IN, mask=in_IN, other=0.0)
+        # the states that tokens find: a scan of the tokens before them, within the chunk
+        earlier = (step > 0) & (t <= T)
+        x, dt = _tile(x_ptr, row, t - 1, earlier, i, T, I), _tile(dt_ptr, row, t - 1, earlier, i, T, I)
+        B = _tile(B_ptr, row, t - 1, earlier, n, T, N)
+        decay, added = tl.associative_scan(
+            (tl.exp(dt[:, :, None] * A[None, :, :]), (dt * x)[:, :, None] * B[:, None, :]), 0, _after)
+        found = decay * start[None, :, :] + added
+        # the gradients of the states they leave: a scan of the tokens behind them
+        later = (step < L - 1) & (t + 1 < T)
+        dt = _tile(dt_ptr, row, t + 1, later, i, T, I)
+        C, dy = _tile(C_ptr, row, t, t < T, n, T, N), _tile(dy_ptr, row, t, t < T, i, T, I)
+        decay, added = tl.associative_scan(
+            (tl.exp(dt[:, :, None] * A[None, :, :]), dy[:, :, None] * C[:, None, :]), 0, _after, reverse=True)
+        g = decay * d_s[None, :, :] + added
+
+        x, dt = _tile(x_ptr, row, t, t < T, i, T, I), _tile(dt_ptr, row, t, t < T, i, T, I)
+        B = _tile(B_ptr, row, t, t < T, n, T, N)
+        decay = tl.exp(dt[:, :, None] * A[None, :, :])
+        u = dt * x
+        left = decay * found + u[:, :, None] * B[:, None, :]
+        at_TN = (part + t[:, None]) * N + n[None, :]
+        in_TN = (t[:, None] < T) & (n[None, :] < N)
+        tl.store(dC_ptr + at_TN, tl.sum(dy[:, :, None] * left, 1), mask=in_TN)
+        tl.store(dB_ptr + at_TN, tl.sum(u[:, :, None] * g, 1), mask=in_TN)
+        du = tl.sum(g * B[:, None, :], 2)
+        g = g * decay
+        d_s = tl.sum(tl.where(step[:, None, None] == 0, g, 0.0), 0)
+        q = g * found
+        at_TI, in_TI = (row * T + t[:, None]) * I + i[None, :], (t[:, None] < T) & (i[None, :] < I)
+        tl.store(dx_ptr + at_TI, (dt * du + D[None, :] * dy).to(dx_ptr.dtype.element_ty), mask=in_TI)
+        d_dt = x * du + tl.sum(q * A[None, :, :], 2)
+        tl.store(d_dt_ptr + at_TI, d_dt.to(d_dt_ptr.dtype.element_ty), mask=in_TI)
+        dA += tl.sum(dt[:, :, None] * q, 0)
+        dD += tl.sum(dy * x, 0)
+    tl.store(dA_ptr + row * I * N + at_IN, dA, mask=in_IN)
+    tl.store(dD_ptr + row * I + i, dD, mask=i < I)
+    tl.store(d_state_ptr + row * I * N + at_IN, d_s, mask=in_IN)
+
+
+def _blocks(I, N, numel):
+    """Channels in a program so that a tile of CHUNK tokens has about numel numbers, and N rounded up."""
+    block_n = pow2(N)
+    return clamp(pow2(I), 1, max(1, numel // (CHUNK * block_n))), block_n
+
+
+@torch.library.custom_op('nanoblocks::selective_scan_fused', mutates_args=())
+def _fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None,
+           keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, state, the states in front of the chunks (B,T/CHUNK,I,N) where they are to be kept)"""
+    check('selective_scan', x=(x, 'B T I'), dt=(dt, 'B T I'), A=(A, 'I N'), B=(B, 'B T N'), C=(C, 'B T N'),
+          D=(D, 'I'), state=(state, 'B I N'))
+    (batch, T, I), N = x.shape, A.shape[1]
+    chunks = cdiv(T, CHUNK)
+    x, dt, A, B, C, D = (v.contiguous() for v in (x, dt, A, B, C, D))
+    y, end = x.new_empty(batch, T, I), x.new_empty(batch, I, N, dtype=torch.float32)
+    starts = x.new_empty(batch, chunks if keep else 0, I, N, dtype=torch.float32)
+    block_i, block_n = _blocks(I, N, 2048)
+    _fused_kernel[(cdiv(I, block_i), batch)](
+        x, dt, A, B, C, D, end if state is None else state.contiguous(), y, end, starts, T, I, N, chunks,
+        state is not None, keep, CHUNK, block_i, block_n, num_warps=4)
+    return y, end, starts
+
+
+@torch.library.custom_op('nanoblocks::selective_scan_fused_backward', mutates_args=())
+def _fused_backward(dy: Tensor, d_end: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                    D: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                                        Tensor]:
+    (batch, T, I), N = x.shape, A.shape[1]
+    x, dt, A, B, C, D, dy = (v.contiguous() for v in (x, dt, A, B, C, D, dy))
+    wide = dict(dtype=torch.float32, device=x.device)
+    d_end = torch.zeros(batch, I, N, **wide) if d_end is None else d_end.contiguous()
+    # fewer blocks of channels than forward, as each has a part of dB and dC
+    block_i, block_n = _blocks(I, N, 4096)
+    parts = cdiv(I, block_i)
+    dx, d_dt, d_state = torch.empty_like(x), torch.empty_like(dt), torch.empty(batch, I, N, **wide)
+    dA, dD = torch.empty(batch, I, N, **wide), torch.empty(batch, I, **wide)
+    dB, dC = torch.empty(2, parts, batch, T, N, **wide)
+    _fused_backward_kernel[(parts, batch)](
+        dy, d_end, x, dt, A, B, C, D, starts, dx, d_dt, dA, dB, dC, dD, d_state, T, I, N, cdiv(T, CHUNK),
+        CHUNK, block_i, block_n, num_warps=8)
+    dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
+    return dx, d_dt, dA.sum(0).to(A.dtype), dB, dC, dD.sum(0).to(D.dtype), d_state
+
+
+@_fused.register_fake
+def _(x, dt, A, B, C, D, state, keep):
+    (batch, T, I), N = x.shape, A.shape[1]
+    end = x.new_empty(batch, I, N, dtype=torch.float32)
+    return x.new_empty(x.shape), end, end.new_empty(batch, cdiv(T, CHUNK) if keep else 0, I, N)
+
+
+@_fused_backward.register_fake
+def _(dy, d_end, x, dt, A, B, C, D, starts):
+    grads = [v.new_empty(v.shape) for v in (x, dt, A, B, C, D)]
+    return *grads, starts.new_empty(x.shape[0], *A.shape)
+
+
+def _fused_save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    *tensors, state, _ = inputs
+    ctx.state_dtype = None if state is None else state.dtype
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _fused_autograd(ctx, dy, d_end, _):
+    x, *rest = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    *grads, d_state = _fused_backward(dy, d_end, x, *rest)
+    return *grads, None if ctx.state_dtype is None else d_state.to(ctx.state_dtype), None
+
+
+_fused.register_autograd(_fused_autograd, setup_context=_fused_save)
+
+
+def ok(x, dt, A, B, C, D, state=None):
+    return fits(x, dt, A, B, C, D, state) and A.shape[1] <= MAX_STATE
+
+
+def fused(x, dt, A, B, C, D, state=None):
+    tensors = x, dt, A, B, C, D, state
+    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    return _fused(*tensors, keep)[:2]
+
+
+def cases():
+    def scan(B, T, I, N, state=True):
+        return (randn(B, T, I), randn(B, T, I, seed=1).exp().float().requires_grad_(),
+                (-randn(I, N).exp()).float().requires_grad_(), randn(B, T, N, seed=3), randn(B, T, N, seed=4),
+                leaf(I, seed=5), leaf(B, I, N, seed=6) if state else None)
+    x, dt, A, B, C, D, state = scan(2, 7, 10, 4)
+    return {
+        'a state, odd sizes': scan(2, 37, 11, 5),
+        'no state': scan(1, 16, 6, 4, state=False),
+        'one token': scan(2, 1, 6, 4),
+        'not contiguous': (x.mT.contiguous().mT, dt, A, torch.cat((C, B), -1)[..., 4:], C, D, state),
+    }

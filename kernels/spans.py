@@ -1,7 +1,7 @@
 """
 What a block of queries attends to under a window: its own block of keys, and the blocks before it that the
-window reaches. Each block is copied once for every block that looks at it, so that attention over blocks is one
-batched call.
+window reaches. Each block is copied once for every block that looks at it, so that attention over blocks is
+one batched call.
 
 Forward:   y[b, i] = (x[b, i - back], ..., x[b, i]), blocks before the first being zeros.
 Backward:  dx[b, i] = the sum of y's gradients wherever block i was copied to.
@@ -13,7 +13,7 @@ import torch
 
 
 def spans_reference(x, size, back):
-    """x (B,T,K,D), T a multiple of size -> (B n, (back+1) size, K, D) for the n = T / size blocks of each row."""
+    """x (B,T,K,D), T a multiple of size -> (B n, (back+1) size, K, D) for the n = T / size blocks of a row."""
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, back * size, 0))
     return x.unfold(1, (back + 1) * size, size).movedim(-1, 2).flatten(0, 1)
 

@@ -14,9 +14,24 @@ that is, causal attention without a softmax. It is computed in chunks of L token
     4. from the past      y += C s, decayed from the chunk's start
 
 The backward pass is autograd's. Saved are two (L,L) matrices per head and chunk: as much as 2 L / P times x.
+
+The Triton kernels never write an (L,L) matrix. One goes through the chunks in order, with the state in
+registers, and leaves the state in front of each; one makes the outputs of all chunks at once. Backward, with
+c the running sum of dt A in a chunk, S the state in front of it and Z = dL/d(state behind it):
+
+    dM = dy x^T * dt_j * decay       du = (C B^T * decay)^T dy + exp(c_L - c) B Z^T       dx = dt du + D dy
+    dC = sum over heads of dM B + exp(c) dy S         dB = sum over heads of dM^T C + exp(c_L - c) dt x Z
+    Z of the chunk before = exp(c_L) Z + sum over i of exp(c_i) dy_i C_i^T
+    d(dt_t A) = sum over j < t <= i of (dM * C B^T)_ij, and what crosses t on its way through S or Z
+
+Saved are the inputs and the states, in x's dtype. Products are of numbers in x's dtype, sums are fp32. A
+decay below e^-30 counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.common import capability, cdiv, check, fits, jit, kernel, leaf, pow2, randn, tl
 
 CHUNK = 64
 
@@ -92,3 +107,328 @@ def ssd(x, dt, A, B, C, D, state=None, chunk=CHUNK):
                                 for v in (wide_x, dt, B, C))
         y, state = _chunked(wide_x, dt, A.to(wide), B, C, state, chunk)
         return (y[:, :T] + D.to(wide).unsqueeze(-1) * x).to(x.dtype), state
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Triton. L tokens a chunk; (L,P) and (L,N) tiles of one head and its group.
+
+MAX_HEAD_DIM, MAX_STATE = 128, 256
+
+
+@jit
+def _steps(dt_ptr, A_ptr, b, h, t, T, H):
+    """Step sizes, and the running sum of their log decays: (L,) each, and its last (a scalar)."""
+    dt = tl.load(dt_ptr + (b * T + t) * H + h, mask=t < T, other=0.0).to(tl.float32)
+    decay = tl.maximum(dt * tl.load(A_ptr + h).to(tl.float32), -30.0)
+    return dt, tl.cumsum(decay, 0), tl.sum(decay, 0)
+
+
+@jit
+def _tokens(ptr, b, t, part, stride_b, stride_t, T, WIDTH: tl.constexpr, cols):
+    """Tokens t of sequence b of (B,T,parts,WIDTH), some columns of one part."""
+    return tl.load(ptr + b * stride_b + t[:, None] * stride_t + part * WIDTH + cols[None, :],
+                   mask=(t[:, None] < T) & (cols[None, :] < WIDTH), other=0.0)
+
+
+@jit
+def _state(ptr, index, p, n, P: tl.constexpr, N: tl.constexpr):
+    """Where state number `index` of (...,P,N) lies, and which of its numbers are within it."""
+    at = ptr + index.to(tl.int64) * (P * N) + p[:, None] * N + n[None, :]
+    return at, (p[:, None] < P) & (n[None, :] < N)
+
+
+@jit
+def _decay(total, step):
+    """exp of the sum over j < t <= i in row i and column j, 0 where j > i: (L,L)."""
+    past = step[:, None] >= step[None, :]
+    return tl.exp(tl.where(past, total[:, None] - total[None, :], -1e30))
+
+
+@kernel
+def _states_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, state_ptr, starts_ptr, end_ptr, T, H, G, chunks, x_stride_b,
+                   x_stride_t, B_stride_b, B_stride_t, HAS_STATE: tl.constexpr, P: tl.constexpr,
+                   N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The state in front of every chunk (B,chunks,H,P,N), and the one behind the last (B,H,P,N)."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    step = tl.arange(0, L)
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    if HAS_STATE:
+        given, inside = _state(state_ptr, b * H + h, p, n, P, N)
+        state += tl.load(given, mask=inside, other=0.0).to(tl.float32)
+    for chunk in range(chunks):
+        at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, p, n, P, N)
+        tl.store(at, state.to(starts_ptr.dtype.element_ty), mask=inside)
+        t = chunk * L + step
+        dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
+        x = _tokens(x_ptr, b, t, h, x_stride_b, x_stride_t, T, P, p)
+        B = _tokens(B_ptr, b, t, h // (H // G), B_stride_b, B_stride_t, T, N, n)
+        u = x.to(tl.float32) * (tl.exp(last - total) * dt)[:, None]
+        state = tl.exp(last) * state + tl.dot(tl.trans(u.to(x.dtype)), B)
+    to_end, inside = _state(end_ptr, b * H + h, p, n, P, N)
+    tl.store(to_end, state, mask=inside)
+
+
+@kernel
+def _output_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, y_ptr, T, H, G, chunks, x_stride_b,
+                   x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, P: tl.constexpr,
+                   N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    b, h, chunk = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0)
+    p, n, step = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, L)
+    t, group = chunk * L + step, h // (H // G)
+    dt, total, _ = _steps(dt_ptr, A_ptr, b, h, t, T, H)
+    x = _tokens(x_ptr, b, t, h, x_stride_b, x_stride_t, T, P, p)
+    B = _tokens(B_ptr, b, t, group, B_stride_b, B_stride_t, T, N, n)
+    C = _tokens(C_ptr, b, t, group, C_stride_b, C_stride_t, T, N, n)
+    scores = tl.dot(C, tl.trans(B)) * _decay(total, step) * dt[None, :]
+    at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, p, n, P, N)
+    state = tl.load(at, mask=inside, other=0.0)
+    y = tl.dot(scores.to(x.dtype), x) + tl.dot(C, tl.trans(state)) * tl.exp(total)[:, None]
+    y += tl.load(D_ptr + h).to(tl.float32) * x.to(tl.float32)
+    tl.store(y_ptr + ((b * T + t[:, None]) * H + h) * P + p[None, :], y.to(y_ptr.dtype.element_ty),
+             mask=(t[:, None] < T) & (p[None, :] < P))
+
+
+@kernel
+def _state_grads_kernel(dy_ptr, dt_ptr, A_ptr, C_ptr, starts_ptr, d_end_ptr, ends_ptr, kept_ptr, d_state_ptr,
+                        T, H, G, chunks, C_stride_b, C_stride_t, P: tl.constexpr, N: tl.constexpr,
+                        L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """
+    Z, the gradient of the state behind every chunk (B,chunks,H,P,N), that of the state in front of all
+    (B,H,P,N), and the part of <Z, exp(c_L) S> that is this program's (B,chunks,H,blocks of P).
+    """
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    step = tl.arange(0, L)
+    from_end, inside = _state(d_end_ptr, b * H + h, p, n, P, N)
+    d_state = tl.load(from_end, mask=inside, other=0.0).to(tl.float32)
+    for index in range(chunks):
+        chunk = chunks - 1 - index
+        number = (b * chunks + chunk) * H + h
+        to, inside = _state(ends_ptr, number, p, n, P, N)
+        tl.store(to, d_state.to(ends_ptr.dtype.element_ty), mask=inside)
+        start, inside = _state(starts_ptr, number, p, n, P, N)
+        state = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+        t = chunk * L + step
+        dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
+        kept = tl.sum(tl.sum(d_state * state, 1), 0) * tl.exp(last)
+        tl.store(kept_ptr + number * tl.num_programs(1) + tl.program_id(1), kept)
+        dy = _tokens(dy_ptr, b, t, h, T * H * P, H * P, T, P, p)
+        C = _tokens(C_ptr, b, t, h // (H // G), C_stride_b, C_stride_t, T, N, n)
+        read = dy.to(tl.float32) * tl.exp(total)[:, None]
+        d_state = tl.exp(last) * d_state + tl.dot(tl.trans(read.to(dy.dtype)), C)
+    to_start, inside = _state(d_state_ptr, b * H + h, p, n, P, N)
+    tl.store(to_start, d_state, mask=inside)
+
+
+@kernel
+def _head_grads_kernel(dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, ends_ptr, kept_ptr,
+                       dx_ptr, d_dt_ptr, dA_ptr, dD_ptr, T, H, G, chunks, parts, x_stride_b, x_stride_t,
+                       B_stride_b, B_stride_t, C_stride_b, C_stride_t, P: tl.constexpr, N: tl.constexpr,
+                       L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dx, d_dt, and the parts of dA (B,T,H) and dD (B,chunks,H)."""
+    b, h, chunk = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0)
+    p, n, step = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, L)
+    t, group, number = chunk * L + step, h // (H // G), (b * chunks + chunk) * H + h
+    dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
+    x = _tokens(x_ptr, b, t, h, x_stride_b, x_stride_t, T, P, p)
+    dy = _tokens(dy_ptr, b, t, h, T * H * P, H * P, T, P, p)
+    B = _tokens(B_ptr, b, t, group, B_stride_b, B_stride_t, T, N, n)
+    C = _tokens(C_ptr, b, t, group, C_stride_b, C_stride_t, T, N, n)
+    scores = tl.dot(C, tl.trans(B)) * _decay(total, step)
+    # what is within a chunk: a token's own part does not decay
+    q = tl.dot(dy, tl.trans(x)) * scores * dt[None, :]
+    q = tl.where(step[:, None] > step[None, :], q, 0.0)
+    crossing = tl.sum(q, 1) - tl.sum(q, 0)
+    du = tl.dot(tl.trans(scores.to(x.dtype)), dy)
+    # what goes into the state
+    at, inside = _state(ends_ptr, number, p, n, P, N)
+    written = tl.dot(B, tl.trans(tl.load(at, mask=inside, other=0.0))) * tl.exp(last - total)[:, None]
+    x = x.to(tl.float32)
+    into = dt * tl.sum(x * written, 1)
+    du += written
+    # what comes from the state
+    at, inside = _state(starts_ptr, number, p, n, P, N)
+    found = tl.dot(C, tl.trans(tl.load(at, mask=inside, other=0.0)))
+    dy = dy.to(tl.float32)
+    crossing += tl.exp(total) * tl.sum(dy * found, 1)
+    part = tl.arange(0, 16)
+    kept = tl.sum(tl.load(kept_ptr + number * parts + part, mask=part < parts, other=0.0), 0)
+    d_decay = tl.cumsum(crossing, 0, reverse=True) + tl.cumsum(into, 0) - into + kept
+    A = tl.load(A_ptr + h).to(tl.float32)
+    D = tl.load(D_ptr + h).to(tl.float32)
+    # where nothing is left to cross, what is left of large sums must not count
+    d_decay = tl.where(dt * A > -30.0, d_decay, 0.0)
+    tl.store(d_dt_ptr + (b * T + t) * H + h, (A * d_decay + tl.sum(x * du, 1)).to(d_dt_ptr.dtype.element_ty),
+             mask=t < T)
+    dx = dt[:, None] * du + D * dy
+    tl.store(dx_ptr + ((b * T + t[:, None]) * H + h) * P + p[None, :], dx.to(dx_ptr.dtype.element_ty),
+             mask=(t[:, None] < T) & (p[None, :] < P))
+    tl.store(dA_ptr + (b * T + t) * H + h, dt * d_decay, mask=t < T)
+    tl.store(dD_ptr + number, tl.sum(tl.sum(dy * x, 1), 0))
+
+
+@kernel
+def _group_grads_kernel(dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, ends_ptr, dB_ptr, dC_ptr, T,
+                        H, G, chunks, heads, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b,
+                        C_stride_t, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
+                        BLOCK_N: tl.constexpr):
+    """dB and dC from `heads` heads of a group: parts (H / G / heads,B,T,G,N), fp32."""
+    b, group, chunk = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.program_id(0)
+    p, n, step = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, L)
+    t, size = chunk * L + step, H // G
+    B = _tokens(B_ptr, b, t, group, B_stride_b, B_stride_t, T, N, n)
+    C = _tokens(C_ptr, b, t, group, C_stride_b, C_stride_t, T, N, n)
+    d_scores = tl.zeros([L, L], tl.float32)
+    dB, dC = tl.zeros([L, BLOCK_N], tl.float32), tl.zeros([L, BLOCK_N], tl.float32)
+    first = tl.program_id(2) * heads
+    for k in range(first, tl.minimum(size, first + heads)):
+        h = group * size + k
+        number = (b * chunks + chunk) * H + h
+        dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
+        x = _tokens(x_ptr, b, t, h, x_stride_b, x_stride_t, T, P, p)
+        dy = _tokens(dy_ptr, b, t, h, T * H * P, H * P, T, P, p)
+        d_scores += tl.dot(dy, tl.trans(x)) * _decay(total, step) * dt[None, :]
+        start, inside = _state(starts_ptr, number, p, n, P, N)
+        read = (dy.to(tl.float32) * tl.exp(total)[:, None]).to(dy.dtype)
+        dC += tl.dot(read, tl.load(start, mask=inside, other=0.0))
+        end, inside = _state(ends_ptr, number, p, n, P, N)
+        u = (x.to(tl.float32) * (tl.exp(last - total) * dt)[:, None]).to(x.dtype)
+        dB += tl.dot(u, tl.load(end, mask=inside, other=0.0))
+    d_scores = d_scores.to(B.dtype)
+    dC += tl.dot(d_scores, B)
+    dB += tl.dot(tl.trans(d_scores), C)
+    batches = tl.num_programs(1) // G
+    at = (((tl.program_id(2) * batches + b) * T + t[:, None]) * G + group) * N + n[None, :]
+    in_TN = (t[:, None] < T) & (n[None, :] < N)
+    tl.store(dB_ptr + at, dB, mask=in_TN)
+    tl.store(dC_ptr + at, dC, mask=in_TN)
+
+
+def _length(x):
+    """Tokens of a chunk: half as many where products take both sides from registers."""
+    return CHUNK if capability(x) >= 90 else CHUNK // 2
+
+
+def _packed(x):
+    """x (B,T,parts,width) as it is when each token's parts are one piece of memory, else copied."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def _blocks(P, N):
+    """Heads' and states' widths as tiles, and a head's as it is split where the chunks go in order."""
+    block_p, block_n = max(16, pow2(P)), max(16, pow2(N))
+    return block_p, block_n, min(block_p, 32)
+
+
+@torch.library.custom_op('nanoblocks::ssd', mutates_args=())
+def _fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+           state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, state, the states in front of the chunks (B,T/CHUNK,H,P,N))"""
+    check('ssd', x=(x, 'B T H P'), dt=(dt, 'B T H'), A=(A, 'H'), B=(B, 'B T G N'), C=(C, 'B T G N'),
+          D=(D, 'H'), state=(state, 'B H P N'))
+    (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
+    if H % G:
+        raise ValueError(f'ssd: {H} heads of x must be a multiple of the {G} groups of B')
+    L, (block_p, block_n, split) = _length(x), _blocks(P, N)
+    chunks = cdiv(T, L)
+    x, B, C, dt, A, D = *map(_packed, (x, B, C)), dt.contiguous(), A.contiguous(), D.contiguous()
+    y, end = x.new_empty(batch, T, H, P), x.new_empty(batch, H, P, N, dtype=torch.float32)
+    starts = x.new_empty(batch, chunks, H, P, N)
+    _states_kernel[(batch * H, cdiv(P, split))](
+        x, dt, A, B, end if state is None else state.contiguous(), starts, end, T, H, G, chunks,
+        *x.stride()[:2], *B.stride()[:2], state is not None, P, N, L, split, block_n, num_warps=4)
+    _output_kernel[(chunks, batch * H)](
+        x, dt, A, B, C, D, starts, y, T, H, G, chunks, *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], P,
+        N, L, block_p, block_n, num_warps=4)
+    return y, end, starts
+
+
+@torch.library.custom_op('nanoblocks::ssd_backward', mutates_args=())
+def _fused_backward(dy: Tensor, d_end: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                    D: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                                        Tensor]:
+    (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
+    L, chunks, (block_p, block_n, split) = _length(x), starts.shape[1], _blocks(P, N)
+    x, B, C, dt, A, D, dy = *map(_packed, (x, B, C)), *(v.contiguous() for v in (dt, A, D, dy))
+    wide = dict(dtype=torch.float32, device=x.device)
+    d_end = torch.zeros(batch, H, P, N, **wide) if d_end is None else d_end.contiguous()
+    parts, ends = cdiv(P, split), torch.empty_like(starts)
+    kept, d_state = torch.empty(batch, chunks, H, parts, **wide), torch.empty(batch, H, P, N, **wide)
+    _state_grads_kernel[(batch * H, parts)](
+        dy, dt, A, C, starts, d_end, ends, kept, d_state, T, H, G, chunks, *C.stride()[:2], P, N, L, split,
+        block_n, num_warps=4)
+    dx, d_dt = x.new_empty(batch, T, H, P), torch.empty_like(dt)
+    dA, dD = torch.empty(batch * T, H, **wide), torch.empty(batch * chunks, H, **wide)
+    strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2]]
+    _head_grads_kernel[(chunks, batch * H)](
+        dy, x, dt, A, B, C, D, starts, ends, kept, dx, d_dt, dA, dD, T, H, G, chunks, parts, *strides, P, N,
+        L, block_p, block_n, num_warps=8)
+    heads = min(8, H // G)
+    dB, dC = torch.empty(2, cdiv(H // G, heads), batch, T, G, N, **wide)
+    _group_grads_kernel[(chunks, batch * G, len(dB))](
+        dy, x, dt, A, B, C, starts, ends, dB, dC, T, H, G, chunks, heads, *strides, P, N, L, block_p,
+        block_n, num_warps=8)
+    dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
+    return dx, d_dt, dA.sum(0).to(A.dtype), dB, dC, dD.sum(0).to(D.dtype), d_state
+
+
+@_fused.register_fake
+def _(x, dt, A, B, C, D, state):
+    (batch, T, H, P), N = x.shape, B.shape[3]
+    end = x.new_empty(batch, H, P, N, dtype=torch.float32)
+    return x.new_empty(x.shape), end, x.new_empty(batch, cdiv(T, _length(x)), H, P, N)
+
+
+@_fused_backward.register_fake
+def _(dy, d_end, x, dt, A, B, C, D, starts):
+    grads = [v.new_empty(v.shape) for v in (x, dt, A, B, C, D)]
+    return *grads, x.new_empty(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    *tensors, state = inputs
+    ctx.state_dtype = None if state is None else state.dtype
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _autograd(ctx, dy, d_end, _):
+    x, *rest = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    *grads, d_state = _fused_backward(dy, d_end, x, *rest)
+    return *grads, None if ctx.state_dtype is None else d_state.to(ctx.state_dtype)
+
+
+_fused.register_autograd(_autograd, setup_context=_save)
+
+
+def ok(x, dt, A, B, C, D, state=None):
+    # products of fp32 are left to PyTorch, and so is the one step of generation
+    return (x.dtype != torch.float32 and fits(x, dt, A, B, C, D, state) and x.dtype == B.dtype == C.dtype
+            and x.shape[1] > 1 and x.shape[-1] <= MAX_HEAD_DIM and B.shape[-1] <= MAX_STATE)
+
+
+def fused(x, dt, A, B, C, D, state=None):
+    return _fused(x, dt, A, B, C, D, state)[:2]
+
+
+def cases():
+    def scan(B, T, H, P, G, N, state=True, speed=0.5):
+        return (randn(B, T, H, P), (speed * randn(B, T, H, seed=1).exp()).float().requires_grad_(),
+                (-randn(H).exp()).float().requires_grad_(), randn(B, T, G, N, seed=3),
+                randn(B, T, G, N, seed=4), leaf(H, seed=5), leaf(B, H, P, N, seed=6) if state else None)
+    x, dt, A, B, C, D, state = scan(2, 20, 4, 6, 2, 5)
+    both = torch.cat((x.flatten(2), B.flatten(2)), -1)
+    forgets = scan(1, 70, 1, 4, 1, 4)
+    forgets[1].data[0, 5] = 2000.0
+    return {
+        'a state, two groups, odd sizes': scan(2, 75, 4, 6, 2, 5),
+        'no state, one group': scan(1, 130, 3, 20, 1, 18, state=False, speed=0.05),
+        'two tokens': scan(2, 2, 2, 6, 1, 5),
+        'many heads': scan(1, 20, 10, 4, 1, 4),
+        'a token that forgets all': forgets,
+        'slices of one buffer': (both[..., :24].unflatten(-1, (4, 6)), dt, A,
+                                 both[..., 24:].unflatten(-1, (2, 5)), C, D, state),
+        'not contiguous': (x.mT.contiguous().mT, dt, A, B, C, D, state),
+    }

@@ -28,6 +28,10 @@ from model import BELONGS, GPT, GPTConfig  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'gpu: needs a GPU')
+
+
 class Field(NamedTuple):
     """How the tests meet one field of GPTConfig."""
     # legal at toy size: flags are flipped to them, random combinations draw them
@@ -59,8 +63,8 @@ FIELDS = {
     'norm_at': Field(('pre', 'post', 'output', 'sandwich'), ('before',)),
     'norm_eps': Field((1e-5, 1e-2), (0.0, -1e-5)),
     'qk_norm': Field((False, True, 'full', 'heads', 'unit'), ('all',)),
-    'ffn': Field(('gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu', 'geglu', 'geglu_erf', 'reglu', 'swiglu_clip'),
-                 ('GELU', 'silu')),
+    'ffn': Field(('gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu', 'geglu', 'geglu_erf', 'reglu',
+                  'swiglu_clip'), ('GELU', 'silu')),
     'ffn_limit': Field((7.0, 0.02), (0.0,)),
     'ffn_alpha': Field((1.702, 1.0), (0.0, -1.0)),
     'ffn_width': Field((None, 40, 7), (0, -1), lambda value, flags: None if value is None else 40),
@@ -260,16 +264,24 @@ def legal(flags):
 def combinations(count, seed):
     """Different legal flags: a family with half of its fields redrawn, in any order, where that is legal."""
     rng, found = random.Random(seed), []
-    # no family scales its rope, and only few random steps lead there
-    scaled = [fit(toy(pos='rope', rope_scaling=name, rope_factor=4.0)) for name in ('yarn', 'llama3', 'longrope')]
+    missing = {(name, value) for name, field in FIELDS.items() for value in field.values}
+    # no family scales its rope or has so many groups, and only few random steps lead there
+    scaled = [fit(toy(pos='rope', rope_scaling=name, rope_factor=4.0))
+              for name in ('yarn', 'llama3', 'longrope')] + [toy(ffn_pattern='e', n_expert=8, n_group=4)]
     while len(found) < count:
         flags = dict(rng.choice([*families().values(), *scaled]))
         for name in rng.sample(sorted(FIELDS), len(FIELDS)):
             redrawn = flipped(flags, name, rng.choice(FIELDS[name].values))
             if rng.random() < 0.5 and redrawn:
                 flags = redrawn
+        # values that few random steps lead to
+        for name, value in sorted(missing, key=str):
+            if redrawn := flipped(flags, name, value):
+                flags = redrawn
+                break
         if flags not in found:
             found.append(flags)
+            missing -= {(name, flags.get(name, defaults().get(name))) for name in FIELDS}
     return found
 
 

@@ -22,22 +22,71 @@ def moe_of(flags):
 
 def moe_by_loops(moe, x):
     """Every token through its experts, one at a time. x (N,C); for swiglu without biases."""
-    scores = (x.double() @ moe.router.weight.double().T).softmax(-1)
-    y = torch.zeros_like(x, dtype=torch.float64)
+    c, y = moe.c, torch.zeros_like(x, dtype=torch.float64)
+
+    def ffn(token, fc, proj):
+        gate, up = (fc.double() @ token).chunk(2)
+        return proj.double() @ (F.silu(gate) * up)
     for n, token in enumerate(x.double()):
-        best = scores[n].topk(moe.c.n_expert_used).indices
+        logits = moe.router.weight.double() @ token
+        if c.router_bias:
+            logits = logits + moe.router.bias.double()
+        scores = (logits.sigmoid() if c.router == 'sigmoid' else logits.softmax(-1)).tolist()
+        wanted = [s + (moe.choice_bias[e].item() if moe.biased else 0) for e, s in enumerate(scores)]
+        size = c.n_expert // c.n_group
+        worth = [sum(sorted(wanted[g * size:(g + 1) * size])[-c.group_top:]) for g in range(c.n_group)]
+        groups = sorted(range(c.n_group), key=worth.__getitem__)[-c.n_group_used:]
+        allowed = [e for e in range(c.n_expert) if e // size in groups]
+        best = sorted(allowed, key=wanted.__getitem__)[-c.n_expert_used:]
+        total = sum(scores[e] for e in best) if c.router_norm else 1.0
         for e in best:
-            gate, up = (moe.c_fc.weight[e].double() @ token).chunk(2)
-            share = scores[n, e] / scores[n, best].sum()
-            y[n] += share * (moe.c_proj.weight[e].double() @ (F.silu(gate) * up))
+            share = scores[e] / total * c.router_scale
+            expert = moe.c_fc.weight[e], moe.c_proj.weight[e]
+            y[n] += ffn(share * token, *expert) if c.router_input else share * ffn(token, *expert)
+        if moe.shared is not None:
+            gate = torch.sigmoid(moe.shared_gate.weight.double() @ token) if c.shared_gate else 1.0
+            y[n] += gate * ffn(token, moe.shared.c_fc.weight, moe.shared.c_proj.weight)
     return y
 
 
-@pytest.mark.parametrize('used', [1, 2, 4])
-def test_experts_equal_their_definition(used):
-    moe = scaled(moe_of(toy(**MOE, n_expert_used=used, ffn='swiglu', bias=False)), 20)
-    x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
-    assert_close(moe(x, None), moe_by_loops(moe, x.flatten(0, 1)).view(2, 7, 32), 1e-5, 'experts')
+@pytest.mark.parametrize('flags', [
+    {'n_expert_used': 1}, {}, {'n_expert_used': 4}, {'router': 'sigmoid'}, {'router_norm': False},
+    {'router_scale': 2.5}, {'router_bias': True}, {'router_input': True, 'router_norm': False},
+    {'n_shared': 2}, {'n_shared': 1, 'shared_gate': True, 'shared_width': 11}, {'balance': 'bias'},
+    {'n_expert': 12, 'n_group': 3, 'n_group_used': 2, 'router': 'sigmoid'},
+    {'n_expert': 12, 'n_group': 3, 'n_group_used': 2, 'group_top': 1, 'balance': 'both'},
+    {'n_expert': 12, 'n_group': 3, 'n_group_used': 1, 'n_expert_used': 3, 'group_top': 4},
+], ids=str)
+def test_experts_equal_their_definition(flags):
+    moe = scaled(moe_of(toy(**(MOE | {'ffn': 'swiglu', 'bias': False} | flags))), 20)
+    generator = torch.Generator().manual_seed(0)
+    if moe.biased:
+        moe.choice_bias.copy_(0.3 * torch.randn(moe.c.n_expert, generator=generator))
+    if flags.get('router_bias'):
+        moe.router.bias.data.normal_(generator=generator)
+    x = torch.randn(2, 25, 32, generator=generator)
+    assert_close(moe(x, None), moe_by_loops(moe, x.flatten(0, 1)).view(2, 25, 32), 1e-5, 'experts')
+
+
+@pytest.mark.parametrize('router', ['softmax', 'sigmoid'])
+def test_losses_of_the_router_equal_their_definitions(router):
+    flags = toy(**MOE, router=router, aux_weight=0.7, z_weight=0.3, dropout=0.0, n_layer=1)
+    model, idx = scaled(build(flags), 5), tokens(toy(), 2, 9)
+    moe, seen = model.h[0].ffn, []
+    moe.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1).double()))
+    evaluated = model(idx[:, :-1], idx[:, 1:])[1]
+    trained = model.train()(idx[:, :-1], idx[:, 1:])[1]
+    logits = seen[1] @ moe.router.weight.double().T
+    scores = logits.sigmoid() if router == 'sigmoid' else logits.softmax(-1)
+    share = torch.zeros(4, dtype=torch.float64)
+    for row in scores:
+        for e in row.topk(2).indices:
+            share[e] += 1 / (2 * len(scores))
+    wish = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    aux = 4 * sum(share[e] * wish[e] for e in range(4))         # one where all are equally busy
+    z = sum(torch.log(row.exp().sum()) ** 2 for row in logits) / len(logits)
+    assert_close(trained - evaluated, 0.7 * aux + 0.3 * z, 1e-4, 'aux and z')
+    assert torch.equal(moe.load, (share * 2 * len(scores)).round().float()), 'tokens of each expert'
 
 
 @pytest.mark.parametrize('router', ['softmax', 'sigmoid'])
@@ -166,6 +215,27 @@ def test_yarn_frequencies():
     assert abs(cos[0, 0].item() - (0.1 * math.log(16) + 1)) < 1e-6
 
 
+@pytest.mark.parametrize('length, times', [(4, 1.0), (8, 1.0), (12, 3 * 1.5 - 2), (16, 3 * 2 - 2)])
+def test_dynamic_frequencies(length, times):
+    # theta (factor length / context - (factor - 1))^(D / (D - 2)) beyond the context, and theta up to it
+    model = build(toy(pos='rope', rope_scaling='dynamic', rope_factor=3.0, rope_context=8))
+    theta = 10000 * times ** (8 / 6)
+    (cos, sin), _ = model.wpe.rope(torch.tensor([1]), length)
+    want = torch.tensor([[theta ** (-2 * j / 8) for j in range(4)]])
+    assert_close(torch.atan2(sin, cos), want, 1e-5, 'angles of position 1')
+
+
+def test_longrope_frequencies():
+    divisors = {'rope_short': (1.0, 1.5, 2.0, 3.0), 'rope_long': (2.0, 3.0, 5.0, 9.0)}
+    model = build(toy(pos='rope', rope_scaling='longrope', rope_factor=4.0, rope_context=8, **divisors))
+    magnitude = math.sqrt(1 + math.log(4) / math.log(8))
+    for length, name in ((8, 'rope_short'), (9, 'rope_long')):
+        (cos, sin), _ = model.wpe.rope(torch.tensor([1]), length)
+        want = torch.tensor([[10000 ** (-j / 4) / divisors[name][j] for j in range(4)]])
+        assert_close(torch.atan2(sin, cos), want, 1e-5, name)
+        assert_close(cos ** 2 + sin ** 2, torch.full((1, 4), magnitude ** 2), 1e-5, 'magnitude')
+
+
 def test_llama3_frequencies():
     got = freq(head_dim=128, rope_theta=500000.0, rope_scaling='llama3', rope_factor=8.0, rope_context=8192)
     for j, f in enumerate(500000 ** (-2 * j / 128) for j in range(64)):
@@ -235,6 +305,91 @@ def test_differential_attention_equals_its_definition():
             heads.append(F.rms_norm(y, (16,), mixer.head_norm.weight, 1e-5) * (1 - start))
         want = torch.cat(heads, dim=-1) @ mixer.c_proj.weight.T
         assert_close(mixer(x, Context(torch.arange(5), True, None))[0], want, 1e-5, f'layer {layer}')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The residual stream
+
+
+@pytest.mark.parametrize('residual, want', [
+    ('serial', lambda x, mix, ffn, n1, n2, s: (y := x + s * mix(n1(x))) + s * ffn(n2(y))),
+    ('parallel', lambda x, mix, ffn, n1, n2, s: x + s * mix(n1(x)) + s * ffn(n2(x))),
+    ('shared', lambda x, mix, ffn, n1, n2, s: x + s * mix(n1(x)) + s * ffn(n1(x))),
+    ('normed', lambda x, mix, ffn, n1, n2, s: (y := n2(n1(x) + s * mix(n1(x)))) + s * ffn(y)),
+])
+def test_residual_equals_its_definition(residual, want):
+    model = scaled(build(toy(residual=residual, residual_scale=0.3, norm='rmsnorm')), 5)
+    block, x = model.h[1], torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    ctx = Context(torch.arange(6), True, None)
+    got = block(x, ctx)
+    parts = (lambda y: block.mixer(y, ctx)), (lambda y: block.ffn(y, ctx)), block.ln_1, block.ln_2
+    assert_close(got, want(x, *parts, 0.3), 1e-6, residual)
+
+
+def test_embeddings_enter_where_their_flags_say():
+    flags = toy(embed_scale=3.0, embed_norm=True, embed_skip=True, value_embed=True, pos='none', n_kv_head=2)
+    model, idx = scaled(build(flags), 5), tokens(toy(), 1, 7)
+    start = model.ln_e(3.0 * model.wte.weight[idx])
+    values, x = model.vte.weight[idx].view(1, 7, 2, 8), start
+    ctx = Context(torch.arange(7), True, None, values=torch.zeros(()))
+    for layer, block in enumerate(model.h):
+        if layer:
+            x = block.skip[0] * x + block.skip[1] * start
+        mixer, y = block.mixer, block.ln_1(x)
+        q, k, v = mixer.qkv(y, ctx)
+        v = v + mixer.value_scale * values
+        x = x + mixer.c_proj(mixer.scores(q, k, v, ctx.pos, ctx.pos, True).flatten(2))
+        x = x + block.ffn(block.ln_2(x), ctx)
+    assert_close(model(idx)[0], model.ln_f(x) @ model.wte.weight.T, 1e-5, 'logits')
+
+
+def test_queries_without_rope_grow_with_the_log_of_their_position():
+    flags = toy(pos='rope', layer_pattern='an', temp_scale=0.5, temp_floor=4)
+    mixer = scaled(build(flags), 5).h[1].mixer
+    plain = scaled(build({k: v for k, v in flags.items() if 'temp' not in k}), 5).h[1].mixer
+    x = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0))
+    ctx = Context(torch.arange(12), True, None)
+    growth = [1 + 0.5 * math.log(1 + math.floor((t + 1) / 4)) for t in range(12)]
+    want = plain.qkv(x, ctx)[0] * torch.tensor(growth).view(1, -1, 1, 1)
+    assert_close(mixer.qkv(x, ctx)[0], want, 1e-6, 'queries')
+
+
+def test_chunks_see_themselves_alone():
+    flags = toy(layer_pattern='c', window=5, pos='rope', block_size=24)
+    model, whole = scaled(build(flags), 5), scaled(build(toy(pos='rope')), 5)
+    x = torch.randn(2, 13, 32, generator=torch.Generator().manual_seed(0))
+    pos = torch.arange(13)
+    got = model.h[0].mixer(x, Context(pos, True, model.wpe.rope(pos)))
+    for start in (0, 5, 10):
+        piece = slice(start, start + 5)
+        ctx = Context(pos[piece], True, model.wpe.rope(pos[piece]))
+        assert_close(got[:, piece], whole.h[0].mixer(x[:, piece], ctx), 1e-5, f'chunk from {start} on')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def test_further_predictions_cost_floating_point_operations_and_no_active_parameters():
+    flags = toy(**MOE)
+    one, three = build(flags), build(flags | {'n_predict': 3})
+    assert three.num_params(active=True) == one.num_params(active=True) < three.num_params()
+    head, block = 61 * 32, (three.num_params() - one.num_params()) / 2
+    more = three.flops_per_token(8) - one.flops_per_token(8)
+    assert 2 * 6 * head < more < 2 * (6 * (head + block) + 12 * 32 * 8)
+
+
+def test_differential_attention_counts_values_of_twice_the_width():
+    flags = toy(pos='none')
+    plain, diff = (build(flags | more).h[0].mixer.flops(10) for more in ({}, {'attn': 'diff'}))
+    # per query head and key: 2 D for the score, and 2 D or 4 D for the sum, and thrice for both passes
+    assert (plain, diff) == (4 * 3 * (2 + 2) * 8 * 10, 4 * 3 * (2 + 4) * 8 * 10)
+
+
+def test_further_predictions_may_reach_beyond_the_text():
+    model, idx = build(toy(n_predict=4)), tokens(toy(), 1, 3)
+    loss = model.train()(idx[:, :-1], idx[:, 1:])[1]
+    assert loss.isfinite()
 
 
 # ----------------------------------------------------------------------------------------------------------

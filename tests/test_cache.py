@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_close, build, every_family, random_flags, scaled, tokens, toy
 
-from model import GPTConfig, TokenCache, kv_cache_bytes
+from model import ROPE_BY_LENGTH, GPTConfig, TokenCache, kv_cache_bytes
 
 BOUND = 1e-4    # of the largest logit
 RANDOM = 200    # random combinations of flags
@@ -74,8 +74,27 @@ def test_cached_logits_equal_the_full_forward_for_random_flags(flags):
     model_text_logits = model_and_text(flags)
     for name, way in WAYS.items():
         # its angles depend on how long the text may become, which is T for the logits to compare with
-        if flags.get('rope_scaling') != 'dynamic' or name in ('whole', 'uneven chunks', 'single steps'):
+        of_this_length = name in ('whole', 'uneven chunks', 'single steps')
+        if flags.get('rope_scaling') not in ROPE_BY_LENGTH or of_this_length:
             way(*model_text_logits)
+
+
+@random_flags(24, seed=3)
+@torch.no_grad()
+def test_cached_logits_are_exact_in_float64(flags):
+    # where nothing is rounded to fp32 on the way: faults far smaller than BOUND show
+    model, idx = scaled(build(flags), 5).double(), tokens(flags, 3, T)
+    logits, cache, start = model(idx)[0], model.new_cache(3, T), 0
+    for size in (6, 1, 3, 1, 9):
+        got = model(idx[:, start:start + size], cache=cache, pos=torch.arange(start, start + size))[0]
+        bound = 1e-5 if uses_fp32(flags) else 1e-9
+        assert_close(got, logits[:, start:start + size], bound, f'from {start} on')
+        start += size
+
+
+def uses_fp32(flags):
+    """Angles are fp32 in every model, and so are soft-capped logits."""
+    return flags.get('pos') in ('rope', 'sinusoidal', 'alibi_bf16') or flags.get('logit_softcap')
 
 
 @every_family

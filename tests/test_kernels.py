@@ -4,9 +4,13 @@ Every operation of kernels/ against its definition: values and all gradients, od
 A new operation needs a row in OPS and its inputs in CASES.
 """
 import importlib
+import json
 import math
+import os
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import conftest  # noqa: F401
@@ -96,6 +100,8 @@ def plain_grouped_linear(x, weight, bias, counts):
 
 # recurrences, whose state is an input and a result as well: tested in test_state_space.py
 WITH_STATE = {'causal_conv', 'selective_scan', 'ssd'}
+# made of others, and tested by themselves below
+COMPOSED = {'add_rms_norm', 'rope_qk', 'attention', 'decode_attention'}
 OPS = {
     'rms_norm': (rms_norm, plain_rms_norm),
     'rope': (rope, plain_rope),
@@ -207,7 +213,7 @@ EVERY_CASE = pytest.mark.parametrize('op, case, chunks', [
 
 
 def test_every_operation_has_a_definition_and_cases():
-    new = sorted(set(kernels.__all__) - (OPS.keys() & CASES.keys()) - WITH_STATE)
+    new = sorted(set(kernels.__all__) - (OPS.keys() & CASES.keys()) - WITH_STATE - COMPOSED)
     assert not new, f'kernels has {new}, which is untested: add it to OPS and CASES of tests/test_kernels.py'
 
 
@@ -453,3 +459,165 @@ def test_gradient_sums_of_bf16_do_not_lose_late_chunks(monkeypatch):
     linear_cross_entropy(x.double(), truth, targets).backward()
     error = (weight.grad.double() - truth.grad).abs().max() / truth.grad.abs().max()
     assert error < 3 * torch.finfo(BF16).eps, f'error {error:.2e} of the largest gradient'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Operations made of others
+
+
+def test_add_rms_norm_norms_the_sum_and_returns_it():
+    x, residual, weight = randn(2, 3, 7), randn(2, 3, 7, seed=1), randn(7, seed=2)
+    y, total = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(y, rms_norm(x + residual, weight, 1e-5))
+
+
+def test_rope_qk_norms_each_head_and_then_turns_it():
+    (q, cos, sin), k = turned(2, 5, 4, 6, rows=True), randn(2, 5, 2, 6, seed=3)
+    cos, sin, weights = cos.tensor, sin.tensor, (randn(6, seed=4), randn(6, seed=5))
+    for got, x, weight in zip(kernels.rope_qk(q, k, cos, sin, *weights, 0.1), (q, k), weights):
+        torch.testing.assert_close(got, rope(rms_norm(x, weight, 0.1), cos, sin))
+    for got, x in zip(kernels.rope_qk(q, k, cos, sin), (q, k)):
+        torch.testing.assert_close(got, rope(x, cos, sin))
+
+
+def look(q, k, v, pos, key_pos, scale, window, softcap, slope, sink):
+    """One query (D,) of one head on keys (S,D) and values (S,Dv), key by key."""
+    weights, total = [], 0.0 if sink is None else math.exp(sink)
+    for k_j, at in zip(k, key_pos):
+        seen = 0 <= at <= pos and (window is None or at > pos - window)
+        s = scale * (q @ k_j).item()
+        s = s if softcap is None else softcap * math.tanh(s / softcap)
+        weights.append(math.exp(s - (slope or 0.0) * (pos - at)) if seen else 0.0)
+        total += weights[-1]
+    return torch.tensor(weights, dtype=torch.float64) @ v / total
+
+
+def by_definition(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None):
+    (B, T, H, _), group = q.shape, q.shape[2] // k.shape[2]
+    pos, key_pos = pos.expand(B, T).tolist(), key_pos.expand(B, k.shape[1]).tolist()
+    slopes, sinks = ([None] * H if x is None else x.tolist() for x in (slopes, sinks))
+    return torch.stack([torch.stack([torch.stack([
+        look(q[b, t, h], k[b, :, h // group], v[b, :, h // group], pos[b][t], key_pos[b], scale, window,
+             softcap, slopes[h], sinks[h]) for h in range(H)]) for t in range(T)]) for b in range(B)])
+
+
+@pytest.mark.parametrize('op, case', [(op, case) for op in ('attention', 'decode_attention')
+                                      for case in kernels.OPS[op].cases()])
+def test_attention_equals_the_sum_over_keys(op, case):
+    args = [a.detach().double() if is_float(a) else a for a in kernels.OPS[op].cases()[case]]
+    got = getattr(kernels, op)(*args)
+    torch.testing.assert_close(got, by_definition(*args[:10]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Triton: on a CPU by its interpreter, in a process of its own (tests/fused.py), and on a GPU
+
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = [['check', op, case, dtype] for op, row in kernels.OPS.items() for case in row.cases()
+        # products of fp32 are left to PyTorch, those of attention and experts not in the interpreter
+        for dtype in (('float16', 'bfloat16') if op == 'ssd' else ('float32', 'bfloat16'))]
+MODELS = {
+    'gemma2_small': {'attention_backward', 'gated_backward', 'rope_backward', 'decode_attention'},
+    'gpt_oss_small': {'attention_backward', 'grouped_linear_fused_backward', 'linear_cross_entropy'},
+    'jamba_small': {'causal_conv_backward', 'selective_scan_fused_backward', 'rms_norm_backward'},
+    'deepseek_small': {'attention', 'decode_attention', 'rope_backward'},
+}
+OPERATORS = [['check_operators', op] for op in kernels.OPS]
+needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason='Triton is not installed')
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+@pytest.fixture(scope='session')
+def interpreted(request):
+    """{job as a string: its answer} of all the jobs that this run of pytest asks for, made in one process."""
+    jobs = [item.callspec.params['job'] for item in request.session.items
+            if 'interpreted' in getattr(item, 'fixturenames', ())]
+    run = subprocess.run([sys.executable, str(ROOT / 'tests' / 'fused.py')], input=json.dumps(jobs), cwd=ROOT,
+                         capture_output=True, text=True, env=os.environ | {'TRITON_INTERPRET': '1'})
+    answers = {json.dumps(job): answer for job, answer in map(json.loads, run.stdout.splitlines())}
+    missing = len(jobs) - len(answers)
+    assert run.returncode == 0 and not missing, f'{missing} jobs without an answer: {run.stderr[-2000:]}'
+    return answers
+
+
+def every_job(jobs):
+    return pytest.mark.parametrize('job', jobs, ids=['-'.join(job[1:]) for job in jobs])
+
+
+@needs_triton
+@every_job(JOBS)
+def test_kernel_errs_at_most_twice_as_much_as_plain_pytorch(job, interpreted):
+    wrong = interpreted[json.dumps(job)]
+    assert not wrong, '\n'.join(wrong)
+
+
+@needs_triton
+@every_job(OPERATORS)
+def test_kernel_is_a_proper_operator_and_part_of_one_graph(job, interpreted):
+    wrong = interpreted[json.dumps(job)]
+    assert not wrong, '\n'.join(wrong)
+
+
+@needs_triton
+@every_job([['check_model', name] for name in MODELS])
+def test_model_is_the_same_with_kernels(job, interpreted):
+    wrong, called = interpreted[json.dumps(job)]
+    assert not wrong, wrong
+    idle = MODELS[job[1]] - set(called)
+    assert not idle, f'{sorted(idle)} must run, and did not'
+
+
+@needs_triton
+def test_every_kernel_fits_in_registers_and_shared_memory():
+    # compiled for sm_80, sm_90 and sm_100 by the assembler that comes with Triton
+    run = subprocess.run([sys.executable, '-m', 'kernels.aot'], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, f'{run.stdout}\n{run.stderr[-2000:]}'
+    table = run.stdout.splitlines()[1:]
+    source = '\n'.join(path.read_text() for path in (ROOT / 'kernels').glob('*.py'))
+    assert len({line.split()[0] for line in table}) > source.count('\n@kernel\n') / 2
+    assert {line.split()[1] for line in table} == {'80', '90', '100'}
+
+
+@pytest.mark.gpu
+@on_gpu
+@every_job(JOBS)
+def test_kernel_on_a_gpu_errs_at_most_twice_as_much_as_plain_pytorch(job):
+    import fused
+    _, op, case, dtype = job
+    if dtype == 'float32' and op in ('attention', 'decode_attention', 'grouped_linear'):
+        dtype = 'float16'
+    wrong = fused.check(op, case, dtype, 'cuda')
+    assert not wrong, '\n'.join(wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which of the two runs
+
+
+def test_choices_that_cannot_be_are_refused():
+    for choice, device, words in (('fast', 'cuda', 'must be one of'), ('triton', 'cpu', 'Triton|GPU')):
+        with pytest.raises(ValueError, match=words):
+            kernels.use_kernels(choice, device)
+    assert kernels.backend == 'auto', 'what is refused must change nothing'
+
+
+def test_importing_the_operations_does_not_import_triton():
+    code = 'import sys, kernels; sys.exit("triton" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize('op, change, words', [
+    ('rms_norm', lambda x, w, eps: (x, w[:-1], eps), r'weight of shape \(6,\) must be \(C=7\)'),
+    ('linear_cross_entropy', lambda x, w, t, cap: (x, w, t[:-1], cap), 'targets of shape .* must be'),
+    ('linear_cross_entropy', lambda x, w, t, cap: (x, w, t.double(), cap), 'must be of integers'),
+    ('causal_conv', lambda x, w, b, tail: (x, w, b, tail[:, 1:]), 'tail of shape'),
+    ('attention', lambda q, k, *rest: (q[:, :, :3], k, *rest), '3 query heads must be a multiple of the 2'),
+    ('selective_scan', lambda x, dt, *rest: (x, dt[:, :-1], *rest), 'dt of shape'),
+    ('ssd', lambda x, dt, A, *rest: (x, dt, A[:-1], *rest), 'A of shape'),
+])
+def test_arguments_that_do_not_fit_are_refused_before_any_launch(op, change, words):
+    args = next(iter(kernels.OPS[op].cases().values()))
+    args = [a.float() if is_float(a) else a for a in args]
+    with pytest.raises(ValueError, match=words):
+        kernels.OPS[op].fused(*change(*args))

@@ -87,7 +87,8 @@ def check(words):
     settings, takes_model_flags, topics = known
     if topics:
         assert args and args[0] in topics, f'{script} has no topic {args[:1]}'
-        args = args[1:]
+        # plot takes the folders of runs
+        args = [arg for arg in args[1:] if args[0] != 'plot' or arg.startswith('-')]
     # a script with topics takes the config files of train.py, and the model flags in them
     skip = names_in(ROOT / 'train.py') if topics else ()
     model_args = configure(settings, GPTConfig if takes_model_flags else None, args, skip=skip)

@@ -17,8 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import checkpoint  # noqa: E402
 from data.tokenizer import ByteTokenizer, from_meta  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from test_train import (DAMAGES, assert_refused, damage, dataset, flags, python, real_python,  # noqa: E402
-                        trained)
+from runs import assert_refused, dataset, flags, python, real_python, trained  # noqa: E402
+from test_reliability import DAMAGES, damage  # noqa: E402
 
 CHARS = dict(pos='rope', dtype='float32', eval_interval=60)
 
@@ -66,7 +66,7 @@ def sample(out_dir, **settings):
 
 def text_of(out_dir, **settings):
     """The one text that is sampled."""
-    (one,), _ = sample(out_dir, num_samples=1, **settings)
+    (one,), _ = sample(out_dir, **{'num_samples': 1} | settings)
     return one[0]
 
 

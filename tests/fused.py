@@ -1,0 +1,220 @@
+"""
+The Triton kernels against plain PyTorch, the part of test_kernels.py that needs a process of its own: with
+TRITON_INTERPRET=1, which is read when Triton is imported, kernels run on a CPU.
+
+    echo '[["check", "rms_norm", "one row", "float32"]]' | TRITON_INTERPRET=1 python tests/fused.py
+
+Triton's interpreter keeps bf16 as the integers of its bits and computes with those, so what it gets wrong is
+replaced here: products of bf16, and rounding to it. Kernels do all other arithmetic in fp32. What it cannot
+see is left to a GPU: races, and the limits of registers and shared memory.
+"""
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+DEVICE = sys.argv[1] if __name__ == '__main__' and len(sys.argv) > 1 else 'cpu'
+if __name__ == '__main__' and DEVICE == 'cpu':
+    os.environ['TRITON_INTERPRET'] = '1'
+
+import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import kernels  # noqa: E402
+
+
+def repair_interpreter():
+    """Right numbers for bf16, and scans that are not made number by number."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter as it
+
+    np.seterr(all='ignore')  # numbers that a mask drops may overflow before it does
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle.data.astype(np.float32)
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    def narrow(data):
+        rounded = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    cast = it.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, to):
+        pair = source.dtype.scalar, to.scalar
+        if pair == (tl.float32, tl.bfloat16):
+            return it.TensorHandle(narrow(source.data), tl.bfloat16)
+        if pair == (tl.bfloat16, tl.float32):
+            return it.TensorHandle(wide(source), tl.float32)
+        assert pair[0] == pair[1] or tl.bfloat16 not in pair, f'cast {pair} through fp32'
+        return cast(self, source, to)
+
+    def create_dot(self, a, b, total, *options):
+        assert a.dtype.scalar == b.dtype.scalar, f'a product of {a.dtype} and {b.dtype}'
+        return it.TensorHandle(np.matmul(wide(a), wide(b)) + total.data, tl.float32)
+
+    binary = it.InterpreterBuilder.binary_op
+
+    def binary_op(self, a, b, function):
+        assert a.dtype.scalar != tl.bfloat16, 'arithmetic in bf16: cast to fp32 first'
+        return binary(self, a, b, function)
+
+    def generic_scan(self, inputs):
+        columns = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+        done = [[column[0]] for column in columns]
+        for t in range(1, len(columns[0])):
+            before = [self.to_tensor(column[-1], x.dtype) for column, x in zip(done, inputs)]
+            now = [self.to_tensor(column[t], x.dtype) for column, x in zip(columns, inputs)]
+            for column, x in zip(done, self.combine_fn.fn(*before, *now)):
+                column.append(x.handle.data)
+        return [self.to_tensor(np.stack(column, axis=self.axis), x.dtype) for column, x in zip(done, inputs)]
+
+    it.InterpreterBuilder.cast_impl, it.InterpreterBuilder.create_dot = cast_impl, create_dot
+    it.InterpreterBuilder.binary_op, it.ScanOps.generic_scan = binary_op, generic_scan
+
+
+def arguments(op, case, dtype, device, double=False):
+    """A case's arguments in a dtype, or the very same numbers in float64; strides as they are."""
+    made, stores = [], {}
+    for value in kernels.OPS[op].cases()[case]:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            kind = dtype if value.dtype == torch.float64 else value.dtype
+            # one buffer that two arguments share stays one
+            key = value.untyped_storage().data_ptr()
+            if key not in stores:
+                store = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(kind)
+                stores[key] = (store.double() if double else store).to(device)
+            grad = kernels.OPS[op].backward and (value.requires_grad or value.dtype == torch.float64)
+            value = stores[key].as_strided(value.shape, value.stride(), value.storage_offset())
+            value = value.detach().requires_grad_(grad)
+        elif isinstance(value, torch.Tensor):
+            value = value.to(device)
+        made.append(value)
+    return made
+
+
+def run(function, args, differentiate):
+    """{name: tensor} of the outputs, and of the gradients for incoming ones that are not one."""
+    outputs = function(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = {f'output {n}': out.detach() for n, out in enumerate(outputs)}
+    if differentiate:
+        seen = [out for out in outputs if out.requires_grad]
+        generator = torch.Generator().manual_seed(9)
+        drawn = [torch.randn(out.shape, generator=generator) for out in seen]
+        incoming = [((8 * x).round() / 8 + 0.5).to(out) for x, out in zip(drawn, seen)]
+        leaves = {n: a for n, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad}
+        grads = torch.autograd.grad(seen, list(leaves.values()), incoming)
+        found |= {f'gradient of argument {n}': g for n, g in zip(leaves, grads)}
+    return found
+
+
+def check(op, case, dtype, device='cpu'):
+    """
+    What is wrong, a list of sentences. The rule: an error against the same numbers in float64 of at most
+    twice that of plain PyTorch in the same dtype, and one rounding.
+    """
+    row, dtype = kernels.OPS[op], getattr(torch, dtype)
+    args = arguments(op, case, dtype, device)
+    if not row.ok(*args):
+        return [f'ok() refuses {case}']
+    kept = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+    truth = run(row.plain, arguments(op, case, dtype, device, double=True), row.backward)
+    baseline = run(row.plain, arguments(op, case, dtype, device), row.backward)
+    # in this mode torch.empty is full of NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = run(row.fused, args, row.backward)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wrong = [f'argument {n} was written to' for n, (a, b) in enumerate(zip(args, kept))
+             if isinstance(a, torch.Tensor) and not torch.equal(a, b)]
+    for name, want in truth.items():
+        same = got[name].shape == want.shape and got[name].dtype == baseline[name].dtype
+        if not same:
+            wrong.append(f'{name}: {tuple(got[name].shape)} of {got[name].dtype} must be '
+                         f'{tuple(want.shape)} of {baseline[name].dtype}')
+            continue
+        if not want.numel():
+            continue
+        error, plain, size = (v.double().square().mean().sqrt().item()
+                              for v in (got[name].double() - want, baseline[name].double() - want, want))
+        # a state or a parameter's gradient in fp32 is made of activations, which are in this dtype
+        rounding = max(torch.finfo(kind).eps for kind in (got[name].dtype, dtype))
+        bound = 2 * plain + rounding * size
+        if not error <= bound:
+            wrong.append(f'{name}: error {error:.2e} above {bound:.2e} (plain {plain:.2e}, size {size:.2e})')
+    return wrong
+
+
+class Calls(TorchDispatchMode):
+    """Writes down the calls of the kernels' operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == 'nanoblocks':
+            self.found.setdefault(function, args)
+        return function(*args, **(kwargs or {}))
+
+
+def check_operators(op):
+    """torch.library.opcheck on the operators that an operation is made of, and one graph with it inside."""
+    row, calls = kernels.OPS[op], Calls()
+    case = next(iter(row.cases()))
+    dtype = torch.float16 if op == 'ssd' else torch.float32
+    with calls:
+        want = run(row.fused, arguments(op, case, dtype, 'cpu'), row.backward)
+    for function, args in calls.found.items():
+        args = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+        if not function.name().endswith('backward') and row.backward:
+            args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                    for a in args]
+        torch.library.opcheck(function, args, test_utils=('test_schema', 'test_autograd_registration',
+                                                          'test_faketensor'))
+    kernels.use_kernels('triton', 'cpu')
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(kernels, op), fullgraph=True, backend='aot_eager', dynamic=False)
+    got = run(compiled, arguments(op, case, dtype, 'cpu'), row.backward)
+    same = [name for name in want if torch.allclose(got[name].float(), want[name].float(), 1e-3, 1e-4)]
+    return [f'{name} differs in a graph' for name in want if name not in same] + [
+        'no operator was called'] * (not calls.found)
+
+
+def check_model(name):
+    """Loss, gradients, and the logits of a prefill and two steps: with kernels as without."""
+    import conftest
+    flags = next(flags for names, flags in conftest.families().items() if name in names.split('+'))
+    model, seen = conftest.scaled(conftest.build(flags), 3), {}
+    idx = conftest.tokens(flags, 2, 20)
+    for choice in ('torch', 'triton'):
+        kernels.use_kernels(choice, 'cpu')
+        with Calls() as calls:
+            loss = model(idx, idx.roll(-1, 1))[1]
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            cache, logits = model.new_cache(2, 20), []
+            with torch.no_grad():
+                for pos in (torch.arange(18), torch.tensor([18]), torch.tensor([19])):
+                    logits.append(model(idx[:, pos], cache=cache, pos=pos)[0])
+        seen[choice] = [loss, *grads, *logits], {f.name().split('::')[1].split('.')[0] for f in calls.found}
+    (want, before), (got, after) = seen.values()
+    errors = [(a - b).norm() / (b.norm() + 1e-3) for a, b in zip(got, want)]
+    return [f'error {max(errors):.1e}'] * (max(errors) > 1e-3), sorted(after - before)
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    if DEVICE == 'cpu':
+        repair_interpreter()
+    for job in json.load(sys.stdin):
+        try:
+            answer = globals()[job[0]](*job[1:], *[DEVICE] * (job[0] == 'check'))
+        except Exception:
+            answer = [traceback.format_exc()]
+        print(json.dumps([job, answer]), flush=True)

@@ -1,0 +1,570 @@
+"""
+Nothing is lost: runs are killed anywhere, checkpoints and data damaged, disks filled, signals sent, numbers
+made infinite. Afterwards the run goes on, and ends in the same bits as one that nothing happened to.
+
+Runs that are to be hit hit themselves, with real signals: so each is hit in a place that is known.
+"""
+import errno
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, dataset, differences, files, flags,
+                  load, losses, metrics, python, resume, run_copy, toy, train, trained)
+
+import checkpoint
+import stopping
+from model import GPT, GPTConfig
+
+# ----------------------------------------------------------------------------------------------------------
+# Killed
+
+
+KILL_AT_EVENT = '''
+import os, sys
+left = {}
+def event(*args):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), 9)
+sys.setprofile(event)'''
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    """
+    A moment is a call or a return of any function, of Python or C: in a step, an evaluation, while a
+    checkpoint is written, renamed, or read. A run that is asked for again and again gets through.
+    """
+    settings = dict(max_iters=40, log_interval=3, eval_interval=8, eval_tokens=256, dropout=0.1, n_layer=1,
+                    optimizer='muon', ema=0.9)
+    whole, rng, kills, steps = trained(**settings), random.Random(0), 0, set()
+    for _ in range(200):
+        before = KILL_AT_EVENT.format(rng.randrange(1_000, 250_000)) if kills < 20 else ''
+        done = python('train.py', *toy(tmp_path / 'run', init_from='auto', **settings), before=before)
+        assert done.code in (0, -9), done
+        kills += done.code == -9
+        if (tmp_path / 'run' / 'ckpt.pt').exists():
+            steps.add(load(tmp_path / 'run')['step'])
+        if done.code == 0 and kills < 20:
+            shutil.rmtree(tmp_path / 'run')
+        elif done.code == 0:
+            break
+    assert kills == 20 and len(steps) > 3, (kills, steps)
+    assert_same_run(tmp_path / 'run', whole)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_kill_in_the_middle_of_writing_a_checkpoint_changes_nothing(tmp_path, seed):
+    """At a random byte: the system ends a process that writes more than its limit."""
+    settings = dict(log_interval=1)
+    size = (trained(**settings) / 'ckpt.pt').stat().st_size
+    byte = random.Random(seed).randrange(50_000, size)
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before=at_step(25, f'''
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({byte}, {byte}))'''))
+    assert done.code == -signal.SIGXFSZ
+    part, = (tmp_path / 'run').glob('*.part')
+    assert part.stat().st_size <= byte and load(tmp_path / 'run')['step'] == 20
+    assert metrics(tmp_path / 'run')[-1]['step'] == 40
+    resume(tmp_path / 'run')
+    assert not list((tmp_path / 'run').glob('*.part'))
+    assert_same_run(tmp_path / 'run', trained(**settings))
+
+
+def test_auto_begins_what_is_not_there_and_goes_on_with_what_is(tmp_path):
+    settings = dict(init_from='auto', max_iters=20)
+    assert 'going on' not in train(tmp_path / 'run', **settings)[1]
+    assert 'going on at step 20' in train(tmp_path / 'run', init_from='auto', max_iters=40)[1]
+    # killed before its first checkpoint, it leaves no more than this
+    os.remove(tmp_path / 'run' / 'ckpt.pt'), os.remove(tmp_path / 'run' / 'ckpt.prev.pt')
+    assert 'going on' not in train(tmp_path / 'run', **settings)[1]
+    assert [line['step'] for line in metrics(tmp_path / 'run')] == [5, 10, 15, 20, 20]
+
+
+def test_compiled_training_resumes_bit_by_bit(tmp_path):
+    """By the real compiler, with two threads, whose sums would come in any order."""
+    settings = dict(compile=True, n_layer=1, max_iters=12, log_interval=1, eval_interval=6, eval_tokens=256,
+                    lr_decay_iters=12, norm='rmsnorm', pos='none', ffn='relu2', bias=False)
+    # the second and third process find in the cache what the first has compiled
+    env = ENV | {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), 'TORCHINDUCTOR_COMPILE_THREADS': '1',
+                 'OMP_NUM_THREADS': '2'}
+
+    def run(*args):
+        done = subprocess.run([sys.executable, 'train.py', *args], cwd=ROOT, env=env, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done
+        return done.stdout
+    out = run(*toy(tmp_path / 'whole', **settings))
+    assert ', compiled\n' in out and re.search(r'compiled +in ', out)
+    run(*toy(tmp_path / 'parts', **settings | {'max_iters': 6}))
+    run(*flags(init_from='resume', out_dir=tmp_path / 'parts', max_iters=12))
+    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Damaged
+
+
+def broken_save(monkeypatch, how):
+    """Fails like a full disk, at some point of writing a checkpoint."""
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def half(state, f):
+        f.write(b'half of a checkpoint')
+        full()
+
+    if how == 'while writing':
+        monkeypatch.setattr(torch, 'save', half)
+    else:
+        monkeypatch.setattr(os, {'at the end': 'replace', 'on flushing': 'fsync'}[how], full)
+
+
+@pytest.mark.parametrize('how', ['while writing', 'on flushing', 'at the end'])
+def test_a_failed_write_leaves_the_old_checkpoint(monkeypatch, tmp_path, how):
+    path = str(tmp_path / 'ckpt.pt')
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=5))
+    old, new = (checkpoint.contents(model, settings={}, meta={}, step=step) for step in (1, 2))
+    checkpoint.save(path, old)
+    with monkeypatch.context() as patch:
+        broken_save(patch, how)
+        with pytest.raises(OSError, match='No space'):
+            checkpoint.save(path, new)
+    assert checkpoint.load(path)['step'] == 1
+    checkpoint.save(path, new)
+    assert checkpoint.load(path)['step'] == 2
+
+
+def flipped(data, bit):
+    data = bytearray(data)
+    data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path):
+    """Wherever it is: the checkpoint is refused, or holds what was written."""
+    path = tmp_path / 'ckpt.pt'
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=50))
+    state = checkpoint.contents(model, settings={'seed': 1}, meta={'vocab_size': 50}, step=7)
+    checkpoint.save(str(path), state)
+    data, rng, refused = path.read_bytes(), random.Random(0), 0
+    for bit in rng.sample(range(8 * len(data)), 300):
+        path.write_bytes(flipped(data, bit))
+        try:
+            assert not differences(checkpoint.load(str(path)), state), f'bit {bit}'
+        except checkpoint.Damaged:
+            refused += 1
+    assert refused > 250, 'only the seal itself may be hit'
+
+
+def test_no_truncation_goes_unseen(run_copy):
+    data, rng = (run_copy / 'ckpt.pt').read_bytes(), random.Random(0)
+    for size in [0, 1, len(data) - 1, *rng.sample(range(len(data)), 20)]:
+        (run_copy / 'ckpt.pt').write_bytes(data[:size])
+        with pytest.raises(checkpoint.Damaged):
+            checkpoint.load(str(run_copy / 'ckpt.pt'))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def damage(path, kind):
+    """Put something else in place of a checkpoint."""
+    data = path.read_bytes()
+    if kind == 'missing':
+        path.unlink()
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'truncated':
+        path.write_bytes(data[:len(data) // 2])
+    elif kind == 'one byte short':
+        path.write_bytes(data[:-1])
+    elif kind == 'garbage':
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif kind == 'text':
+        path.write_text('version https://git-lfs.github.com/spec/v1\n')
+    elif kind == 'a list':
+        torch.save([1, 2], path)
+    elif kind == 'another script':
+        torch.save({'state_dict': {}}, path)
+    elif kind == 'pickle':
+        path.write_bytes(pickle.dumps(Bomb(path.parent / 'bomb')))
+    elif kind == 'code inside':
+        torch.save(torch.load(path, weights_only=True) | {'step': Bomb(path.parent / 'bomb')}, path)
+    else:
+        state = torch.load(path, weights_only=True)
+        if kind == 'weights of another model':
+            state['config']['n_layer'] = 3
+        elif kind == 'weights of another size':
+            state['config']['n_embd'] = 64
+        elif kind == 'flags of the future':
+            state['config']['flux'] = 1.21
+        elif kind == 'flags that cannot be':
+            state['config']['n_head'] = 5
+        elif kind == 'weights lost':
+            del state['model']['ln_f.weight']
+        torch.save(state, path)
+
+
+DAMAGES = ['missing', 'empty', 'truncated', 'one byte short', 'garbage', 'text', 'a list', 'another script',
+           'pickle', 'code inside', 'weights of another model', 'weights of another size',
+           'flags of the future', 'flags that cannot be', 'weights lost']
+
+
+DAMAGED = DAMAGES[:6] + ['pickle', 'code inside']
+
+
+@pytest.mark.parametrize('kind', DAMAGED)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_copy, kind):
+    damage(run_copy / 'ckpt.pt', kind)
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy))
+    assert done.code == 0 and 'going on at step 40' in done.out, done
+    warning = done.err.strip().splitlines()
+    assert len(warning) == 2 and str(run_copy / 'ckpt.pt') in warning[0] and 'ckpt.prev.pt' in warning[1]
+    assert 'weights_only' not in done.err, 'it must not tell the user to run what is in there'
+    assert not (run_copy / 'bomb').exists()
+    assert_same_run(run_copy, trained())
+
+
+def test_after_a_fallback_a_kill_finds_a_whole_checkpoint(run_copy):
+    """Or the next save would put the damaged one in place of the only good one."""
+    damage(run_copy / 'ckpt.pt', 'truncated')
+    kill = '''
+import checkpoint, os
+checkpoint.save = lambda *args, **kwargs: os.kill(os.getpid(), 9)'''
+    assert python('train.py', *flags(init_from='resume', out_dir=run_copy), before=kill).code == -9
+    assert load(run_copy)['step'] == 40
+    resume(run_copy)
+    assert_same_run(run_copy, trained())
+
+
+@pytest.mark.parametrize('kind', DAMAGES)
+def test_resume_refuses_what_it_cannot_go_on_with(run_copy, kind):
+    damage(run_copy / 'ckpt.pt', kind)
+    if kind in DAMAGED:
+        damage(run_copy / 'ckpt.prev.pt', 'truncated')
+    before = files(run_copy)
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80))
+    assert_refused(done, 'n_head' if kind == 'flags that cannot be' else str(run_copy / 'ckpt.pt'))
+    assert files(run_copy) == before
+    assert not (run_copy / 'bomb').exists()
+
+
+def test_resume_refuses_a_checkpoint_that_is_only_for_sampling(run_copy):
+    shutil.copy(run_copy / 'best.pt', run_copy / 'ckpt.pt')
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80))
+    assert_refused(done, str(run_copy / 'ckpt.pt'))
+
+
+def test_a_flipped_bit_in_the_data_is_refused(tmp_path):
+    shutil.copytree(dataset(), tmp_path / 'data')
+    path = tmp_path / 'data' / 'train.bin'
+    path.write_bytes(flipped(path.read_bytes(), 12345))
+    args = toy(tmp_path / 'run', dataset=tmp_path / 'data', max_iters=5)
+    assert_refused(python('train.py', *args), str(path), 'again')
+    assert python('train.py', *args, '--check_data=False').code == 0
+
+
+def test_a_moved_dataset_is_the_same(tmp_path):
+    """What counts is what is in meta.json."""
+    shutil.copytree(dataset(), tmp_path / 'a')
+    run, _ = train(tmp_path / 'run', dataset=tmp_path / 'a', max_iters=40)
+    shutil.move(tmp_path / 'a', tmp_path / 'b')
+    done = python('train.py', *flags(init_from='resume', out_dir=run, max_iters=60))
+    assert_refused(done, str(tmp_path / 'a'))
+    resume(run, dataset=tmp_path / 'b', max_iters=60)
+    assert_same_run(run, trained())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A full disk
+
+
+def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path):
+    """No file may grow beyond 60 kB from step 25 to 46, so the checkpoint of step 40 fails, and others."""
+    before = at_step(25, '''
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))''') + at_step(47, '''
+        import resource, shutil
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        shutil.copy({!r}, {!r})'''.format(str(tmp_path / 'run' / 'ckpt.pt'), str(tmp_path / 'meanwhile.pt')))
+    done = python('train.py', *toy(tmp_path / 'run', log_interval=5), before=before)
+    assert done.code == 0 and 'ckpt.pt could not be written (File too large)' in done.out, done
+    assert done.out.count('trying again') >= 3  # best.pt and ckpt.pt at step 40, ckpt.pt at step 45
+    assert torch.load(tmp_path / 'meanwhile.pt', weights_only=True)['step'] == 20
+    # step 50 is a log step, step 46 the one after the last that failed
+    assert re.search('step 5[01]: saved', done.out), done.out
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_small_disk_that_is_really_full(tmp_path):
+    """Also metrics.jsonl has no room then: its lines wait."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('this user may not mount a tmpfs')
+    try:
+        fill, empty = (at_step(step, action) for step, action in (
+            (25, f'''
+        with open('{disk}/other', 'wb', buffering=0) as f:
+            while True:
+                try:
+                    f.write(bytes(4096))
+                except OSError:
+                    break'''), (52, f'''
+        kept = open('{disk}/run/metrics.jsonl').read()
+        open('{tmp_path}/meanwhile', 'w').write(kept)
+        os.remove('{disk}/other')''')))
+        done = python('train.py', *toy(disk / 'run', log_interval=1), before=fill + empty)
+        assert done.code == 0 and 'could not be written (No space left on device)' in done.out, done
+        kept = (tmp_path / 'meanwhile').read_text()
+        assert kept.endswith('\n') and json.loads(kept.splitlines()[-1])['step'] < 51
+        assert 'saved' in done.out
+        assert_same_run(disk / 'run', trained(log_interval=1))
+    finally:
+        subprocess.run(['umount', disk])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def hit(number):
+    return f'os.kill(os.getpid(), {number})'
+
+
+MICRO = dict(gradient_accumulation_steps=4, batch_size=2, log_interval=3)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_within_a_micro_batch(tmp_path, number):
+    """The 98th micro-batch is the second of step 25, which is then done again; of a 99th nothing is read."""
+    count = at_step(99, "print('one more')")
+    done = python('train.py', *toy(tmp_path / 'run', **MICRO), before=at_step(98, hit(number)) + count)
+    assert done.code == stopping.STOPPED and not done.err, done
+    assert f'stopped by signal {number} after step 24' in done.out and 'one more' not in done.out
+    assert load(tmp_path / 'run')['step'] == 24 and metrics(tmp_path / 'run')[-1]['step'] == 24
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(**MICRO))
+
+
+IN_EVALUATION = '''
+import os, data.loader
+get, calls = data.loader.Dataset.eval_batches, []
+def eval_batches(self, *args, **kwargs):
+    for number, batch in enumerate(get(self, *args, **kwargs)):
+        calls.append(number)
+        if len(calls) == 8 + 3:
+            os.kill(os.getpid(), 15)
+            print('after the signal')
+        yield batch
+data.loader.Dataset.eval_batches = eval_batches'''
+
+
+def test_a_signal_in_an_evaluation_saves_and_leaves_at_once(tmp_path):
+    """In the second one, after step 40, which the resumed run makes up for."""
+    done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before=IN_EVALUATION)
+    assert done.code == stopping.STOPPED and 'after the signal' not in done.out, done
+    state = load(tmp_path / 'run')
+    assert (state['step'], state['evaluated']) == (40, 20)
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(ema=0.9))
+
+
+IN_COMPILATION = '''
+import os, signal, torch
+torch_compile = torch.compile
+def compiler(graph, inputs):
+    os.kill(os.getpid(), 15)
+    signal.pause()  # a compilation without an end
+def compile(what):
+    return torch_compile(what, backend=compiler if isinstance(what, torch.nn.Module) else 'eager')
+torch.compile = compile'''
+
+
+def test_a_signal_in_a_compilation_saves_and_leaves_at_once(tmp_path):
+    train(tmp_path / 'run', max_iters=20)
+    more = flags(init_from='resume', out_dir=tmp_path / 'run', max_iters=60, compile=True)
+    done = python('train.py', *more, before=IN_COMPILATION)
+    assert done.code == stopping.STOPPED and not done.err, done
+    assert load(tmp_path / 'run')['step'] == 20
+    resume(tmp_path / 'run', compile=False)
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_signal_while_saving_waits_for_it_and_a_second_one_does_not(tmp_path):
+    """The first checkpoint is whole when the run leaves. The second one is not, and the first still there."""
+    while_saving = '''
+import os, torch
+save = torch.save
+hits = [15] * {}
+def hit(state, f):
+    while hits:
+        os.kill(os.getpid(), hits.pop())
+    save(state, f)
+torch.save = hit'''
+    done = python('train.py', *toy(tmp_path / 'run'), before=while_saving.format(1))
+    assert done.code == stopping.STOPPED, done
+    assert load(tmp_path / 'run')['step'] == 20
+    again = flags(init_from='resume', out_dir=tmp_path / 'run')
+    done = python('train.py', *again, before=while_saving.format(2))
+    assert done.code == 128 + signal.SIGTERM, done
+    assert load(tmp_path / 'run')['step'] == 20
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_signal_in_an_update_waits_for_its_end(tmp_path):
+    """When weights are those of the next step, and the number of the step is not yet."""
+    done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before='''
+import os, model
+balance, calls = model.GPT.balance_experts, []
+def hit(self):
+    calls.append(1)
+    if len(calls) == 25:
+        os.kill(os.getpid(), 15)
+    return balance(self)
+model.GPT.balance_experts = hit''')
+    assert done.code == stopping.STOPPED and load(tmp_path / 'run')['step'] == 25, done
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(ema=0.9))
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path):
+    keep = at_step(36, f"import shutil; shutil.copy('{tmp_path}/run/ckpt.pt', '{tmp_path}/then.pt')")
+    done = python('train.py', *toy(tmp_path / 'run'), before=at_step(34, hit(signal.SIGUSR1)) + keep)
+    assert done.code == 0 and 'step 34: saved' in done.out, done
+    assert torch.load(tmp_path / 'then.pt', weights_only=True)['step'] == 34
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_signal_from_outside(tmp_path):
+    """To a process of its own, as a scheduler sends it, when the run says that it is under way."""
+    args = toy(tmp_path / 'run', max_iters=10**6, eval_interval=10**6)
+    process = subprocess.Popen([sys.executable, 'train.py', *args], cwd=ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith('step 5:'):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == stopping.STOPPED and not err
+    assert load(tmp_path / 'run')['step'] >= 5
+    assert '--init_from=resume' in out
+
+
+def test_a_signal_that_cannot_be_obeyed_for_a_full_disk_says_so(run_copy):
+    kept = (run_copy / 'ckpt.pt').read_bytes()
+    before = '''
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))''' + at_step(5, hit(signal.SIGTERM))
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80), before=before)
+    assert done.code == stopping.NOT_SAVED and 'not saved' in done.out, done
+    assert (run_copy / 'ckpt.pt').read_bytes() == kept
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Numbers that go wrong
+
+
+def poisoned(*steps, value='nan'):
+    """The loss of these steps is multiplied by a number; or infinity is added: gradients stay finite."""
+    return f'''
+import model, torch
+nan, loss, calls = torch.nan, model.GPT.loss, []
+def bad(self, x, targets):
+    calls.append(self.training)
+    if not self.training or sum(calls) not in {steps!r}:
+        return loss(self, x, targets)
+    return loss(self, x, targets) + torch.inf if '{value}' == 'inf' else loss(self, x, targets) * {value}
+model.GPT.loss = bad'''
+
+
+@pytest.mark.parametrize('settings', [dict(), dict(optimizer='muon'), dict(dtype='float16'), dict(ema=0.9)],
+                         ids=str)
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(tmp_path, settings, value):
+    settings = dict(max_iters=30, lr_decay_iters=40, eval_interval=30) | settings
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before=poisoned(30, value=value))
+    assert done.code == 0 and 'warning: 1 steps were skipped' in done.out, done
+    bad, before = load(tmp_path / 'run'), load(trained(**settings | {'max_iters': 29}))
+    assert not differences(bad['model'], before['model'])
+    for one, two in zip(bad['optimizers'], before['optimizers']):
+        assert not differences(one['state'], two['state'])
+    assert metrics(tmp_path / 'run')[-2]['skipped'] == 1
+
+
+def test_skipped_steps_are_counted_across_a_resume(tmp_path):
+    done = python('train.py', *toy(tmp_path / 'run', max_iters=40), before=poisoned(3, 17, 18))
+    assert done.code == 0
+    python('train.py', *flags(init_from='resume', out_dir=tmp_path / 'run', max_iters=60), before=poisoned(2))
+    counts = [line['skipped'] for line in metrics(tmp_path / 'run') if 'skipped' in line]
+    assert counts == [1] * 3 + [3] * 5 + [4] * 4
+    assert all(np.isfinite(losses(tmp_path / 'run')))
+
+
+def test_too_many_bad_steps_end_the_run_and_name_the_first_tensor(tmp_path):
+    """A weight whose gradient explodes by the hand of this test; the checkpoint stays from before."""
+    before = '''
+import torch, model
+forward = model.MLP.forward
+calls = []
+def bad(self, x, ctx):
+    y = forward(self, x, ctx)
+    calls.append(self.training)
+    return y / 0 if sum(calls) > 2 * 30 and calls[-1] else y
+model.MLP.forward = bad'''
+    settings = dict(bad_step_limit=4, eval_interval=25, log_interval=2)
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before=before)
+    assert done.code == stopping.NOT_FINITE, done
+    sentences = done.err.strip().splitlines()
+    assert len(sentences) == 1 and 'the output of h.0.ffn was' in done.err and 'bad_step_limit=4' in done.err
+    state = load(tmp_path / 'run')
+    assert state['step'] == 25 and all(w.isfinite().all() for w in state['model'].values())
+    assert metrics(tmp_path / 'run')[-1]['step'] == 34
+    assert metrics(tmp_path / 'run')[-1]['train_loss'] is None
+
+
+def test_the_first_tensor_that_is_not_finite_is_found():
+    """In a weight, in what is computed from finite ones, or in a gradient alone."""
+    x = torch.arange(8).view(1, 8)
+
+    def model():
+        return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16, bias=False))
+
+    def first(m):
+        return stopping.first_not_finite(m, (m(x, x)[1] for _ in range(1)))
+    assert first(model()) is None
+    bad = model()
+    bad.h[1].mixer.c_proj.weight.data[0, 0] = torch.nan
+    assert first(bad) == 'the weight h.1.mixer.c_proj.weight'
+    bad = model()
+    bad.h[1].ffn.c_fc.weight.data[:] = 3e38
+    assert first(bad) == 'the output of h.1.ffn.c_fc'
+    bad = model()
+    bad.h[1].ffn.c_proj.weight.register_hook(lambda grad: grad * torch.inf)
+    assert first(bad) == 'the gradient of h.1.ffn.c_proj.weight'
+
+
+def test_a_loss_spike_is_said(tmp_path):
+    done = python('train.py', *toy(tmp_path / 'run', log_interval=2),
+                  before=poisoned(50, value='3'))
+    assert done.code == 0
+    assert re.findall(r'warning: the loss jumped to (\d)', done.out) == ['7'], done.out
+    assert 'jumped' not in train(tmp_path / 'calm', log_interval=2)[1]

@@ -1,0 +1,264 @@
+"""
+Tokenizers of published checkpoints: ids and texts are those of the `tokenizers` library, bytes are never
+lost, prepare.py and sample.py take them. The vocabularies are made here, in the two published styles.
+"""
+import json
+import os
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, build, toy
+import pretrained
+from data.loader import open_dataset
+from data.tokenizer import CharTokenizer, from_folder, from_meta
+from test_data import gpt2  # noqa: F401
+from test_train import assert_refused, flags, python
+
+tokenizers = pytest.importorskip('tokenizers', reason='tokenizers runs the vocabularies of checkpoints')
+pytest.importorskip('safetensors', reason='checkpoints are safetensors files')
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers  # noqa: E402
+from tokenizers import pre_tokenizers, processors, trainers  # noqa: E402
+
+CORPUS = ['def main(self):\n    return None', 'the cat sat on the mat, the mat sat on the cat',
+          'naïve café, 漢字'] * 20
+TEXTS = [*CORPUS[:3], '', ' ', '\n', '  two  blanks  ', 'tab\tand\r\n', 'ünïcödé 漢字かな',
+         '👩‍👩‍👧 🏳️‍🌈', 'é̀', '\x00\x7f',
+         'Ġ is a letter too', '<0x0A> is text']
+END = '<|end|>'
+
+
+def byte_level():
+    """As GPT-2, Llama 3, Qwen: bytes are spelt by characters. Its end is followed by odd added tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False, special_tokens=['<|begin|>', END]))
+    # of characters that spell no bytes
+    tokenizer.add_tokens([AddedToken('café☕'), AddedToken('<｜a▁b｜>', special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single='<|begin|> $A', special_tokens=[('<|begin|>', tokenizer.token_to_id('<|begin|>'))])
+    return tokenizer
+
+
+def byte_fallback():
+    """As Llama 2, Mistral, Gemma: blanks are spelt ▁, and characters out of the vocabulary byte by byte."""
+    letters = sorted(set('▁abcdefghijklmnoprstuvwé,()_:'))
+    vocab = {token: i for i, token in enumerate(
+        ['<unk>', '<s>', END, *(f'<0x{byte:02X}>' for byte in range(256)), *letters, 'th', 'the', '▁the'])}
+    merges = [('t', 'h'), ('th', 'e'), ('▁', 'the')]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    tokenizer.add_special_tokens(['<unk>', '<s>', END])
+    tokenizer.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    return tokenizer
+
+
+KINDS = {'byte_level': byte_level, 'byte_fallback': byte_fallback}
+# what the library puts before a text and takes away again
+BLANK = {'byte_level': '', 'byte_fallback': ' '}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def written(folder, kind, **files):
+    """A folder with the tokenizer.json of that kind, and other JSON files."""
+    folder.mkdir(exist_ok=True)
+    library = KINDS[kind]()
+    library.save(str(folder / 'tokenizer.json'))
+    for name, content in files.items():
+        (folder / f'{name}.json').write_text(json.dumps(content))
+    return from_folder(folder), library
+
+
+def test_ids_and_texts_are_the_librarys(kind, tmp_path):
+    ours, library = written(tmp_path / kind, kind)
+    for text in TEXTS:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids
+        assert ours.prompt(text) == library.encode(text).ids != ids
+        assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
+    assert ours.vocab_size == library.get_vocab_size()
+
+
+def test_bytes_are_those_of_the_text_however_it_is_cut(kind, tmp_path):
+    ours, _ = written(tmp_path / kind, kind)
+    split = 0
+    for text in TEXTS:
+        ids = ours.encode(text)
+        one_by_one = [ours.decode_bytes([i]) for i in ids]
+        assert b''.join(one_by_one) == ours.decode_bytes(ids)
+        assert ours.decode_bytes(ids).decode() == (BLANK[kind] + text if text else '')
+        split += any(piece.decode(errors='ignore').encode() != piece for piece in one_by_one)
+    assert split > 2, 'no character was spread over several tokens'
+
+
+def test_every_single_token_has_the_bytes_that_the_library_writes(kind, tmp_path):
+    ours, library = written(tmp_path / kind, kind)
+    a = library.encode('a', add_special_tokens=False).ids[-1:]
+    for i in range(ours.vocab_size):
+        # between two letters, where nothing is stripped
+        theirs = library.decode([*a, i, *a], skip_special_tokens=False)
+        assert ours.decode_bytes([*a, i, *a]).decode(errors='replace') == theirs, library.id_to_token(i)
+
+
+def test_gaps_between_ids_are_counted(tmp_path):
+    library = byte_fallback()
+    described = json.loads(library.to_str())
+    last = library.get_vocab_size() - 1
+    described['model']['vocab'] |= {'▁the': last + 40}
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(described))
+    ours = from_folder(tmp_path)
+    assert ours.vocab_size == last + 41 and max(ours.encode('the the')) == last + 40
+
+
+def test_text_never_becomes_a_special_token_unless_the_library_says_so(kind, tmp_path):
+    """The one exception of these vocabularies: they know their own special tokens in a text."""
+    ours, library = written(tmp_path / kind, kind)
+    assert ours.encode(f'a{END}b') == library.encode(f'a{END}b', add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize('files, eot', [
+    ({}, None),
+    ({'config': {'eos_token_id': 7}}, 7),
+    ({'config': {'eos_token_id': [9, 7]}}, 9),
+    ({'config': {'eos_token_id': []}}, None),
+    ({'config': {'eos_token_id': None}}, None),
+    ({'config': {'eos_token_id': 0}}, 0),
+    ({'config': {'eos_token_id': 7}, 'generation_config': {'eos_token_id': [8, 7]}}, 8),
+    ({'generation_config': {'eos_token_id': 8}, 'tokenizer_config': {'eos_token': END}}, END),
+    ({'tokenizer_config': {'eos_token': {'content': END, 'special': True}}}, END),
+    ({'tokenizer_config': {'eos_token': None}, 'config': {'eos_token_id': 7}}, 7),
+    ({'tokenizer_config': {'eos_token': 'unknown'}, 'config': {'eos_token_id': 7}}, 7),
+])
+def test_the_end_of_a_text_is_found(kind, files, eot, tmp_path):
+    ours, library = written(tmp_path / kind, kind, **files)
+    assert ours.eot == (library.token_to_id(END) if eot == END else eot)
+
+
+def test_meta_builds_the_same_tokenizer(kind, tmp_path):
+    ours, _ = written(tmp_path / kind, kind, config={'eos_token_id': 7})
+    again = from_meta(json.loads(json.dumps(ours.meta())))
+    assert (again.vocab_size, again.eot) == (ours.vocab_size, 7)
+    for text in TEXTS:
+        assert again.encode(text) == ours.encode(text) and again.prompt(text) == ours.prompt(text)
+        assert again.decode_bytes(ours.encode(text)) == ours.decode_bytes(ours.encode(text))
+
+
+def test_a_folder_without_or_with_a_damaged_tokenizer(tmp_path):
+    assert from_folder(tmp_path) is None
+    (tmp_path / 'tokenizer.json').write_text('{"model": 1')
+    with pytest.raises(ValueError, match='tokenizer.json') as error:
+        from_folder(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+def prepare(monkeypatch, *arguments):
+    """Run data/text/prepare.py; the sentence it exits with, or None."""
+    script = ROOT / 'data' / 'text' / 'prepare.py'
+    monkeypatch.setattr(sys, 'argv', [str(script), *arguments])
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_text_is_prepared_with_the_tokenizer_of_a_checkpoint(kind, tmp_path, monkeypatch):
+    ours, _ = written(tmp_path / kind, kind, tokenizer_config={'eos_token': END})
+    (tmp_path / 'in.txt').write_text('the cat sat on the mat\n' * 50)
+    arguments = [f'--input={tmp_path / "in.txt"}', f'--out={tmp_path / "out"}',
+                 f'--tokenizer={tmp_path / kind}']
+    assert prepare(monkeypatch, *arguments) is None
+    data = open_dataset(tmp_path / 'out', 8, 0)
+    assert data.meta['vocab_size'] == ours.vocab_size
+    again = from_meta(data.meta['tokenizer'])
+    ids = torch.frombuffer(bytearray(next((tmp_path / 'out').glob('train*')).read_bytes()),
+                           dtype=torch.uint16).tolist()
+    assert ids[-1] == ours.eot == again.eot
+    assert again.decode(ids[:-1]) == ('the cat sat on the mat\n' * 50)[:len(again.decode(ids[:-1]))]
+    (tmp_path / 'empty').mkdir()
+    arguments[2] = f'--tokenizer={tmp_path / "empty"}'
+    assert 'must hold tokenizer.json' in prepare(monkeypatch, *arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sample.py --init_from
+
+
+def checkpoint_folder(folder, vocab_size, **changes):
+    llama = dict(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, vocab_size=vocab_size)
+    build(toy(**llama | changes)).save_pretrained(folder)
+    return folder
+
+
+def sampled(**settings):
+    return python('sample.py', *flags(num_samples=1, max_new_tokens=12, device='cpu', temperature=0,
+                                      **settings))
+
+
+@torch.no_grad()
+def test_a_checkpoint_is_sampled_with_its_own_tokenizer(kind, tmp_path):
+    library = KINDS[kind]()
+    folder = checkpoint_folder(tmp_path / 'model', library.get_vocab_size() + 5)
+    tokenizer, _ = written(folder, kind)
+    done = sampled(init_from=folder, start='the cat')
+    assert done.code == 0 and not done.err, done
+    model = pretrained.from_pretrained(folder)
+    # rows of a vocabulary that was rounded up are never drawn
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:tokenizer.vocab_size])
+    idx = torch.tensor([tokenizer.prompt('the cat')])
+    new = model.generate(idx, 12, temperature=0)[0, idx.shape[1]:].tolist()
+    text = tokenizer.decode_bytes(new).decode(errors='replace')
+    assert done.out.startswith('the cat' + text), done.out
+    assert '12 tokens' in done.out
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
+    assert_refused(sampled(init_from=checkpoint_folder(tmp_path / 'model', 61), start='a'), 'tokenizer.json')
+
+
+def test_a_name_that_is_nothing_is_refused(tmp_path):
+    assert_refused(sampled(init_from=tmp_path / 'nowhere', start='a'), 'nowhere')
+
+
+def nanogpt_file(folder, vocab_size, **config):
+    """A checkpoint as nanoGPT writes it, of a tiny model."""
+    model = build(toy(vocab_size=vocab_size, ffn='gelu', n_embd=8, n_head=2, block_size=32))
+    names = {name: name.replace('.mixer.', '.attn.').replace('.ffn.', '.mlp.') for name in model.state_dict()}
+    weights = {f'_orig_mod.transformer.{names[name]}' if name != 'lm_head.weight' else f'_orig_mod.{name}': p
+               for name, p in model.state_dict().items()}
+    args = {name: getattr(model.config, name) for name in pretrained.NANOGPT}
+    folder.mkdir()
+    torch.save({'model': weights, 'model_args': args, 'config': config, 'iter_num': 1}, folder / 'ckpt.pt')
+    return folder
+
+
+def test_a_checkpoint_of_nanogpt_is_sampled_with_gpt2s_tokens(gpt2, tmp_path):  # noqa: F811
+    folder = nanogpt_file(tmp_path / 'nano', 50304, dataset='openwebtext')
+    words = flags(init_from=folder, start='Hello', num_samples=1, max_new_tokens=8, device='cpu')
+    done = python('sample.py', *words, env={'TIKTOKEN_CACHE_DIR': os.environ['TIKTOKEN_CACHE_DIR']})
+    assert done.code == 0 and not done.err, done
+    assert done.out.startswith('Hello') and re.search(r'\d tokens', done.out)
+
+
+def test_characters_of_a_nanogpt_checkpoint_are_those_of_its_dataset(tmp_path, monkeypatch):
+    """They are beside the data, prepared here under the same name; another vocabulary is not taken for it."""
+    tokenizer = CharTokenizer('abc\n')
+    (tmp_path / 'data' / 'letters').mkdir(parents=True)
+    (tmp_path / 'data' / 'letters' / 'meta.json').write_text(
+        json.dumps({'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.meta()}))
+    monkeypatch.setattr(pretrained, '__file__', str(tmp_path / 'pretrained.py'))
+    folder = nanogpt_file(tmp_path / 'nano', 4, dataset='letters')
+    assert pretrained.tokenizer_of(folder).encode('cab') == tokenizer.encode('cab')
+    assert pretrained.tokenizer_of(nanogpt_file(tmp_path / 'other', 5, dataset='letters')) is None
+    assert pretrained.tokenizer_of(nanogpt_file(tmp_path / 'none', 4, dataset='nowhere')) is None
+    assert_refused(sampled(init_from=tmp_path / 'none', start='a'), 'tokenizer.json')
