@@ -117,6 +117,27 @@ def gumbel(keys, tokens):
 # The loop
 
 
+def check_room(model, idx, max_new_tokens, lengths=None):
+    """ValueError, one sentence, where so many tokens cannot follow prompts (B,T) of these lengths."""
+    T, limit, longest = idx.shape[1], model.wpe.max_tokens, model.wpe.longest
+    if T == 0 or lengths is not None and min(lengths) < 1:
+        raise ValueError('idx must hold at least one token to continue: give a prompt')
+    if limit is not None and T + max_new_tokens > limit:
+        raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
+                         f'block_size={limit}, where learned positions end; a model with pos=rope has no '
+                         'such end')
+    if T + max_new_tokens > longest and lengths is not None and min(lengths) < T:
+        raise ValueError(f'prompts of unequal lengths must stay within rope_context={longest} tokens, new '
+                         'ones included, as the rotation beyond it depends on the length: run them alone')
+
+
+def cache_slots(model, total, compiled):
+    """For how many tokens a cache is made: few sizes where each is compiled."""
+    if not compiled:
+        return total
+    return min(-(-total // 256) * 256, model.wpe.max_tokens or math.inf, model.wpe.longest)
+
+
 class Decoder:
     """
     A prompt, its cache, and one step after the other: `stream` yields the new tokens. Rows are the prompts,
@@ -134,29 +155,24 @@ class Decoder:
         knows row 0 by. chunk: tokens of a prompt that are run at once. logprobs: keep self.logprob (B,1), of
         the last token, under the model itself at temperature 1.
         """
-        (B, T), limit, device = idx.shape, model.wpe.max_tokens, idx.device
-        if T == 0 or lengths is not None and min(lengths) < 1:
-            raise ValueError('idx must hold at least one token to continue: give a prompt')
-        if limit is not None and T + max_new_tokens > limit:
-            raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
-                             f'block_size={limit}, where learned positions end; a model with pos=rope has no '
-                             'such end')
+        check_room(model, idx, max_new_tokens, lengths)
         if chunk < 1:
             raise ValueError(f'chunk={chunk} must be at least 1 token')
+        (B, T), device = idx.shape, idx.device
+        total, rows = T + max_new_tokens, B * num_samples
         self.model, self.idx, self.max_new_tokens, self.chunk = model, idx, max_new_tokens, chunk
         self.sampling, self.num_samples, self.compiled = sampling, num_samples, compiled
-        total, rows = T + max_new_tokens, B * num_samples
-        # a compiled step is for one size of cache
-        slots = min(-(-total // 256) * 256, limit or math.inf) if compiled else total
         # a rotation that depends on the length of the text leaves nothing to reuse when it grows
+        slots = cache_slots(model, total, compiled)
         self.cache = model.new_cache(B, slots) if total <= model.wpe.longest else None
         self.padding = None if lengths is None else T - torch.as_tensor(lengths, device=device).view(-1, 1)
         seed = torch.randint(2 ** 62, ()).item() if seed is None else seed
         self.keys = key(torch.tensor(seed % 2 ** 63, device=device),
                         torch.arange(first_row, first_row + rows, device=device)).view(-1, 1)
         self.stop = None if stop is None else torch.as_tensor(stop, device=device).view(-1)
-        self.pos, self.number = torch.zeros(rows, 1, dtype=torch.int64, device=device), torch.zeros(
-            1, dtype=torch.int64, device=device)
+        # of the last token: where it belongs, how many were drawn before the next, and which it is
+        self.pos = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.number = torch.zeros_like(self.pos[0])
         self.token, self.done = torch.zeros_like(self.pos), torch.zeros_like(self.pos, dtype=torch.bool)
         self.logprob = torch.zeros(rows, 1, device=device) if logprobs else None
         self.seen = self.in_prompt() if sampling.repetition_penalty != 1 else None
@@ -232,7 +248,7 @@ class Decoder:
         self.pos.add_(1)
         self.number.add_(1)
         if self.stop is not None:
-            self.done.logical_or_(torch.isin(self.token, self.stop))
+            self.done.logical_or_((self.token == self.stop).any(-1, keepdim=True))
         if self.seen is not None:
             self.seen.scatter_(1, self.token, True)
 
@@ -265,6 +281,26 @@ class Decoder:
         for entry, old in zip(self.cache, caches):
             entry.restore(old)
         return graph.replay
+
+
+def arriving(decoder, late):
+    """
+    (tokens, log-probabilities or None) of each step of `decoder.stream`, as lists. late: of all but the first
+    when the next step is under way, so that a GPU need not wait for whoever reads them.
+    """
+    def on_host(step):
+        return [None if column is None else column[:, 0].tolist() for column in step]
+    waiting = None
+    for n, tokens in enumerate(decoder.stream()):
+        step = tokens, None if decoder.logprob is None else decoder.logprob.clone()
+        if n == 0 or not late:
+            yield on_host(step)
+            continue
+        if waiting:
+            yield on_host(waiting)
+        waiting = step
+    if waiting:
+        yield on_host(waiting)
 
 
 def trimmed(new, stop):

@@ -8,10 +8,10 @@ Write text with a trained model, or say how likely a text is.
     python sample.py --out_dir=out/llama_small --score=FILE:text.txt
     python sample.py --out_dir=out/llama_small --draft=out/tiny        # speculative decoding
 """
+import itertools
 import json
 import math
 import os
-import re
 import sys
 
 import torch
@@ -22,8 +22,8 @@ import quant as quantization
 from configurator import configure, one_sentence
 from data.common import read_text
 from data.tokenizer import from_meta
-from decode import (Decoder, Sampling, Text, bytes_per_step, clock, left_padded, logprobs_of, read_bandwidth,
-                    special_token)
+from decode import (Decoder, Sampling, Text, arriving, bytes_per_step, clock, left_padded, logprobs_of,
+                    read_bandwidth, special_token)
 from kernels import use_kernels
 from model import GPT
 from speculative import Speculative
@@ -56,7 +56,7 @@ chunk = 2048                        # tokens of a prompt that are run at once
 draft = ''                          # out_dir of a smaller model that drafts (speculative decoding)
 ahead = 4                           # draft: tokens it runs ahead
 quant = 'none'                      # none, int8 (of the weights)
-out = ''                            # write prompt, text, tokens, log-probabilities to this file, as JSON lines
+out = ''                            # a file for prompt, text, tokens and log-probabilities, as JSON lines
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # of the weights: auto (on a GPU 16 bit), float32, bfloat16, float16
 kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all, and compiled or not)
@@ -86,7 +86,7 @@ def load_run(folder):
 
 
 def prepared(model):
-    """The model on its device, without the rows of a rounded-up vocabulary, which have no text to be drawn."""
+    """The model on its device, without the rows of a rounded-up vocabulary: they have no text."""
     model = model.eval().to(device, getattr(torch, dtype))
     head = model.lm_head.weight[:tokenizer.vocab_size]
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
@@ -120,7 +120,7 @@ def stops():
 
 
 def encoded(text):
-    """(prompt tokens, what is printed of it, whether it begins a new document)"""
+    """(the tokens of a prompt, what is printed of it)"""
     if text in ('', '<|endoftext|>') and tokenizer.eot is not None:
         return [tokenizer.eot], ''
     text = text or '\n'  # where no token begins a document
@@ -173,7 +173,7 @@ with one_sentence():
         texts = [text_or_file(start) or meta.get('prompt', '')]
     texts = [] if interactive or score else [encoded(text) for text in texts]
     for n, (tokens, _) in enumerate(texts):
-        room_behind(tokens, f'line {n + 1} of {prompts}' if prompts else 'start')
+        room_behind(tokens, f'prompt {n + 1} of {prompts}' if prompts else 'start')
     scored_text = text_or_file(score) if score else ''
     sink = open(out, 'w', encoding='utf-8') if out else None
 
@@ -257,11 +257,9 @@ def play(decoder, rows):
     logprobs, ends = [[] for _ in rows], [0.0] * len(rows)
     print(rows[0][1], end='', flush=True)
     began = prefilled = clock(device)
-    for step, tokens in enumerate(decoder.stream()):
-        values = tokens[:, 0].tolist()
+    for step, (values, likely) in enumerate(arriving(decoder, device.startswith('cuda'))):
         if step == 0:
             prefilled = clock(device)
-        likely = decoder.logprob[:, 0].tolist() if out else None
         for n, (text, value) in enumerate(zip(said, values)):
             if text.done:
                 continue
@@ -290,19 +288,26 @@ def report(decoder, total, steps, seconds):
     """What the last steps took, against what this machine can do."""
     if steps == 0 or decoder.cache is None:
         return
-    rows, size = len(decoder.done), bytes_per_step(model, decoder.cache, len(decoder.done))
     if draft_model:
-        plain = plain_decoder([([*decoder.idx[0].tolist()], '')], min(32, decoder.max_new_tokens), samples=1)
-        stamps = [clock(device) for _ in plain.stream()]
-        rate, without = steps / seconds, (len(stamps) - 1) / max(1e-9, stamps[-1] - stamps[0])
-        print(f'draft: {decoder.kept / max(1, decoder.proposed):.0%} of its tokens kept, '
-              f'{(steps + 1) / decoder.rounds:.2f} tokens a round; {rate / max(1e-9, without):.2f}x the '
-              'speed without it')
-        return
+        return report_draft(decoder, steps, seconds)
+    rows, size = len(decoder.done), bytes_per_step(model, decoder.cache, len(decoder.done))
     bandwidth = read_bandwidth(min(size, 2 ** 29), device, rounds=2)
     print(f'{rows} {"row" if rows == 1 else "rows"} together: {total - rows:.0f} tokens in {steps} steps of '
           f'{seconds / steps * 1e3:.2f} ms, each of which reads {size / 1e6:.2f} MB: '
           f'{size * steps / seconds / bandwidth:.0%} of the measured {bandwidth / 1e9:.1f} GB/s')
+
+
+def report_draft(decoder, steps, seconds):
+    """How much of the draft was kept, and the speed against a few steps without it."""
+    print(f'draft: {decoder.kept / max(1, decoder.proposed):.0%} of its tokens kept, '
+          f'{(steps + 1) / decoder.rounds:.2f} tokens a round', end='')
+    plain = plain_decoder([(decoder.idx[0].tolist(), '')], min(64, decoder.max_new_tokens), samples=1)
+    stamps = [clock(device) for _ in plain.stream()]
+    # the first round, and without a draft the first step after the prompt, warm up
+    if decoder.rounds > 1 and len(stamps) > 2:
+        rate = (steps + 1 - decoder.first_round) / seconds
+        print(f'; {rate * (stamps[-1] - stamps[1]) / (len(stamps) - 2):.2f}x the speed without it', end='')
+    print()
 
 
 def typed():
@@ -315,6 +320,23 @@ def typed():
             return
         if line:
             yield line
+
+
+def batches():
+    """
+    [(number of the first, prompts)]: neighbours that no text can tell from being alone. Learned positions
+    leave all of them the same room, and a rotation that depends on the length is that of one length.
+    """
+    def kind(item):
+        tokens = item[1][0]
+        room = room_behind(tokens, 'start')
+        return room, len(tokens) if max_length + room > model.wpe.longest else None
+    max_length = max((len(tokens) for tokens, _ in texts), default=0)
+    for _, group in itertools.groupby(enumerate(texts), kind):
+        group = list(group)
+        for begin in range(0, len(group), batch_size):
+            some = group[begin:begin + batch_size]
+            yield some[0][0], [prompt for _, prompt in some]
 
 
 ran_out = False
@@ -335,9 +357,11 @@ with one_sentence():
             last = sample_all([encoded(line)], row)
         except ValueError as error:  # the next line may be better
             print(error)
+        except KeyboardInterrupt:  # enough of this text
+            print()
         row += num_samples
-    for begin in range(0, len(texts), batch_size):
-        last = sample_all(texts[begin:begin + batch_size], begin * num_samples)
+    for begin, batch in batches():
+        last = sample_all(batch, begin * num_samples)
     if last:
         report(*last)
 if sink:

@@ -14,7 +14,7 @@ Shapes: A tokens ahead, V vocabulary.
 """
 import torch
 
-from decode import gumbel, key, uniform
+from decode import cache_slots, gumbel, key, uniform
 
 
 def verdict(p, q, draft):
@@ -55,9 +55,11 @@ class Chance:
 class Side:
     """One of the two models, its cache, and how much of the text it has read."""
 
-    def __init__(self, model, total, ahead, compiled):
-        self.model, self.run = model, torch.compile(model, dynamic=False) if compiled else model
-        self.cache = model.new_cache(1, total, spare=ahead)
+    def __init__(self, model, total, ahead, compiled=None):
+        """compiled: passes over so many tokens are compiled, None for none; the rare others are not."""
+        self.model, self.compiled = model, compiled
+        self.fast = torch.compile(model, dynamic=False) if compiled else None
+        self.cache = model.new_cache(1, cache_slots(model, total, compiled), spare=ahead)
 
     def prefill(self, idx, chunk):
         """Read all of idx (1,T) but its last token, which comes with what follows it."""
@@ -69,7 +71,8 @@ class Side:
     def logits(self, tokens, start):
         """Read tokens (N,) that belong from position `start` on -> (N,V)"""
         pos = torch.arange(start, start + len(tokens), device=tokens.device)
-        return self.run(tokens.unsqueeze(0), cache=self.cache, pos=pos)[0][0]
+        run = self.fast if len(tokens) == self.compiled else self.model
+        return run(tokens.unsqueeze(0), cache=self.cache, pos=pos)[0][0]
 
     def snapshot(self):
         return [entry.snapshot() for entry in self.cache]
@@ -106,10 +109,11 @@ class Speculative:
         self.stop = set() if stop is None else set(torch.as_tensor(stop).view(-1).tolist())
         seed = torch.randint(2 ** 62, ()).item() if seed is None else seed
         self.chance = Chance(seed, first_row, idx.device)
-        self.model, self.draft = (Side(m, T + max_new_tokens, ahead, compiled) for m in (model, draft))
+        self.model = Side(model, T + max_new_tokens, ahead, ahead + 1 if compiled else None)
+        self.draft = Side(draft, T + max_new_tokens, ahead, 1 if compiled else None)
         self.cache, self.logprob = self.model.cache, None
         self.done = torch.zeros(1, 1, dtype=torch.bool)     # whoever reads the stream may end it
-        self.proposed = self.kept = self.rounds = 0
+        self.proposed = self.kept = self.rounds = self.first_round = 0  # tokens, rounds, tokens of the first
         self.seen = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(1, sizes[0], dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
@@ -154,7 +158,7 @@ class Speculative:
     def round(self, token, unread, place, ahead):
         """
         token (1,) at `place`, which the model has not read; unread: the tokens up to it that the draft has
-        not -> the next tokens (1 to ahead + 1,), their log-probabilities, what the draft has not read of them.
+        not -> the next tokens (1 to ahead + 1,), their log-probabilities, those that the draft has not read.
         """
         drafted, q, states = token[:0], [], []
         read = unread
@@ -181,6 +185,7 @@ class Speculative:
         if self.seen is not None:
             self.seen[0, new] = True
         self.rounds, self.proposed, self.kept = self.rounds + 1, self.proposed + ahead, self.kept + kept
+        self.first_round = self.first_round or len(new)
         logprobs = logits[:kept + 1].float().log_softmax(-1).gather(-1, new.unsqueeze(-1))
         # the last draft was never read by the one who made it
         return new, logprobs, new[-1:] if kept < ahead or not ahead else new[-2:]

@@ -10,7 +10,7 @@ import torch
 from conftest import assert_close, build, every_family, scaled, tokens, toy
 
 from data.tokenizer import ByteTokenizer, CharTokenizer
-from decode import (Decoder, Sampling, Text, bytes_per_step, gumbel, key, left_padded, logprobs_of,
+from decode import (Decoder, Sampling, Text, arriving, bytes_per_step, gumbel, key, left_padded, logprobs_of,
                     read_bandwidth, special_token, trimmed, uniform)
 from model import GPT, GPTConfig, Linear, StateCache, TokenCache
 from quant import Int8Experts, Int8Linear, quantize, rounded
@@ -203,6 +203,43 @@ def test_a_seed_is_the_same_text_in_every_batch():
         assert torch.equal(alone, together[row:row + 1]), f'row {row}'
 
 
+@pytest.mark.parametrize('scaling', [
+    dict(rope_scaling='dynamic', rope_factor=4.0),
+    dict(rope_scaling='longrope', rope_factor=2.0, rope_short=[1.0, 1.5, 2.0, 3.0],
+         rope_long=[2.0, 3.0, 5.0, 9.0])], ids=['dynamic', 'longrope'])
+def test_rotations_by_length_are_those_of_the_full_forward(scaling):
+    """Within the trained context, beyond it, and with the larger cache of a compiled step."""
+    flags = toy(pos='rope', n_embd=32, n_head=4, rope_context=12, **scaling)
+    model, idx = scaled(build(flags), 5), tokens(flags, 2, 8)
+    for n, compiled in ((4, False), (4, True), (9, False), (9, True)):
+        decoder = Decoder(model, idx, n, Sampling(), seed=0, compiled=compiled, logprobs=True)
+        decoder.ready_step = lambda: decoder.step
+        new, logprobs = drawn(decoder)
+        text = torch.cat((idx, new), 1)
+        with torch.no_grad():  # each token by a forward of its own, over as many as there are before it
+            logits = torch.stack([model(text[:, :8 + k])[0][:, -1] for k in range(n)], 1)
+        expected = logits.log_softmax(-1).gather(-1, new.unsqueeze(-1)).squeeze(-1)
+        assert_close(logprobs, expected, 1e-4, f'{n} new tokens, compiled={compiled}')
+    with pytest.raises(ValueError, match='^prompts of unequal lengths must stay within rope_context=12'):
+        Decoder(model, idx, 9, Sampling(), lengths=[3, 8])
+    assert torch.cat(list(Decoder(model, idx, 4, Sampling(), lengths=[3, 8]).stream()), 1).shape == (2, 4)
+
+
+@pytest.mark.parametrize('late', [False, True])
+def test_steps_arrive_whole_and_in_order(late):
+    def decoder(n):
+        return Decoder(model, idx, n, Sampling(), seed=2, logprobs=True)
+    model, idx = scaled(build(toy(pos='rope')), 5), tokens(toy(), 3, 4)
+    for n in (1, 2, 7):
+        new, logprobs = drawn(decoder(n))
+        steps = [list(step) for step in zip(new.T.tolist(), logprobs.T.tolist())]
+        assert list(arriving(decoder(n), late)) == steps
+    running = decoder(5)
+    steps = arriving(running, late)
+    # the first at once, the others when the next is under way
+    assert [(next(steps), running.number.item())[1] for _ in range(3)] == ([1, 3, 4] if late else [1, 2, 3])
+
+
 def test_trimmed_ends_with_the_last_row():
     new = torch.tensor([[1, 9, 9, 9, 9], [2, 3, 9, 9, 9]])
     assert trimmed(new, 9).tolist() == [[1, 9, 9], [2, 3, 9]]
@@ -319,6 +356,25 @@ def test_speculation_stops_where_the_text_does():
     stop = text[6]
     again = Speculative(model, model, idx, 14, Sampling(), stop=[stop], seed=1, ahead=4)
     assert [t.item() for t in again.stream()] == text[:text.index(stop) + 1]
+
+
+def test_speculation_compiles_two_passes_for_texts_of_any_length(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, dynamic: real(f, backend=backend, dynamic=dynamic))
+    torch._dynamo.reset()
+    model, draft = (scaled(build(toy(pos='rope', n_layer=n)), 10) for n in (2, 1))
+    for T, new in ((6, 14), (9, 21)):
+        idx = tokens(toy(), 1, T)
+        plain, fast = (Speculative(model, draft, idx, new, Sampling(), seed=1, compiled=compiled)
+                       for compiled in (False, True))
+        assert [t.item() for t in plain.stream()] == [t.item() for t in fast.stream()]
+    torch._dynamo.reset()
+    assert len(graphs) == 2, f'{len(graphs)} graphs for two texts'
 
 
 def test_speculation_penalises_repetition_as_the_plain_loop():

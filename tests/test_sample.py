@@ -188,6 +188,24 @@ def test_prompts_of_a_file_are_as_if_alone(tmp_path, name):
     assert [alone[0], again[0]] == [texts[0] + text for text in found[0][:2]]
 
 
+@pytest.mark.parametrize('flags', [
+    dict(pos='learned'), dict(rope_scaling='dynamic', rope_factor=4.0, rope_context=16)],
+    ids=['room in learned positions', 'a rotation by length'])
+def test_limits_of_one_prompt_are_not_those_of_another(tmp_path, flags):
+    out_dir, found = parrot(tmp_path, 'abc'), []
+    flags = dict(pos='rope') | flags
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=257, block_size=24, **flags)
+    meta = checkpoint.load(out_dir / 'best.pt')['meta']
+    checkpoint.save(out_dir / 'best.pt', checkpoint.contents(GPT(config), settings={}, meta=meta, step=1))
+    (tmp_path / 'prompts').write_text('\n'.join(['abcabcabcabcabcabc', 'b', 'cabca', 'ca', 'bc']))
+    for batch_size in (1, 16):
+        sample(out_dir, out=tmp_path / 'out.jsonl', prompts=tmp_path / 'prompts', batch_size=batch_size,
+               num_samples=2, max_new_tokens=15)
+        found.append([(row['prompt'], row['tokens']) for row in rows_of(tmp_path / 'out.jsonl')])
+    assert found[0] == found[1] and len(found[0]) == 10
+    assert len(found[0][2][1]) > (5 if 'rope_scaling' in flags else 6)
+
+
 def test_json_lines_hold_tokens_and_their_log_probabilities(tmp_path):
     sample(chars(), start='ab', out=tmp_path / 'out.jsonl', max_new_tokens=9, num_samples=2)
     state = checkpoint.load(chars() / 'best.pt')
@@ -360,6 +378,7 @@ def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
     (dict(score='a b'), ['start and score']),
     (dict(start='', score='a'), ['score', 'two tokens']),
     (dict(draft='no_such_run'), ['no_such_run']),
+    (dict(out='no_such_folder/a.jsonl'), ['no_such_folder/a.jsonl', 'check the path']),
 ], ids=lambda value: '-'.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else '')
 def test_bad_input_is_refused_in_a_sentence(settings, words):
     usual = dict(out_dir=chars(), start='a', device='cpu', max_new_tokens=5)
