@@ -11,7 +11,6 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py plot out/*
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
-import copy
 import glob
 import importlib.util
 import json
@@ -28,9 +27,7 @@ from functools import partial
 import torch
 
 import checkpoint
-import quant
 from configurator import configure, names_in, one_sentence
-from decode import Decoder, Sampling, bytes_per_step, clock, read_bandwidth
 from model import GPT, GPTConfig, kv_cache_bytes
 
 # ----------------------------------------------------------------------------------------------------------
@@ -203,196 +200,10 @@ def window():
             for w in (256, 1024)))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Decoding
-
-
 def decode():
-    """
-    Text of one row at a time from random weights (GPT-2 124M unless flags say otherwise), against what the
-    machine reads a second; then many rows, long texts in constant memory, and latents.
-    """
-    decode_variants()
-    decode_batches()
-    decode_long()
-    decode_latents()
-
-
-def random_model(config, dtype='float32'):
-    """A GPT of random weights, drawn faster than by name."""
-    model = GPT(config, seed=None).eval().to(device)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.02)
-    return model.to(getattr(torch, dtype))
-
-
-def generation(model, idx, new, compiled=False):
-    """A closure that draws `new` tokens after idx -> (seconds to the first, seconds of each further one)"""
-    def run():
-        decoder = Decoder(model, idx, new, Sampling(0.8, top_k=200), seed=0, compiled=compiled)
-        stamps = [clock(device)] + [clock(device) for _ in decoder.stream()]
-        return stamps[1] - stamps[0], [b - a for a, b in zip(stamps[1:], stamps[2:])]
-    return run
-
-
-def transformers_generation(config, new):
-    """The same by transformers' GPT-2 with its cache, or None where it is missing or has no such model."""
-    shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-                 vocab_size=config.vocab_size, block_size=config.block_size)
-    if GPTConfig(**shape) != config or device != 'cpu':
-        return None
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        print('transformers is not installed, so it is left out: pip install transformers')
-        return None
-    theirs = GPT2LMHeadModel(GPT2Config(n_positions=shape.pop('block_size'), **shape)).eval()
-
-    def run(idx):
-        began = clock(device)
-        theirs.generate(idx, attention_mask=torch.ones_like(idx), min_new_tokens=new, max_new_tokens=new,
-                        do_sample=True, temperature=0.8, top_k=200, use_cache=True, pad_token_id=0)
-        return clock(device) - began
-    return run
-
-
-def decode_variants():
-    """128 tokens after 128: number types, compiled or not, transformers, and no cache at all."""
-    config, prompt, new = GPTConfig(**model_args), 128, 128
-    idx = torch.randint(config.vocab_size, (1, prompt), device=device)
-    model = random_model(config)
-    models = {'float32': model, 'bfloat16': copy.deepcopy(model).bfloat16(),
-              'int8': quant.quantize(copy.deepcopy(model if device == 'cpu' else model.bfloat16()))}
-    runs = {(name, mode): generation(m, idx, new, mode == 'compiled')
-            for name, m in models.items() for mode in ('eager', 'compiled')}
-    theirs = transformers_generation(config, new)
-    cache_bytes = kv_cache_bytes(config, prompt + new, 1, 4)
-    print(f'{model.num_params() / 1e6:.0f}M parameters, {new} tokens after {prompt}, one row; '
-          f'cache {cache_bytes / 1e6:.1f} MB in float32')
-    for name, run in runs.items():  # compiles, allocates
-        try:
-            run()
-        except Exception as error:
-            if name[1] == 'eager':
-                raise
-            print(f'{" ".join(name)} is left out: torch.compile fails ({type(error).__name__})')
-            runs[name] = None
-    runs = {name: run for name, run in runs.items() if run}
-    if theirs:
-        theirs(idx)
-    count = max(1, rounds // 10)
-    firsts, steps, totals = ({name: [] for name in runs} for _ in range(3))
-    whole, bandwidths = [], []
-    for n in range(count):
-        bandwidths.append(read_bandwidth(min(bytes_per_step(model, None), 2 ** 30), device))
-        for name in (list(runs) if n % 2 else reversed(runs)):
-            first, rest = runs[name]()
-            firsts[name].append(first)
-            steps[name] += rest
-            totals[name].append(first + sum(rest))
-        if theirs:
-            whole.append(theirs(idx))
-    bandwidth = max(bandwidths)
-    print(f'reads {bandwidth / 1e9:.1f} GB/s (of {count} rounds: '
-          f'{", ".join(f"{b / 1e9:.1f}" for b in bandwidths)})')
-    print(f'{"":18} {"first":>10} {"a token":>10} {"tokens/s":>9} {"MB a token":>11} {"of bandwidth":>13}')
-    for (name, mode) in runs:
-        decoder = Decoder(models[name], idx, new, Sampling(), seed=0)
-        size, step = bytes_per_step(models[name], decoder.cache), statistics.median(steps[name, mode])
-        print(f'{name:9} {mode:8} {statistics.median(firsts[name, mode]) * 1e3:7.1f} ms {step * 1e3:7.2f} ms '
-              f'{1 / step:9.1f} {size / 1e6:11.1f} {size / step / bandwidth:13.0%}')
-    seconds, ours = min((statistics.median(totals[name]), name) for name in runs if name[0] == 'float32')
-    if theirs:
-        print(f'transformers, float32: {new / statistics.median(whole):.1f} tokens/s with the prompt, ours '
-              f'({ours[1]}) {new / seconds:.1f}: {statistics.median(whole) / seconds:.2f}x')
-    decode_without_cache(model, statistics.median(steps[ours]))
-
-
-@torch.no_grad()
-def decode_without_cache(model, step, text=512):
-    """What a text of so many tokens costs when every token runs all before it again, from four lengths."""
-    if model.wpe.max_tokens is not None and model.wpe.max_tokens < text:
-        return
-    seconds = []
-    for length in (64, 192, 320, 448):
-        idx = torch.randint(model.config.vocab_size, (1, length), device=device)
-        times = []
-        for _ in range(4):
-            began = clock(device)
-            model(idx, last_only=True)[0].argmax(-1)
-            times.append(clock(device) - began)
-        seconds.append(statistics.median(times[1:]))
-    mean = statistics.mean(seconds)
-    print(f'without a cache a text of {text} tokens takes {mean * 1e3:.0f} ms a token: {mean / step:.1f}x')
-
-
-def decode_batches():
-    """Rows at once: on a GPU in bf16 and captured, on a CPU eager in fp32."""
-    gpu = device.startswith('cuda')
-    config = GPTConfig(**model_args)
-    model = random_model(config, 'bfloat16' if gpu else 'float32')
-    for rows in (1, 8, 64) if gpu else (1, 4, 16):
-        idx = torch.randint(config.vocab_size, (rows, 128), device=device)
-        run = generation(model, idx, 128 if gpu else 24, gpu)
-        if gpu:
-            run()
-        first, steps = run()
-        step, cache = statistics.median(steps), model.new_cache(rows, 256 if gpu else 152)
-        size = bytes_per_step(model, cache, rows)
-        bandwidth = read_bandwidth(min(size, 2 ** 30), device)
-        print(f'{rows:3} rows: first {first * 1e3:8.1f} ms, then {rows / step:9.1f} tokens/s, '
-              f'{size / 1e6:8.1f} MB a step, {size / step / bandwidth:.0%} of {bandwidth / 1e9:.1f} GB/s')
-
-
-def decode_long():
-    """The 10,000th token against the 1,000th, step by step in turns: the same time, in the same memory."""
-    shape = dict(n_layer=4, n_head=8, n_embd=512, vocab_size=4096)
-    kinds = {'window 256': dict(pos='rope', layer_pattern='w', window=256),
-             'Mamba': dict(pos='none', layer_pattern='m', ffn_pattern='-', ssm='mamba1'),
-             'Mamba-2': dict(pos='none', layer_pattern='m', ffn_pattern='-'),
-             'full, for comparison': dict(pos='rope')}
-    for name, flags in kinds.items():
-        model = random_model(GPTConfig(**shape, **flags))
-        decoders, streams, times = {}, {}, {}
-        for at in (1000, 10000):
-            idx = torch.randint(4096, (1, at - 64), device=device)
-            decoders[at] = Decoder(model, idx, 164, Sampling(), seed=0)
-            streams[at], times[at] = decoders[at].stream(), []
-            next(streams[at])
-        for n in range(160):
-            for at in (streams if n % 2 else reversed(streams)):
-                began = clock(device)
-                next(streams[at])
-                times[at].append(clock(device) - began)
-        early, late = (statistics.median(times[at]) * 1e3 for at in streams)
-        sizes = [sum(entry.nbytes() for entry in decoders[at].cache) / 1e6 for at in streams]
-        print(f'{name:22} 1,000th token {early:6.2f} ms, 10,000th {late:6.2f} ms: {late / early:.3f}; '
-              f'cache {sizes[0]:.2f} MB, {sizes[1]:.2f} MB')
-
-
-def decode_latents():
-    """Steps behind 4096 tokens that read latents, against those that read keys and values."""
-    shape = dict(n_layer=4, n_head=8, n_embd=512, vocab_size=4096, pos='rope', block_size=8192)
-    decoders = {}
-    for name, flags in (('MHA', {}), ('GQA-2', dict(n_kv_head=2)),
-                        ('MLA 128 + 32', dict(attn='mla', kv_rank=128, rope_head_dim=32))):
-        model = random_model(GPTConfig(**shape, **flags))
-        decoders[name] = Decoder(model, torch.randint(4096, (1, 4096), device=device), 42, Sampling(), seed=0)
-    streams = {name: decoder.stream() for name, decoder in decoders.items()}
-    for stream in streams.values():
-        next(stream)
-    times = {name: [] for name in streams}
-    for n in range(40):
-        for name in (list(streams) if n % 2 else reversed(streams)):
-            began = clock(device)
-            next(streams[name])
-            times[name].append(clock(device) - began)
-    for name, decoder in decoders.items():
-        held = sum(entry.nbytes() for entry in decoder.cache)
-        said = kv_cache_bytes(decoder.model.config, 4096 + 42, 1, 4)
-        print(f'{name:14} cache {held / 1e6:7.3f} MB, announced {said / 1e6:7.3f} MB; behind 4096 tokens '
-              f'{statistics.median(times[name]) * 1e3:6.2f} ms a token')
+    """Sampling: tokens a second, bytes and bandwidth, against transformers and no cache (bench_decode.py)."""
+    from bench_decode import measure
+    measure(model_args, rounds, device)
 
 
 def plot():
@@ -434,8 +245,8 @@ def plot():
     print(f'drawn in {figure}')
 
 
-TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'decode': decode, 'plot': plot,
-          'kernels': kernel_table, 'gpu': gpu_all}
+TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'decode': decode,
+          'plot': plot, 'kernels': kernel_table, 'gpu': gpu_all}
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):

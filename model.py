@@ -793,7 +793,9 @@ class Scores(nn.Module):
         A query that may look nowhere gets finite numbers.
         """
         bias = self.visible(pos, key_pos, self.window)  # (1 or B,1,T,S)
-        if not self.triangle:
+        # values narrower than their keys are latents, of which SDPA would make copies, one for each head
+        plain = self.softcap is not None or v.shape[-1] < k.shape[-1]
+        if plain or not self.triangle:
             # a large finite number: rows of padding see nothing, and infinities would make them NaN
             bias = torch.zeros(bias.shape, device=q.device).masked_fill_(
                 ~bias, torch.finfo(torch.float32).min / 2)
@@ -804,22 +806,23 @@ class Scores(nn.Module):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
             sink = wide(self.sinks).view(1, -1, 1, 1).expand(bias.shape[0], -1, bias.shape[2], 1)
             bias = torch.cat((bias.expand(-1, sink.shape[1], -1, -1), sink), dim=-1)
-        if self.softcap is not None:
-            return self.capped(q, k, v, bias)
+        if plain:
+            return self.plain(q, k, v, bias)
         if bias.dtype != torch.bool:
             least = max(torch.finfo(q.dtype).min, torch.finfo(bias.dtype).min)
             bias = bias.clamp(min=least).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale,
                                               dropout_p=self.drop(), enable_gqa=q.shape[1] != k.shape[1])
 
-    def capped(self, q, k, v, bias):
-        """Soft-capped scores (Gemma 2), which SDPA does not do. bias is added after the cap."""
-        groups = (k.shape[1], -1)  # of query heads that share a key
-        k, v = k.unsqueeze(2), v.unsqueeze(2)                                   # (B,K,1,S,D)
-        scores = wide(q.unflatten(1, groups) @ k.transpose(-1, -2)).flatten(1, 2) * self.scale  # (B,H,T,S)
-        probs = (self.softcap * torch.tanh(scores / self.softcap) + bias).softmax(-1)
-        probs = F.dropout(probs, self.dropout, self.training).to(v.dtype)
-        return (probs.unflatten(1, groups) @ v).flatten(1, 2)
+    def plain(self, q, k, v, bias):
+        """As masked, by the definition, with soft-capped scores (Gemma 2); bias is added after the cap."""
+        (B, H, T, _), K, S = q.shape, *k.shape[1:3]
+        # the query heads that share a key are rows of one product, which reads it once
+        scores = wide(q.reshape(B, K, H // K * T, -1) @ k.transpose(-1, -2)).view(B, H, T, S) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        probs = F.dropout((scores + bias).softmax(-1), self.drop()).to(v.dtype)
+        return (probs.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
 
     def blockwise(self, q, k, v):
         """

@@ -24,11 +24,22 @@ def rounded(weight):
     return (weight / scale.unsqueeze(-1)).round().to(torch.int8), scale
 
 
+@torch.library.custom_op('nanoblocks::int8_rows', mutates_args=())
+def int8_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (M,I) bf16, weight (N,I) int8 -> their product (M,N) bf16; Inductor cannot lower the kernel."""
+    # scales are applied afterwards: the kernel would round them to its own 16 bit
+    return torch._weight_int8pack_mm(x, weight, x.new_ones(len(weight)))
+
+
+@int8_rows.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), len(weight))
+
+
 def int8_linear(x, weight, scale, bias):
     """x (M,I), weight (N,I) int8, scale (N,), bias (N,) or None -> (M,N) in x's dtype"""
     if x.device.type == 'cpu' and len(x) <= FEW and x.shape[1] % 64 == 0:  # it reads whole vectors
-        # the scale is applied afterwards: the kernel would round it to its own 16 bit
-        y = torch._weight_int8pack_mm(x.bfloat16(), weight, torch.ones_like(scale, dtype=torch.bfloat16))
+        y = int8_rows(x.bfloat16(), weight)
     else:
         y = F.linear(x, weight.to(x.dtype))
     y = (y.float() * scale).to(x.dtype)
