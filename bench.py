@@ -8,6 +8,8 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py gpu --out=bench/results
     python bench.py window
     python bench.py decode
+    python bench.py lengths
+    python bench.py optimizers config/gpt2_small.py
     python bench.py plot out/*
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
 """
@@ -27,6 +29,7 @@ from functools import partial
 import torch
 
 import checkpoint
+import studies
 from configurator import configure, names_in, one_sentence
 from model import GPT, GPTConfig, kv_cache_bytes
 
@@ -43,6 +46,7 @@ parts = ''                          # gpu: some of checks,kernels,train,curve,de
 seconds = 510                       # gpu: stop when they are over
 dry = False                         # gpu: everything at toy size, on a CPU
 dtype = 'bfloat16'                  # families: of matrix products, float32 or bfloat16
+figures = 'out/bench'               # folder of the figures of a topic, and of what it trains
 reuse = False                       # families: keep the runs that out/families holds, train what is missing
 figure = 'curves.png'               # where plot draws
 
@@ -114,7 +118,8 @@ def cache():
     shape = dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=128256, block_size=131072, bias=False,
                  norm='rmsnorm', ffn='swiglu')
     kinds = {
-        'MHA': dict(pos='rope'), 'GQA-8': dict(pos='rope', n_kv_head=8), 'MQA': dict(pos='rope', n_kv_head=1),
+        'MHA': dict(pos='rope'), 'GQA-8': dict(pos='rope', n_kv_head=8),
+        'GQA-4': dict(pos='rope', n_kv_head=4), 'MQA': dict(pos='rope', n_kv_head=1),
         'MLA 512 + 64': dict(pos='rope', attn='mla', kv_rank=512, rope_head_dim=64),
         'GQA-8, window 4096': dict(pos='rope', n_kv_head=8, layer_pattern='w', window=4096),
         'Mamba-2': dict(pos='none', layer_pattern='m'),
@@ -122,10 +127,12 @@ def cache():
     spans = [(batch, tokens) for batch in (1, 16) for tokens in (8192, 131072)]
     heads = (f'{batch} x {tokens // 1024}K' for batch, tokens in spans)
     print(f'{"GB, batch x tokens":20}' + ''.join(f'{head:>12}' for head in heads))
+    sizes = {}
     for name, flags in kinds.items():
         config = GPTConfig(**shape, **flags)
-        sizes = (kv_cache_bytes(config, tokens, batch, 2) / 1e9 for batch, tokens in spans)
-        print(f'{name:20}' + ''.join(f'{size:12.3f}' for size in sizes))
+        sizes[name] = [kv_cache_bytes(config, tokens, batch, 2) / 1e9 for batch, tokens in spans]
+        print(f'{name:20}' + ''.join(f'{size:12.3f}' for size in sizes[name]))
+    studies.cache_figure(sizes, spans, figures)
 
 
 def families():
@@ -172,6 +179,15 @@ def gpu_all(some=None):
     """Whatever needs a GPU, in one call (kernels/measure.py)."""
     from kernels.measure import gpu
     gpu(out, some or parts, seconds, dry)
+
+
+def optimizers():
+    """The step of AdamW and of Muon on the model of the flags, ours and PyTorch's, in turns."""
+    from kernels.measure import optimizer_steps
+    model = GPT(GPTConfig(**model_args)).to(device)
+    times = in_turns(optimizer_steps(model))
+    for name, ms in times.items():
+        print(f'{name:18} {statistics.median(ms):9.2f} ms {min(ms):9.2f} ms')
 
 
 def run_script(*words):
@@ -245,8 +261,33 @@ def plot():
     print(f'drawn in {figure}')
 
 
+def study(topic):
+    """A topic of studies.py, with these settings."""
+    return lambda: topic(device, rounds, figures)
+
+
+def ablations():
+    """The sweeps in results/; flags of train.py and of the model hold for all of their runs."""
+    studies.ablations(device, [flag for flag in sys.argv[2:] if not flag.startswith('--device=')])
+
+
 TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'decode': decode,
-          'plot': plot, 'kernels': kernel_table, 'gpu': gpu_all}
+          'plot': plot, 'kernels': kernel_table, 'gpu': gpu_all, 'optimizers': optimizers,
+          'norms': study(studies.norms), 'ffns': study(studies.ffns), 'rope': study(studies.rope),
+          'context': study(studies.context), 'lengths': study(studies.lengths),
+          'router': study(studies.router), 'reach': study(studies.reach),
+          'ablations': ablations}
+
+
+def run(topic):
+    """A topic; a table alone where there is nothing to draw with."""
+    try:
+        topic()
+    except ModuleNotFoundError as error:
+        if error.name != 'matplotlib':
+            raise
+        print('no figure without matplotlib: pip install -r requirements-dev.txt')
+
 
 if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in (*TOPICS, '--help', '-h'):
@@ -260,4 +301,4 @@ if __name__ == '__main__':
         checkpoint.check_device(device)
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
               + (torch.cuda.get_device_name() if device.startswith('cuda') else device))
-        chosen()
+        run(chosen)

@@ -1443,10 +1443,10 @@ class MoE(nn.Module):
         if self.c.z_weight:
             ctx.losses.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
 
-    def rebalance(self, share_E):
-        """The bias moves against the share of the tokens that each expert took."""
+    def rebalance(self, share_E, moves=1):
+        """The bias moves against the share of the tokens that each expert took, where `moves` is not 0."""
         if self.biased:
-            self.choice_bias += self.c.bias_rate * torch.sign(share_E.mean() - share_E)
+            self.choice_bias += moves * self.c.bias_rate * torch.sign(share_E.mean() - share_E)
         self.load.zero_()
 
     def idle(self):
@@ -1778,9 +1778,10 @@ class GPT(nn.Module):
         return 6 * matmul + mixers + sum(moe.flops() for moe in self.moes)
 
     @torch.no_grad()
-    def balance_experts(self):
+    def balance_experts(self, moves=1):
         """
         Call once per optimizer step, on every process: moves the routers' biases and begins to count anew.
+        moves: 0 where the step is skipped, a number or a scalar tensor.
         Returns {'expert_entropy': mean over layers, 1 when all are equally busy, 'expert_max': the largest
         share that one expert had, 'expert_load': (layers,E) the share of each} as tensors, empty without
         experts.
@@ -1792,7 +1793,7 @@ class GPT(nn.Module):
             torch.distributed.all_reduce(loads)
         shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
         for moe, share in zip(self.moes, shares):
-            moe.rebalance(share)
+            moe.rebalance(share, moves)
         entropy = -(shares * shares.clamp(min=1e-12).log()).sum(-1) / math.log(max(2, shares.shape[-1]))
         return {'expert_entropy': entropy.mean(), 'expert_max': shares.max(), 'expert_load': shares}
 

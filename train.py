@@ -464,7 +464,7 @@ try:
             scaler.update()
             if average:
                 average.update(step)
-            balance = raw_model.balance_experts()
+            balance = raw_model.balance_experts(finite)
             tally.add(step_loss, finite)
             step, micro_done = step + 1, micro_done + count
             timed_steps += 1

@@ -8,8 +8,10 @@ named. DIR/gpu.json is complete after every item, so a call that is cut short le
     train       tokens per second, MFU and peak memory of whole models
     curve       the loss of 200 steps with kernels, without, and without at another seed
     decode      tokens per second against the bandwidth of memory
+    optimizer   the step of AdamW and of Muon, ours and PyTorch's
 """
 import glob
+import importlib.util
 import json
 import os
 import signal
@@ -23,12 +25,13 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+import optim
 from configurator import configure, names_in
 from kernels.examples import EXAMPLES, leaves, outputs
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PARTS = ('checks', 'kernels', 'train', 'curve', 'decode')
+PARTS = ('checks', 'kernels', 'train', 'curve', 'decode', 'optimizer')
 # dense bf16 operations a second by the data sheet, for MFU; what was measured is printed beside it
 SHEET = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'A100': 312e12}
 
@@ -395,6 +398,31 @@ DECODES = [('llama_1b', 1), ('llama_1b', 64), ('llama_small', 1), ('llama_small'
            ('mamba2_small', 64), ('gemma2_small', 64)]
 
 
+def optimizer_steps(model):
+    """{name: a step}: AdamW on all parameters, Muon on the matrices of the blocks, with random gradients."""
+    kinds = model.param_kinds()
+    params = dict(model.named_parameters())
+    matrices = [p for name, p in params.items() if kinds[name] == 'matrix' and p.ndim == 2]
+    for p in params.values():
+        p.grad = torch.randn_like(p) * 1e-3
+    adamw = {name: torch.optim.AdamW(params.values(), lr=1e-4, **flags) for name, flags in (
+        ('AdamW foreach', {'foreach': True}), ('AdamW fused', {'fused': True}))}
+    # a rate that changes must be a tensor, or every change is compiled anew
+    compiled = torch.optim.AdamW(params.values(), lr=torch.tensor(1e-4))
+    return {name: opt.step for name, opt in adamw.items()} | {
+        'AdamW compiled': torch.compile(compiled.step),
+        'Muon of PyTorch': torch.optim.Muon(matrices, lr=1e-4).step,
+        'Muon': optim.Muon(matrices, 1e-4).step,
+        'Muon compiled': optim.Muon(matrices, 1e-4, compiled=True).step}
+
+
+def optimizers(m):
+    steps = optimizer_steps(GPT(config_of(m, 'gpt2_small'), seed=1).to(m.device))
+    found = {name: m.time(step) for name, step in steps.items()}
+    print('optimizer gpt2_small: ' + ', '.join(f'{name} {ms:.2f} ms' for name, ms in found.items()), flush=True)
+    return found
+
+
 def gpu(out, parts='', seconds=510, dry=False):
     """All of it, or the parts that are named, comma between them. The table last."""
     wanted = [part for part in parts.split(',') if part] or PARTS
@@ -403,6 +431,8 @@ def gpu(out, parts='', seconds=510, dry=False):
         raise ValueError(f'parts={parts} must be some of {",".join(PARTS)}')
     if not dry and not torch.cuda.is_available():
         raise ValueError('bench.py gpu needs a GPU: try it without one by --dry=True')
+    if dry and importlib.util.find_spec('triton') is None:
+        raise ValueError('dry=True runs the kernels in the interpreter of Triton: pip install triton')
     if dry:  # kernels run in the interpreter, which bf16 needs repaired
         os.environ['TRITON_INTERPRET'] = '1'
         sys.path.insert(0, os.path.join(ROOT, 'tests'))
@@ -430,6 +460,8 @@ def gpu(out, parts='', seconds=510, dry=False):
     if 'decode' in wanted:
         for name, batch in DECODES[:3] if dry else DECODES:
             m.item('decode', f'{name} x {batch}', lambda: decode(m, name, 2 if dry else batch), 15)
+    if 'optimizer' in wanted:
+        m.item('optimizer', 'gpt2_small', lambda: optimizers(m), 40)
     m.write()
     table(m)
 
@@ -437,6 +469,8 @@ def gpu(out, parts='', seconds=510, dry=False):
 def table(m):
     """What a reader wants first: a few lines for each part."""
     found, rate = m.found, m.bandwidth
+    if m.dry:
+        print('\nA dry run at toy size, kernels in the interpreter: its numbers mean nothing.')
     print(f'\n{json.dumps(found.get("machine", {}).get("environment", {}))}')
     print(f'copy {rate / 1e12:.2f} TB/s, bf16 product {m.rate / 1e12:.0f} TFLOP/s')
     for name, times in found.get('kernels', {}).items():
@@ -453,6 +487,8 @@ def table(m):
               f'{v["peak_bytes"] / 2**30:6.1f} GiB  batch {v["batch"]}')
     for name, v in found.get('decode', {}).items():
         print(f'decode {name:29} {v["tokens_per_s"]:10,.0f} tokens/s  {v["of_bandwidth"]:6.1%} of bandwidth')
+    for name, v in found.get('optimizer', {}).items():
+        print(f'optimizer {name}: ' + ', '.join(f'{k} {ms:.2f} ms' for k, ms in v.items()))
     for name, v in found.get('curve', {}).items():
         print(f'curve {name}: kernels differ by {v["kernels_differ"]:.4f}, seeds by {v["seeds_differ"]:.4f}')
     for name, v in found.get('checks', {}).items():

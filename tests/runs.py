@@ -36,7 +36,7 @@ names = (TMP / f'run_{n}' for n in itertools.count())
 # Running scripts
 
 SERVER = '''
-import json, os, runpy, signal, sys, traceback
+import faulthandler, json, os, runpy, signal, sys, traceback
 sys.path.insert(0, os.getcwd())
 import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.profiler, tqdm
 import checkpoint, configurator, data.loader, data.tokenizer, kernels, logbook, model, parallel
@@ -45,6 +45,7 @@ def child(job):
     signal.alarm(job['seconds'])
     for number, path in enumerate((os.devnull, job['out'], job['err'])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    faulthandler.dump_traceback_later(job['seconds'] - 5, file=sys.__stderr__)  # where it hangs
     os.environ.update(job['env'])
     sys.argv, code = job['argv'], 0
     try:

@@ -127,6 +127,13 @@ def test_shards_in_16_bit_learn_alike(tmp_path):
     assert losses(tmp_path / 'run') == pytest.approx(losses(trained(**settings)), abs=0.03)
 
 
+@pytest.mark.parametrize('settings', [dict(), dict(shard=True, activation_checkpointing=True)],
+                         ids=['ddp', 'fsdp, activations computed again'])
+def test_compiled_processes_learn_as_one_eager_process_does(tmp_path, settings):
+    succeed(pair(*toy(tmp_path / 'run', **SMALL, **settings, compile=True)))
+    assert_close_runs(tmp_path / 'run', trained(**SMALL))
+
+
 @pytest.mark.parametrize('settings', [dict(), dict(EXPERTS, dropout=0.2), dict(shard=True)], ids=str)
 def test_recomputing_activations_changes_nothing(tmp_path, settings):
     """Not the experts' count of their tokens either, nor what dropout drops."""

@@ -579,6 +579,18 @@ def test_every_kernel_fits_in_registers_and_shared_memory():
     assert {line.split()[1] for line in table} == {'80', '90', '100'}
 
 
+@needs_triton
+def test_everything_that_needs_a_gpu_runs_through_at_toy_size_without_one(tmp_path):
+    run = subprocess.run([sys.executable, 'bench.py', 'gpu', f'--out={tmp_path}', '--dry=True'], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads((tmp_path / 'gpu.json').read_text())
+    assert not found['failed'] and not found['skipped']
+    assert found['checks']['all']['answered'] == 1 and not found['checks']['all']['wrong']
+    assert {'kernels', 'train', 'curve', 'decode', 'optimizer'} <= set(found)
+    assert not [row for rows in found['kernels'].values() for row in rows.values() if 'error' in row]
+
+
 @pytest.mark.gpu
 @on_gpu
 @every_job(JOBS)

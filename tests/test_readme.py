@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import ablate  # noqa: E402
 from configurator import configure, names_in  # noqa: E402
 from model import GPTConfig  # noqa: E402
 
@@ -85,6 +86,11 @@ def check(words):
             assert not arg.startswith('-') or flag in done.stdout, f'{script} has no {flag}'
         return
     settings, takes_model_flags, topics = known
+    if script == 'ablate.py':
+        # budgets would need the dataset
+        if not ablate.read_words(args)[1]['report']:
+            ablate.make_plan([*args, '--match=none'])
+        return
     if topics:
         assert args and args[0] in topics, f'{script} has no topic {args[:1]}'
         # plot takes the folders of runs
@@ -165,6 +171,7 @@ def test_readme_holds_nothing_unfinished():
     'python sample.py --n_layer=2', 'python sample.py && python sample.py --temprature=1',
     'X=1 python train.py --unknown=1', 'python data/txt/prepare.py',
     'python data/text/prepare.py --inptu=x --name=mine', 'python bench.py stpe', 'python -m pytst',
+    'python ablate.py config/llama_small.py', 'python ablate.py config/llama_small.py --vary="nrom=layernorm"',
 ])
 def test_a_wrong_command_would_be_seen(line):
     with pytest.raises((AssertionError, SystemExit, ValueError)):

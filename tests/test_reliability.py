@@ -436,11 +436,11 @@ def test_a_signal_in_an_update_waits_for_its_end(tmp_path):
     done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before='''
 import os, model
 balance, calls = model.GPT.balance_experts, []
-def hit(self):
+def hit(self, *args):
     calls.append(1)
     if len(calls) == 25:
         os.kill(os.getpid(), 15)
-    return balance(self)
+    return balance(self, *args)
 model.GPT.balance_experts = hit''')
     assert done.code == stopping.STOPPED and load(tmp_path / 'run')['step'] == 25, done
     resume(tmp_path / 'run')
@@ -496,8 +496,8 @@ def bad(self, x, targets):
 model.GPT.loss = bad'''
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(optimizer='muon'), dict(dtype='float16'), dict(ema=0.9)],
-                         ids=str)
+@pytest.mark.parametrize('settings', [dict(), dict(optimizer='muon'), dict(dtype='float16'), dict(ema=0.9),
+                                      dict(ffn_pattern='fe', n_expert=4, balance='bias')], ids=str)
 @pytest.mark.parametrize('value', ['nan', 'inf'])
 def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(tmp_path, settings, value):
     settings = dict(max_iters=30, lr_decay_iters=40, eval_interval=30) | settings
