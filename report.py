@@ -457,20 +457,35 @@ def save(fig, path):
     pyplot.close(fig)
 
 
+def label(pair, kinds):
+    """A comparison in a figure that shows these kinds of them."""
+    if pair['how'] == 'all':
+        return f'all of them: {pair["without"]} to {pair["with"]}'
+    if pair['how'] == 'varied':
+        return pair['flag']
+    # what it changes, where that is one flag
+    name = pair['flag']
+    if len(pair['names']) == 1:
+        name = pair['change'].replace(f'{name} ', f'{name}: ', 1).replace('->', '\u2192')
+    if kinds == {'ladder'}:
+        return f'+ {name}'
+    return name + {'alone': ', alone on the base', 'removed': ', beside the others',
+                   'ladder': ', ladder'}[pair['how']]
+
+
 def plot_differences(plan, effects, path):
     """A row per comparison: the mean and its interval; in colour where zero is outside."""
     shown = [(pair, e) for pair, e in effects if e.n > 0 and not math.isnan(e.mean)]
     fig, (ax,) = figure(8.6, 1.3 + 0.3 * len(shown) + 0.12 * len({pair['flag'] for pair, _ in shown}))
     y, previous, labels = 0.0, None, []
+    kinds = {pair['how'] for pair, _ in shown} - {'all'}
     for pair, e in shown:
         y -= 1.0 if pair['flag'] == previous or previous is None else 1.5
         previous = pair['flag']
         color = GREY if not e.resolved else BLUE if e.mean < 0 else RED
         ax.errorbar(e.mean, y, xerr=None if e.n < 2 else e.half, fmt='o', color=color, capsize=3,
                     markersize=5, linewidth=1.6)
-        where = {'alone': 'alone on the base', 'removed': 'beside the others', 'ladder': 'ladder',
-                 'varied': '', 'all': f'{pair["without"]} to {pair["with"]}'}[pair['how']]
-        labels.append((y, f'{pair["flag"]}, {where}'.removesuffix(', ')))
+        labels.append((y, label(pair, kinds)))
         ax.annotate(f'{e.mean:+.3f}', (1.01, y), xycoords=('axes fraction', 'data'), va='center', fontsize=9,
                     color=color)
     ax.axvline(0, color='black', linewidth=0.8)
