@@ -7,6 +7,7 @@ Measurements. Each topic prints a table; the numbers of one table are taken in t
     python bench.py kernels --aot=True
     python bench.py gpu --out=bench/results
     python bench.py window
+    python bench.py decode
     python bench.py lengths
     python bench.py optimizers config/gpt2_small.py
     python bench.py plot out/*
@@ -215,6 +216,12 @@ def window():
             for w in (256, 1024)))
 
 
+def decode():
+    """Sampling: tokens a second, bytes and bandwidth, against transformers and no cache (bench_decode.py)."""
+    from bench_decode import measure
+    measure(model_args, rounds, device)
+
+
 def plot():
     """Loss curves of the runs in these folders, in one figure: over steps, tokens, seconds and FLOPs."""
     import matplotlib
@@ -264,8 +271,8 @@ def ablations():
     studies.ablations(device, [flag for flag in sys.argv[2:] if not flag.startswith('--device=')])
 
 
-TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'plot': plot,
-          'kernels': kernel_table, 'gpu': gpu_all, 'optimizers': optimizers,
+TOPICS = {'step': step, 'cache': cache, 'families': families, 'window': window, 'decode': decode,
+          'plot': plot, 'kernels': kernel_table, 'gpu': gpu_all, 'optimizers': optimizers,
           'norms': study(studies.norms), 'ffns': study(studies.ffns), 'rope': study(studies.rope),
           'context': study(studies.context), 'lengths': study(studies.lengths),
           'router': study(studies.router), 'reach': study(studies.reach),

@@ -83,7 +83,12 @@ def one_sentence():
     """Within it, a ValueError or a missing file, both refusals, ends the script with its message alone."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        if error.filename is None:
+            raise SystemExit(str(error)) from None
+        reason = f'{error.filename} cannot be read or written ({error.strerror}): check the path'
+        raise SystemExit(reason) from None
+    except ValueError as error:
         raise SystemExit(str(error)) from None
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import decode
 import kernels as ops
 
 # ----------------------------------------------------------------------------------------------------------
@@ -607,10 +608,14 @@ class TokenCache:
     slot of a position is pos % slots.
 
     The caller owns the clock: it says where tokens belong, and positions within one call must be consecutive.
+    Going back is writing positions anew: what stands behind them is not seen, and overwritten in its turn.
     """
 
-    def __init__(self, batch_size, slots, widths, dtype, device, max_tokens=math.inf):
+    def __init__(self, batch_size, slots, widths, dtype, device, max_tokens=math.inf, spare=0):
+        """spare: of the slots of a ring, those beyond what one token sees, so that it can go so far back."""
         self.max_tokens = max_tokens  # of a sequence; more would push out what should be seen
+        # tokens that can be stored before they are read, and overwrite nothing that any of them sees
+        self.at_once = max_tokens if slots >= max_tokens else 1 + spare
         self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)  # (B,S)
         self.rows = [torch.zeros(batch_size, slots, *w, dtype=dtype, device=device)       # (B,S,...)
                      for w in widths]
@@ -627,10 +632,10 @@ class TokenCache:
                              'cache was made for: make a larger one')
         new = [n.to(r.dtype) for n, r in zip(new, self.rows)]
         pos_BT = pos.to(torch.int32).expand(new[0].shape[:2])
-        if pos_BT.shape[1] == 1:
-            seen = (self.pos, *self.rows)
-        elif self.empty:
+        if self.empty and pos_BT.shape[1] > 1:
             seen = (pos_BT, *new)
+        elif pos_BT.shape[1] <= self.at_once:
+            seen = (self.pos, *self.rows)
         else:
             # a copy of the old is made before it is overwritten;
             # what the new tokens replace must not be seen twice
@@ -658,6 +663,12 @@ class TokenCache:
         """Every sequence n times, next to each other: one prompt, n continuations."""
         self.pos = self.pos.repeat_interleave(n, 0)
         self.rows = [r.repeat_interleave(n, 0) for r in self.rows]
+
+    def snapshot(self):
+        """What `restore` needs to take back the tokens that follow: nothing, as positions are rewritten."""
+
+    def restore(self, snapshot):
+        pass
 
     def nbytes(self):
         """Bytes allocated."""
@@ -695,6 +706,13 @@ class StateCache:
     def expand(self, n):
         """Every sequence n times, next to each other: one prompt, n continuations."""
         self.tail, self.state = self.tail.repeat_interleave(n, 0), self.state.repeat_interleave(n, 0)
+
+    def snapshot(self):
+        """What `restore` needs to take back the tokens that follow."""
+        return self.tail.clone(), self.state.clone()
+
+    def restore(self, snapshot):
+        self.write(*snapshot)
 
     def nbytes(self):
         """Bytes allocated."""
@@ -775,7 +793,9 @@ class Scores(nn.Module):
         A query that may look nowhere gets finite numbers.
         """
         bias = self.visible(pos, key_pos, self.window)  # (1 or B,1,T,S)
-        if not self.triangle:
+        # values narrower than their keys are latents, of which SDPA would make copies, one for each head
+        plain = self.softcap is not None or v.shape[-1] < k.shape[-1]
+        if plain or not self.triangle:
             # a large finite number: rows of padding see nothing, and infinities would make them NaN
             bias = torch.zeros(bias.shape, device=q.device).masked_fill_(
                 ~bias, torch.finfo(torch.float32).min / 2)
@@ -786,22 +806,23 @@ class Scores(nn.Module):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
             sink = wide(self.sinks).view(1, -1, 1, 1).expand(bias.shape[0], -1, bias.shape[2], 1)
             bias = torch.cat((bias.expand(-1, sink.shape[1], -1, -1), sink), dim=-1)
-        if self.softcap is not None:
-            return self.capped(q, k, v, bias)
+        if plain:
+            return self.plain(q, k, v, bias)
         if bias.dtype != torch.bool:
             least = max(torch.finfo(q.dtype).min, torch.finfo(bias.dtype).min)
             bias = bias.clamp(min=least).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale,
                                               dropout_p=self.drop(), enable_gqa=q.shape[1] != k.shape[1])
 
-    def capped(self, q, k, v, bias):
-        """Soft-capped scores (Gemma 2), which SDPA does not do. bias is added after the cap."""
-        groups = (k.shape[1], -1)  # of query heads that share a key
-        k, v = k.unsqueeze(2), v.unsqueeze(2)                                   # (B,K,1,S,D)
-        scores = wide(q.unflatten(1, groups) @ k.transpose(-1, -2)).flatten(1, 2) * self.scale  # (B,H,T,S)
-        probs = (self.softcap * torch.tanh(scores / self.softcap) + bias).softmax(-1)
-        probs = F.dropout(probs, self.dropout, self.training).to(v.dtype)
-        return (probs.unflatten(1, groups) @ v).flatten(1, 2)
+    def plain(self, q, k, v, bias):
+        """As masked, by the definition, with soft-capped scores (Gemma 2); bias is added after the cap."""
+        (B, H, T, _), K, S = q.shape, *k.shape[1:3]
+        # the query heads that share a key are rows of one product, which reads it once
+        scores = wide(q.reshape(B, K, H // K * T, -1) @ k.transpose(-1, -2)).view(B, H, T, S) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        probs = F.dropout((scores + bias).softmax(-1), self.drop()).to(v.dtype)
+        return (probs.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
 
     def blockwise(self, q, k, v):
         """
@@ -932,10 +953,10 @@ class Attention(nn.Module):
     def attend(self, q, k, v, ctx, key_pos):
         return self.scores(q, k, v, ctx.pos, key_pos, ctx.causal)
 
-    def new_cache(self, batch_size, max_tokens, dtype, device):
+    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
         widths = [(self.heads[1], self.head_dim)] * 2
-        slots = min(max_tokens, self.window or max_tokens)
-        return TokenCache(batch_size, slots, widths, dtype, device, max_tokens)
+        slots = min(max_tokens, self.window + spare if self.window else max_tokens)
+        return TokenCache(batch_size, slots, widths, dtype, device, max_tokens, spare)
 
     def flops(self, T):
         """Floating-point operations per token, forward and backward, of the scores and the weighted sum."""
@@ -1034,9 +1055,10 @@ class MLA(nn.Module):
         y = self.scores(q, key, key[..., :self.rank], ctx.pos, key_pos, ctx.causal)
         return torch.einsum('bthr,hdr->bthd', y, up_v)
 
-    def new_cache(self, batch_size, max_tokens, dtype, device):
-        slots = min(max_tokens, self.window or max_tokens)
-        return TokenCache(batch_size, slots, [(self.rank + self.widths[1],)], dtype, device, max_tokens)
+    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
+        slots = min(max_tokens, self.window + spare if self.window else max_tokens)
+        widths = [(self.rank + self.widths[1],)]
+        return TokenCache(batch_size, slots, widths, dtype, device, max_tokens, spare)
 
     def flops(self, T):
         """As Attention.flops, for keys of Dn + Dr and values of Dv."""
@@ -1159,7 +1181,7 @@ class Mamba1(nn.Module):
             cache.write(tail, state)
         return self.c_proj(y * F.silu(gate))
 
-    def new_cache(self, batch_size, max_tokens, dtype, device):
+    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
         """max_tokens is of no concern: the state has one size for any number of tokens."""
         (inner, N), W = self.A_log.shape, self.conv1d.weight.shape[1]
         return StateCache(batch_size, (W - 1, inner), (inner, N), dtype, device)
@@ -1231,7 +1253,7 @@ class Mamba2(nn.Module):
             cache.write(tail, state)
         return self.c_proj(self.norm(y.flatten(2), gate))
 
-    def new_cache(self, batch_size, max_tokens, dtype, device):
+    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
         """max_tokens is of no concern: the state has one size for any number of tokens."""
         channels, W = self.conv1d.weight.shape
         return StateCache(batch_size, (W - 1, channels), self.state, dtype, device)
@@ -1710,15 +1732,17 @@ class GPT(nn.Module):
         length = T if cache is None else max(getattr(entry, 'max_tokens', T) for entry in cache)
         return Context(pos, causal, self.wpe.rope(pos, length))
 
-    def new_cache(self, batch_size, max_tokens):
+    def new_cache(self, batch_size, max_tokens, spare=0):
         """
         An empty cache per layer, for batch_size sequences of max_tokens, in the activations' dtype. Tokens
-        beyond max_tokens push out the oldest.
+        beyond max_tokens push out the oldest. spare: how many tokens may be taken back, which costs a window
+        that many slots.
         """
         weight = self.wte.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return [block.mixer.new_cache(batch_size, max_tokens, dtype, weight.device) for block in self.h]
+        return [block.mixer.new_cache(batch_size, max_tokens, dtype, weight.device, spare)
+                for block in self.h]
 
     # -- checkpoints in Hugging Face format, in pretrained.py
 
@@ -1786,55 +1810,29 @@ class GPT(nn.Module):
             kinds[name] = kind if name.endswith('weight') else 'vector'
         return kinds
 
-    # -- sampling
+    # -- sampling, in decode.py
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
-        """idx (B,T) int64 and what `stream` yields after it -> (B,T+new) int64."""
-        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed)
-        return torch.cat([idx, *new], dim=1)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None,
+                 **more):
+        """idx (B,T) int64 and what `stream` yields after it -> (B,T+new) int64, samples side by side."""
+        new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed, **more))
+        idx = idx.repeat_interleave(more.get('num_samples', 1), 0)
+        return torch.cat((idx, decode.trimmed(torch.cat(new, dim=1), stop)), dim=1) if new else idx
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None,
+               min_p=None, repetition_penalty=1.0, **more):
         """
         Continue idx (B,T) int64 by max_new_tokens, yielding (B,1) int64 as each is drawn.
         temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest
-        that hold a share p; stop: a token or several that end a row (which repeats it while
-        others go on; when all have, the stream ends). seed: the same draw every time. Dropout
-        is off. ValueError when there is nothing to continue or learned positions would run out.
+        that hold a share p, min_p those at least so likely as that share of the likeliest;
+        repetition_penalty above 1 makes what the text holds already less likely. stop: a token
+        or several that end a row (which repeats it while others go on; when all have, the stream
+        ends). seed: the same text every time, and in every batch. Dropout is off. more: lengths,
+        num_samples, chunk, compiled, see decode.Decoder. ValueError when there is nothing to
+        continue or learned positions would run out.
         """
-        B, T = idx.shape
-        total, limit = T + max_new_tokens, self.wpe.max_tokens
-        if T == 0:
-            raise ValueError('idx must hold at least one token to continue: give a prompt')
-        if limit is not None and total > limit:
-            raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
-                             f'block_size={limit}, where learned positions end; a model with pos=rope has no '
-                             'such end')
-        # a rotation that depends on the length of the text leaves nothing to reuse when it grows
-        cached = total <= self.wpe.longest
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        stop = None if stop is None else torch.as_tensor(stop, device=idx.device).view(-1)
-        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        cache = self.new_cache(B, total) if cached else None
-        token, pos, next_pos = idx, None, torch.full((1,), T, device=idx.device)
-        training = self.training
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                logits, _ = self(token, cache=cache, pos=pos, last_only=True)
-                drawn = sample(logits[:, -1], temperature, top_k, top_p, generator)
-                token = torch.where(done, token[:, -1:], drawn)
-                yield token
-                if cached:
-                    pos, next_pos = next_pos, next_pos + 1
-                else:
-                    idx = token = torch.cat((idx, token), dim=1)
-                if stop is not None:
-                    done |= torch.isin(token[:, -1:], stop)
-                    if done.all():
-                        return
-        finally:
-            self.train(training)
+        sampling = decode.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        return decode.Decoder(self, idx, max_new_tokens, sampling, stop, seed, **more).stream()
 
 
 def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
@@ -1848,30 +1846,3 @@ def kv_cache_bytes(config, seq_len, batch_size, dtype_bytes):
         size = {m: MIXERS[m](config, 0).new_cache(batch_size, seq_len, dtype, 'meta').nbytes()
                 for m in set(letters)}
     return sum(size[m] for m in letters)
-
-
-def check_sampling(temperature, top_k, top_p):
-    """ValueError, one sentence, for values that `sample` cannot take."""
-    if temperature < 0:
-        raise ValueError(f'temperature={temperature} must be 0 (the likeliest token) or above')
-    if top_k is not None and top_k < 1:
-        raise ValueError(f'top_k={top_k} must be at least 1, or None for all tokens')
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f'top_p={top_p} must be above 0 and at most 1, or None for all tokens')
-
-
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token a row. logits (B,V) -> (B,1) int64. top_p: Holtzman et al. 2019 (nucleus sampling)."""
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
-        probs, order = logits.softmax(-1).sort(descending=True)
-        # a token goes when those before it already hold the share: the first always stays
-        drop = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, probs.cumsum(-1) - probs >= top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -13,8 +13,8 @@ from conftest import assert_close, build, every_family, scaled, tokens, toy
 
 import checkpoint
 import model as model_file
-from model import (FFN, GPT, NORM_AT, NORMS, POSITIONS, Context, GPTConfig, Kind, Scores, alibi_slopes, dense,
-                   sample)
+from decode import Sampling, key
+from model import FFN, GPT, NORM_AT, NORMS, POSITIONS, Context, GPTConfig, Kind, Scores, alibi_slopes, dense
 
 LLAMA = toy(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, tie=False, n_kv_head=2)
 
@@ -769,7 +769,7 @@ def renormed(keep, probs=PROBS):
 def test_sample_draws_the_distribution_it_says(arguments, want):
     N = 20000
     logits = (PROBS.log() + 1.7).expand(N, 6)
-    drawn = sample(logits, **arguments, generator=torch.Generator().manual_seed(0))
+    drawn = Sampling(**arguments).draw(logits, key(torch.arange(N)).view(-1, 1))
     assert drawn.shape == (N, 1) and drawn.dtype == torch.int64
     share = torch.bincount(drawn.flatten(), minlength=6) / N
     assert not share[want == 0].any(), f'{share.tolist()} must be zero where {want.tolist()} is'

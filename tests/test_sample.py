@@ -66,7 +66,7 @@ def sample(out_dir, **settings):
 
 def text_of(out_dir, **settings):
     """The one text that is sampled."""
-    (one,), _ = sample(out_dir, num_samples=1, **settings)
+    (one,), _ = sample(out_dir, **{'num_samples': 1} | settings)
     return one[0]
 
 
@@ -81,7 +81,7 @@ def test_prompt_continuation_and_speed():
         assert text.startswith('abc') and len(text) == 23 and count == 20
         assert set(text) <= set('abcdefghij \n')
     assert len({text for text, _ in samples}) == 3
-    assert len(re.findall(r'[\d.]+ tokens/s', out)) == 3
+    assert len(re.findall(r', then [\d.]+ tokens/s', out)) == 3
 
 
 def test_the_same_in_a_process_of_its_own():
@@ -163,6 +163,132 @@ def test_a_new_document(tmp_path, start):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Many prompts, stops, files
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+@pytest.mark.parametrize('name', ['prompts.txt', 'prompts.jsonl'])
+def test_prompts_of_a_file_are_as_if_alone(tmp_path, name):
+    texts = ['abc de', 'j', 'fgh ij ab c']
+    lines = texts if name.endswith('txt') else [json.dumps({'prompt': text, 'id': 1}) for text in texts]
+    (tmp_path / name).write_text('\n'.join(lines) + '\n\n', encoding='utf-8')
+    settings = dict(prompts=tmp_path / name, max_new_tokens=12, num_samples=2, seed=3)
+    found = []
+    for batch_size in (1, 2, 16):
+        printed, _ = sample(chars(), out=tmp_path / 'out.jsonl', batch_size=batch_size, **settings)
+        rows = rows_of(tmp_path / 'out.jsonl')
+        assert [row['prompt'] for row in rows] == [text for text in texts for _ in range(2)]
+        assert [row['prompt'] + row['text'] for row in rows] == [text for text, _ in printed]
+        found.append([row['text'] for row in rows])
+    assert found[0] == found[1] == found[2] and len(set(found[0])) > 3
+    (alone, again), _ = sample(chars(), start=texts[0], max_new_tokens=12, num_samples=2, seed=3)
+    assert [alone[0], again[0]] == [texts[0] + text for text in found[0][:2]]
+
+
+@pytest.mark.parametrize('flags', [
+    dict(pos='learned'), dict(rope_scaling='dynamic', rope_factor=4.0, rope_context=16)],
+    ids=['room in learned positions', 'a rotation by length'])
+def test_limits_of_one_prompt_are_not_those_of_another(tmp_path, flags):
+    out_dir, found = parrot(tmp_path, 'abc'), []
+    flags = dict(pos='rope') | flags
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=257, block_size=24, **flags)
+    meta = checkpoint.load(out_dir / 'best.pt')['meta']
+    checkpoint.save(out_dir / 'best.pt', checkpoint.contents(GPT(config), settings={}, meta=meta, step=1))
+    (tmp_path / 'prompts').write_text('\n'.join(['abcabcabcabcabcabc', 'b', 'cabca', 'ca', 'bc']))
+    for batch_size in (1, 16):
+        sample(out_dir, out=tmp_path / 'out.jsonl', prompts=tmp_path / 'prompts', batch_size=batch_size,
+               num_samples=2, max_new_tokens=15)
+        found.append([(row['prompt'], row['tokens']) for row in rows_of(tmp_path / 'out.jsonl')])
+    assert found[0] == found[1] and len(found[0]) == 10
+    assert len(found[0][2][1]) > (5 if 'rope_scaling' in flags else 6)
+
+
+def test_json_lines_hold_tokens_and_their_log_probabilities(tmp_path):
+    sample(chars(), start='ab', out=tmp_path / 'out.jsonl', max_new_tokens=9, num_samples=2)
+    state = checkpoint.load(chars() / 'best.pt')
+    model, tokenizer = checkpoint.build(state, 'best.pt').eval(), from_meta(state['meta']['tokenizer'])
+    for row in rows_of(tmp_path / 'out.jsonl'):
+        assert tokenizer.decode(row['tokens']) == row['text'] and len(row['logprobs']) == 9
+        idx = torch.tensor([tokenizer.encode('ab') + row['tokens']])
+        with torch.no_grad():
+            logprobs = model(idx[:, :-1])[0].log_softmax(-1).gather(-1, idx[:, 1:, None])[0, 1:, 0]
+        assert max(abs(a - b) for a, b in zip(logprobs.tolist(), row['logprobs'])) < 1e-3
+
+
+def test_a_stop_text_ends_each_sample(tmp_path):
+    out_dir = parrot(tmp_path / 'run', 'abcd')
+    settings = dict(start='a', max_new_tokens=50, num_samples=2, out=tmp_path / 'out.jsonl')
+    for stop in ('da', '["x", "da"]'):
+        samples, _ = sample(out_dir, stop=stop, **settings)
+        assert samples == [('abc', 4)] * 2
+        assert [row['text'] for row in rows_of(tmp_path / 'out.jsonl')] == ['bc'] * 2
+
+
+def test_a_special_token_is_a_stop(tmp_path):
+    out_dir = parrot(tmp_path, '-', 'abc')
+    assert sample(out_dir, start='a', stop='<|endoftext|>', num_samples=1)[0] == [('abc', 3)]
+
+
+def test_typed_prompts_are_continued_one_by_one(tmp_path):
+    out_dir = parrot(tmp_path, 'abc')
+    done = python('sample.py', *flags(out_dir=out_dir, device='cpu', interactive=True, num_samples=1,
+                                      max_new_tokens=4),
+                  before="import io, sys; sys.stdin = io.StringIO('a\\nxb\\n')")
+    assert done.code == 0 and not done.err, done
+    assert re.findall(r'> (\w+)', done.out) == ['abcab', 'xbcabc']
+
+
+def test_a_text_is_scored(tmp_path):
+    """A model that says abc over and over finds it likely; what it says is the mean of its own loss."""
+    out_dir, text = parrot(tmp_path / 'run', 'abc'), 'abc' * 20
+    (tmp_path / 'text').write_text(text)
+    done = python('sample.py', *flags(out_dir=out_dir, device='cpu', score=f'FILE:{tmp_path / "text"}',
+                                      out=tmp_path / 'out.jsonl'))
+    assert done.code == 0 and not done.err, done
+    row, = rows_of(tmp_path / 'out.jsonl')
+    count, size, nats, bpb = re.fullmatch(r'(\d+) tokens, (\d+) bytes: log-likelihood ([-\d.]+) nats, '
+                                          r'.*, ([\d.]+) bits per byte\n', done.out).groups()
+    assert (count, size) == ('60', '60') and row['text'] == text
+    assert abs(float(nats) - sum(row['logprobs'])) < 0.01
+    assert abs(float(bpb) + float(nats) / 60 / 0.6931472) < 1e-3
+    other = python('sample.py', *flags(out_dir=out_dir, device='cpu', score='acb' * 20)).out
+    assert float(other.split()[-4]) > 2 * float(bpb)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Faster
+
+
+def test_int8_says_what_it_costs_and_goes_on():
+    settings = dict(start='ab', max_new_tokens=20, temperature=0, num_samples=1)
+    (one,), out = sample(chars(), quant='int8', **settings)
+    loss, more = map(float, re.match(r'int8: ([\d.]+) bits per byte, ([-+][\d.]+) of float32', out).groups())
+    assert 0 < loss < 8 and abs(more) < 0.1
+    assert one[0].startswith('int8: ') and one[0].splitlines()[1].startswith('ab')
+
+
+def test_a_draft_changes_speed_and_not_the_text():
+    settings = dict(start='ab', max_new_tokens=20, temperature=0, num_samples=1)
+    plain = text_of(chars(), **settings)
+    smaller = trained(dataset=dataset('chars'), **CHARS | dict(n_layer=1))
+    (one,), out = sample(chars(), draft=smaller, ahead=3, **settings)
+    assert one[0] == plain
+    kept, speed = re.search(r'draft: (\d+)% of its tokens kept, .* round; ([\d.]+)x the speed', out).groups()
+    assert 0 < int(kept) <= 100 and float(speed) > 0
+    (again,), out = sample(chars(), draft=chars(), ahead=3, **settings)
+    assert again[0] == plain and 'draft: 100% of its tokens kept, 4.00 tokens a round' in out
+
+
+def test_the_last_line_is_of_the_machine():
+    _, out = sample(chars(), start='ab', max_new_tokens=10, num_samples=2)
+    assert re.fullmatch(r'2 rows together: 18 tokens in 9 steps of [\d.]+ ms, each of which reads [\d.]+ MB: '
+                        r'\d+% of the measured [\d.]+ GB/s', out.splitlines()[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Which model
 
 
@@ -241,11 +367,38 @@ def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
     (dict(dtype='int8'), ['dtype=int8', 'float16']),
     (dict(ckpt='newest.pt'), ['newest.pt']),
     (dict(temprature=1), ['--temprature', '--temperature']),
+    (dict(min_p=0), ['min_p=0']),
+    (dict(repetition_penalty=0), ['repetition_penalty=0']),
+    (dict(chunk=0), ['chunk=0']),
+    (dict(ahead=0), ['ahead=0']),
+    (dict(quant='int4'), ['quant=int4', 'int8']),
+    (dict(stop='<|im_end|>'), ['stop=<|im_end|>', 'special token']),
+    (dict(stop='["x"'), ['stop=["x"', 'JSON list']),
+    (dict(prompts='no_such_file.txt', start=''), ['no_such_file.txt']),
+    (dict(score='a b'), ['start and score']),
+    (dict(start='', score='a'), ['score', 'two tokens']),
+    (dict(draft='no_such_run'), ['no_such_run']),
+    (dict(out='no_such_folder/a.jsonl'), ['no_such_folder/a.jsonl', 'check the path']),
 ], ids=lambda value: '-'.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else '')
 def test_bad_input_is_refused_in_a_sentence(settings, words):
     usual = dict(out_dir=chars(), start='a', device='cpu', max_new_tokens=5)
     done = python('sample.py', *flags(**usual | settings))
     assert_refused(done, *words)
+    assert not done.out
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    done = python('sample.py', *flags(out_dir=chars(), start='a', device='cpu', draft=trained()))
+    assert_refused(done, 'draft=', '257 tokens', 'same dataset')
+    assert not done.out
+
+
+@pytest.mark.parametrize('name, text', [
+    ('a.txt', ' \n\n'), ('a.jsonl', '{"text": "a"}\n'), ('a.jsonl', 'abc\n')])
+def test_a_file_without_prompts_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    done = python('sample.py', *flags(out_dir=chars(), device='cpu', prompts=tmp_path / name))
+    assert_refused(done, 'prompts=', name)
     assert not done.out
 
 
