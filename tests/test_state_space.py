@@ -561,7 +561,7 @@ def test_signatures_are_those_of_a_mixer():
     for kind in SSM.values():
         forward, new_cache = (list(inspect.signature(f).parameters) for f in (kind.forward, kind.new_cache))
         assert forward == ['self', 'x', 'ctx', 'cache']
-        assert new_cache == ['self', 'batch_size', 'max_tokens', 'dtype', 'device']
+        assert new_cache == ['self', 'batch_size', 'max_tokens', 'dtype', 'device', 'spare']
     assert (SSM['mamba1'].default_state, SSM['mamba2'].default_state) == (16, 128)
     assert (SSM['mamba1'].default_dt_rank(768), SSM['mamba1'].default_dt_rank(20)) == (48, 2)
     assert isinstance(drawn('mamba2').new_cache(1, 1, torch.float32, 'cpu'), StateCache)
