@@ -22,7 +22,7 @@ import torch
 
 import ablate
 from kernels import rope as rotate
-from model import FFN, GPT, NORMS, GPTConfig, RotaryPositions
+from model import GPT, NORMS, GPTConfig, RotaryPositions, dense
 from report import COLORS, figure, quantity, read_lines, save
 
 HERE = Path(__file__).resolve().parent
@@ -164,7 +164,7 @@ def ffns(device, rounds, out):
     x, built = torch.randn(1, tokens, width, device=device), {}
     for name, (ffn, hidden) in kinds.items():
         config = GPTConfig(n_embd=width, n_head=8, n_layer=1, ffn=ffn, ffn_width=hidden, bias=False)
-        built[name] = FFN[ffn](config).to(device)
+        built[name] = dense(config, config.ffn_width).to(device)
         torch.nn.init.normal_(built[name].c_fc.weight, std=0.02)
         torch.nn.init.normal_(built[name].c_proj.weight, std=0.02)
     x.requires_grad_()

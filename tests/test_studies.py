@@ -2,6 +2,7 @@
 import sys
 
 import pytest
+import runs
 import torch
 
 import ablate
@@ -37,6 +38,36 @@ def test_rotated_scores_depend_on_the_offset_alone(tmp_path, capsys):
     # the same for every start but for the rounding of fp32 angles, and not the same for every offset
     assert all(float(row[2]) < 2e-3 for row in rows) and max(scores) - min(scores) > 1
     assert (tmp_path / 'rope.png').exists()
+
+
+def test_a_gated_ffn_at_four_times_the_width_has_half_as_many_parameters_more(tmp_path, capsys):
+    studies.ffns('cpu', 1, tmp_path)
+    wide = next(row for row in lines(capsys) if row[:2] == ['SwiGLU', '4x'])
+    assert wide[2:6] == ['2048', '3,145,728', 'x', '1.50'] and (tmp_path / 'ffns.png').exists()
+
+
+def test_norms_are_timed_and_counted(tmp_path, capsys):
+    studies.norms('cpu', 1, tmp_path)
+    rows = [row for row in lines(capsys) if len(row) == 7 and row[1].endswith('norm') and row[0].isdigit()]
+    assert [(row[1], int(row[-1])) for row in rows[:2]] == [('layernorm', 512), ('rmsnorm', 256)]
+    assert len(rows) == 10 and (tmp_path / 'norms.png').exists()
+
+
+def test_lengths_stop_where_the_budget_of_seconds_does(tmp_path, capsys):
+    studies.lengths('cpu', 1, tmp_path, budget=0.05)
+    rows = [row for row in lines(capsys) if row and row[0] == 'attention']
+    assert len(rows) == 2 and all(row[-1] == '-' and float(row[1]) > 0 for row in rows)
+    assert (tmp_path / 'lengths.png').exists()
+
+
+def test_router_trains_three_kinds_of_balancing(tmp_path, capsys, monkeypatch):
+    toy = [flag for flag in runs.toy(tmp_path) if not flag.startswith(('--out_dir=', '--device='))]
+    monkeypatch.setattr(studies, 'SIZE', ['config/llama_small.py', 'config/study.py', *toy])
+    studies.router('cpu', 1, tmp_path)
+    rows = [row for row in lines(capsys) if row and row[0] in ('none', 'loss', 'bias')]
+    assert [row[0] for row in rows] == ['none', 'loss', 'bias']
+    assert all(0.125 <= float(row[2]) <= 0.5 and 0 < float(row[3]) <= 1 for row in rows)
+    assert (tmp_path / 'router.png').exists()
 
 
 def test_saved_bytes_counts_each_tensor_once_and_no_parameters():
