@@ -378,7 +378,7 @@ class LearnedPositions(Positions):
         self.weight = nn.Parameter(torch.empty(c.block_size, c.n_embd))
 
     def forward(self, x, pos):
-        if pos.device.type == 'cpu' and not torch.compiler.is_compiling() and pos.max() >= self.max_tokens:
+        if pos.is_cpu and not torch.compiler.is_compiling() and pos.max() >= self.max_tokens:
             raise ValueError(f'pos={pos.max()} must be below block_size={self.max_tokens}, where learned '
                              'positions end')
         return x + F.embedding(pos.clamp(min=0), self.weight)

@@ -419,7 +419,8 @@ def optimizer_steps(model):
 def optimizers(m):
     steps = optimizer_steps(GPT(config_of(m, 'gpt2_small'), seed=1).to(m.device))
     found = {name: m.time(step) for name, step in steps.items()}
-    print('optimizer gpt2_small: ' + ', '.join(f'{name} {ms:.2f} ms' for name, ms in found.items()), flush=True)
+    print('optimizer gpt2_small: ' + ', '.join(f'{name} {ms:.2f} ms' for name, ms in found.items()),
+          flush=True)
     return found
 
 

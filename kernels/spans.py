@@ -13,7 +13,7 @@ import torch
 
 
 def spans_reference(x, size, back):
-    """x (B,T,K,D), T a multiple of size -> (B n, (back+1) size, K, D) for the n = T / size blocks of a row."""
+    """x (B,T,K,D), T a multiple of size -> (B n, (back+1) size, K, D), n = T / size the blocks of a row."""
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, back * size, 0))
     return x.unfold(1, (back + 1) * size, size).movedim(-1, 2).flatten(0, 1)
 
