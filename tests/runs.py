@@ -58,7 +58,7 @@ def child(job):
     except BaseException:
         code = 1
         traceback.print_exc()
-    if 'wandb' in sys.modules:  # which writes its last records when Python ends, and os._exit leaves that out
+    if sys.modules.get('wandb'):  # which writes its last records when Python ends, and os._exit leaves that out
         sys.modules['wandb'].teardown()
     sys.stdout.flush()
     sys.stderr.flush()
