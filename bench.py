@@ -21,7 +21,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -102,15 +101,8 @@ def nanogpt_model(config):
 
 
 def in_turns(runs):
-    """{name: milliseconds of each round}: every round runs all, every other one backwards, against drift."""
-    times = {name: [] for name in runs}
-    for n in range(rounds + 3):
-        for name in (list(runs) if n % 2 else list(reversed(runs))):
-            began = time.perf_counter()
-            runs[name]()
-            if n >= 3:  # the first ones allocate
-                times[name].append((time.perf_counter() - began) * 1e3)
-    return times
+    """{name: milliseconds of each of the rounds}"""
+    return studies.turns(runs, device, rounds)
 
 
 def cache():

@@ -45,8 +45,8 @@ def finish(fig, out, name):
     print(f'the figure is {path}')
 
 
-def in_turns(runs, device, rounds, warmup=3):
-    """{name: median milliseconds}. Every round runs all, every other one backwards, against drift."""
+def turns(runs, device, rounds, warmup=3):
+    """{name: milliseconds of each round}: every round runs all, every other one backwards, against drift."""
     times = {name: [] for name in runs}
     for n in range(rounds + warmup):
         for name in (list(runs) if n % 2 else list(reversed(runs))):
@@ -54,9 +54,14 @@ def in_turns(runs, device, rounds, warmup=3):
             runs[name]()
             if device.startswith('cuda'):
                 torch.cuda.synchronize()
-            if n >= warmup:
+            if n >= warmup:  # the first ones allocate
                 times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: statistics.median(ms) for name, ms in times.items()}
+    return times
+
+
+def in_turns(runs, device, rounds):
+    """{name: median milliseconds}"""
+    return {name: statistics.median(ms) for name, ms in turns(runs, device, rounds).items()}
 
 
 def saved_bytes(run):

@@ -28,12 +28,11 @@ import kernels
 import optim
 from configurator import configure, names_in
 from kernels.examples import EXAMPLES, leaves, outputs
+from logbook import PEAKS
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARTS = ('checks', 'kernels', 'train', 'curve', 'decode', 'optimizer')
-# dense bf16 operations a second by the data sheet, for MFU; what was measured is printed beside it
-SHEET = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'A100': 312e12}
 
 
 class Measurement:
@@ -309,7 +308,8 @@ def train_once(m, name, batch, steps, full_logits):
         times.append((time.perf_counter() - began) / steps)
     rate, flops = batch * T / statistics.median(times), model.flops_per_token(T)
     card = torch.cuda.get_device_name() if m.device == 'cuda' else ''
-    sheet = next((v for k, v in SHEET.items() if k in card), m.rate)
+    # MFU is of the data sheet; the share of what was measured stands beside it
+    sheet = next((v for k, v in PEAKS.items() if k in card), m.rate)
     peak = torch.cuda.max_memory_allocated() if m.device == 'cuda' else 0
     return {'tokens_per_s': rate, 'mfu': rate * flops / sheet, 'of_measured_rate': rate * flops / m.rate,
             'batch': batch, 'T': T, 'parameters': model.num_params(), 'peak_bytes': peak, 'warm_s': warm}
