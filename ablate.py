@@ -33,11 +33,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import report as reports
 from configurator import configure, convert, model_flags, one_sentence, plain_settings, setting_flags
 from data.loader import ensure_prepared, open_dataset
 from model import GPT, GPTConfig
+from nanoblocks.experiments import report as reports
+from nanoblocks.training import checkpoint
 
 try:
     import fcntl

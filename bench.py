@@ -27,10 +27,11 @@ from functools import partial
 
 import torch
 
-import checkpoint
-import studies
 from configurator import configure, names_in, one_sentence
 from model import GPT, GPTConfig, kv_cache_bytes
+from nanoblocks.experiments import studies
+from nanoblocks.hardware import check_device
+from nanoblocks.training import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -162,20 +163,20 @@ def kernel_table():
         return gpu_all('kernels')
     if importlib.util.find_spec('triton') is None:
         raise ValueError('aot=True needs Triton: pip install triton')
-    from kernels.aot import print_report
+    from nanoblocks.experiments.aot import print_report
     if not print_report():
         sys.exit('a kernel does not fit')
 
 
 def gpu_all(some=None):
-    """Whatever needs a GPU, in one call (kernels/measure.py)."""
-    from kernels.measure import gpu
+    """Whatever needs a GPU, in one call (nanoblocks/experiments/gpu.py)."""
+    from nanoblocks.experiments.gpu import gpu
     gpu(out, some or parts, seconds, dry)
 
 
 def optimizers():
     """The step of AdamW and of Muon on the model of the flags, ours and PyTorch's, in turns."""
-    from kernels.measure import optimizer_steps
+    from nanoblocks.experiments.gpu import optimizer_steps
     model = GPT(GPTConfig(**model_args)).to(device)
     times = in_turns(optimizer_steps(model))
     for name, ms in times.items():
@@ -209,8 +210,8 @@ def window():
 
 
 def decode():
-    """Sampling: tokens a second, bytes and bandwidth, against transformers and no cache (bench_decode.py)."""
-    from bench_decode import measure
+    """Sampling: tokens a second, bytes and bandwidth, against transformers and no cache (nanoblocks/experiments/decoding.py)."""
+    from nanoblocks.experiments.decoding import measure
     measure(model_args, rounds, device)
 
 
@@ -254,7 +255,7 @@ def plot():
 
 
 def study(topic):
-    """A topic of studies.py, with these settings."""
+    """A topic of nanoblocks/experiments/studies.py, with these settings."""
     return lambda: topic(device, rounds, figures)
 
 
@@ -290,7 +291,7 @@ if __name__ == '__main__':
     argv = [arg for arg in argv if arg not in folders]
     model_args = configure(globals(), GPTConfig, argv, skip=names_in('train.py'))
     with one_sentence():
-        checkpoint.check_device(device)
+        check_device(device)
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
               + (torch.cuda.get_device_name() if device.startswith('cuda') else device))
         run(chosen)

@@ -19,7 +19,7 @@ import textwrap
 import tokenize
 import traceback
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType, NoneType
@@ -248,3 +248,110 @@ def read_comments(source):
                     if isinstance(name, ast.Name):
                         comments.setdefault(name.id, (heading, meaning))
     return comments
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Flags in groups: one line of a dataclass each, which says the default, the meaning (in its comment), what may
+# stand there and beside which other flags it means anything.
+#
+#     @flags(attn='mla')                                 # the group means something only beside attn=mla
+#     class LatentFlags:
+#         kv_rank: int | None = None                     # ints are at least 1, floats above 0, unless told
+#         z_weight: float = flag(0.0, least=0)
+#         ffn: str = flag('gelu', FFN)                   # a word of this table
+#         ffn_limit: float = flag(7.0, ffn='swiglu_clip')    # this one only beside ffn=swiglu_clip
+
+RANGES = ('least', 'above', 'below', 'most')
+SET = ...           # a condition: any value but the default
+
+
+def flag(default, table=None, **more):
+    """A field: `table` holds its words, RANGES its limits; all else are conditions, {flag: value(s)}."""
+    limits = {name: more.pop(name) for name in RANGES if name in more}
+    return field(default=default, metadata={'table': table, 'limits': limits, 'when': more})
+
+
+def flags(**when):
+    """The decorator of a group that means something only beside these values of other flags."""
+    def group(cls):
+        for name in cls.__annotations__:
+            f = vars(cls).get(name)
+            if not hasattr(f, 'metadata'):
+                setattr(cls, name, f := flag(f))
+            f.metadata = {**f.metadata, 'when': (when, f.metadata['when'])}
+        return dataclass(cls)
+    return group
+
+
+def types_of(f):
+    return get_args(f.type) or (f.type,)
+
+
+class Flags:
+    """What a config inherits beside its groups. A group may have `fill` ({flag: what its None stands for})
+    and `rules` (yields (flag, whether all is well, what it must))."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            self._check_value(f)
+        for f in fields(self):
+            self._check_place(f)
+        for fill in self._each('fill'):
+            for name, value in fill(self).items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+        for rules in self._each('rules'):
+            for name, ok, must in rules(self):
+                self._must(name, ok, must)
+
+    def _each(self, what):
+        return [vars(cls)[what] for cls in reversed(type(self).__mro__) if what in vars(cls)]
+
+    def _must(self, name, ok, rule):
+        if not ok:
+            raise ValueError(f'{name}={getattr(self, name)} must {rule}')
+
+    def _check_value(self, f):
+        value, types = getattr(self, f.name), types_of(f)
+        if tuple in types and type(value) is list:  # as JSON has them
+            setattr(self, f.name, value := tuple(value))
+        self._must(f.name, type(value) in types or type(value) is int and float in types,
+                   f'be of type {f.type if get_args(f.type) else f.type.__name__}')
+        table = f.metadata['table']
+        if f.name.endswith('_pattern'):
+            self._must(f.name, value and set(value) <= table.keys(), f"be letters of {''.join(table)}")
+        elif table:
+            self._must(f.name, value in table, f"be one of {', '.join(map(str, table))}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            self._check_range(f, value)
+
+    def _check_place(self, f):
+        missing = self.missing(f.name)
+        self._must(f.name, not missing or getattr(self, f.name) == f.default, f'be left out unless {missing}')
+
+    def _check_range(self, f, value):
+        limits = f.metadata['limits'] or ({'least': 1} if type(value) is int and float not in types_of(f) else {'above': 0})
+        for word, limit in limits.items():
+            ok = {'least': value >= limit, 'above': value > limit, 'below': value < limit,
+                  'most': value <= limit}[word]
+            self._must(f.name, ok, f"be {'at ' * (word in ('least', 'most'))}{word} {limit}")
+
+    def missing(self, name):
+        """What `name` needs beside it and has not, in words; '' where it means something."""
+        known = self.__dataclass_fields__
+        for when in known[name].metadata['when']:
+            for other, wanted in when.items():
+                value = getattr(self, other)
+                if other.endswith('_pattern'):
+                    ok = set(value[:self.n_layer]) & set(wanted)
+                    words = f"{other} has {' or '.join(repr(x) for x in wanted)}"
+                elif wanted is SET:
+                    ok, words = value != known[other].default, f'{other} is set'
+                else:
+                    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+                    ok, words = value in wanted, f'{other} is {" or ".join(map(str, wanted))}'
+                if not ok:
+                    return words
+                if missing := self.missing(other):
+                    return missing
+        return ''

@@ -20,7 +20,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import decode
 import kernels as ops
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1638,8 +1637,6 @@ class GPT(nn.Module):
         """seed=None leaves the parameters undrawn, for weights that are loaded next."""
         super().__init__()
         self.config = c = config
-        self.z_loss = 0.0  # set by train.py: the weight of the logits' z-loss in training
-        self.extra_loss = 0.0  # what the last training forward added to the cross entropy
         self.wte = Embedding(c.vocab_size, c.n_embd)
         self.wpe = POSITIONS[c.pos](c)
         self.embed_scale = (math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0)
@@ -1669,7 +1666,7 @@ class GPT(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
             p.copy_(self.get_submodule(owner).draw(leaf, generator))
 
-    def forward(self, idx, targets=None, cache=None, pos=None, last_only=False):
+    def forward(self, idx, targets=None, cache=None, pos=None, last_only=False, z_loss=0.0, parts=False):
         """
         idx (B,T) int64. pos (T,) or (B,T) int64 says where the tokens belong: consecutive, negative for
         padding before the first token of a row, below block_size where positions are learned, None for
@@ -1677,7 +1674,10 @@ class GPT(nn.Module):
 
         Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where
         there is none -> (None, mean cross entropy in nats): the logits are not kept
-        (kernels/linear_cross_entropy.py).
+        (kernels/linear_cross_entropy.py). In training the loss holds what the flags add to it as well, and
+        z_loss times the mean square of the logits' log-sum-exp (PaLM). parts=True gives the dict of its parts
+        in place of the loss: 'loss' is the sum, 'cross_entropy' (with the z-loss), 'mtp' and 'router' are
+        what it is made of.
         """
         ctx = self.context(idx, pos, cache)
         x = self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos)))  # (B,T,C)
@@ -1685,13 +1685,8 @@ class GPT(nn.Module):
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             x = block(x, ctx, entry)
         if targets is not None:
-            loss = self.loss(x, targets)
-            if self.training:
-                extra = self.further_losses(x, targets, ctx)
-                # for a log that compares runs with and without them
-                self.extra_loss = extra.detach() if isinstance(extra, torch.Tensor) else extra
-                loss = loss + extra
-            return None, loss
+            losses = self.losses(x, targets, ctx, z_loss)
+            return None, losses if parts else losses['loss']
         cap, logits = self.config.logit_softcap, self.lm_head(self.read_out(x[:, -1:] if last_only else x))
         return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
 
@@ -1700,19 +1695,23 @@ class GPT(nn.Module):
         x, scale = self.ln_f(x), self.config.logit_scale
         return x if scale == 1 else x * scale
 
-    def loss(self, x, targets):
-        """x (B,T,C) of the last block, targets (B,T) -> mean cross entropy"""
-        x_NC, targets_N = self.read_out(x).flatten(0, 1), targets.flatten()
-        return ops.linear_cross_entropy(x_NC, self.lm_head.weight, targets_N, self.config.logit_softcap,
-                                        self.z_loss if self.training else 0.0)
+    def losses(self, x, targets, ctx, z_loss):
+        """x (B,T,C) of the last block, targets (B,T) -> the parts of the loss, see forward"""
+        cross_entropy = self.cross_entropy(x, targets, z_loss if self.training else 0.0)
+        losses = {'loss': cross_entropy, 'cross_entropy': cross_entropy, 'mtp': 0.0, 'router': 0.0}
+        if self.training:
+            for k, block in enumerate(self.further, start=1):
+                shifted = F.pad(targets, (0, k), value=-1)[:, k:]
+                loss = self.cross_entropy(block(x, ctx), shifted, z_loss)
+                losses['mtp'] = losses['mtp'] + self.config.predict_weight / len(self.further) * loss
+            losses['router'] = sum(ctx.losses)
+            losses['loss'] = cross_entropy + (losses['mtp'] + losses['router'])
+        return losses
 
-    def further_losses(self, x, targets, ctx):
-        """What training adds: the losses of routers, and of the tokens after the next one."""
-        total = 0.0
-        for k, block in enumerate(self.further, start=1):
-            shifted = F.pad(targets, (0, k), value=-1)[:, k:]
-            total = total + self.config.predict_weight / len(self.further) * self.loss(block(x, ctx), shifted)
-        return total + sum(ctx.losses)
+    def cross_entropy(self, x, targets, z_loss):
+        """x (B,T,C) of a last block, targets (B,T) -> mean over the targets that are not -1"""
+        return ops.linear_cross_entropy(self.read_out(x).flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                        self.config.logit_softcap, z_loss)
 
     def value_embedding(self, idx):
         return None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
@@ -1752,12 +1751,12 @@ class GPT(nn.Module):
         The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint, in fp32.
         overrides: flags that shall be otherwise; what fits of the weights is kept.
         """
-        import pretrained
+        from nanoblocks import pretrained
         return pretrained.from_pretrained(name, **overrides)
 
     def save_pretrained(self, folder):
         """config.json and model.safetensors, as transformers loads them, where a published family fits."""
-        import pretrained
+        from nanoblocks import pretrained
         pretrained.save_pretrained(self, folder)
 
     # -- counting
@@ -1815,6 +1814,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None,
                  **more):
         """idx (B,T) int64 and what `stream` yields after it -> (B,T+new) int64, samples side by side."""
+        from nanoblocks.decoding import decode
         new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed, **more))
         idx = idx.repeat_interleave(more.get('num_samples', 1), 0)
         return torch.cat((idx, decode.trimmed(torch.cat(new, dim=1), stop)), dim=1) if new else idx
@@ -1831,6 +1831,7 @@ class GPT(nn.Module):
         num_samples, chunk, compiled, see decode.Decoder. ValueError when there is nothing to
         continue or learned positions would run out.
         """
+        from nanoblocks.decoding import decode
         sampling = decode.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         return decode.Decoder(self, idx, max_new_tokens, sampling, stop, seed, **more).stream()
 

@@ -16,17 +16,32 @@ import sys
 
 import torch
 
-import checkpoint
-import pretrained
-import quant as quantization
 from configurator import configure, one_sentence
 from data.common import read_text
 from data.tokenizer import from_meta
-from decode import (Decoder, Sampling, Text, arriving, bytes_per_step, clock, left_padded, logprobs_of,
-                    read_bandwidth, special_token)
 from kernels import use_kernels
 from model import GPT
-from speculative import Speculative
+from nanoblocks import pretrained
+from nanoblocks.decoding import quantize as quantization
+from nanoblocks.decoding.decode import (
+    Decoder,
+    Sampling,
+    Text,
+    arriving,
+    left_padded,
+    logprobs_of,
+    special_token,
+)
+from nanoblocks.decoding.speculative import Speculative
+from nanoblocks.hardware import (
+    bytes_per_step,
+    check_device,
+    gpu_dtype,
+    pick_device,
+    read_bandwidth,
+    synchronized_time,
+)
+from nanoblocks.training import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -68,12 +83,9 @@ sys.stdout.reconfigure(errors='replace')  # for consoles that cannot print every
 # ----------------------------------------------------------------------------------------------------------
 # The model, its tokenizer and the prompts
 
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+device = pick_device(device)
 if dtype == 'auto':
-    dtype = 'float32'
-    if device.startswith('cuda'):
-        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    dtype = gpu_dtype() if device.startswith('cuda') else 'float32'
 
 
 def load_run(folder):
@@ -137,7 +149,7 @@ def room_behind(tokens, name):
 
 
 with one_sentence():
-    checkpoint.check_device(device)
+    check_device(device)
     use_kernels(kernels, device)
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f'dtype={dtype} must be one of auto, float32, bfloat16, float16')
@@ -256,10 +268,10 @@ def play(decoder, rows):
     said = [Text(tokenizer, stop_texts, stop_tokens or ()) for _ in rows]
     logprobs, ends = [[] for _ in rows], [0.0] * len(rows)
     print(rows[0][1], end='', flush=True)
-    began = prefilled = clock(device)
+    began = prefilled = synchronized_time(device)
     for step, (values, likely) in enumerate(arriving(decoder, device.startswith('cuda'))):
         if step == 0:
-            prefilled = clock(device)
+            prefilled = synchronized_time(device)
         for n, (text, value) in enumerate(zip(said, values)):
             if text.done:
                 continue
@@ -269,10 +281,10 @@ def play(decoder, rows):
             if n == 0:
                 print(fresh, end='', flush=True)
             if text.done:
-                decoder.done[n], ends[n] = True, clock(device)
+                decoder.done[n], ends[n] = True, synchronized_time(device)
         if all(text.done for text in said):
             break
-    over = clock(device)
+    over = synchronized_time(device)
     for n, (text, (prompt, shown)) in enumerate(zip(said, rows)):
         rest = text.finish()
         print(rest if n == 0 else shown + text.text)
@@ -302,7 +314,7 @@ def report_draft(decoder, steps, seconds):
     print(f'draft: {decoder.kept / max(1, decoder.proposed):.0%} of its tokens kept, '
           f'{(steps + 1) / decoder.rounds:.2f} tokens a round', end='')
     plain = plain_decoder([(decoder.idx[0].tolist(), '')], min(64, decoder.max_new_tokens), samples=1)
-    stamps = [clock(device) for _ in plain.stream()]
+    stamps = [synchronized_time(device) for _ in plain.stream()]
     # the first round, and without a draft the first step after the prompt, warm up
     if decoder.rounds > 1 and len(stamps) > 2:
         rate = (steps + 1 - decoder.first_round) / seconds

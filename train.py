@@ -22,17 +22,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import checkpoint
-import optim
-import parallel
-import pretrained
-import stopping
 from configurator import configure, one_sentence, plain_settings
 from data.loader import ahead, check_hashes, ensure_prepared, open_dataset
 from kernels import use_kernels
-from logbook import PEAKS, Logbook, Spikes, Tally, clock, human, memory_gb, profile_steps, sample_texts
 from model import GPT, GPTConfig, kv_cache_bytes
-from rules import STARTS, check_settings
+from nanoblocks import pretrained
+from nanoblocks.files import write_json
+from nanoblocks.formats import first_line, format_duration, format_quantity
+from nanoblocks.hardware import check_device, gpu_dtype, memory_gb, peak_flops, pick_device
+from nanoblocks.training import checkpoint, optim, parallel, stopping
+from nanoblocks.training.logbook import Logbook, Spikes, Tally, profile_steps, sample_texts
+from nanoblocks.training.settings import STARTS, check_settings
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings. The model's flags (n_layer, block_size, norm, ...) are the fields of GPTConfig in model.py.
@@ -130,15 +130,14 @@ with one_sentence():
 # ----------------------------------------------------------------------------------------------------------
 # Machine
 
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+device = pick_device(device)
 if world > 1 and device.startswith('cuda'):
     device = f'cuda:{os.environ["LOCAL_RANK"]}'
 device_type = device.split(':')[0]
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 with one_sentence():
-    checkpoint.check_device(device)
+    check_device(device)
     use_kernels(kernels, device)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
@@ -190,7 +189,6 @@ with one_sentence():
         check_hashes(folder, None if check_data else 4e9)
     if master and not eval_only:
         checkpoint.claim(out_dir)
-model.z_loss = z_loss
 # one model under three names: itself, compiled, and as what exchanges gradients between processes
 raw_model = fast_model = model.to(device)
 
@@ -199,7 +197,7 @@ if dtype == 'auto':
     cpu_bf16 = torch.cpu._is_avx512_bf16_supported() and config.n_embd >= 256
     dtype = 'bfloat16' if device_type == 'cpu' and cpu_bf16 else 'float32'
     if device_type == 'cuda':
-        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        dtype = gpu_dtype()
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
@@ -210,7 +208,7 @@ if compile:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))  # is there a compiler at all?
     except Exception as error:
         compile = False
-        print(f'torch.compile does not work here ({type(error).__name__}: {stopping.first_line(error)}): '
+        print(f'torch.compile does not work here ({type(error).__name__}: {first_line(error)}): '
               'training eagerly, which is slower')
 if deterministic or deterministic is None and compile and device_type == 'cpu':
     torch.use_deterministic_algorithms(True)
@@ -275,7 +273,7 @@ if writes:
         checkpoint.rewind_metrics(metrics_path, step)
     else:
         checkpoint.clear(out_dir)
-    checkpoint.write_json(os.path.join(out_dir, 'config.json'), {'model': vars(config), 'settings': settings})
+    write_json(os.path.join(out_dir, 'config.json'), {'model': vars(config), 'settings': settings})
 log = Logbook(out_dir if writes else None, master, step, max_iters)
 if wandb_log and writes:
     name = wandb_run_name or os.path.basename(os.path.normpath(out_dir))
@@ -358,10 +356,11 @@ def loss_of(x, y, model, share, micro):
     # dropout draws from (seed, number of the micro-batch): there is no generator that could be lost
     torch.manual_seed(zlib.crc32(f'{seed} {micro}'.encode()))
     with autocast:
-        _, loss = model(x, y)
-    # a loss that is not finite must not leave finite gradients, in any process
-    # what is logged is the cross entropy alone, whatever a flag adds
-    return (loss.detach() - raw_model.extra_loss) * share, scaler.scale(loss * (share + 0 * loss.detach()))
+        _, losses = model(x, y, z_loss=z_loss, parts=True)
+    # what is logged is the cross entropy alone, whatever a flag adds;
+    # 0 * loss makes every gradient NaN if the loss is, on every rank, so that all skip the step together
+    loss = losses['loss']
+    return losses['cross_entropy'].detach() * share, scaler.scale(loss * (share + 0 * loss.detach()))
 
 
 def losses_of_last_step():
@@ -374,20 +373,20 @@ def losses_of_last_step():
 # What is about to happen
 
 card = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
-peak = next((flops for name, flops in PEAKS.items() if name in card), None)
+peak = peak_flops(card)
 flops = raw_model.flops_per_token(T)
 
-say(f'model     {human(raw_model.num_params())} parameters, '
-    f'{human(raw_model.num_params(active=True))} active, {human(flops)} FLOPs per token, '
-    f'{human(kv_cache_bytes(config, T, 1, 2))}B of cache at {T} tokens in 16 bit')
-say(f'data      {dataset}: {human(data.meta["train_tokens"])} tokens to train on, '
+say(f'model     {format_quantity(raw_model.num_params())} parameters, '
+    f'{format_quantity(raw_model.num_params(active=True))} active, {format_quantity(flops)} FLOPs per token, '
+    f'{format_quantity(kv_cache_bytes(config, T, 1, 2))}B of cache at {T} tokens in 16 bit')
+say(f'data      {dataset}: {format_quantity(data.meta["train_tokens"])} tokens to train on, '
     f'vocabulary {data.meta["vocab_size"]}')
 say(f'step      {gradient_accumulation_steps} micro-batches of {batch_size} x {T}: '
-    f'{tokens_per_step:,} tokens; {max_iters} steps: {human(max_iters * tokens_per_step)} tokens')
+    f'{tokens_per_step:,} tokens; {max_iters} steps: {format_quantity(max_iters * tokens_per_step)} tokens')
 say(f'machine   {world} x {card}, {dtype} products, {"compiled" if compile else "eager"}')
 for opt, group in ((opt, group) for opt in optimizers for group in opt.param_groups):
     say(f'optimizer {type(opt).__name__} for {len(group["params"])} of kind {group["kind"]}, '
-        f'{human(sum(p.numel() for p in group["params"]))} parameters: lr {group["peak_lr"]:g}, '
+        f'{format_quantity(sum(p.numel() for p in group["params"]))} parameters: lr {group["peak_lr"]:g}, '
         f'weight decay {group["weight_decay"]:g}')
 say(f'run       {out_dir}' + (f', going on at step {step}' if resumed else ''))
 if resumed and eval_only:
@@ -472,7 +471,7 @@ try:
 
             if step == first_step + 1 and compile:
                 tally.skips.tolist()        # wait for the device
-                say(f'compiled  in {clock(time.time() - start_time)}')
+                say(f'compiled  in {format_duration(time.time() - start_time)}')
                 interval_start, timed_steps = time.time(), 0
             if step == first_step + 2:  # the first ones allocate
                 tally.skips.tolist()
@@ -480,7 +479,7 @@ try:
             if step == first_step + 12:
                 tally.skips.tolist()
                 to_go = (max_iters - step) * (time.time() - pauses - timed) / 10
-                say(f'time      about {clock(to_go)} for {max_iters - step} steps, evaluations not counted')
+                say(f'time      about {format_duration(to_go)} for {max_iters - step} steps, evaluations not counted')
             if profile and step in (first_step + 3, first_step + 6):
                 profiler = profile_steps(profiler, device, out_dir, say)
 
@@ -524,7 +523,7 @@ except stopping.Stop:
 
 log.close(exit_code)
 if exit_code == 0 and not eval_only:
-    say(f'done      {clock(time.time() - start_time)}; read it with: python sample.py --out_dir={out_dir}')
+    say(f'done      {format_duration(time.time() - start_time)}; read it with: python sample.py --out_dir={out_dir}')
 if world > 1:
     parallel.end(watch)
 sys.exit(exit_code)

@@ -13,10 +13,20 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import (attention, causal_conv, decode_attention, gated, grouped_linear, linear_cross_entropy,
-                     rms_norm, rope, selective_scan, ssd)
-from kernels.common import HAS_TRITON, INTERPRETED
-from kernels.spans import spans  # noqa: F401
+from . import (
+    attention,
+    causal_conv,
+    decode_attention,
+    gated,
+    grouped_linear,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    selective_scan,
+    ssd,
+)
+from .common import HAS_TRITON, INTERPRETED
+from .spans import spans  # noqa: F401
 
 
 class Op(NamedTuple):

@@ -19,8 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.common import (INTERPRETED, capability, cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn,
-                            tl)
+from .common import INTERPRETED, capability, cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
 
 MAX_HEAD_DIM = 256
 LOG2_E = math.log2(math.e)

@@ -17,7 +17,7 @@ made per tile and then added up, in an order that never changes. Not measured on
 import torch
 from torch import Tensor
 
-from kernels.common import cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
+from .common import cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
 
 
 def causal_conv_reference(x, weight, bias=None, tail=None):

@@ -13,9 +13,8 @@ rotated part of the key. No gradients. Not measured on a GPU yet.
 import torch
 from torch import Tensor
 
-from kernels.attention import attention, by_row, check_shapes, near, positions, score, tile, visible
-from kernels.common import (INTERPRETED, capability, cdiv, clamp, fits, kernel, leaf, pow2, programs, randn,
-                            tl)
+from .attention import attention, by_row, check_shapes, near, positions, score, tile, visible
+from .common import INTERPRETED, capability, cdiv, clamp, fits, kernel, leaf, pow2, programs, randn, tl
 
 # of a value, and of a key's coordinates that are no value as well
 MAX_TOKENS, MAX_HEAD_DIM, MAX_KEY = 16, 512, 256

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common import cdiv, clamp, fits, jit, kernel, pow2, randn, rows, tanh, tl
+from .common import cdiv, clamp, fits, jit, kernel, pow2, randn, rows, tanh, tl
 
 
 def swiglu(gate_up):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common import INTERPRETED, capability, cdiv, check, clamp, fits, kernel, pow2, randn, tl
+from .common import INTERPRETED, capability, cdiv, check, clamp, fits, kernel, pow2, randn, tl
 
 
 def grouped_linear_reference(x, weight, bias, counts):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.common import cdiv, check, clamp, fits, kernel, pow2, randint, randn, tanh, tl
+from .common import cdiv, check, clamp, fits, kernel, pow2, randint, randn, tanh, tl
 
 # Below this many logits a chunk is not worth a loop; above it, eight chunks are enough to forget the memory
 # and few enough for a compiler to unroll.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.common import cdiv, check, clamp, fits, kernel, leaf, pow2, programs, randn, rows, tl
+from .common import cdiv, check, clamp, fits, kernel, leaf, pow2, programs, randn, rows, tl
 
 MAX_WIDTH = 16384  # a row must fit in the registers of a program
 

@@ -11,8 +11,8 @@ backward pass: the angles, and with a norm the inputs. Not measured on a GPU yet
 import torch
 from torch import Tensor
 
-from kernels.common import cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
-from kernels.rms_norm import rms_norm
+from .common import cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
+from .rms_norm import rms_norm
 
 
 def rope(x, cos, sin):

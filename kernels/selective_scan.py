@@ -25,7 +25,7 @@ sums over channels, made by parts that are added up in an order that never chang
 import torch
 from torch import Tensor
 
-from kernels.common import cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
+from .common import cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
 
 CHUNK = 16
 

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common import capability, cdiv, check, fits, jit, kernel, leaf, pow2, randn, tl
+from .common import capability, cdiv, check, fits, jit, kernel, leaf, pow2, randn, tl
 
 CHUNK = 64
 

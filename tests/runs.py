@@ -39,7 +39,8 @@ SERVER = '''
 import faulthandler, json, os, runpy, signal, sys, traceback
 sys.path.insert(0, os.getcwd())
 import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.profiler, tqdm
-import checkpoint, configurator, data.loader, data.tokenizer, kernels, logbook, model, parallel
+import configurator, data.loader, data.tokenizer, kernels, model
+from nanoblocks.training import checkpoint, logbook, parallel
 
 def child(job):
     signal.alarm(job['seconds'])

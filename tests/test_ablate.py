@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import ablate
-import report
-from conftest import ROOT
 from data.tokenizer import ByteTokenizer
 from data.writer import write_dataset
 from model import GPTConfig
+from nanoblocks.experiments import report
 
 SIZE = '''
 n_layer = 2

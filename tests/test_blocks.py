@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close, build, scaled, tokens, toy
 
-import checkpoint
 from model import GPT, Context, GPTConfig, MoE, alibi_slopes, kv_cache_bytes
+from nanoblocks.training import checkpoint
 
 MOE = dict(ffn_pattern='e', n_expert=4)
 

@@ -22,7 +22,7 @@ class Toy:
     # the hidden width,
     # of every layer
     width: int | None = None
-    window: Optional[int] = None    # tokens seen, # included
+    window: int | None = None    # tokens seen, # included
     untold: int = None
 
     # regularisation

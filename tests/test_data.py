@@ -26,8 +26,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.hub import Stream  # noqa: E402
 from data.loader import ensure_prepared, mix, open_dataset, permute  # noqa: E402
-from data.tokenizer import (BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer,  # noqa: E402
-                            SPLIT, from_meta, train_bpe, utf8)
+from data.tokenizer import (  # noqa: E402
+    SPLIT,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    TiktokenTokenizer,
+    from_meta,
+    train_bpe,
+    utf8,
+)
 from data.writer import write_dataset  # noqa: E402
 
 VOCABULARIES = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ROOT.parent / 'shared' / 'tiktoken_cache'))

@@ -10,11 +10,23 @@ import torch
 from conftest import assert_close, build, every_family, scaled, tokens, toy
 
 from data.tokenizer import ByteTokenizer, CharTokenizer
-from decode import (Decoder, Sampling, Text, arriving, bytes_per_step, gumbel, key, left_padded, logprobs_of,
-                    read_bandwidth, special_token, trimmed, uniform)
 from model import GPT, GPTConfig, Linear, StateCache, TokenCache
-from quant import Int8Experts, Int8Linear, quantize, rounded
-from speculative import Speculative, verdict
+from nanoblocks.decoding.decode import (
+    Decoder,
+    Sampling,
+    Text,
+    arriving,
+    gumbel,
+    key,
+    left_padded,
+    logprobs_of,
+    special_token,
+    trimmed,
+    uniform,
+)
+from nanoblocks.decoding.quantize import Int8Experts, Int8Linear, quantize, rounded
+from nanoblocks.decoding.speculative import Speculative, verdict
+from nanoblocks.hardware import bytes_per_step, read_bandwidth
 
 GREEDY = Sampling(temperature=0)
 

@@ -9,12 +9,29 @@ import sys
 
 import pytest
 import torch
-from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, curve, differences, flags, free_port,
-                  load, losses, pair, python, real_python, resume, several, toy, trained)
+from runs import (
+    ENV,
+    ROOT,
+    assert_refused,
+    assert_same_run,
+    at_step,
+    curve,
+    differences,
+    flags,
+    free_port,
+    load,
+    losses,
+    pair,
+    python,
+    real_python,
+    resume,
+    several,
+    toy,
+    trained,
+)
 
-import parallel
-import stopping
 from model import GPT, GPTConfig
+from nanoblocks.training import parallel, stopping
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -163,7 +180,7 @@ def test_gradients_are_exchanged_once_a_step(tmp_path):
     count = '''
 import atexit, torch.distributed as dist, torch, sys
 from torch.profiler import profile
-import parallel
+from nanoblocks.training import parallel
 end, calls = parallel.end, []
 start = parallel.start
 def counted(*args):

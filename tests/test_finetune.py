@@ -7,9 +7,9 @@ import torch
 from conftest import build, toy
 from runs import assert_refused, dataset, flags, losses, metrics, python
 
-from checkpoint import contents, save
 from data.tokenizer import ByteTokenizer
 from model import GPT
+from nanoblocks.training.checkpoint import contents, save
 
 pytest.importorskip('safetensors', reason='published checkpoints are safetensors files')
 

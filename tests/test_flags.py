@@ -9,8 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FIELDS, assert_close, build, every_family, legal, random_flags, scaled, tokens, toy
-from test_model import (assert_causal, assert_checkpoint_is_exact, assert_compiled_equals_eager,
-                        assert_gradients)
+from test_model import (
+    assert_causal,
+    assert_checkpoint_is_exact,
+    assert_compiled_equals_eager,
+    assert_gradients,
+)
 
 from model import GPT, GPTConfig, kv_cache_bytes
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from runs import ROOT, assert_same_run, at_step, flags, load, losses, metrics, python, toy, train, trained
 
-from logbook import Logbook, Spikes
+from nanoblocks.training.logbook import Logbook, Spikes
 
 OFFLINE = {'WANDB_MODE': 'offline'}
 

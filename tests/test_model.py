@@ -11,10 +11,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import assert_close, build, every_family, scaled, tokens, toy
 
-import checkpoint
 import model as model_file
-from decode import Sampling, key
 from model import FFN, GPT, NORM_AT, NORMS, POSITIONS, Context, GPTConfig, Kind, Scores, alibi_slopes, dense
+from nanoblocks.decoding.decode import Sampling, key
+from nanoblocks.training import checkpoint
 
 LLAMA = toy(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, tie=False, n_kv_head=2)
 

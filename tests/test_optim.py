@@ -5,12 +5,23 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import (assert_refused, assert_same_run, differences, load, losses, metrics, python, resume, toy,
-                  train, trained)
+from runs import (
+    assert_refused,
+    assert_same_run,
+    differences,
+    load,
+    losses,
+    metrics,
+    python,
+    resume,
+    toy,
+    train,
+    trained,
+)
 
 import kernels as ops
-import optim
 from kernels.linear_cross_entropy import linear_cross_entropy_reference
+from nanoblocks.training import optim
 
 SHAPES = [(8, 8), (24, 8), (8, 24), (24, 8), (8, 8)]
 
@@ -228,8 +239,9 @@ def test_z_loss_is_for_training_alone():
 def test_averaged_weights_are_the_average_and_become_the_best(tmp_path):
     """Of the weights after every step, here saved each; the newest checkpoint holds both kinds."""
     settings = dict(max_iters=12, eval_interval=1, ema=0.8)
-    done = python('train.py', *toy(tmp_path / 'run', **settings), before=f"""
-import checkpoint, shutil
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before="""
+import shutil
+from nanoblocks.training import checkpoint
 save = checkpoint.save
 def kept(path, state, **more):
     save(path, state, **more)

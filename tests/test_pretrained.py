@@ -21,12 +21,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-
-import families
-import pretrained
 from conftest import ROOT, build, flags_of, shrink, toy
-from families import DEFAULTS, FAMILIES
+
 from model import GPT, GPTConfig
+from nanoblocks import pretrained
+from nanoblocks.pretrained import families
+from nanoblocks.pretrained.families import DEFAULTS, FAMILIES
 
 transformers = pytest.importorskip('transformers', reason='transformers is what the logits are compared with')
 safetensors_torch = pytest.importorskip('safetensors.torch', reason='checkpoints are safetensors files')

@@ -18,12 +18,29 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import (ENV, ROOT, assert_refused, assert_same_run, at_step, dataset, differences, files, flags,
-                  load, losses, metrics, python, resume, run_copy, toy, train, trained)
+from runs import (
+    ENV,
+    ROOT,
+    assert_refused,
+    assert_same_run,
+    at_step,
+    dataset,
+    differences,
+    files,
+    flags,
+    load,
+    losses,
+    metrics,
+    python,
+    resume,
+    run_copy,
+    toy,
+    train,
+    trained,
+)
 
-import checkpoint
-import stopping
 from model import GPT, GPTConfig
+from nanoblocks.training import checkpoint, stopping
 
 # ----------------------------------------------------------------------------------------------------------
 # Killed
@@ -246,7 +263,8 @@ def test_after_a_fallback_a_kill_finds_a_whole_checkpoint(run_copy):
     """Or the next save would put the damaged one in place of the only good one."""
     damage(run_copy / 'ckpt.pt', 'truncated')
     kill = '''
-import checkpoint, os
+import os
+from nanoblocks.training import checkpoint
 checkpoint.save = lambda *args, **kwargs: os.kill(os.getpid(), 9)'''
     assert python('train.py', *flags(init_from='resume', out_dir=run_copy), before=kill).code == -9
     assert load(run_copy)['step'] == 40

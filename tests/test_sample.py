@@ -14,11 +14,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-import checkpoint  # noqa: E402
-from data.tokenizer import ByteTokenizer, from_meta  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
 from runs import assert_refused, dataset, flags, python, real_python, trained  # noqa: E402
 from test_reliability import DAMAGES, damage  # noqa: E402
+
+from data.tokenizer import ByteTokenizer, from_meta  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from nanoblocks.training import checkpoint  # noqa: E402
 
 CHARS = dict(pos='rope', dtype='float32', eval_interval=60)
 

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-import conftest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.causal_conv import causal_conv, causal_conv_reference

@@ -7,7 +7,7 @@ import torch
 
 import ablate
 import bench
-import studies
+from nanoblocks.experiments import studies
 
 pytest.importorskip('matplotlib')
 

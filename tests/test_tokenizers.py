@@ -10,18 +10,26 @@ import sys
 
 import pytest
 import torch
-
 from conftest import ROOT, build, toy
-import pretrained
-from data.loader import open_dataset
-from data.tokenizer import CharTokenizer, from_folder, from_meta
 from test_data import gpt2  # noqa: F401
 from test_train import assert_refused, flags, python
 
+from data.loader import open_dataset
+from data.tokenizer import CharTokenizer, from_folder, from_meta
+from nanoblocks import pretrained
+
 tokenizers = pytest.importorskip('tokenizers', reason='tokenizers runs the vocabularies of checkpoints')
 pytest.importorskip('safetensors', reason='checkpoints are safetensors files')
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers  # noqa: E402
-from tokenizers import pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import (  # noqa: E402  # noqa: E402
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 CORPUS = ['def main(self):\n    return None', 'the cat sat on the mat, the mat sat on the cat',
           'naïve café, 漢字'] * 20
@@ -256,7 +264,7 @@ def test_characters_of_a_nanogpt_checkpoint_are_those_of_its_dataset(tmp_path, m
     (tmp_path / 'data' / 'letters').mkdir(parents=True)
     (tmp_path / 'data' / 'letters' / 'meta.json').write_text(
         json.dumps({'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.meta()}))
-    monkeypatch.setattr(pretrained, '__file__', str(tmp_path / 'pretrained.py'))
+    monkeypatch.setattr(pretrained, 'ROOT', tmp_path)
     folder = nanogpt_file(tmp_path / 'nano', 4, dataset='letters')
     assert pretrained.tokenizer_of(folder).encode('cab') == tokenizer.encode('cab')
     assert pretrained.tokenizer_of(nanogpt_file(tmp_path / 'other', 5, dataset='letters')) is None

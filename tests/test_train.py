@@ -11,14 +11,34 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from runs import (assert_refused, assert_same_run, at_step, curve, dataset, differences, documents, files,
-                  flags, load, losses, metrics, names, pair, python, real_python, resume, run_copy, toy,
-                  train, trained)
+from runs import (
+    assert_refused,
+    assert_same_run,
+    at_step,
+    curve,
+    dataset,
+    differences,
+    documents,
+    files,
+    flags,
+    load,
+    losses,
+    metrics,
+    names,
+    pair,
+    python,
+    real_python,
+    resume,
+    run_copy,
+    toy,
+    train,
+    trained,
+)
 
-import checkpoint
 from data.tokenizer import ByteTokenizer
 from data.writer import write_dataset
 from model import GPT, GPTConfig
+from nanoblocks.training import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------
 # What a run leaves

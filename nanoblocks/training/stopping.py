@@ -22,6 +22,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from nanoblocks.formats import first_line
+
 NOT_FINITE, NOT_SAVED, STOPPED = 70, 74, 75
 SIGUSR1 = getattr(signal, 'SIGUSR1', None)  # Windows has none
 SIGNALS = [number for number in (signal.SIGTERM, signal.SIGINT, SIGUSR1) if number]
@@ -110,10 +112,6 @@ class Signals:
                 self.sent.wait()
             # whoever left early would be missed, and torchrun would end the one that is still writing
             dist.barrier(self.group)
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).split('\n')[0]
 
 
 class Watch(threading.Thread):

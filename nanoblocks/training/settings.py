@@ -3,7 +3,7 @@ import importlib.util
 import os
 import re
 
-from optim import SCHEDULES
+from nanoblocks.training.optim import SCHEDULES
 
 WORDS = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES),
          'dtype': ('auto', 'float32', 'bfloat16', 'float16')}

@@ -9,11 +9,9 @@ needs no state, runs on the device inside the compiled step, and is the same in 
 """
 import codecs
 import math
-import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -374,7 +372,7 @@ def special_token(tokenizer, text):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# How likely a text is, and how fast a step can be
+# How likely a text is
 
 
 @torch.no_grad()
@@ -395,36 +393,3 @@ def logprobs_of(model, tokens, window):
         start = scored - window // 2
     model.train(training)
     return torch.cat(parts)
-
-
-def bytes_per_step(model, cache, rows=1):
-    """
-    Bytes that one step of `rows` rows has to read: the weights that it uses, of a table of embeddings no more
-    than a few rows, of experts at most those that so many rows can choose, and the cache.
-    """
-    parts = [model.ln_e, model.h, model.ln_f, model.lm_head]
-    total = sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
-    for moe in model.moes:
-        experts = sum(t.nbytes for m in (moe.c_fc, moe.c_proj) for t in (*m.parameters(), *m.buffers()))
-        total -= int(experts * (1 - min(1, rows * moe.c.n_expert_used / moe.c.n_expert)))
-    return total + sum(entry.nbytes() for entry in cache or ())
-
-
-def clock(device):
-    """Seconds, when all that was asked of the device is done."""
-    if str(device).startswith('cuda'):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def read_bandwidth(nbytes, device, rounds=5):
-    """Bytes a second at which this machine reads so many: the fastest of sums and products with a vector."""
-    width = 1024
-    x = torch.ones(max(1, nbytes // (4 * width)), width, device=device)
-    v, best = torch.ones(width, device=device), math.inf
-    for read in (x.sum, lambda: torch.mv(x, v)):
-        for _ in range(rounds):
-            began = clock(device)
-            read()
-            best = min(best, clock(device) - began)
-    return x.nbytes / best

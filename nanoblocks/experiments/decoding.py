@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-import quant
 from configurator import configure, names_in
-from decode import Decoder, Sampling, bytes_per_step, clock, read_bandwidth
 from model import GPT, GPTConfig, kv_cache_bytes
+from nanoblocks.decoding import quantize as quant
+from nanoblocks.decoding.decode import Decoder, Sampling
+from nanoblocks.files import ROOT
+from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
 PROMPT, NEW, TEXT = 128, 128, 512   # tokens of a prompt, after it, and of a text without a cache
 SAMPLING = dict(temperature=0.8, top_k=200)
 SMALL = dict(n_layer=4, n_head=8, n_embd=512, vocab_size=4096)
@@ -61,7 +62,7 @@ def generation(model, idx, new, compiled=False):
     """A closure that draws `new` tokens after idx -> Run"""
     def run():
         decoder = Decoder(model, idx, new, Sampling(**SAMPLING), seed=0, compiled=compiled)
-        stamps = [clock(idx.device)] + [clock(idx.device) for _ in decoder.stream()]
+        stamps = [synchronized_time(idx.device)] + [synchronized_time(idx.device) for _ in decoder.stream()]
         return Run(stamps[1] - stamps[0], [b - a for a, b in zip(stamps[1:], stamps[2:])])
     return run
 
@@ -84,10 +85,10 @@ def transformers_generation(model, idx, new):
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(idx.device)
 
     def run():
-        began = clock(idx.device)
+        began = synchronized_time(idx.device)
         theirs.generate(idx, attention_mask=torch.ones_like(idx), min_new_tokens=new, max_new_tokens=new,
                         do_sample=True, use_cache=True, pad_token_id=0, **SAMPLING)
-        return Run(clock(idx.device) - began, [])
+        return Run(synchronized_time(idx.device) - began, [])
     return run
 
 
@@ -98,10 +99,10 @@ def without_cache(model, device):
 
     @torch.no_grad()
     def run():
-        began = clock(device)
+        began = synchronized_time(device)
         for idx in texts:
             Sampling(**SAMPLING).draw(model(idx, last_only=True)[0][:, -1], torch.zeros_like(idx[:, :1]))
-        return Run(0.0, [(clock(device) - began) / len(texts)])
+        return Run(0.0, [(synchronized_time(device) - began) / len(texts)])
     return run
 
 
@@ -182,9 +183,9 @@ def steps_in_turns(decoders, count, device):
         times[name] = []
     for n in range(count):
         for name in (list(streams) if n % 2 else reversed(streams)):
-            began = clock(device)
+            began = synchronized_time(device)
             next(streams[name])
-            times[name].append(clock(device) - began)
+            times[name].append(synchronized_time(device) - began)
     return {name: statistics.median(found) for name, found in times.items()}
 
 

@@ -14,7 +14,7 @@ Shapes: A tokens ahead, V vocabulary.
 """
 import torch
 
-from decode import cache_slots, gumbel, key, uniform
+from nanoblocks.decoding.decode import cache_slots, gumbel, key, uniform
 
 
 def verdict(p, q, draft):

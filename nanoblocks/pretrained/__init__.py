@@ -15,8 +15,9 @@ import torch
 
 from data.tokenizer import TiktokenTokenizer, from_meta, read_json
 from data.tokenizer import from_folder as tokenizer_in
-from families import DEFAULTS, FAMILIES, heads, period, without
 from model import BELONGS, GPT, GPTConfig
+from nanoblocks.files import ROOT
+from nanoblocks.pretrained.families import DEFAULTS, FAMILIES, heads, period, without
 
 FIELDS = {f.name for f in fields(GPTConfig)}
 
@@ -64,7 +65,7 @@ def tokenizer_of(name):
         folder = folder_of(os.fspath(name))
         gpt2 = read_json(os.path.join(folder, 'config.json')).get('vocab_size') == 50257
         return tokenizer_in(folder) or (TiktokenTokenizer('gpt2') if gpt2 else None)
-    import checkpoint
+    from nanoblocks.training import checkpoint
     state = checkpoint.load(path, needed=('model',))
     if 'meta' in state:
         return from_meta(state['meta']['tokenizer'])
@@ -72,7 +73,7 @@ def tokenizer_of(name):
     if vocab_size in (50257, 50304):
         return TiktokenTokenizer('gpt2')
     # nanoGPT keeps characters beside its data, pickled: the same dataset prepared here has the same
-    data = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+    data = os.path.join(ROOT, 'data')
     dataset = os.path.basename(str(state.get('config', {}).get('dataset')))
     meta = read_json(os.path.join(data, dataset, 'meta.json'))
     return from_meta(meta['tokenizer']) if meta and meta['vocab_size'] == vocab_size else None
@@ -353,7 +354,7 @@ NANOGPT = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'd
 
 def from_checkpoint(path):
     """One of ours, or of nanoGPT: its names with or without what torch.compile puts before them."""
-    import checkpoint
+    from nanoblocks.training import checkpoint
     state = checkpoint.load(path, needed=('model',))
     if 'model_args' not in state:
         return checkpoint.build(checkpoint.load(path), path).eval()

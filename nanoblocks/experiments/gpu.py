@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-import optim
 from configurator import configure, names_in
-from kernels.examples import EXAMPLES, leaves, outputs
-from logbook import PEAKS
 from model import GPT, GPTConfig
+from nanoblocks.experiments.examples import EXAMPLES, leaves, outputs
+from nanoblocks.files import ROOT
+from nanoblocks.hardware import peak_flops
+from nanoblocks.training import optim
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARTS = ('checks', 'kernels', 'train', 'curve', 'decode', 'optimizer')
 
 
@@ -309,7 +309,7 @@ def train_once(m, name, batch, steps, full_logits):
     rate, flops = batch * T / statistics.median(times), model.flops_per_token(T)
     card = torch.cuda.get_device_name() if m.device == 'cuda' else ''
     # MFU is of the data sheet; the share of what was measured stands beside it
-    sheet = next((v for k, v in PEAKS.items() if k in card), m.rate)
+    sheet = peak_flops(card) or m.rate
     peak = torch.cuda.max_memory_allocated() if m.device == 'cuda' else 0
     return {'tokens_per_s': rate, 'mfu': rate * flops / sheet, 'of_measured_rate': rate * flops / m.rate,
             'batch': batch, 'T': T, 'parameters': model.num_params(), 'peak_bytes': peak, 'warm_s': warm}

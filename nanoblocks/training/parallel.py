@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from stopping import Watch
+from nanoblocks.training.stopping import Watch
 
 
 def start(device_type, backend):

@@ -23,9 +23,10 @@ import torch
 import ablate
 from kernels import rope as rotate
 from model import GPT, NORMS, GPTConfig, RotaryPositions, dense
-from report import COLORS, figure, quantity, read_lines, save
+from nanoblocks.experiments.report import COLORS, figure, read_lines, save
+from nanoblocks.files import ROOT
+from nanoblocks.formats import format_quantity
 
-HERE = Path(__file__).resolve().parent
 SIZE = ['config/llama_small.py', 'config/study.py']  # of all that is trained here
 
 
@@ -83,7 +84,7 @@ def train(out, name, *flags):
     folder = os.path.join(out, name)
     if not os.path.exists(os.path.join(folder, 'done')):
         print(f'training {name} ...', flush=True)
-        command = [sys.executable, str(HERE / 'train.py'), *SIZE, *flags,
+        command = [sys.executable, str(ROOT / 'train.py'), *SIZE, *flags,
                    f'--out_dir={folder}', '--overwrite=True']
         call(command)
         Path(folder, 'done').write_text(' '.join(flags))
@@ -188,7 +189,7 @@ def ffns(device, rounds, out):
     titles = ('parameters', 'ms', 'kept for backward / input')
     for ax, values, title in zip(axes, (size, times, kept), titles):
         ax.bar(list(values), list(values.values()), color=COLORS[:3])
-        ax.yaxis.set_major_formatter(lambda value, _: quantity(value) if value else '0')
+        ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value) if value else '0')
         ax.set_title(title, fontsize=10, loc='left')
         ax.tick_params(axis='x', labelsize=8)
     finish(fig, out, 'ffns')
@@ -221,7 +222,7 @@ def rope(device, rounds, out):
         cells = [f'{pair}']
         for name, theta in bases.items():
             wave = 2 * math.pi * theta ** (2 * pair / width)
-            cells += [quantity(wave), f'{T / wave:.3g}']
+            cells += [format_quantity(wave), f'{T / wave:.3g}']
         rows.append(cells)
     print(f'head of {width}, wavelength in tokens, and turns in {T} tokens')
     print_table(['pair', '10K: wave', 'turns', '100K: wave', 'turns'], rows)
@@ -246,7 +247,7 @@ def rope(device, rounds, out):
         angle = built['10K'].freq.angles(pos)[:, pair]
         left.plot(pos, angle.cos() - 2.5 * i, color=COLORS[i])
         wave = 2 * math.pi * bases['10K'] ** (2 * pair / width)
-        left.annotate(f'pair {pair}, wavelength {quantity(wave)}', (259, -2.5 * i), fontsize=8, va='center',
+        left.annotate(f'pair {pair}, wavelength {format_quantity(wave)}', (259, -2.5 * i), fontsize=8, va='center',
                       annotation_clip=False, color=COLORS[i])
     left.set_yticks([])
     left.set_xlabel('position')
@@ -273,7 +274,7 @@ def context(device, rounds, out):
 
     def evaluate(folder, T, scaling):
         factor = [] if scaling == 'none' else [f'--rope_scaling={scaling}', f'--rope_factor={T / 128}']
-        printed = call([sys.executable, str(HERE / 'train.py'), '--init_from=resume', '--eval_only=True',
+        printed = call([sys.executable, str(ROOT / 'train.py'), '--init_from=resume', '--eval_only=True',
                         f'--out_dir={folder}', f'--block_size={T}', *factor])
         return float(re.search(r'val loss ([\d.]+)', printed).group(1))
     for base in (10000.0, 100000.0):
@@ -283,7 +284,7 @@ def context(device, rounds, out):
             for T in longer:
                 losses[base, scaling, T] = trained if T == 128 else evaluate(folder, T, scaling)
             cells = [f'{losses[base, scaling, T]:.4f}' for T in longer]
-            rows.append([f'{quantity(base)}, {scaling}', *cells])
+            rows.append([f'{format_quantity(base)}, {scaling}', *cells])
     print_table(['base, scaling', *(f'{T} tokens' for T in longer)], rows)
     fig, axes = figure(10, 4, panels=2)
     for ax, base in zip(axes, (10000.0, 100000.0)):
@@ -292,7 +293,7 @@ def context(device, rounds, out):
         ax.set_xscale('log', base=2)
         ax.set_xticks(longer, longer)
         ax.set_xlabel('tokens of context in evaluation')
-        ax.set_title(f'validation loss, base {quantity(base)}, trained at 128', fontsize=10, loc='left')
+        ax.set_title(f'validation loss, base {format_quantity(base)}, trained at 128', fontsize=10, loc='left')
         ax.grid(alpha=0.3)
     low, high = (f(ax.get_ylim()[i] for ax in axes) for i, f in enumerate((min, max)))
     for ax in axes:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.common import kernel
-from kernels.examples import EXAMPLES, forward_and_backward
+from nanoblocks.experiments.examples import EXAMPLES, forward_and_backward
 
 ARCHS = (80, 90, 100)
 # bytes of shared memory that one program may have

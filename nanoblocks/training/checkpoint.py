@@ -11,8 +11,9 @@ from dataclasses import asdict, fields
 import numpy as np
 import torch
 
-from model import ROPE_CONTEXT, GPT, GPTConfig
-from optim import whole
+from model import GPT, ROPE_CONTEXT, GPTConfig
+from nanoblocks.files import flush_folder
+from nanoblocks.training.optim import whole
 
 # what train.py needs of a checkpoint to go on with a run
 TO_RESUME = ('model', 'config', 'settings', 'meta', 'step', 'micro_done', 'evaluated', 'best_val_loss',
@@ -108,16 +109,6 @@ def keep_as(path, keep):
         os.replace(f'{keep}.part', keep)
     except OSError:  # a file system without second names
         os.replace(path, keep)
-
-
-def flush_folder(folder):
-    """The names in a folder reach the disk apart from the files."""
-    if os.name == 'posix':
-        fd = os.open(folder or '.', os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def load(path, needed=('model', 'config', 'settings', 'meta', 'step')):
@@ -245,14 +236,6 @@ def refuse_contradictions(state, model_args, settings, given):
                          'leave that out, or start a new run in another out_dir')
 
 
-def check_device(device):
-    """ValueError, one sentence, for a device that this machine does not have."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f'device={device} must be one that this machine has: try --device=auto') from None
-
-
 def claim(out_dir):
     """Make the folder of a run. ValueError, one sentence, where there can be none."""
     try:
@@ -277,12 +260,6 @@ def clear(out_dir):
     for name in RUN_FILES:
         if os.path.exists(os.path.join(out_dir, name)):
             os.remove(os.path.join(out_dir, name))
-
-
-def write_json(path, value):
-    with open(f'{path}.part', 'w') as f:
-        json.dump(value, f, indent=1)
-    os.replace(f'{path}.part', path)
 
 
 def rewind_metrics(path, step):

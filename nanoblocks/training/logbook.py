@@ -7,7 +7,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -18,7 +17,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.tokenizer import from_meta
-from stopping import first_line
+from nanoblocks.files import ROOT, git_commit
+from nanoblocks.formats import first_line, format_quantity
 
 
 class Logbook:
@@ -45,7 +45,7 @@ class Logbook:
     def show(self, step, loss, rate, mfu):
         """How training goes: behind the bar, or as a line of its own."""
         line = ', '.join(filter(None, ('no finite loss' if loss is None else f'loss {loss:.4f}',
-                                       rate and f'{human(rate)} tokens/s', mfu and f'MFU {mfu:.1%}')))
+                                       rate and f'{format_quantity(rate)} tokens/s', mfu and f'MFU {mfu:.1%}')))
         if self.bar.disable:
             self.say(f'step {step}: {line}')
         self.bar.set_postfix_str(line)
@@ -124,29 +124,6 @@ class Spikes:
         return False
 
 
-def memory_gb(device):
-    """The most that this process ever held, on the GPU if it has one."""
-    if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def git_commit():
-    """The commit of this source, with a + when files differ from it; None outside of a repository."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        commit = subprocess.run(['git', 'describe', '--always', '--abbrev=40', '--dirty=+', '--exclude=*'],
-                                cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return commit.stdout.strip() or None
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Weights & Biases
 
@@ -170,7 +147,7 @@ def start_wandb(project, name, run_id, folder, config, say):
         try:
             run = wandb.init(project=project, name=name, id=run_id, resume='allow', mode=mode, dir=folder,
                              config=config, settings=wandb.Settings(**known))
-            run.log_code(os.path.dirname(os.path.abspath(__file__)), include_fn=is_source)
+            run.log_code(ROOT, include_fn=is_source)
             return run
         except Exception as error:
             reason = first_line(error)
@@ -242,26 +219,6 @@ class Tally:
         mean = torch.cat([parts[:, :2].mean(0), parts[:, 2].max().view(1)])
         self.recent = parts[self.rank] if len(parts) == self.world else mean
         self.skips[0] = state['skipped']
-
-
-# dense bf16 FLOP/s of the cards that people train on, from their data sheets; first match wins
-PEAKS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12, 'GH200': 989e12,
-         'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
-         'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
-
-
-def human(number):
-    """1234567 -> 1.23M"""
-    for unit, size in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
-        if number >= size:
-            return f'{number / size:.3g}{unit}'
-    return f'{number:.3g}'
-
-
-def clock(seconds):
-    """3723 -> 1 h 2 min"""
-    h, m, s = int(seconds // 3600), int(seconds // 60 % 60), int(seconds % 60)
-    return f'{h} h {m} min' if h else f'{m} min {s} s' if m else f'{s} s'
 
 
 def sample_texts(model, meta, count, max_tokens=200):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from model import GPT, GPTConfig, kv_cache_bytes
+from nanoblocks.formats import format_quantity
 
 # ----------------------------------------------------------------------------------------------------------
 # Statistics
@@ -305,14 +306,6 @@ def number(value, digits=4):
     return '-' if math.isnan(value) else f'{value:,.{digits}f}'
 
 
-def quantity(value):
-    """1234567 -> 1.23M"""
-    for unit, size in (('P', 1e15), ('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
-        if abs(value) >= size:
-            return f'{value / size:.3g}{unit}'
-    return '-' if math.isnan(value) else f'{value:.3g}'
-
-
 def table(heads, rows):
     return ['| ' + ' | '.join(heads) + ' |', '|' + '---|' * len(heads),
             *('| ' + ' | '.join(row) + ' |' for row in rows)]
@@ -320,14 +313,14 @@ def table(heads, rows):
 
 def arms_table(plan, rows):
     budgets = next(iter(rows.values()))
-    heads = ['arm', 'loss', 'sd', 'bits per byte', f'loss at {quantity(budgets["flops_budget"])} FLOPs',
+    heads = ['arm', 'loss', 'sd', 'bits per byte', f'loss at {format_quantity(budgets["flops_budget"])} FLOPs',
              f'loss at {budgets["seconds_budget"]:.3g} s', 'parameters', 'active', 'FLOPs per token',
              'training tokens/s', 'decoding tokens/s', 'cache bytes per token', 'peak memory']
     body = [[name, number(row['loss']), number(row['sd']), number(row['bpb']), number(row['loss_at_flops']),
-             number(row['loss_at_seconds']), quantity(row['parameters']), quantity(row['active']),
-             quantity(row['flops_per_token']), quantity(row['tokens_per_s']),
+             number(row['loss_at_seconds']), format_quantity(row['parameters']), format_quantity(row['active']),
+             format_quantity(row['flops_per_token']), format_quantity(row['tokens_per_s']),
              number(row['decode_tokens_per_s'], 0), number(row['cache_bytes_per_token'], 0),
-             f'{quantity(row["peak_memory"])}B'] for name, row in rows.items()]
+             f'{format_quantity(row["peak_memory"])}B'] for name, row in rows.items()]
     return table(heads, body)
 
 
@@ -575,7 +568,7 @@ def plot_cost(plan, arms, rows, path):
                         yerr=None if math.isnan(row['sd']) else row['sd'], label=rung(plan, name),
                         elinewidth=0.8)
         ax.set_xlabel(axes_of[column], fontsize=9)
-        ax.xaxis.set_major_formatter(lambda value, _: quantity(value))
+        ax.xaxis.set_major_formatter(lambda value, _: format_quantity(value))
         ax.grid(alpha=0.3)
     axes[0].set_title('validation loss; bars: standard deviation over seeds', fontsize=10, loc='left')
     axes[-1].legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5))

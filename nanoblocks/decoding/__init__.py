@@ -1,0 +1,1 @@
+"""Generation: sampling, the cached step, speculative decoding, quantisation, scoring."""

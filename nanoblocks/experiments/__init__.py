@@ -1,0 +1,1 @@
+"""Measurements: timing, sweeps of training runs, their statistics, reports and figures."""

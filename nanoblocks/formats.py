@@ -1,0 +1,20 @@
+"""Numbers, durations and errors in a few characters."""
+
+
+def format_quantity(number):
+    """1234567 -> 1.23M"""
+    for unit, size in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if abs(number) >= size:
+            return f'{number / size:.3g}{unit}'
+    return f'{number:.3g}'
+
+
+def format_duration(seconds):
+    """3723 -> 1 h 2 min"""
+    h, m, s = int(seconds // 3600), int(seconds // 60 % 60), int(seconds % 60)
+    return f'{h} h {m} min' if h else f'{m} min {s} s' if m else f'{s} s'
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).split('\n')[0]

@@ -1,0 +1,1 @@
+"""The training loop's parts: checkpoints, log, optimizers, processes, signals."""
