@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure, convert, model_flags, one_sentence, plain_settings, setting_flags
+from configurator import configure, convert, errors_as_messages, model_flags, plain_settings, setting_flags
 from data.loader import ensure_prepared, open_dataset
 from model import GPT, GPTConfig
 from nanoblocks.experiments import report as reports
@@ -673,7 +673,7 @@ if __name__ == '__main__':
         argv[at:at + 2] = [f'--report={argv[at + 1]}']
     if '--help' in argv or '-h' in argv:
         configure(globals(), GPTConfig, ['--help'])
-    with one_sentence():
+    with errors_as_messages():
         own = read_words(argv)[1]
         if own['report']:
             report_again(own['report'], own['results'])

@@ -27,7 +27,7 @@ from functools import partial
 
 import torch
 
-from configurator import configure, names_in, one_sentence
+from configurator import configure, errors_as_messages, settings_of
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.experiments import studies
 from nanoblocks.hardware import check_device
@@ -289,8 +289,8 @@ if __name__ == '__main__':
     argv = sys.argv[2:] if chosen else ['--help']
     folders = [arg for arg in argv if chosen is plot and not arg.startswith('-')]
     argv = [arg for arg in argv if arg not in folders]
-    model_args = configure(globals(), GPTConfig, argv, skip=names_in('train.py'))
-    with one_sentence():
+    model_args = configure(globals(), GPTConfig, argv, skip=settings_of('train.py'))
+    with errors_as_messages():
         check_device(device)
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
               + (torch.cuda.get_device_name() if device.startswith('cuda') else device))

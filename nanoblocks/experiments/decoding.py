@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import configure, names_in
+from configurator import configure, settings_of
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.decoding import quantize as quant
 from nanoblocks.decoding.decode import Decoder, Sampling
@@ -227,7 +227,7 @@ def latents(device, length=4096, count=60):
 
 def many_rows(device):
     """Llama 1B in bf16, compiled and captured."""
-    path, settings = os.path.join(ROOT, 'config', 'llama_1b.py'), names_in(os.path.join(ROOT, 'train.py'))
+    path, settings = os.path.join(ROOT, 'config', 'llama_1b.py'), settings_of(os.path.join(ROOT, 'train.py'))
     config = GPTConfig(**configure({}, GPTConfig, [path], skip=settings))
     model = random_model(config, device, torch.bfloat16)
     for rows in (1, 8, 64):

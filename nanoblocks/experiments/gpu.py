@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from configurator import configure, names_in
+from configurator import configure, settings_of
 from model import GPT, GPTConfig
 from nanoblocks.experiments.examples import EXAMPLES, leaves, outputs
 from nanoblocks.files import ROOT
@@ -242,7 +242,7 @@ TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64)
 
 
 def config_of(m, name, **more):
-    path, settings = os.path.join(ROOT, 'config', f'{name}.py'), names_in(os.path.join(ROOT, 'train.py'))
+    path, settings = os.path.join(ROOT, 'config', f'{name}.py'), settings_of(os.path.join(ROOT, 'train.py'))
     flags = configure({}, GPTConfig, [path], skip=settings)
     flags |= {'vocab_size': 50304} | more
     if m.dry:
