@@ -517,12 +517,13 @@ def by_definition(q, k, v, pos, key_pos, scale, window=None, softcap=None, slope
 
 
 def patterns():
-    """Cases of attention that only PyTorch computes."""
+    """More cases of attention; most are options that no kernel has."""
     q, pos, slopes = randn(2, 13, 4, 6), torch.arange(13), torch.tensor([0.3, 0.11, 0.7, 0.05])
     k, v, sinks = randn(2, 13, 2, 6, seed=1), randn(2, 13, 2, 6, seed=2), randn(4, seed=3)
     slots = torch.stack(((pos + 3) % 13 + 100, torch.where(pos < 4, -1, pos + 96)))
     late = q[:, :3], k, v, torch.tensor([[110, 111, 112], [106, 107, 108]]), slots, 0.5
     return {
+        'window, one short of the text': (q, k, v, pos, pos, 0.5, 12, None, None, None, True),
         'chunks': (q, k, v, pos, pos, 0.5, 4, None, None, None, True, True),
         'chunks, two to a text': (q, k, v, pos, pos, 0.5, 8, None, None, None, True, True),
         'one chunk': (q, k, v, pos, pos, 0.5, 20, None, None, None, True, True),
