@@ -552,7 +552,7 @@ ATTN, BALANCE = ('standard', 'mla'), ('none', 'aux', 'both')
 @flags()
 class SizeFlags:
     n_layer: int = 12                               # blocks
-    layer_pattern: str = flag('a', 'amw')           # one letter per layer
+    layer_pattern: str = flag('a', {'a': 0, 'm': 1, 'w': 2})           # one letter per layer
 
 
 @flags(layer_pattern='aw')
@@ -571,13 +571,13 @@ class AttentionFlags:
 class LatentAttentionFlags:
     kv_rank: int | None = None                      # width of the latent
     z_weight: float = flag(0.0, least=0, kv_rank=SET)
-    balance: str = flag('none', BALANCE)            # none, aux, both
+    balance: str = flag('none', BALANCE)            # keeps experts busy
     aux_weight: float = flag(0.1, balance=('aux', 'both'))  # of the loss
 
 
 @flags()
-class Grouped(LatentAttentionFlags, AttentionFlags, SizeFlags, Flags):
-    """What every model has"""
+class Grouped(SizeFlags, AttentionFlags, LatentAttentionFlags, Flags):
+    """Its docstring is no heading."""
     bias: bool = True                               # in linear layers
 
 
@@ -588,20 +588,20 @@ model flags:
     --n_layer=12                         blocks
     --layer_pattern='a'                  one letter per layer
 
-  Attention: which tokens see which (only with 'a' or 'w' in layer_pattern)
+  Attention: which tokens see which (only when layer_pattern has an 'a' or 'w')
     --attn='standard'                    standard, mla
 
   windows
-    --window=None                        tokens that are seen; only with 'w' in layer_pattern
+    --window=None                        tokens that are seen; only when layer_pattern has a 'w'
     --sinks=False
 
-  Latent Attention (only with attn=mla)
+  Latent Attention (only when attn=mla)
     --kv_rank=None                       width of the latent
-    --z_weight=0.0                       only with kv_rank set
-    --balance='none'                     none, aux, both
-    --aux_weight=0.1                     of the loss; only with balance=aux or both
+    --z_weight=0.0                       only when kv_rank is set
+    --balance='none'                     keeps experts busy; one of none, aux, both
+    --aux_weight=0.1                     of the loss; only when balance is aux or both
 
-  What every model has
+  Every model
     --bias=True                          in linear layers
 '''
 
