@@ -294,7 +294,7 @@ WIDTH = 110
 
 
 def help_text(script, settings, config_class, own, model):
-    about = inspect.cleandoc(settings.get('__doc__') or '')
+    about = (settings.get('__doc__') or '').strip()
     lines = [f'usage: python {script} [config/FILE.py ...] [--key=value ...]', *([''] * bool(about)), about]
     if '__file__' in settings:
         own = describe(own, Path(settings['__file__']).read_text(encoding='utf-8'))

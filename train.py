@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import configure, errors_as_messages, plain_settings
-from data.loader import ahead, check_hashes, ensure_prepared, open_dataset
+from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
 from kernels import use_kernels
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks import pretrained
@@ -327,7 +327,7 @@ def evaluate():
     with average.in_place() if average else nullcontext():
         tokens = eval_tokens or eval_iters * batch_size * T
         # all of one size, or a compiled model would be compiled again
-        for x, y in ahead(data.eval_batches(batch_size, tokens, rank, world, full=True), prefetch, pin):
+        for x, y in prefetched(data.eval_batches(batch_size, tokens, rank, world, full=True), prefetch, pin):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with autocast:
                 _, loss = fast_model(x, y)
@@ -407,7 +407,7 @@ saved, exit_code, profiler, bad_steps = True, 0, None, int(tally.skips[0])
 if prefetch is None:
     prefetch = 4 if device_type == 'cuda' else 0
 pin = device_type == 'cuda'
-stream = ahead(batches(), prefetch, pin)
+stream = prefetched(batches(), prefetch, pin)
 signals = stopping.Signals()
 
 try:
