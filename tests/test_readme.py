@@ -271,17 +271,18 @@ def test_flags_of_a_model_give_what_its_config_does():
     assert len(models) > 20
 
 
-def test_the_table_of_flags_has_every_word():
-    table, known = rows(README, 'Flags'), {f.name: f for f in fields(GPTConfig)}
-    for chapter, flags, _ in table[1:]:
-        unknown = set(re.findall(r'`(\w+)`', flags)) - known.keys()
-        assert not unknown, f'{chapter}: {unknown} are no flags'
-    told = {flag: values for _, flags, values in table for flag in re.findall(r'`(\w+)`', flags)}
-    for name, f in known.items():
-        words = {'layer_pattern': MIXERS, 'ffn_pattern': FFNS}.get(name, f.metadata.get('table'))
-        if words:
-            missing = [word for word in map(str, words) if f'`{word}`' not in told.get(name, '')]
-            assert not missing, f'{name}: the table lacks {missing}'
+def test_the_table_of_flags_names_flags_and_all_their_words():
+    known = {f.name: f for f in fields(GPTConfig)}
+    words = {name: set(map(str, f.metadata['table'] or ())) for name, f in known.items()}
+    words |= {'layer_pattern': set(MIXERS), 'ffn_pattern': set(FFNS)}
+    told = {}
+    for _, flags, values in rows(README, 'Flags')[1:]:
+        flags, values = (re.findall(r'`([^`]+)`', cell) for cell in (flags, values))
+        told |= dict.fromkeys(flags, set(values))
+        strange = set(flags + values) - known.keys() - set().union(*(words.get(flag, ()) for flag in flags))
+        assert not strange, f'{strange} are neither flags nor words of {flags}'
+    for name in known:
+        assert words[name] <= told.get(name, set()), f'{name} lacks {words[name] - told.get(name, set())}'
 
 
 @pytest.mark.parametrize('study', ['ladder', 'blocks'])
