@@ -1,9 +1,12 @@
 """
 Published checkpoints, in and out: GPT.from_pretrained, model.save_pretrained, and their tokenizers.
 
-files.py finds a folder and reads its tensors, convert.py makes a model of it and writes one, surgery.py changes
-flags on the way, nanogpt.py reads nanoGPT's checkpoints and ours. families/ says what each family is; how to
-add one stands there. Keys of config.json are in keys.py and rope.py, layouts of tensors in layouts.py.
+    files.py     finds or downloads a folder and reads its tensors
+    convert.py   a folder in Hugging Face format to a model, and back
+    nanogpt.py   checkpoints of one file: nanoGPT's, and ours
+    surgery.py   changes flags of a loaded model
+    families/    what each published family is, one entry each, and how to add one
+    keys.py, rope.py, layouts.py    what entries are made of: keys of config.json, layouts of tensors
 """
 import os
 
@@ -19,10 +22,10 @@ from nanoblocks.pretrained.surgery import operate
 @torch.no_grad()
 def from_pretrained(name: str | os.PathLike, **overrides) -> GPT:
     """
-    The model, in fp32, of a folder or hub repository in Hugging Face format, of a nanoGPT checkpoint, or of one
-    of ours. overrides: flags of GPTConfig to change: weights that fit are copied, others converted where that
-    is possible, the rest is initialised anew, and a line is printed for each of these. FileNotFoundError where
-    there is nothing of that name, ValueError where it cannot be loaded; nothing is ever half loaded.
+    The model, in fp32, of a folder or hub repository in Hugging Face format, or of a checkpoint of nanoGPT or
+    of ours. overrides: flags of GPTConfig to change. Weights that still fit are copied, others are converted
+    or newly initialised, and a line is printed for each of the three. FileNotFoundError where there is nothing
+    of that name, ValueError where it cannot be loaded; nothing is ever half loaded.
     """
     name = os.fspath(name)
     path = nanogpt.checkpoint_file(name)
@@ -35,8 +38,8 @@ def from_pretrained(name: str | os.PathLike, **overrides) -> GPT:
 @torch.no_grad()
 def save_pretrained(model: GPT, folder: str | os.PathLike) -> None:
     """
-    Write config.json and model.safetensors for `transformers` to load, as the published family that the model's
-    flags belong to. ValueError names the flags in the way where there is none, and nothing is written.
+    Write config.json and model.safetensors for `transformers` to load, as the published family that the
+    model's flags belong to. ValueError names the flags in the way where there is none; nothing is written then.
     """
     convert.save_folder(model, folder)
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 import torch
 
 from data.tokenizer import read_json
-from model import BELONGS, GPT, GPTConfig
+from model import GPT, GPTConfig
 from nanoblocks.pretrained.families import FAMILIES
 from nanoblocks.pretrained.families.family import DEFAULTS
 from nanoblocks.pretrained.files import TensorFiles
@@ -77,7 +77,7 @@ def read_config(folder):
         raise ValueError(f'model_type={kind} in {path} must be one of {", ".join(FAMILIES)}')
     for key, value in FAMILIES[kind].only.items():
         if hf.get(key, value) not in (value, None):
-            raise ValueError(f'{key}={hf[key]} in {path} must be {value}, the only value supported for {kind}')
+            raise ValueError(f'{key}={hf[key]} in {path} must be {value}: no other {kind} is supported')
     return complete(hf, FAMILIES[kind])
 
 
@@ -125,20 +125,10 @@ def read_key(name, key, hf):
 
 
 def meaningful(flags):
-    """Without the flags that mean nothing beside the others, such as the width of experts of a dense model."""
-    config = unchecked(flags)
-    kept = {name: value for name, value in flags.items() if applies(config, name)}
+    """The flags without those that mean nothing beside the others, such as a dense model's expert_width."""
+    config = GPTConfig.unchecked(**flags)
+    kept = {name: value for name, value in flags.items() if not config.missing(name)}
     return kept if 'f' in config.ffns() else without(kept, 'ffn_width')
-
-
-def unchecked(flags):
-    config = object.__new__(GPTConfig)
-    vars(config).update(flags)
-    return config
-
-
-def applies(config, flag):
-    return flag not in BELONGS or bool(BELONGS[flag][1](config))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -274,21 +264,23 @@ def family_for(model):
 
 def write_config(c, kind, family):
     """config.json of a family, from flags."""
-    written = {name: key.write(c) for name, key in family.keys.items()}
-    return {'model_type': kind, 'architectures': [family.architecture],
-            **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')),
-            **{name: value for name, value in written.items() if value is not None or name in NULL_MEANS_NONE},
-            **family.write(c)}
+    hf = {'model_type': kind, 'architectures': [family.architecture],
+          **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))}
+    for name, key in family.keys.items():
+        value = key.write(c)
+        if value is not None or name in NULL_MEANS_NONE:
+            hf[name] = value
+    return hf | family.write(c)
 
 
 def unlike(c, family):
-    """{flag: (its value, the family's)} of the flags that are the same in all models of a family but not here."""
+    """{flag: (its value, the family's)} where a flag that all models of a family share is another here."""
     found = {}
     for flag, theirs in family.flags.items():
         value = getattr(c, flag)
         if flag.endswith('_pattern'):
             value = shortest_pattern(pair[flag == 'ffn_pattern'] for pair in c.plan())
-        if applies(c, flag) and flag not in NOT_STORED and value != theirs:
+        if value != theirs and flag not in NOT_STORED and not c.missing(flag):
             found[flag] = value, theirs
     if not c.mixers() <= set(family.mixers):
         found['layer_pattern'] = c.layer_pattern, family.mixers

@@ -27,8 +27,7 @@ def folder_of(name):
 
 class TensorFiles:
     """
-    The tensors of a folder, read one by one from memory-mapped files, so that no second copy of the weights is
-    in memory.
+    The tensors of a folder, read one by one from memory-mapped files: the weights are never in memory twice.
     """
     REOPEN = 2 ** 24  # bytes: pages that were read count as memory until their file is closed
 
@@ -71,8 +70,8 @@ class TensorFiles:
         from safetensors import safe_open
         path = os.path.join(self.folder, name)
         if not os.path.exists(path):
-            raise FileNotFoundError(f'{name} is missing in {self.folder}, though the index names it: download '
-                                    'it again')
+            raise FileNotFoundError(f'{name} is missing in {self.folder}, though the index names it: '
+                                    'download it again')
         self.name, self.file, self.read = None, None, 0
         try:
             self.name, self.file = name, safe_open(path, framework='pt')

@@ -86,8 +86,8 @@ def qkv_by_group(p, c):
 
 
 # Rotary pairs. In our layout (Llama's) the two coordinates that rotate together are half the rotated width
-# apart; in the interleaved layout they are neighbours. Queries and keys are permuted in the same way, so their
-# scores do not change.
+# apart; in the interleaved layout they are neighbours. Queries and keys are permuted in the same way, so
+# their scores do not change.
 
 
 def interleaved_pairs(p, dim=0):

@@ -40,8 +40,8 @@ def read_rope(hf, parameters=None, partial=False):
     if partial and share != 1:
         width = int(width_of_head(hf) * share)
         if width % 2:
-            raise ValueError(f'partial_rotary_factor={share} in config.json must rotate an even number of the '
-                             f'{width_of_head(hf)} coordinates of a head, not {width}')
+            raise ValueError(f'partial_rotary_factor={share} in config.json must rotate an even number of '
+                             f'coordinates, not {width} of the {width_of_head(hf)} of a head')
         flags['rope_fraction'] = width / width_of_head(hf)
     kind = rope_type(p)
     if kind == 'default':

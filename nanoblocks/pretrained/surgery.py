@@ -12,14 +12,14 @@ FIXED = ('attn', 'n_embd', 'n_head', 'head_dim')
 
 
 def operate(model, overrides):
-    """A model with these flags, the others unchanged, from the weights of `model`; prints what became of them."""
+    """A model with these flags, the others as in `model`, from its weights. Prints what became of each tensor."""
     old = model.config
     for name, value in overrides.items():
         if name not in FIELDS:
             raise ValueError(f'{name} is not a flag of GPTConfig')
         if name in FIXED:
-            raise ValueError(f'{name}={value} must be {getattr(old, name)} as in the checkpoint: with another '
-                             'value nothing of its attention could be kept')
+            raise ValueError(f'{name}={value} must be {getattr(old, name)} as in the checkpoint: any '
+                             'other value would discard its attention')
     new = GPT(GPTConfig(**new_flags(old, overrides))).eval()
     ours, theirs = tensors_of(new), tensors_of(model)
     done = {'copied': [], 'converted': [], 'newly initialised': [],
@@ -47,7 +47,7 @@ def new_flags(old, overrides):
 
 def transplant(name, p, source, old, new):
     """
-    Fill p from `source`, the tensor of the same name under the old flags or None, as far as it can be; returns
+    Fill p as far as possible from `source`, the tensor of the same name under the old flags or None. Returns
     what became of p.
     """
     if source is None:

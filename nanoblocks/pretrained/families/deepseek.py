@@ -74,8 +74,8 @@ def write_deepseek(c):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# V3: sigmoid scores, and a bias that balances them. It stands first, because without experts a model fits both
-# and transformers' V2 does not take all widths.
+# V3: sigmoid scores, and a bias that balances them. It stands before V2, because a model without experts fits
+# both, and transformers' V2 does not take all widths.
 
 
 def read_deepseek_v3(hf):

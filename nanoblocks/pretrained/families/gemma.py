@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms before and after each branch, with weights stored minus one; windows in most layers."""
+"""Gemma 2 and 3: norms before and after each branch, their weights stored minus one; many windowed layers."""
 import math
 
 from nanoblocks.pretrained.families.family import TIED, Family

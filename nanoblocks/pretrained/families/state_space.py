@@ -23,9 +23,9 @@ SILU = {'hidden_act': 'silu'}
 def mixer_tensors(place):
     """The tensors of a Mamba or Mamba-2 mixer, under their names for it."""
     ours = 'h.{m}.mixer.'
-    return {ours + 'conv1d.weight': (place + 'conv1d.weight', conv),
-            ours + 'conv1d.bias': place + 'conv1d.bias', ours + 'c_proj': place + 'out_proj'} | {
-        ours + name: place + name for name in ('in_proj', 'x_proj', 'dt_proj', 'dt_bias', 'A_log', 'D', 'norm')}
+    same_name = ('in_proj', 'x_proj', 'dt_proj', 'conv1d.bias', 'dt_bias', 'A_log', 'D', 'norm')
+    return {ours + name: place + name for name in same_name} | {
+        ours + 'conv1d.weight': (place + 'conv1d.weight', conv), ours + 'c_proj': place + 'out_proj'}
 
 
 MAMBA_TENSORS = mixer_tensors('backbone.layers.{i}.mixer.') | {
