@@ -24,8 +24,8 @@ def from_pretrained(name: str | os.PathLike, **overrides) -> GPT:
     """
     The model, in fp32, of a folder or hub repository in Hugging Face format, or of a checkpoint of nanoGPT or
     of ours. overrides: flags of GPTConfig to change. Weights that still fit are copied, others are converted
-    or newly initialised, and a line is printed for each of the three. FileNotFoundError where there is nothing
-    of that name, ValueError where it cannot be loaded; nothing is ever half loaded.
+    or newly initialised, and a line is printed for each of the three. FileNotFoundError where a file is
+    missing, ValueError where one cannot be read or stands for another kind of model.
     """
     name = os.fspath(name)
     path = nanogpt.checkpoint_file(name)
@@ -39,7 +39,7 @@ def from_pretrained(name: str | os.PathLike, **overrides) -> GPT:
 def save_pretrained(model: GPT, folder: str | os.PathLike) -> None:
     """
     Write config.json and model.safetensors for `transformers` to load, as the published family that the
-    model's flags belong to. ValueError names the flags in the way where there is none; nothing is written then.
+    model's flags belong to. Where there is none, ValueError names the flags in the way.
     """
     convert.save_folder(model, folder)
 

@@ -24,12 +24,18 @@ FIELDS = {f.name for f in fields(GPTConfig)}
 
 
 def load_folder(folder):
-    """The model of a folder: it is either complete or refused."""
+    """The model of a folder, in fp32."""
     hf = read_config(folder)
     family, files = FAMILIES[hf['model_type']], TensorFiles(folder)
     config = config_of(hf, family)
-    theirs = names_in_file(files.where, family, config, hf)
-    drop_tied_head(theirs, files, family, config, hf)
+    rules = rules_of(family, config, hf)
+    embedding, head = (rules[ours][0] + '.weight' for ours in ('wte', 'lm_head'))
+    theirs = names_in_file(files.where, embedding, head, config, hf)
+    if config.tie and embedding in theirs and head in theirs:
+        # a head in the file is used, even where config.json ties it
+        config.tie = torch.equal(files.get(theirs[head]), files.get(theirs[embedding]))
+        if config.tie:
+            del theirs[head]
     model = GPT(config, seed=None).eval()
     copy_tensors(model, family, hf, files, theirs)
     family.finish(model, hf)
@@ -45,7 +51,7 @@ def save_folder(model, folder):
         pieces = layout(ours[name].detach().float().cpu(), model.config)
         tensors |= {theirs: piece.save() for theirs, piece in zip(names, pieces, strict=True)}
     if model.config.n_predict > 1:
-        print(f'n_predict={model.config.n_predict}: the blocks that predict further tokens are left out, as '
+        print(f'n_predict={model.config.n_predict}: the blocks of multi-token prediction are not exported: '
               'they serve training only')
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
@@ -182,11 +188,9 @@ def expanded(theirs, layer, n_expert):
 # Reading tensors
 
 
-def names_in_file(where, family, config, hf):
-    """{their name: the name in the file} of the weights. A base model's file has no prefix."""
-    rules = rules_of(family, config, hf)
-    prefix = rules['wte'][0].partition('.')[0] + '.'
-    head = rules['lm_head'][0] + '.weight'
+def names_in_file(where, embedding, head, config, hf):
+    """{their name: its name in the file} of all weights. Files of base models leave the prefix out."""
+    prefix = embedding.partition('.')[0] + '.'
     bare = not any(name.startswith(prefix) for name in where)
     theirs = {(prefix + name if bare and name != head else name): name for name in where}
     # DeepSeek V3's multi-token prediction is stored as layers after the last
@@ -196,18 +200,8 @@ def names_in_file(where, family, config, hf):
             if not NOT_WEIGHTS.search(name) and not name.startswith(after)}
 
 
-def drop_tied_head(theirs, files, family, config, hf):
-    """Tie the head only where the file has none of its own, or the same, whatever config.json says."""
-    rules = rules_of(family, config, hf)
-    embedding, head = rules['wte'][0] + '.weight', rules['lm_head'][0] + '.weight'
-    if config.tie and head in theirs and embedding in theirs:
-        config.tie = torch.equal(files.get(theirs[head]), files.get(theirs[embedding]))
-        if config.tie:
-            del theirs[head]
-
-
 def copy_tensors(model, family, hf, files, theirs):
-    """Copy every tensor of the files to its place in the model: each of them, and to every place."""
+    """Fill the model from the files. Refused where a tensor is missing, misshapen or left over."""
     ours, unused = tensors_of(model), set(theirs)
     folder, kind, unfilled = files.folder, hf['model_type'], set(ours)
     for mine, names, layout in matches(family, model.config, hf, ours):
@@ -258,8 +252,8 @@ def family_for(model):
         others.append((0, len(differing), kind, differing))
     # the nearest has the same kinds of blocks, and the fewest other flags
     _, _, kind, differing = min(others, key=lambda other: other[:2])
-    told = ', '.join(f'{name}={mine} ({theirs} there)' for name, (mine, theirs) in sorted(differing.items()))
-    raise ValueError(f'these flags belong to no published family; {kind}, the nearest, differs in {told}')
+    rules = ', '.join(f'{flag}={mine} must be {theirs}' for flag, (mine, theirs) in sorted(differing.items()))
+    raise ValueError(f'{rules}: no published family has these flags, and {kind} is the nearest')
 
 
 def write_config(c, kind, family):
@@ -283,7 +277,7 @@ def unlike(c, family):
         if value != theirs and flag not in NOT_STORED and not c.missing(flag):
             found[flag] = value, theirs
     if not c.mixers() <= set(family.mixers):
-        found['layer_pattern'] = c.layer_pattern, family.mixers
+        found['layer_pattern'] = c.layer_pattern, f'of the letters {family.mixers}'
     return found
 
 

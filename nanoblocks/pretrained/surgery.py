@@ -12,7 +12,7 @@ FIXED = ('attn', 'n_embd', 'n_head', 'head_dim')
 
 
 def operate(model, overrides):
-    """A model with these flags, the others as in `model`, from its weights. Prints what became of each tensor."""
+    """A model with these flags, the others as in `model`, from its weights. Prints what became of them."""
     old = model.config
     for name, value in overrides.items():
         if name not in FIELDS:

@@ -5,7 +5,7 @@ The tables LLAMA_* are what most other files here begin with.
 import math
 
 from nanoblocks.pretrained.families.family import LAYERNORM, TIED, Family
-from nanoblocks.pretrained.keys import GATED_FFN, UNGATED_FFN, Key, read_window, renamed, score_scale, without
+from nanoblocks.pretrained.keys import GATED_FFN, UNGATED_FFN, Key, read_window, score_scale, without
 from nanoblocks.pretrained.layouts import gate_up, qkv
 from nanoblocks.pretrained.rope import read_rope, rope_parameters, rope_type, write_rope
 
