@@ -23,8 +23,8 @@ from nanoblocks.pretrained.surgery import operate
 def from_pretrained(name: str | os.PathLike, **overrides) -> GPT:
     """
     The model, in fp32, of a folder or hub repository in Hugging Face format, or of a checkpoint of nanoGPT or
-    of ours. overrides: flags of GPTConfig to change. Weights that still fit are copied, others are converted
-    or newly initialised, and a line is printed for each of the three. FileNotFoundError where a file is
+    of ours. overrides: flags of GPTConfig to change. Weights that still fit are copied, the others are
+    converted or newly initialised; a line is printed for each of the three. FileNotFoundError where a file is
     missing, ValueError where one cannot be read or stands for another kind of model.
     """
     name = os.fspath(name)

@@ -1,8 +1,8 @@
 """
 From a folder in Hugging Face format to a GPT, and back.
 
-config.json becomes flags and flags become config.json; then every tensor of the model is matched with the
-tensors of the file. What differs from family to family is in families/.
+config.json becomes flags and flags become config.json; then each tensor of the model is matched with those of
+the file. What differs from family to family is in families/.
 """
 import json
 import math
@@ -63,9 +63,9 @@ def save_folder(model, folder):
 # config.json -> flags
 
 UNSUPPORTED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_config')
-# keys whose null says that there is no such thing; elsewhere null stands for the default
+# keys whose null means none, such as no window; the null of any other key stands for its default
 NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping')
-# flags without which there is no model
+# flags whose key a file must have
 SIZES = ('vocab_size', 'n_embd', 'n_layer')
 
 
@@ -225,7 +225,7 @@ def copy_tensors(model, family, hf, files, theirs):
 # ----------------------------------------------------------------------------------------------------------
 # flags -> config.json
 
-# flags of training, which no checkpoint of theirs holds, and `bias`, which other flags spell out
+# flags that no config.json holds: those of training, and `bias`, which other flags spell out
 NOT_STORED = ('dropout', 'aux_weight', 'bias_rate', 'z_weight', 'n_predict', 'predict_weight', 'zero_init',
               'bias')
 
@@ -246,7 +246,8 @@ def family_for(model):
             differing = differences(c, config_of(complete(hf, family), family))
         except ValueError:  # flags that this family cannot express
             continue
-        covered = {mine for mine, _, _ in matches(family, c, hf, ours)}
+        # the blocks of multi-token prediction, further.*, stay here
+        covered = {name for name, _, _ in matches(family, c, hf, ours)}
         if not differing and all(name in covered or name.startswith('further.') for name in ours):
             return kind, hf
         others.append((0, len(differing), kind, differing))
@@ -292,7 +293,7 @@ def differences(c, d):
         found = {f: pair for f, pair in found.items() if not f.endswith('_pattern')}
     if 'f' not in c.ffns():
         found.pop('ffn_width', None)
-    # balancing without the router's bias, and balancing with it, leave no other trace in a checkpoint
+    # all that a checkpoint shows of balancing is whether the router has a bias
     if {c.balance, d.balance} <= {'none', 'aux'} or {c.balance, d.balance} <= {'bias', 'both'}:
         found.pop('balance', None)
     if c.pos != 'learned':

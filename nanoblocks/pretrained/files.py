@@ -26,9 +26,7 @@ def folder_of(name):
 
 
 class TensorFiles:
-    """
-    The tensors of a folder, read one by one from memory-mapped files: the weights are never in memory twice.
-    """
+    """The tensors of a folder, read one by one from memory-mapped files: no second copy is in memory."""
     REOPEN = 2 ** 24  # bytes: pages that were read count as memory until their file is closed
 
     def __init__(self, folder):

@@ -1,4 +1,4 @@
-"""What an entry of a family consists of, and what all families have in common."""
+"""Family: the fields of an entry. DEFAULTS and other values that families share."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,35 +19,36 @@ class Family:
     # {another name of a key, as older files have it: the key}
     aliases: dict = field(default_factory=dict)
 
-    # {key: what it means that a file leaves it out}, beside DEFAULTS
+    # {key: its value where a file leaves it out}, beside DEFAULTS
     defaults: dict = field(default_factory=dict)
 
     # {key: the only value of it that we support}
     only: dict = field(default_factory=dict)
 
-    # {our tensor: theirs, or (theirs, layout)}, or a function (config, config.json) -> that.
-    # Ours: {i} is any layer, {a} one with attention, {m} one with a state space, {f} one with a dense
-    # feed-forward, {e} one with experts. Theirs: {i} is that layer, {n} every expert, {q,k,v} each of the
-    # three. A name without .weight or .bias stands for both. Tensors that a model does not have are skipped.
+    # {our tensor: theirs, or (theirs, layout)}, or a function (config, config.json) that returns it.
+    # In our name {i} is any layer, {a} one with attention, {m} one with a state space, {f} one with a dense
+    # feed-forward, {e} one with experts. In theirs {i} is the same layer, {n} every expert, {q,k,v} each of
+    # the three. A name without .weight or .bias stands for both. Rules for tensors that a model does not
+    # have are skipped.
     tensors: dict | Callable
 
     # the letters of layer_pattern that its models may have
     mixers: str = 'a'
 
-    # config.json -> more flags. It comes with all defaults, and without nulls.
+    # config.json, with defaults filled in and nulls dropped -> more flags
     read: Callable = lambda hf: {}
 
     # config -> more keys of config.json
     write: Callable = lambda c: {}
 
-    # (model, config.json): what is left to do to a loaded model
+    # (model, config.json) -> None: a last change to the weights of a loaded model
     finish: Callable = lambda model, hf: None
 
     def __post_init__(self):
         self.keys = {key: as_key(flags) for key, flags in self.keys.items()}
 
 
-# what it means that a file leaves a key out, unless the family says otherwise
+# {key: its value where a file leaves it out}, unless the family has another default
 DEFAULTS = {
     'tie_word_embeddings': False, 'rope_theta': 10000.0, 'hidden_act': 'silu', 'attention_bias': False,
     'mlp_bias': False, 'rms_norm_eps': 1e-6, 'layer_norm_eps': 1e-5, 'layer_norm_epsilon': 1e-5}

@@ -88,7 +88,7 @@ FAMILIES['phi3'] = Family(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# OLMo 2: norms after the branches, and over all heads at once
+# OLMo 2: norms after the branches; queries and keys normed over all heads at once
 
 FAMILIES['olmo2'] = Family(
     architecture='Olmo2ForCausalLM',

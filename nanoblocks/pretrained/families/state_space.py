@@ -98,8 +98,8 @@ def write_jamba(c):
 
 def period_of(what, letters, letter):
     """
-    The period and offset at which a letter stands. Where there are none, any: the config.json that comes out
-    then reads as other layers, and the export is refused.
+    Period and offset of the layers with this letter. Where the layers have no period, 1 and 0: what is written
+    then reads back as other layers, and the export is refused.
     """
     n = len(letters)
     period, offset = next(
