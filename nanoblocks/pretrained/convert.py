@@ -254,7 +254,7 @@ def family_for(model):
     # the nearest has the same kinds of blocks, and the fewest other flags
     _, _, kind, differing = min(others, key=lambda other: other[:2])
     rules = ', '.join(f'{flag}={mine} must be {theirs}' for flag, (mine, theirs) in sorted(differing.items()))
-    raise ValueError(f'{rules}: no published family has these flags, and {kind} is the nearest')
+    raise ValueError(f'{rules} to export as {kind}, the nearest published family')
 
 
 def write_config(c, kind, family):
@@ -278,7 +278,7 @@ def unlike(c, family):
         if value != theirs and flag not in NOT_STORED and not c.missing(flag):
             found[flag] = value, theirs
     if not c.mixers() <= set(family.mixers):
-        found['layer_pattern'] = c.layer_pattern, f'of the letters {family.mixers}'
+        found['layer_pattern'] = c.layer_pattern, f'letters of {family.mixers}'
     return found
 
 
