@@ -98,8 +98,8 @@ def write_jamba(c):
 
 def period_of(what, letters, letter):
     """
-    Period and offset of the layers with this letter. Where they have none, 1 and 0: config.json then reads back
-    as other layers, and the export is refused.
+    Period and offset of the layers with this letter. Where they have none, 1 and 0: config.json then reads
+    back as other layers, and the export is refused.
     """
     n = len(letters)
     period, offset = next(
