@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import torch
 
-from configurator import configure, names_in
+from configurator import configure, settings_of
 from model import GPT, GPTConfig
 from nanoblocks.files import ROOT
 from nanoblocks.formats import format_quantity
@@ -21,7 +21,7 @@ BEGIN, END = '<!-- made by python -m nanoblocks.experiments.tables -->', '<!-- e
 
 def flags_of(name):
     """The model flags that config/<name>.py sets."""
-    return configure({}, GPTConfig, [str(ROOT / 'config' / f'{name}.py')], skip=names_in(ROOT / 'train.py'))
+    return configure({}, GPTConfig, [str(ROOT / 'config' / f'{name}.py')], skip=settings_of(ROOT / 'train.py'))
 
 
 def difference(base, name):

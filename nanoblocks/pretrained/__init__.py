@@ -12,11 +12,11 @@ import os
 
 import torch
 
-from data.tokenizer import TiktokenTokenizer, from_folder, from_meta, read_json
 from model import GPT
 from nanoblocks.pretrained import convert, nanogpt
 from nanoblocks.pretrained.files import folder_of
 from nanoblocks.pretrained.surgery import operate
+from nanoblocks.tokenizer import TiktokenTokenizer, from_folder, from_meta, read_json
 
 
 @torch.no_grad()

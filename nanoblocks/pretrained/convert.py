@@ -12,13 +12,13 @@ from dataclasses import fields
 
 import torch
 
-from data.tokenizer import read_json
 from model import GPT, GPTConfig
 from nanoblocks.pretrained.families import FAMILIES
 from nanoblocks.pretrained.families.family import DEFAULTS
 from nanoblocks.pretrained.files import TensorFiles
 from nanoblocks.pretrained.keys import shortest_pattern, without
 from nanoblocks.pretrained.layouts import same
+from nanoblocks.tokenizer import read_json
 
 FIELDS = {f.name for f in fields(GPTConfig)}
 

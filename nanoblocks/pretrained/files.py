@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from data.tokenizer import read_json
+from nanoblocks.tokenizer import read_json
 
 
 def folder_of(name):

@@ -1,10 +1,10 @@
 """Checkpoints of one file, ckpt.pt: nanoGPT's, and ours."""
 import os
 
-from data.tokenizer import TiktokenTokenizer, from_meta, read_json
 from model import GPT, GPTConfig
 from nanoblocks.files import ROOT
 from nanoblocks.pretrained.convert import NOT_WEIGHTS, tensors_of
+from nanoblocks.tokenizer import TiktokenTokenizer, from_meta, read_json
 from nanoblocks.training import checkpoint
 
 # the model_args of nanoGPT

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.tokenizer import from_meta
 from nanoblocks.files import ROOT, git_commit
 from nanoblocks.formats import first_line, format_quantity
+from nanoblocks.tokenizer import from_meta
 
 
 class Logbook:
