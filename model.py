@@ -36,8 +36,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels as ops
-from configurator import SET, Flags, flag, flags
+from configurator import SET, Flags, flag, flags, own_module
+
+ops = own_module('kernels')     # import kernels as ops, even where PyPI's package of that name was found first
 
 # ==========================================================================================================
 # Part I: a decoder, from GPT-2 to Llama
