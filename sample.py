@@ -40,6 +40,7 @@ from nanoblocks.hardware import (
     pick_device,
     read_bandwidth,
     synchronized_time,
+    warn_of_torch_version,
 )
 from nanoblocks.training import checkpoint
 
@@ -78,6 +79,7 @@ kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all,
 compile = False                     # torch.compile the step: a minute for the first token, faster ones after
 
 configure(globals())
+warn_of_torch_version()
 sys.stdout.reconfigure(errors='replace')  # for consoles that cannot print every character
 
 # ----------------------------------------------------------------------------------------------------------

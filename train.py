@@ -29,7 +29,14 @@ from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks import pretrained
 from nanoblocks.files import write_json
 from nanoblocks.formats import first_line, format_duration, format_quantity
-from nanoblocks.hardware import check_device, gpu_dtype, memory_gb, peak_flops, pick_device
+from nanoblocks.hardware import (
+    check_device,
+    gpu_dtype,
+    memory_gb,
+    peak_flops,
+    pick_device,
+    warn_of_torch_version,
+)
 from nanoblocks.training import checkpoint, optim, parallel, stopping
 from nanoblocks.training.logbook import Logbook, Spikes, Tally, profile_steps, sample_texts
 from nanoblocks.training.settings import STARTS, check_settings
@@ -101,6 +108,8 @@ settings = plain_settings(globals())
 
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 master, resumed = rank == 0, None
+if master:
+    warn_of_torch_version()
 
 with errors_as_messages():
     if init_from == 'resume' or init_from == 'auto' and checkpoint.can_resume(out_dir):

@@ -11,6 +11,19 @@ PEAK_FLOPS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 9
               'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
 
+# the versions of torch that pyproject.toml allows
+TORCH_VERSIONS = (2, 11), (2, 15)
+
+
+def warn_of_torch_version():
+    """One line on stderr if this torch is not one of the versions that the code is tested with."""
+    major, minor = map(int, torch.__version__.split('.')[:2])
+    oldest, newest = TORCH_VERSIONS
+    if not oldest <= (major, minor) <= newest:
+        print(f'warning: torch {torch.__version__} is not one of {"{}.{}".format(*oldest)} to '
+              f'{"{}.{}".format(*newest)}, with which this code is tested', file=sys.stderr)
+
+
 def peak_flops(card):
     """Dense bf16 FLOP/s of a card by its name, None for one that is not in the table."""
     return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
