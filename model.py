@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 from configurator import SET, Flags, flag, flags, own_module
 
-ops = own_module('kernels')     # import kernels as ops, even where PyPI's package of that name was found first
+ops = own_module('kernels')     # import kernels as ops, even where PyPI's package of that name comes first
 
 # ==========================================================================================================
 # Part I: a decoder, from GPT-2 to Llama
