@@ -262,7 +262,8 @@ def rows(text, heading):
 
 
 def test_flags_of_a_model_give_what_its_config_does():
-    models, train_settings = rows(README, 'Published models as flags')[1:], configurator.settings_of('train.py')
+    models = rows(README, 'Published models as flags')[1:]
+    train_settings = configurator.settings_of(ROOT / 'train.py')
     for _, name, recipe, _ in models:
         base, _, flags = recipe.partition(' + ')
         base = {label: base for base, label in tables.BASES.items()}.get(base, 'gpt2_small')
