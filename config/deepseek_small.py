@@ -1,6 +1,6 @@
 """
-DeepSeek V3 (2024, https://arxiv.org/abs/2412.19437): latent attention; small experts chosen within groups by
-sigmoid scores and kept busy by a bias in place of a loss; one shared expert; a dense layer in front.
+DeepSeek V3 (2024, https://arxiv.org/abs/2412.19437): latent attention; many small experts, chosen within
+groups by sigmoid scores and balanced by a bias instead of a loss; one shared expert; a dense first layer.
 """
 out_dir = 'out/deepseek_small'
 pos = 'rope'

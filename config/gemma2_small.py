@@ -1,6 +1,6 @@
 """
-Gemma 2 (2024, https://arxiv.org/abs/2408.00118): windowed and full layers in turns, norms before and after
-every branch, soft-capped scores and logits, GELU gates, an embedding scaled by sqrt(n_embd).
+Gemma 2 (2024, https://arxiv.org/abs/2408.00118): alternating windowed and full attention, norms before
+and after every branch, soft-capped scores and logits, GELU gates, an embedding scaled by sqrt(n_embd).
 """
 out_dir = 'out/gemma2_small'
 pos = 'rope'

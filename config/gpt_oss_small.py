@@ -1,6 +1,6 @@
 """
-gpt-oss (2025, https://arxiv.org/abs/2508.10925): windowed and full layers in turns, a learned sink in every
-head, biases, and four of sixteen experts with a clamped SwiGLU.
+gpt-oss (2025, https://arxiv.org/abs/2508.10925): alternating windowed and full attention, a learned sink
+in every head, biases, and sixteen experts with a clamped SwiGLU, four for each token.
 """
 out_dir = 'out/gpt_oss_small'
 pos = 'rope'

@@ -1,6 +1,6 @@
 """
-Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887): one attention layer among seven of Mamba, which
-give order enough that attention needs no positions; experts in every other layer.
+Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887): one attention layer to seven Mamba layers,
+which carry enough order that attention needs no positions; experts in every other layer.
 """
 out_dir = 'out/jamba_small'
 pos = 'none'
@@ -15,4 +15,4 @@ ssm_norm = True
 n_expert = 8
 n_expert_used = 2
 router_norm = False
-expert_width = 1.0  # as wide as the dense ffns
+expert_width = 1.0  # as wide as a dense ffn

@@ -1,7 +1,7 @@
 """
-Llama 4 (2025): three layers with rotary positions, which see the chunk that they are in, to one that sees
-everything and has none (NoPE); every other ffn is one of sixteen experts, whose input is weighted by a
-sigmoid, beside a shared one.
+Llama 4 (2025): three layers of four rotate and attend within a chunk of the text, and the fourth attends to
+all of it without positions (NoPE). Every other ffn has sixteen experts, one for each token and weighted on
+its input by a sigmoid, and a shared expert.
 """
 out_dir = 'out/llama4_small'
 pos = 'rope'

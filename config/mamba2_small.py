@@ -1,6 +1,6 @@
 """
-Mamba-2 (Dao and Gu 2024, https://arxiv.org/abs/2405.21060): Mamba with one decay per head, which makes the
-scan a few matrix products and affords eight times the state.
+Mamba-2 (Dao and Gu 2024, https://arxiv.org/abs/2405.21060): Mamba with one decay per head, which turns
+the scan into a few matrix products and allows a state eight times as large.
 """
 out_dir = 'out/mamba2_small'
 pos = 'none'

@@ -1,6 +1,6 @@
 """
-Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752): no attention and no ffn, a selective scan in every
-layer. Its state has the same size after any number of tokens.
+Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752): no attention and no ffn, but a selective scan in
+every layer. Its state has the same size after any number of tokens.
 """
 out_dir = 'out/mamba_small'
 pos = 'none'

@@ -1,6 +1,6 @@
 """
-Mistral 7B (Jiang et al. 2023, https://arxiv.org/abs/2310.06825): Llama's blocks, and every layer sees a
-window only, an eighth of the context. What lies further back arrives through the layers.
+Mistral 7B (Jiang et al. 2023, https://arxiv.org/abs/2310.06825): Llama's blocks with windowed attention in
+every layer, over an eighth of the context. Earlier tokens are seen through the layers below.
 """
 out_dir = 'out/mistral_small'
 pos = 'rope'

@@ -1,6 +1,6 @@
 """
-Mixtral 8x7B (Jiang et al. 2024, https://arxiv.org/abs/2401.04088): Llama's blocks with eight ffns in every
-layer, of which a token passes through two. Each is half as wide as Llama's: a token does the same work.
+Mixtral 8x7B (Jiang et al. 2024, https://arxiv.org/abs/2401.04088): Llama's blocks with eight experts in
+every layer, two for each token. An expert is half as wide as Llama's ffn, so the work per token is the same.
 """
 out_dir = 'out/mixtral_small'
 pos = 'rope'

@@ -1,6 +1,6 @@
 """
-OLMo 2 (2024, https://arxiv.org/abs/2501.00656): Llama's blocks, normed on the branches' outputs and not on
-their inputs, and queries and keys normed over all heads at once.
+OLMo 2 (2024, https://arxiv.org/abs/2501.00656): Llama's blocks with norms on the outputs of the branches
+instead of their inputs, and a norm of queries and keys over all heads at once.
 """
 out_dir = 'out/olmo2_small'
 pos = 'rope'

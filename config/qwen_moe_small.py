@@ -1,6 +1,6 @@
 """
-Qwen 1.5 MoE (2024): many small experts, four of sixteen for each token, beside a wider one that every
-token passes through, which has a gate of its own.
+Qwen 1.5 MoE (2024): sixteen small experts, four for each token, beside a wider one with a gate of its own
+that every token uses.
 """
 out_dir = 'out/qwen_moe_small'
 pos = 'rope'

@@ -1,6 +1,6 @@
 """
-Samba (Ren et al. 2024, https://arxiv.org/abs/2406.07522): Mamba for what is far and a window of attention for
-what is near, in turns.
+Samba (Ren et al. 2024, https://arxiv.org/abs/2406.07522): alternating Mamba layers, for distant tokens, and
+windowed attention, for near ones.
 """
 out_dir = 'out/samba_small'
 pos = 'rope'

@@ -1,6 +1,6 @@
 """
 nanoGPT's CPU quick start in a seventh of its steps: the same data, sizes (4 layers, 128 wide, 64 tokens,
-batches of 12) and final loss, by Muon and the blocks of today. Needs
+batches of 12) and final loss, with Muon and newer blocks. Needs
 `python data/shakespeare_char/prepare.py` first.
 """
 out_dir = 'out/shakespeare_char_fast'
@@ -22,7 +22,7 @@ batch_size = 12
 gradient_accumulation_steps = 1
 max_iters = 280
 optimizer = 'muon'
-muon_lr = 0.012  # 0.02 and 0.008 come out higher in so few steps
+muon_lr = 0.012  # 0.02 and 0.008 end at a higher loss after so few steps
 learning_rate = 3e-3
 beta2 = 0.95
 weight_decay = 0.0
@@ -34,4 +34,4 @@ log_interval = 50
 eval_interval = 280
 eval_iters = 20
 device = 'cpu'
-compile = False  # would take longer than the run
+compile = False  # compiling would take longer than the run

@@ -6,8 +6,8 @@ A size for a laptop: minutes on two cores. Put it behind an architecture:
 n_layer = 6
 n_head = 4
 n_embd = 256
-head_dim = None   # n_embd / n_head, whatever the architecture had
-ffn_width = None  # by its rule
+head_dim = None   # n_embd / n_head, whatever the architecture sets
+ffn_width = None  # the default for this n_embd
 block_size = 256
 
 dataset = 'pysource'

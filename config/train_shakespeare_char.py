@@ -6,7 +6,7 @@ out_dir = 'out-shakespeare-char'
 eval_interval = 250  # often, because it overfits
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # for the same reason only the best is kept
+always_save_checkpoint = False  # for the same reason, keep only the best checkpoint
 
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
@@ -22,9 +22,9 @@ n_embd = 384
 dropout = 0.2
 bias = False
 
-learning_rate = 1e-3  # small networks take a higher one
+learning_rate = 1e-3  # small networks tolerate a higher rate
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99  # slower, as there are few tokens in a step
+beta2 = 0.99  # above 0.95, because a step has few tokens
 warmup_iters = 100

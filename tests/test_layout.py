@@ -21,8 +21,8 @@ SKIPPED = {'tests', 'venv', '.venv', 'out', 'build'}
 SOURCES = [path for path in sorted(ROOT.rglob('*.py')) if not SKIPPED & set(path.relative_to(ROOT).parts)]
 # Each may import those before it while it is itself imported, apart from EXCEPTIONS.
 CHAIN = ('configurator', 'kernels', 'model', 'data', 'nanoblocks', 'nanoblocks.training',
-         'nanoblocks.pretrained', 'nanoblocks.decoding', 'nanoblocks.experiments', 'train', 'sample', 'ablate',
-         'bench', 'config')
+         'nanoblocks.pretrained', 'nanoblocks.decoding', 'nanoblocks.experiments', 'train', 'sample',
+         'ablate', 'bench', 'config')
 COMMANDS = {'train', 'sample', 'ablate', 'bench'}
 EXCEPTIONS = {'kernels': {'configurator'}, 'data': {'kernels', 'model'}, 'config': set(CHAIN),
               'sample': COMMANDS, 'ablate': COMMANDS, 'bench': COMMANDS}
