@@ -14,18 +14,17 @@ from model import GPT, GPTConfig, Linear, StateCache, TokenCache
 from nanoblocks.decoding.decode import (
     Decoder,
     Sampling,
-    Text,
-    arriving,
     gumbel,
     key,
     left_padded,
-    logprobs_of,
-    special_token,
+    steps_on_host,
     trimmed,
     uniform,
 )
 from nanoblocks.decoding.quantize import Int8Experts, Int8Linear, quantize, rounded
-from nanoblocks.decoding.speculative import Speculative, verdict
+from nanoblocks.decoding.scoring import token_logprobs
+from nanoblocks.decoding.speculative import Speculative, acceptance
+from nanoblocks.decoding.text import Text, special_token
 from nanoblocks.hardware import bytes_per_step, read_bandwidth
 
 GREEDY = Sampling(temperature=0)
@@ -245,9 +244,9 @@ def test_steps_arrive_whole_and_in_order(late):
     for n in (1, 2, 7):
         new, logprobs = drawn(decoder(n))
         steps = [list(step) for step in zip(new.T.tolist(), logprobs.T.tolist())]
-        assert list(arriving(decoder(n), late)) == steps
+        assert list(steps_on_host(decoder(n), late)) == steps
     running = decoder(5)
-    steps = arriving(running, late)
+    steps = steps_on_host(running, late)
     # the first at once, the others when the next is under way
     assert [(next(steps), running.number.item())[1] for _ in range(3)] == ([1, 3, 4] if late else [1, 2, 3])
 
@@ -313,14 +312,14 @@ def test_speculative_decoding_keeps_the_distribution(kind):
     """Exactly: over every outcome of every draw, three tokens by drafts of two."""
     model, draft = pair(**TINY[kind])
     idx, sampling, shares, agreed = torch.tensor([[0, 2, 1, 1]]), Sampling(temperature=1.3), {}, 0.0
-    chance, more = Branches(), True
+    noise, more = Branches(), True
     while more:
-        decoder = Speculative(model, draft, idx, 3, sampling, ahead=2)
-        decoder.chance = chance
+        decoder = Speculative(model, draft, idx, 3, sampling, draft_length=2)
+        decoder.noise = noise
         text = tuple(token.item() for token in decoder.stream())
-        shares[text] = shares.get(text, 0.0) + chance.weight
-        agreed += chance.weight * decoder.kept
-        more = chance.next_path()
+        shares[text] = shares.get(text, 0.0) + noise.weight
+        agreed += noise.weight * decoder.accepted
+        more = noise.next_path()
     assert abs(sum(shares.values()) - 1) < 1e-5 and 0.2 < agreed < 1.9, f'{agreed} drafts kept'
     for text in itertools.product(range(3), repeat=3):
         whole = torch.cat((idx, torch.tensor([text])), 1)
@@ -333,7 +332,7 @@ def test_verdict_is_the_rule_of_the_paper():
     p, q = torch.rand(4, 5).softmax(-1), torch.rand(3, 5).softmax(-1)
     total = torch.zeros(5, dtype=torch.float64)
     for x in range(5):
-        keep, then = verdict(p, q, torch.full((3,), x))
+        keep, then = acceptance(p, q, torch.full((3,), x))
         for n in range(3):
             assert abs(keep[n] - min(1, p[n, x] / q[n, x])) < 1e-6
         total += q[0, x].double() * ((1 - keep[0]) * then[0]).double()
@@ -348,25 +347,25 @@ def test_greedy_speculation_is_the_greedy_text(flags):
     model, idx = scaled(build(flags), 10), tokens(flags, 1, 6)
     other = scaled(build(flags, seed=5), 10)
     text = torch.cat(list(Decoder(model, idx, 14, GREEDY).stream()), 1)
-    for draft, ahead in ((other, 3), (model, 4), (other, 1)):
-        decoder = Speculative(model, draft, idx, 14, GREEDY, ahead=ahead)
+    for draft, length in ((other, 3), (model, 4), (other, 1)):
+        decoder = Speculative(model, draft, idx, 14, GREEDY, draft_length=length)
         logprobs, new = [], []
         for token in decoder.stream():
             new.append(token)
             logprobs.append(decoder.logprob)
-        assert torch.equal(torch.cat(new, 1), text), f'{ahead} ahead'
+        assert torch.equal(torch.cat(new, 1), text), f'drafts of {length}'
         whole = torch.cat((idx, text), 1)
         assert_close(torch.cat(logprobs, 1), want(model, whole, 14), 1e-4, 'log-probabilities')
         if draft is model:
-            assert decoder.kept == decoder.proposed and decoder.rounds == 3, 'it must agree with itself'
+            assert decoder.accepted == decoder.proposed and decoder.rounds == 3, 'it must agree with itself'
 
 
 def test_speculation_stops_where_the_text_does():
     model, idx = scaled(build(toy(pos='rope')), 10), tokens(toy(), 1, 6)
-    whole = Speculative(model, model, idx, 14, Sampling(), seed=1, ahead=4)
+    whole = Speculative(model, model, idx, 14, Sampling(), seed=1, draft_length=4)
     text = [token.item() for token in whole.stream()]
     stop = text[6]
-    again = Speculative(model, model, idx, 14, Sampling(), stop=[stop], seed=1, ahead=4)
+    again = Speculative(model, model, idx, 14, Sampling(), stop=[stop], seed=1, draft_length=4)
     assert [t.item() for t in again.stream()] == text[:text.index(stop) + 1]
 
 
@@ -401,7 +400,7 @@ def test_speculation_penalises_repetition_as_the_plain_loop():
     ({'draft': toy(vocab_size=97)}, '^draft has a vocabulary of 97 tokens and must'),
     ({'idx': torch.zeros(2, 4, dtype=torch.int64)}, '^idx of shape'),
     ({'idx': torch.zeros(1, 0, dtype=torch.int64)}, '^idx of shape'),
-    ({'ahead': 0}, '^ahead=0 must be'),
+    ({'draft_length': 0}, '^draft_length=0 must be'),
     ({'max_new_tokens': 21}, 'must stay within block_size=24 of draft')])
 def test_speculation_refuses_in_one_sentence(wrong, sentence):
     arguments = dict(idx=tokens(toy(), 1, 4), max_new_tokens=3) | wrong
@@ -469,15 +468,15 @@ def test_int8_keeps_the_embedding_of_a_tied_head():
 @torch.no_grad()
 def test_logprobs_of_a_text_are_those_of_the_full_forward(flags):
     model, idx = scaled(build(flags), 5), tokens(flags, 1, 20)
-    assert_close(logprobs_of(model, idx[0], 20), want(model, idx, 19)[0], 1e-4, 'one window')
+    assert_close(token_logprobs(model, idx[0], 20), want(model, idx, 19)[0], 1e-4, 'one window')
     # windows of 8 that begin at 0, 4, 8, 12: each token with at least 4 before it
-    got = logprobs_of(model, idx[0], 8)
+    got = token_logprobs(model, idx[0], 8)
     assert got.shape == (19,)
     for first, since in ((0, 1), (4, 8), (8, 12), (12, 16)):
         piece = idx[:, first:first + 8]
         part = want(model, piece, first + 8 - since)[0]
         assert_close(got[since - 1:since - 1 + len(part)], part, 1e-4, f'window at {first}')
-    assert logprobs_of(model, idx[0, :1], 8).shape == (0,)
+    assert token_logprobs(model, idx[0, :1], 8).shape == (0,)
 
 
 def test_bytes_of_a_step():
@@ -526,19 +525,19 @@ def test_text_is_told_in_whole_characters():
 
 
 def test_text_ends_before_a_stop_string():
-    text = Text(ByteTokenizer(), stops=['END', 'NO'])
+    text = Text(ByteTokenizer(), stop_strings=['END', 'NO'])
     assert said(text, b'aENxENDb') == ['a', '', '', 'ENx', '', '', '', '']
     assert text.done and text.text == 'aENx'
     assert text.tokens == [*b'aENxEND'], 'the tokens of the stop are counted, later ones are not'
-    text = Text(ByteTokenizer(), stops=['END'])
+    text = Text(ByteTokenizer(), stop_strings=['END'])
     said(text, b'aEN')
     assert text.finish() == 'EN', 'what only began like a stop is text'
-    text = Text(ByteTokenizer(), stops=['b', 'ab'])
+    text = Text(ByteTokenizer(), stop_strings=['b', 'ab'])
     assert said(text, b'xab') == ['x', '', ''] and text.text == 'x'
 
 
 def test_text_ends_with_a_token():
-    text = Text(ByteTokenizer(), ends=[256])
+    text = Text(ByteTokenizer(), stop_tokens=[256])
     assert said(text, [97, 256, 98]) == ['a', '', ''] and text.text == 'a' and text.tokens == [97, 256]
 
 
