@@ -22,34 +22,34 @@ from nanoblocks.decoding.text import read_prompts, text_or_file
 # Settings
 
 # the model
-init_from = 'resume'                # resume: the run in out_dir; else a checkpoint: a folder, file or hub id
-out_dir = 'out'                     # folder of the run
+init_from = 'resume'                # resume: the run in out_dir; else a checkpoint's folder, file or hub id
+out_dir = 'out'                     # folder of the run to sample from
 ckpt = 'best.pt'                    # file of the run: best.pt (lowest validation loss) or ckpt.pt (newest)
 # what to do: at most one of these four
-start = ''                          # the text to continue, or FILE:path; empty: the dataset's usual prompt
-prompts = ''                        # a file of texts to continue: one per line, or a "prompt" per line of .jsonl
+start = ''                          # prompt, or FILE:path; empty: the usual prompt of the run's dataset
+prompts = ''                        # file of prompts: one per line, or .jsonl with a "prompt" per line
 interactive = False                 # continue each line that is typed
-score = ''                          # print how likely this text is, or the text in FILE:path
+score = ''                          # print how likely this text is; FILE:path for the text of a file
 # what may be drawn
-num_samples = 3                     # continuations of each text
-max_new_tokens = 500                # length of a continuation; less if the document or learned positions end
+num_samples = 3                     # samples of each prompt
+max_new_tokens = 500                # longest sample; shorter where the document or learned positions end
 temperature = 0.6                   # 0: the likeliest token; 1: the model's distribution; above 1: flatter
-top_k: int | None = 200             # draw from the k likeliest tokens; None: from all
-top_p: float | None = 0.9           # draw from the fewest tokens that hold this share; None: from all
-min_p: float | None = None          # draw from tokens with p >= min_p * the largest p; None: from all
+top_k: int | None = 200             # draw from this many of the likeliest tokens; None: from all
+top_p: float | None = 0.9           # draw from the fewest tokens with this total probability; None: from all
+min_p: float | None = None          # draw from tokens with p >= min_p * (largest p); None: from all
 repetition_penalty = 1.0            # above 1: tokens that are already in the text become less likely
 stop = ''                           # text or special token that ends a sample, or a JSON list of them
-seed = 1337                         # decides the text: the same seed, the same samples
+seed = 1337                         # of the random draws: the same seed gives the same samples
 # how
-batch_size = 16                     # prompts of a file that run together
-chunk = 2048                        # tokens of a prompt in one forward pass
+batch_size = 16                     # prompts that run together; the samples do not depend on it
+chunk = 2048                        # prompt tokens per forward pass
 draft = ''                          # out_dir of a smaller model that drafts (speculative decoding)
-ahead = 4                           # tokens that the draft proposes in each round
-quant = 'none'                      # type of the weights while sampling: none (as dtype says), int8
-out = ''                            # file for prompt, text, tokens and log-probabilities, as JSON lines
-device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'                      # of the weights: float32, bfloat16, float16; auto: 16 bits on a GPU
-kernels = 'auto'                    # fused GPU kernels: auto, torch (none of them), triton (all of them)
+ahead = 4                           # with draft: tokens it proposes in each round
+quant = 'none'                      # none, or int8: round the weights to 8 bits
+out = ''                            # file to write: prompt, text, tokens, log-probabilities, as JSON lines
+device = 'auto'                     # where to run: auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'                      # type of the weights: float32, bfloat16, float16; auto: 16 bits on a GPU
+kernels = 'auto'                    # Triton kernels on a GPU: auto, torch (none), triton (all of them)
 compile = False                     # torch.compile the step: a minute to the first token, faster afterwards
 
 configure(globals())

@@ -10,7 +10,7 @@ class Console:
     """Runs a Session for a terminal: one method per mode of sample.py."""
 
     def __init__(self, session, out='', quant='none'):
-        """out: a file for JSON lines, one per sample; quant: 'int8' rounds the weights before they are used"""
+        """out: a file for JSON lines, one per sample; quant: 'int8' rounds the weights beforehand"""
         self.session, self.out, self.quant = session, out, quant
         self.file = self.last = None
         self.hit_limit = False          # whether learned positions ended a sample
@@ -49,7 +49,7 @@ class Console:
         """Open the file and quantise, on entry; sum up on exit. tokens: to measure the cost of int8 on."""
         with open(self.out, 'w', encoding='utf-8') if self.out else nullcontext() as self.file:
             if self.quant == 'int8':
-                print(cost_line(self.session.quantize(tokens), 'the text' if tokens else 'text it drew itself'))
+                print(cost_line(self.session.quantize(tokens), 'the text' if tokens else 'its own text'))
             yield
         if self.last and self.last.steps and self.last.decoder.cache is not None:
             print(draft_line(self.session, self.last) if self.session.draft else step_line(self.last))
