@@ -68,7 +68,7 @@ with one_sentence():
         raise ValueError(f'{given} must not be set together: each says what to do')
 
     session = Session.load(
-        init_from, out_dir, ckpt, draft, device, dtype, kernels,
+        init_from, out_dir, ckpt, draft=draft, device=device, dtype=dtype, kernels=kernels,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty), stop=stop, seed=seed,
         num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=batch_size, chunk=chunk,
         draft_length=ahead, compiled=compile, logprobs=bool(out))

@@ -16,7 +16,7 @@ class Console:
         self.hit_limit = False          # whether learned positions ended a sample
 
     def samples(self, texts, name='prompt {}'):
-        """Continue each text. `name`, filled in with the number of a text, is what errors call the text."""
+        """Continue each text. An error about text number n calls it name.format(n)."""
         prompts = [self.session.encode(text, name.format(n)) for n, text in enumerate(texts, 1)]
         with self.running():
             for generation in self.session.generations(prompts):
@@ -46,7 +46,7 @@ class Console:
 
     @contextmanager
     def running(self, tokens=None):
-        """Open the file and quantise, on entry; sum up on exit. tokens: to measure the cost of int8 on."""
+        """Open the file and quantise first, print the summary last. tokens: to measure the cost of int8."""
         with open(self.out, 'w', encoding='utf-8') if self.out else nullcontext() as self.file:
             if self.quant == 'int8':
                 print(cost_line(self.session.quantize(tokens), 'the text' if tokens else 'its own text'))
@@ -59,13 +59,12 @@ class Console:
 
     def show(self, generation):
         """Draw the samples of a Generation; print the first as it arrives, the others when all are done."""
-        first, *others = generation.samples
-        print(first.prompt, end='', flush=True)
+        print(generation.samples[0].prompt, end='', flush=True)
         for characters in generation.stream():
             print(characters, end='', flush=True)
         print()
-        for sample in generation.samples:
-            if sample is not first:
+        for n, sample in enumerate(generation.samples):
+            if n > 0:
                 print(sample.prompt + sample.text)
             print(f'--------------- {len(sample.tokens)} tokens, the first after '
                   f'{sample.seconds_to_first:.3f} s, then {sample.tokens_per_s:.1f} tokens/s')

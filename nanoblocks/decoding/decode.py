@@ -147,8 +147,9 @@ class Decoder:
     graph (compiled=True), which on a GPU is captured once and replayed.
     """
 
-    def __init__(self, model, idx, max_new_tokens, sampling, stop=None, seed=None, *, lengths=None,
-                 num_samples=1, first_row=0, chunk=2048, compiled=False, logprobs=False):
+    def __init__(self, model, idx: torch.Tensor, max_new_tokens: int, sampling: Sampling, stop=None,
+                 seed: int | None = None, *, lengths=None, num_samples: int = 1, first_row: int = 0,
+                 chunk: int = 2048, compiled: bool = False, logprobs: bool = False):
         """
         idx: prompts (B,T) int64; with `lengths` (B,), row b is padded on the left to T by any tokens
         stop: a token, or several, that end a row
@@ -172,12 +173,16 @@ class Decoder:
         self.keys = key(torch.tensor(seed % 2 ** 63, device=device),
                         torch.arange(first_row, first_row + rows, device=device)).view(-1, 1)
         self.stop = None if stop is None else torch.as_tensor(stop, device=device).view(-1)
-        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)     # the last token,
-        self.pos = torch.zeros_like(self.token)                                 # its position,
-        self.number = torch.zeros_like(self.token[0])                           # and how many were drawn
+        self.allocate(rows, logprobs)
+
+    def allocate(self, rows, logprobs):
+        """The tensors that every step reads and writes in place, beside the cache."""
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=self.idx.device)    # last token of a row
+        self.pos = torch.zeros_like(self.token)                                         # its position
+        self.number = torch.zeros_like(self.token[0])                                   # tokens drawn so far
         self.done = torch.zeros_like(self.token, dtype=torch.bool)
-        self.logprob = torch.zeros(rows, 1, device=device) if logprobs else None
-        self.seen = self.tokens_of_prompts() if sampling.repetition_penalty != 1 else None
+        self.logprob = torch.zeros(rows, 1, device=self.idx.device) if logprobs else None
+        self.seen = self.tokens_of_prompts() if self.sampling.repetition_penalty != 1 else None
 
     def tokens_of_prompts(self):
         """(R,V) bool: True for the tokens of each row's prompt."""

@@ -28,6 +28,7 @@ from nanoblocks.training import checkpoint
 
 
 class Prompt(NamedTuple):
+    """A text to continue."""
     tokens: list
     text: str               # the text to print in front of a continuation
 
@@ -45,8 +46,9 @@ class QuantizationCost(NamedTuple):
 @dataclass
 class Session:
     """
-    Settings may be changed between two calls: session.sampling = Sampling(temperature=0). A text depends on
-    the seed and on its own number among the samples, not on the other prompts nor on batch_size.
+    Continues and scores texts with one model. Settings may change between calls, for example
+    session.sampling = Sampling(temperature=0). A sample depends on the seed and on its number among the
+    samples of the call, but not on the other prompts or on batch_size.
     """
     model: GPT
     tokenizer: object                   # of data.tokenizer
@@ -69,8 +71,8 @@ class Session:
         stops_of(self.stop, self.tokenizer)         # refuses a special token that the tokenizer lacks
 
     @classmethod
-    def load(cls, init_from='resume', out_dir='out', ckpt='best.pt', draft='', device='auto', dtype='auto',
-             kernels='auto', **settings):
+    def load(cls, init_from='resume', out_dir='out', ckpt='best.pt', *, draft='', device='auto', dtype='auto',
+             kernels='auto', **settings) -> 'Session':
         """
         init_from: 'resume' for the checkpoint `ckpt` of the run in out_dir; else a folder, file or hub id
         draft: out_dir of the run that drafts; '' for none
@@ -100,8 +102,11 @@ class Session:
 
     # -- continuing texts
 
-    def sample(self, texts=None):
-        """Continue a text, or each of a list of texts -> [Sample], num_samples for each text, in order."""
+    def sample(self, texts: str | list | None = None) -> list[Sample]:
+        """
+        Continue a text, or each of a list of texts, or the default prompt. Returns num_samples samples for
+        each text, in order.
+        """
         texts = self.default_prompt if texts is None else texts
         texts, samples = [texts] if isinstance(texts, str) else texts, []
         for generation in self.generations([self.encode(text) for text in texts]):
@@ -110,8 +115,8 @@ class Session:
             samples += generation.samples
         return samples
 
-    def encode(self, text, name='prompt'):
-        """Text -> Prompt. `name` is what an error calls a text that leaves no room for a new token."""
+    def encode(self, text: str, name='prompt') -> Prompt:
+        """A text as a Prompt; '' begins a document. `name`: what an error about its length calls it."""
         if text in ('', '<|endoftext|>') and self.tokenizer.eot is not None:
             prompt = Prompt([self.tokenizer.eot], '')
         else:
@@ -136,10 +141,10 @@ class Session:
         return min((m.wpe.max_tokens for m in (self.model, self.draft)
                     if m is not None and m.wpe.max_tokens is not None), default=None)
 
-    def generations(self, prompts, first_row=0):
+    def generations(self, prompts: list[Prompt], first_row: int = 0):
         """
-        Yield a Generation for each batch of prompts; stream it to draw its samples. first_row: the number of
-        the first sample, on which its noise depends.
+        Yield a Generation for each batch of prompts; stream it to draw its samples. first_row: number of the
+        first sample, which seeds its noise.
         """
         if self.draft is None:
             for batch in self.batches(prompts):
@@ -154,8 +159,8 @@ class Session:
 
     def batches(self, prompts):
         """
-        Yield lists of neighbouring prompts that can run together and give the same text as alone: with as
-        much room for new tokens, and equally long where the rotation may depend on the length of the text.
+        Yield lists of neighbouring prompts that give the same text together as alone: they have the same room
+        for new tokens, and the same length where the rotation may depend on the length of the text.
         """
         longest = max((len(prompt.tokens) for prompt in prompts), default=0)
 
@@ -192,11 +197,11 @@ class Session:
 
     # -- scoring, 8-bit weights
 
-    def score(self, text):
-        """How likely a text is -> Score."""
+    def score(self, text: str) -> Score:
+        """How likely a text is."""
         return self.score_tokens(self.tokens_to_score(text))
 
-    def tokens_to_score(self, text):
+    def tokens_to_score(self, text: str) -> list[int]:
         tokens = self.tokenizer.encode(text)
         if self.tokenizer.eot is not None:          # so that the first token of the text is scored too
             tokens = [self.tokenizer.eot, *tokens]
@@ -204,16 +209,16 @@ class Session:
             raise ValueError(f'score={text} must have at least two tokens: the first is given, not scored')
         return tokens
 
-    def score_tokens(self, tokens):
+    def score_tokens(self, tokens: list[int]) -> Score:
         window = min(self.model.config.block_size, self.model.wpe.max_tokens or math.inf)
         logprobs = token_logprobs(self.model, torch.tensor(tokens, device=self.device), window)
         return Score(tokens, logprobs.tolist(), logprobs.sum().item(),
                      len(self.tokenizer.decode_bytes(tokens[1:])))
 
-    def quantize(self, tokens=None):
+    def quantize(self, tokens: list[int] | None = None) -> QuantizationCost:
         """
-        Replace the weights by int8, in place -> QuantizationCost on these tokens, or where there are none on
-        a text that the model draws before.
+        Replace the weights by int8, in place, and measure the cost on these tokens. Without tokens, on a text
+        that the model draws beforehand.
         """
         tokens = tokens or self.own_tokens()
         dtype = str(self.model.wte.weight.dtype).removeprefix('torch.')
@@ -258,7 +263,7 @@ def load_published(name):
 
 
 def load_draft(out_dir, ckpt, tokenizer):
-    """The model of the run that drafts, which must have this tokenizer."""
+    """The model of a run, to draft for a model with this tokenizer."""
     model, its_tokenizer, _ = load_run(out_dir, ckpt)
     if its_tokenizer.meta() != tokenizer.meta():
         raise ValueError(f'draft={out_dir} has another vocabulary ({its_tokenizer.vocab_size} tokens) and '
@@ -267,7 +272,7 @@ def load_draft(out_dir, ckpt, tokenizer):
 
 
 def prepare(model, tokenizer, device, dtype):
-    """Move the model to its device, and drop rows of the head that only round the vocabulary up."""
+    """Move the model to its device, and drop the rows of its head beyond the vocabulary: they have no text."""
     model.eval().to(device, dtype)
     head = model.lm_head.weight[:tokenizer.vocab_size]
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)

@@ -110,8 +110,9 @@ def check_pair(model, draft, idx, max_new_tokens):
 class Speculative:
     """The loop of decode.Decoder, for one row: each round decides 1 to draft_length + 1 tokens."""
 
-    def __init__(self, model, draft, idx, max_new_tokens, sampling, stop=None, seed=None, *, first_row=0,
-                 draft_length=4, chunk=2048, compiled=False):
+    def __init__(self, model, draft, idx: torch.Tensor, max_new_tokens: int, sampling, stop=None,
+                 seed: int | None = None, *, first_row: int = 0, draft_length: int = 4, chunk: int = 2048,
+                 compiled: bool = False):
         """Arguments as for decode.Decoder, with idx (1,T); draft_length: tokens proposed in each round."""
         if draft_length < 1:
             raise ValueError(f'draft_length={draft_length} must be at least 1 token')
