@@ -39,12 +39,12 @@ top_p: float | None = 0.9           # draw from the fewest tokens with this tota
 min_p: float | None = None          # draw from tokens with p >= min_p * (largest p); None: from all
 repetition_penalty = 1.0            # above 1: tokens that are already in the text become less likely
 stop = ''                           # text or special token that ends a sample, or a JSON list of them
-seed = 1337                         # of the random draws: the same seed gives the same samples
+seed = 1337                         # seed of the random draws: the same seed gives the same samples
 # how
 batch_size = 16                     # prompts that run together; the samples do not depend on it
 chunk = 2048                        # prompt tokens per forward pass
 draft = ''                          # out_dir of a smaller model that drafts (speculative decoding)
-ahead = 4                           # with draft: tokens it proposes in each round
+ahead = 4                           # tokens that the draft proposes in each round
 quant = 'none'                      # none, or int8: round the weights to 8 bits
 out = ''                            # file to write: prompt, text, tokens, log-probabilities, as JSON lines
 device = 'auto'                     # where to run: auto, cpu, cuda, cuda:1, mps
@@ -79,6 +79,6 @@ with one_sentence():
     elif interactive:
         console.interactive()
     elif prompts:
-        console.samples(read_prompts(prompts), name=f'prompt {{}} of {prompts}')
+        console.samples(read_prompts(prompts), prompts)
     else:
-        console.samples([text_or_file(start) or session.default_prompt], name='start')
+        console.samples([text_or_file(start) or session.default_prompt])

@@ -182,8 +182,8 @@ def test_the_console_prints_and_writes_every_sample(tmp_path, capsys):
 def test_a_refused_prompt_leaves_the_file_as_it_was(tmp_path, capsys):
     session = Session.load(out_dir=parrot(tmp_path, 'abc', room=16), device='cpu', max_new_tokens=4)
     (tmp_path / 'out.jsonl').write_text('{}\n')
-    with pytest.raises(ValueError, match='^prompt 2 of list has 17 tokens'):
-        Console(session, tmp_path / 'out.jsonl', 'int8').samples(['a', 'b' * 17], 'prompt {} of list')
+    with pytest.raises(ValueError, match='^prompt 2 of {list} has 17 tokens'):
+        Console(session, tmp_path / 'out.jsonl', 'int8').samples(['a', 'b' * 17], '{list}')
     assert (tmp_path / 'out.jsonl').read_text() == '{}\n' and capsys.readouterr().out == ''
 
 

@@ -15,9 +15,10 @@ class Console:
         self.file = self.last = None
         self.hit_limit = False          # whether learned positions ended a sample
 
-    def samples(self, texts, name='prompt {}'):
-        """Continue each text. An error about text number n calls it name.format(n)."""
-        prompts = [self.session.encode(text, name.format(n)) for n, text in enumerate(texts, 1)]
+    def samples(self, texts, path=None):
+        """Continue each text. path: the file that holds the texts; None: there is one, the setting start."""
+        prompts = [self.session.encode(text, f'prompt {n} of {path}' if path else 'start')
+                   for n, text in enumerate(texts, 1)]
         with self.running():
             for generation in self.session.generations(prompts):
                 self.show(generation)
