@@ -325,3 +325,34 @@ def left_padded(prompts, device='cpu'):
     longest = max(map(len, prompts))
     return (torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device),
             [len(p) for p in prompts])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What GPT.stream and GPT.generate call
+
+
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None,
+           min_p=None, repetition_penalty=1.0, **more):
+    """
+    Continue the prompts idx (B,T) int64: yield the new tokens (R,1) int64 of each step. Dropout is off.
+
+    temperature         0: the likeliest token; 1: the model's distribution; above 1: flatter
+    top_k top_p min_p   draw from the k likeliest tokens, from the fewest tokens that hold the share top_p,
+                        from tokens with p >= min_p * (largest p)
+    repetition_penalty  above 1: tokens that are already in the text become less likely
+    stop                a token, or several, that end a row; the row repeats it until all rows have ended
+    seed                the same seed gives the same text, in every batch; None: another text every time
+    more                lengths, num_samples, first_row, chunk, compiled: see Decoder
+
+    ValueError where idx is empty, or where learned positions leave too little room.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    return Decoder(model, idx, max_new_tokens, sampling, stop, seed, **more).stream()
+
+
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None,
+             **more):
+    """Options as for `stream` -> prompts with their new tokens, (R,T+new) int64."""
+    new = list(stream(model, idx, max_new_tokens, temperature, top_k, top_p, stop, seed, **more))
+    idx = idx.repeat_interleave(more.get('num_samples', 1), 0)
+    return torch.cat((idx, trimmed(torch.cat(new, dim=1), stop)), dim=1) if new else idx
