@@ -1,10 +1,9 @@
-"""What the prepare.py scripts share: tokenizers by name, splits, reading, downloading, a summary."""
+"""What the prepare.py scripts share: tokenizers by name, splits, downloading, a summary."""
 import hashlib
 import os
 import urllib.request
-from pathlib import Path
 
-from .tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, from_folder
+from .tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, from_folder, read_text
 from .writer import temporary
 
 
@@ -39,14 +38,6 @@ def split_of(key, val_fraction):
     """
     hashed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], 'big')
     return 'val' if hashed < val_fraction * 2**64 else 'train'
-
-
-def read_text(path):
-    """The text of a file, with its line ends as they are. Raises ValueError if it is not UTF-8."""
-    try:
-        return Path(path).read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 (byte {error.start:,}): convert it or leave it out') from None
 
 
 def fetch(url, path):

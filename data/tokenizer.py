@@ -303,6 +303,15 @@ def from_folder(folder):
     return tokenizer
 
 
+def read_text(path):
+    """The text of a file, with its line ends as they are. Raises ValueError if it is not UTF-8."""
+    try:
+        with open(path, 'rb') as f:
+            return f.read().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 (byte {error.start:,}): convert it or leave it out') from None
+
+
 def read_json(path):
     """The dictionary in a JSON file, empty where there is no file."""
     if not os.path.exists(path):

@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import configure, errors_as_messages
-from data.common import fetch, print_summary, read_text
-from data.tokenizer import CharTokenizer
+from data.common import fetch, print_summary
+from data.tokenizer import CharTokenizer, read_text
 from data.writer import write_dataset
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'

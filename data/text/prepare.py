@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import configure, errors_as_messages
-from data.common import check_val_fraction, make_tokenizer, print_summary, read_text, split_of
-from data.tokenizer import need
+from data.common import check_val_fraction, make_tokenizer, print_summary, split_of
+from data.tokenizer import need, read_text
 from data.writer import write_dataset
 
 DATA = Path(__file__).resolve().parents[1]

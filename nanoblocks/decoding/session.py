@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import use_kernels
-from model import GPT
+from model import GPT, ops
 from nanoblocks import pretrained
 from nanoblocks.decoding import quantize
 from nanoblocks.decoding.decode import Decoder, Sampling, left_padded
@@ -81,7 +80,7 @@ class Session:
         """
         device = pick_device(device)
         check_device(device)
-        use_kernels(kernels, device)
+        ops.use_kernels(kernels, device)
         if dtype == 'auto':
             dtype = gpu_dtype() if device.startswith('cuda') else 'float32'
         if dtype not in ('float32', 'bfloat16', 'float16'):

@@ -2,7 +2,7 @@
 import codecs
 import json
 
-from data.common import read_text
+from nanoblocks.tokenizer import read_text
 
 
 class Text:
