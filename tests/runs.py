@@ -40,7 +40,7 @@ import faulthandler, json, os, runpy, signal, sys, traceback
 sys.path.insert(0, os.getcwd())
 import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.profiler, tqdm
 import configurator, data.loader, data.tokenizer, kernels, model
-from nanoblocks.training import checkpoint, logbook, parallel
+from nanoblocks.training import checkpoint, logbook, meters, parallel
 
 def child(job):
     signal.alarm(job['seconds'])

@@ -40,7 +40,7 @@ from runs import (
 )
 
 from model import GPT, GPTConfig
-from nanoblocks.training import checkpoint, stopping
+from nanoblocks.training import checkpoint, debug, stopping
 
 # ----------------------------------------------------------------------------------------------------------
 # Killed
@@ -101,11 +101,11 @@ def test_a_kill_in_the_middle_of_writing_a_checkpoint_changes_nothing(tmp_path, 
 
 def test_auto_begins_what_is_not_there_and_goes_on_with_what_is(tmp_path):
     settings = dict(init_from='auto', max_iters=20)
-    assert 'going on' not in train(tmp_path / 'run', **settings)[1]
-    assert 'going on at step 20' in train(tmp_path / 'run', init_from='auto', max_iters=40)[1]
+    assert 'resuming' not in train(tmp_path / 'run', **settings)[1]
+    assert 'resuming at step 20' in train(tmp_path / 'run', init_from='auto', max_iters=40)[1]
     # killed before its first checkpoint, it leaves no more than this
     os.remove(tmp_path / 'run' / 'ckpt.pt'), os.remove(tmp_path / 'run' / 'ckpt.prev.pt')
-    assert 'going on' not in train(tmp_path / 'run', **settings)[1]
+    assert 'resuming' not in train(tmp_path / 'run', **settings)[1]
     assert [line['step'] for line in metrics(tmp_path / 'run')] == [5, 10, 15, 20, 20]
 
 
@@ -251,7 +251,7 @@ DAMAGED = DAMAGES[:6] + ['pickle', 'code inside']
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_copy, kind):
     damage(run_copy / 'ckpt.pt', kind)
     done = python('train.py', *flags(init_from='resume', out_dir=run_copy))
-    assert done.code == 0 and 'going on at step 40' in done.out, done
+    assert done.code == 0 and 'resuming at step 40' in done.out, done
     warning = done.err.strip().splitlines()
     assert len(warning) == 2 and str(run_copy / 'ckpt.pt') in warning[0] and 'ckpt.prev.pt' in warning[1]
     assert 'weights_only' not in done.err, 'it must not tell the user to run what is in there'
@@ -567,7 +567,7 @@ def test_the_first_tensor_that_is_not_finite_is_found():
         return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16, bias=False))
 
     def first(m):
-        return stopping.first_not_finite(m, (m(x, x)[1] for _ in range(1)))
+        return debug.first_not_finite(m, (m(x, x)[1] for _ in range(1)))
     assert first(model()) is None
     bad = model()
     bad.h[1].mixer.c_proj.weight.data[0, 0] = torch.nan

@@ -201,7 +201,7 @@ def test_resume_is_bit_exact_twice(settings):
     parts, _ = train(max_iters=20, **settings)
     assert load(parts)['step'] == 20
     for stop in (40, 60):
-        assert f'going on at step {stop - 20}' in resume(parts, max_iters=stop)
+        assert f'resuming at step {stop - 20}' in resume(parts, max_iters=stop)
     assert_same_run(parts, whole)
 
 
