@@ -158,11 +158,11 @@ with one_sentence():
             raise ValueError(f'vocab_size={config.vocab_size} must be at least the {meta["vocab_size"]} '
                              f'tokens of dataset={dataset}: {remedy}')
     T = config.block_size
+    data = open_dataset(data_folder, T, seed)
     check_lengths(settings, world, T)
     if batch_tokens is not None:
         gradient_accumulation_steps = batch_tokens // (batch_size * T)
         settings['gradient_accumulation_steps'] = gradient_accumulation_steps
-    data = open_dataset(data_folder, T, seed)
     if resumed:
         refuse_contradictions(resumed, ckpt_path, model_args, settings, given, meta)
     else:
@@ -250,9 +250,9 @@ def evaluate():
     """Mean loss over validation windows, the same ones every time."""
     raw_model.eval()
     tokens, sums = eval_tokens or eval_iters * batch_size * T, []
-    # batches of one size, or torch.compile would compile again
-    batches = data.eval_batches(batch_size, tokens, rank, world, full=True)
     with progress.paused(), optimizers.averaged(), signals.interruptible():
+        # batches of one size, or torch.compile would compile again
+        batches = data.eval_batches(batch_size, tokens, rank, world, full=True)
         for x, y in ahead(batches, prefetch, pin):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with autocast:
@@ -278,20 +278,20 @@ def save(path, best_val_loss, **more):
     """Write a checkpoint; without `more`, for sampling only. Returns whether it worked."""
     state = checkpoint.contents(raw_model, keep=is_main, settings=settings, meta=meta, step=step,
                                 best_val_loss=best_val_loss, **more)
-    with progress.paused():
-        return folder.save(path, state, log)
+    return folder.save(path, state, log)
 
 
 def save_newest():
     """Write a checkpoint to resume from. Returns whether it worked, or was not wanted."""
-    return eval_only or save(
-        folder.newest, best_val_loss, micro_done=micro_done, evaluated=evaluated, wandb_id=wandb_id,
-        generators=checkpoint.generator_states(), **optimizers.state(keep=is_main), **progress.state())
+    with progress.paused():
+        return eval_only or save(
+            folder.newest, best_val_loss, micro_done=micro_done, evaluated=evaluated, wandb_id=wandb_id,
+            generators=checkpoint.generator_states(), **optimizers.state(keep=is_main), **progress.state())
 
 
 def save_best(val_loss):
     """Write best.pt, with the averaged weights if there are any. Returns the lowest loss that is saved."""
-    with optimizers.averaged():
+    with progress.paused(), optimizers.averaged():
         return val_loss if save(folder.best, val_loss) else best_val_loss
 
 
@@ -359,7 +359,8 @@ try:
 
         # save if SIGUSR1 asked for it, or again if the disk was full
         if signals.save_requested or is_log_step and not saved:
-            signals.save_requested, saved = False, save_newest()
+            signals.save_requested = False
+            saved = save_newest()
             log.print(f'step {step}: saved' if saved else f'step {step}: not saved')
     signals.close()
 except stopping.Stop:

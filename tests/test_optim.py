@@ -54,7 +54,7 @@ def test_muon_is_that_of_torch():
         torch.testing.assert_close(p, q, rtol=0, atol=0.03 * distance.item())
 
 
-def test_orthogonalize_makes_all_singular_values_alike():
+def test_orthogonalize_brings_all_singular_values_near_one():
     for shape in ((4, 16, 16), (3, 8, 32), (3, 32, 8)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         values = torch.linalg.svdvals(optim.orthogonalize(x))

@@ -1,6 +1,6 @@
 """
 Nothing is lost: runs are killed anywhere, checkpoints and data damaged, disks filled, signals sent, numbers
-made infinite. Afterwards the run goes on, and ends in the same bits as one that nothing happened to.
+made infinite. Afterwards the run is resumed, and ends in the same bits as an undisturbed one.
 
 Runs that are to be hit hit themselves, with real signals: so each is hit in a place that is known.
 """
@@ -99,7 +99,7 @@ def test_a_kill_in_the_middle_of_writing_a_checkpoint_changes_nothing(tmp_path, 
     assert_same_run(tmp_path / 'run', trained(**settings))
 
 
-def test_auto_begins_what_is_not_there_and_goes_on_with_what_is(tmp_path):
+def test_auto_starts_a_new_run_or_resumes(tmp_path):
     settings = dict(init_from='auto', max_iters=20)
     assert 'resuming' not in train(tmp_path / 'run', **settings)[1]
     assert 'resuming at step 20' in train(tmp_path / 'run', init_from='auto', max_iters=40)[1]
@@ -273,7 +273,7 @@ checkpoint.save = lambda *args, **kwargs: os.kill(os.getpid(), 9)'''
 
 
 @pytest.mark.parametrize('kind', DAMAGES)
-def test_resume_refuses_what_it_cannot_go_on_with(run_copy, kind):
+def test_resume_refuses_a_checkpoint_it_cannot_use(run_copy, kind):
     damage(run_copy / 'ckpt.pt', kind)
     if kind in DAMAGED:
         damage(run_copy / 'ckpt.prev.pt', 'truncated')
@@ -465,7 +465,7 @@ model.GPT.balance_experts = hit''')
     assert_same_run(tmp_path / 'run', trained(ema=0.9))
 
 
-def test_sigusr1_saves_and_goes_on(tmp_path):
+def test_sigusr1_saves_and_training_continues(tmp_path):
     keep = at_step(36, f"import shutil; shutil.copy('{tmp_path}/run/ckpt.pt', '{tmp_path}/then.pt')")
     done = python('train.py', *toy(tmp_path / 'run'), before=at_step(34, hit(signal.SIGUSR1)) + keep)
     assert done.code == 0 and 'step 34: saved' in done.out, done

@@ -23,7 +23,7 @@ class Damaged(ValueError):
     """The bytes of a file do not match its checksum, or cannot be read as a checkpoint."""
 
 
-def save(path, state, previous=None):
+def save(path: str, state: dict, previous: str | None = None) -> None:
     """
     Write `state` (tensors, numbers, strings and containers of them) to path, in one step. The file that was
     there moves to `previous`, if that is given. At every moment a complete file stands under path or under
@@ -105,7 +105,7 @@ def link_or_move(path, other):
         os.replace(path, other)
 
 
-def load(path, needed=SAMPLE_KEYS):
+def load(path: str, needed: tuple = SAMPLE_KEYS) -> dict:
     """
     Read a checkpoint onto the CPU, and verify its checksum. FileNotFoundError if there is none, Damaged if it
     cannot be read, ValueError if one of the keys `needed` is missing.
@@ -130,7 +130,7 @@ def load(path, needed=SAMPLE_KEYS):
     return state
 
 
-def contents(model, keep=True, **rest):
+def contents(model: GPT, keep: bool = True, **rest) -> dict:
     """The dict that `save` writes and `build` reads. Every process must call it; `keep`: see `gather`."""
     named = model.state_dict(keep_vars=True)
     # tied weights are gathered, and saved, once
@@ -139,7 +139,7 @@ def contents(model, keep=True, **rest):
     return {'model': weights, 'config': asdict(model.config), **rest}
 
 
-def build(state, path, flags=()):
+def build(state: dict, path: str, flags=()) -> GPT:
     """
     The model of a loaded checkpoint, some of its flags replaced by `flags`. ValueError if the weights do not
     fit those flags; path is for the message.
@@ -163,7 +163,7 @@ def build(state, path, flags=()):
     return model
 
 
-def overrides(trained, config):
+def overrides(trained: dict, config: GPTConfig) -> dict:
     """{name: value} of the flags of `config` that differ from the flags a model was trained with."""
     return {name: value for name, value in asdict(config).items() if value != trained[name]}
 

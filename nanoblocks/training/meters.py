@@ -40,11 +40,11 @@ class Progress:
         self.spikes = SpikeDetector(saved['losses'])
         self.seconds_before = saved['seconds']
 
-    def seconds(self):
+    def seconds(self) -> float:
         """Seconds of the run, evaluations and earlier processes included."""
         return self.seconds_before + time.perf_counter() - self.began
 
-    def training_seconds(self):
+    def training_seconds(self) -> float:
         """Seconds of training in this process, measured when the device has finished its work."""
         return synchronized_time(self.device) - self.began - self.seconds_paused
 
@@ -63,7 +63,7 @@ class Progress:
         """The loss of a micro-batch, and its weight in the loss of the step."""
         self.meter.add(loss, weight)
 
-    def end_step(self, step, finite, tokens):
+    def end_step(self, step: int, finite: torch.Tensor, tokens: int) -> None:
         """Count a step of `tokens` tokens; `finite`, a tensor, says whether it changed the weights."""
         self.meter.end_step(finite)
         self.log.bar.update()
@@ -84,7 +84,7 @@ class Progress:
             self.log.print(f'time      about {format_duration(seconds)} for {left} steps, '
                            'evaluations not counted')
 
-    def read(self, step, grad_norm):
+    def read(self, step: int, grad_norm: torch.Tensor) -> dict:
         """
         Print the line of a log step and its warnings. Returns the numbers of the steps since the last one.
         Every process must call it; it waits for the device.
@@ -165,7 +165,7 @@ class SpikeDetector:
     def __init__(self, history=()):
         self.history = deque(history, maxlen=20)
 
-    def is_spike(self, loss):
+    def is_spike(self, loss: float) -> bool:
         """Whether this loss is a spike; if not, it joins the history."""
         if len(self.history) >= 5:
             median = statistics.median(self.history)

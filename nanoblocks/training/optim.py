@@ -26,7 +26,9 @@ class Optimizers:
     betas           of AdamW
     grad_clip       largest norm of the gradient; 0: no clipping
     ema             decay of the averaged weights; 0: none
-    cautious        Muon's weight decay, see there
+    cautious        see Muon
+    dtype           of matrix products, as in the settings of train.py
+    compiled        whether to compile Muon's iteration
     """
 
     def __init__(self, model, groups, lr_fraction, betas, grad_clip=0.0, ema=0.0, cautious=False,
@@ -44,13 +46,13 @@ class Optimizers:
         self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
         self.average = Average(model, ema) if ema else None
 
-    def scaled(self, loss, weight):
+    def scaled(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
         """The loss to call backward() on: `loss` times its weight in the step, and scaled in float16."""
         # 0 * loss makes every gradient NaN if the loss is, on every rank, so that all skip the step together
         return self.scaler.scale(loss * (weight + 0 * loss.detach()))
 
     @torch.no_grad()
-    def step(self, step):
+    def step(self, step: int) -> torch.Tensor:
         """
         Update the weights, unless a gradient is not finite, and clear the gradients. Returns the norm of the
         gradient before clipping, a tensor: nothing here waits for the device. The first step is 0.
@@ -77,12 +79,12 @@ class Optimizers:
         """A context in which the model has the averaged weights, if there are any."""
         return self.average.in_place() if self.average else nullcontext()
 
-    def state(self, keep=True):
+    def state(self, keep: bool = True) -> dict:
         """What a checkpoint keeps. Every process must call it; `keep`: see `gather`."""
         return {'optimizers': state_of(self.each, keep), 'scaler': self.scaler.state_dict(),
                 'ema': self.average.state() if self.average else None}
 
-    def load(self, saved):
+    def load(self, saved: dict) -> None:
         load_state(self.each, saved['optimizers'])
         if saved['scaler']:
             self.scaler.load_state_dict(saved['scaler'])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from nanoblocks.training.stopping import FailureWatch
 
 
-def ranks():
+def ranks() -> tuple[int, int, int]:
     """
     (rank, number of processes, rank on this machine) from the environment that torchrun sets; (0, 1, 0) for a
     single process.
@@ -23,7 +23,7 @@ def ranks():
                  (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 
 
-def start(device_type, backend):
+def start(device_type: str, backend: str) -> FailureWatch:
     """Meet the other processes. Returns the FailureWatch over them."""
     store, rank, world = next(dist.rendezvous('env://'))
     failure_watch = FailureWatch(store, rank, world)
@@ -33,13 +33,13 @@ def start(device_type, backend):
     return failure_watch
 
 
-def end(failure_watch):
+def end(failure_watch: FailureWatch) -> None:
     failure_watch.close()
     dist.destroy_process_group()
 
 
 def from_main(value):
-    """The value, any object, that the main process has. Every process must call it."""
+    """Send any object from the main process to the others, and return it. Every process must call it."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)
@@ -48,8 +48,8 @@ def from_main(value):
 
 class MicroBatches:
     """
-    Which micro-batches belong to a step, and which of them to this process. They are numbered from 0 over the
-    run, those of all processes together; a process takes every world-th.
+    Which micro-batches belong to a step, and which of them to this process. One sequence of numbers, from 0,
+    runs through all steps of all processes; a process takes every world-th number.
 
     total       micro-batches per step
     warmup      steps in which their number grows in a straight line to `total`
@@ -58,14 +58,14 @@ class MicroBatches:
     def __init__(self, total, warmup, rank, world):
         self.total, self.warmup, self.rank, self.world = total, warmup, rank, world
 
-    def count(self, step):
+    def count(self, step: int) -> int:
         """Micro-batches in a step, a multiple of `world`."""
         if step >= self.warmup:
             return self.total
         per_process = -(-self.total * (step + 1) // ((self.warmup + 1) * self.world))  # rounded up
         return min(self.total, per_process * self.world)
 
-    def mine(self, step, done):
+    def mine(self, step: int, done: int) -> range:
         """Numbers of this process's micro-batches in a step; `done` micro-batches were made before it."""
         return range(done + self.rank, done + self.count(step), self.world)
 
@@ -82,14 +82,14 @@ class MicroBatches:
 
 def wrap(model, dtype, compiled, recompute, sharded):
     """
-    The model in the forms that training needs: (compiled, if asked for; what exchanges gradients between
-    processes). `recompute` is activation checkpointing.
+    (fast_model, model): the compiled model, and the DDP or FSDP wrapper, which exchanges gradients between
+    processes. Where one is not asked for, the model itself. `recompute` is activation checkpointing.
     """
     fast_model = model
     if compiled and not (sharded or recompute):
         fast_model = torch.compile(model)
     elif compiled:
-        # code around the blocks that torch.compile cannot follow
+        # the blocks alone, because what FSDP and checkpointing do between them cannot be compiled
         for block in blocks_of(model):
             block.forward = torch.compile(block.forward)
     if recompute:
@@ -100,7 +100,7 @@ def wrap(model, dtype, compiled, recompute, sharded):
 
 
 def blocks_of(model):
-    """The blocks of a model, and the further ones that predict more than one token ahead."""
+    """The blocks of a model, those of multi-token prediction included."""
     return (*model.h, *model.further)
 
 

@@ -16,21 +16,21 @@ class RunFolder:
     config.json     model flags and settings
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path = path
         self.newest, self.previous, self.best, self.metrics, self.config = self.files = [
             os.path.join(path, name)
             for name in ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'metrics.jsonl', 'config.json')]
 
-    def exists(self):
+    def exists(self) -> bool:
         """Whether the folder holds files of a run that could be lost."""
         return any(map(os.path.exists, self.files))
 
-    def resumable(self):
+    def resumable(self) -> bool:
         """Whether the folder holds a checkpoint to resume from, damaged or not."""
         return os.path.exists(self.newest) or os.path.exists(self.previous)
 
-    def create(self):
+    def create(self) -> None:
         """Make the folder. ValueError if that fails."""
         try:
             os.makedirs(self.path, exist_ok=True)
@@ -38,19 +38,19 @@ class RunFolder:
             raise ValueError(f'out_dir={self.path} must be a folder that can be made ({error.strerror}): '
                              'choose another') from None
 
-    def refuse_existing(self):
+    def refuse_existing(self) -> None:
         """ValueError if a new run would replace the one in the folder."""
         if self.exists():
             raise ValueError(f'out_dir={self.path} must not hold a run: resume it with --init_from=resume, '
                              'replace it with --overwrite=True, or choose another folder')
 
-    def delete(self):
+    def delete(self) -> None:
         """Remove the run's files; the folder and all other files stay."""
         for path in self.files:
             if os.path.exists(path):
                 os.remove(path)
 
-    def load_newest(self):
+    def load_newest(self) -> tuple[dict, str]:
         """
         The newest checkpoint that can be read, and its path. If ckpt.pt is damaged or missing, this is the
         previous one, with a warning. FileNotFoundError or ValueError if neither can be read.
@@ -68,7 +68,7 @@ class RunFolder:
                   file=sys.stderr)
             return state, self.previous
 
-    def save(self, path, state, log):
+    def save(self, path: str, state: dict, log) -> bool:
         """
         Write a checkpoint, in the main process, and before it the pending lines of the log. Returns whether
         that worked; every process must call it. The newest checkpoint becomes the previous one.
@@ -85,7 +85,7 @@ class RunFolder:
             written = False
         return parallel.from_main(written)
 
-    def begin(self, loaded, step, config):
+    def begin(self, loaded: str | None, step: int, config: dict) -> None:
         """
         Make the folder ready for a run that was resumed at `step` from the path `loaded`, or, if `loaded` is
         None, for a new run, which replaces the old one. Writes config.json.
@@ -96,7 +96,7 @@ class RunFolder:
             self.delete()
         write_json(self.config, config)
 
-    def repair(self, loaded, step):
+    def repair(self, loaded: str, step: int) -> None:
         """
         Clean up after a run that was killed: the checkpoint that was loaded becomes the newest, half-written
         files go, metrics end at its step.
@@ -109,7 +109,7 @@ class RunFolder:
                 os.remove(f'{path}.part')
         self.rewind_metrics(step)
 
-    def rewind_metrics(self, step):
+    def rewind_metrics(self, step: int) -> None:
         """Drop the metrics of steps after `step`, and a last line that was cut short."""
         if not os.path.exists(self.metrics):
             return
