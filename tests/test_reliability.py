@@ -324,7 +324,7 @@ def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path)
         shutil.copy({!r}, {!r})'''.format(str(tmp_path / 'run' / 'ckpt.pt'), str(tmp_path / 'meanwhile.pt')))
     done = python('train.py', *toy(tmp_path / 'run', log_interval=5), before=before)
     assert done.code == 0 and 'ckpt.pt could not be written (File too large)' in done.out, done
-    assert done.out.count('trying again') >= 3  # best.pt and ckpt.pt at step 40, ckpt.pt at step 45
+    assert done.out.count('will try again') >= 3  # best.pt and ckpt.pt at step 40, ckpt.pt at step 45
     assert torch.load(tmp_path / 'meanwhile.pt', weights_only=True)['step'] == 20
     # step 50 is a log step, step 46 the one after the last that failed
     assert re.search('step 5[01]: saved', done.out), done.out
@@ -402,6 +402,30 @@ def test_a_signal_in_an_evaluation_saves_and_leaves_at_once(tmp_path):
     assert done.code == stopping.STOPPED and 'after the signal' not in done.out, done
     state = load(tmp_path / 'run')
     assert (state['step'], state['evaluated']) == (40, 20)
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(ema=0.9))
+
+
+IN_SWAP = '''
+import os
+from nanoblocks.training import optim
+local, swap, calls = optim.local, optim.Average.swap, []
+def hit(x):
+    calls.append(x)
+    if len(calls) == 5:
+        os.kill(os.getpid(), 15)
+    return local(x)
+def hit_swap(self):
+    optim.local = hit
+    swap(self)
+    optim.local = local
+optim.Average.swap = hit_swap'''
+
+
+def test_a_signal_waits_until_the_averaged_weights_are_in_place(tmp_path):
+    """Or a checkpoint would have some averaged weights and some others."""
+    done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before=IN_SWAP)
+    assert done.code == stopping.STOPPED and load(tmp_path / 'run')['step'] == 20, done
     resume(tmp_path / 'run')
     assert_same_run(tmp_path / 'run', trained(ema=0.9))
 
@@ -502,16 +526,18 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))''' + at_step(5, hit(
 
 
 def poisoned(*steps, value='nan'):
-    """The loss of these steps is multiplied by a number; or infinity is added: gradients stay finite."""
+    """The loss of these steps times a number, or plus infinity, which leaves gradients finite."""
     return f'''
 import model, torch
-nan, loss, calls = torch.nan, model.GPT.loss, []
-def bad(self, x, targets):
+nan, inf, losses, calls = torch.nan, torch.inf, model.GPT.losses, []
+def bad(self, *args):
+    parts = losses(self, *args)
     calls.append(self.training)
-    if not self.training or sum(calls) not in {steps!r}:
-        return loss(self, x, targets)
-    return loss(self, x, targets) + torch.inf if '{value}' == 'inf' else loss(self, x, targets) * {value}
-model.GPT.loss = bad'''
+    if self.training and sum(calls) in {steps!r}:
+        for name in ('loss', 'cross_entropy'):
+            parts[name] = parts[name] + inf if {value} == inf else parts[name] * {value}
+    return parts
+model.GPT.losses = bad'''
 
 
 @pytest.mark.parametrize('settings', [dict(), dict(optimizer='muon'), dict(dtype='float16'), dict(ema=0.9),
