@@ -106,7 +106,7 @@ def test_a_step_with_found_inf_moves_nothing(make):
 
 
 def test_rates_by_kind_and_by_name():
-    """The last rule that fits wins, and what is printed is what is used."""
+    """The last rule that fits wins, and the printed rates are the used ones."""
     settings = dict(optimizer='muon', group_lr='vector=1e-3, h.1.*=5e-3,h.1.ffn.c_fc.weight=0.04', tie=False,
                     max_iters=5, eval_interval=5, decay_lr=False)
     state = load(trained(**settings))

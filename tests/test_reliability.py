@@ -259,8 +259,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_copy, kind):
     assert_same_run(run_copy, trained())
 
 
-def test_after_a_fallback_a_kill_finds_a_whole_checkpoint(run_copy):
-    """Or the next save would put the damaged one in place of the only good one."""
+def test_after_a_fallback_a_kill_still_leaves_a_good_checkpoint(run_copy):
+    """A save must not move the damaged checkpoint over the only good one."""
     damage(run_copy / 'ckpt.pt', 'truncated')
     kill = '''
 import os
@@ -300,7 +300,7 @@ def test_a_flipped_bit_in_the_data_is_refused(tmp_path):
 
 
 def test_a_moved_dataset_is_the_same(tmp_path):
-    """What counts is what is in meta.json."""
+    """A dataset is identified by the contents of meta.json."""
     shutil.copytree(dataset(), tmp_path / 'a')
     run, _ = train(tmp_path / 'run', dataset=tmp_path / 'a', max_iters=40)
     shutil.move(tmp_path / 'a', tmp_path / 'b')
@@ -452,7 +452,7 @@ def test_a_signal_in_a_compilation_saves_and_leaves_at_once(tmp_path):
 
 
 def test_a_signal_while_saving_waits_for_it_and_a_second_one_does_not(tmp_path):
-    """The first checkpoint is whole when the run leaves. The second one is not, and the first still there."""
+    """After one signal the checkpoint is complete; after two, the one before it is still there."""
     while_saving = '''
 import os, torch
 save = torch.save
@@ -498,7 +498,7 @@ def test_sigusr1_saves_and_training_continues(tmp_path):
 
 
 def test_a_signal_from_outside(tmp_path):
-    """To a process of its own, as a scheduler sends it, when the run says that it is under way."""
+    """To a separate process, as a scheduler sends it, once the run has printed its first step."""
     args = toy(tmp_path / 'run', max_iters=10**6, eval_interval=10**6)
     process = subprocess.Popen([sys.executable, 'train.py', *args], cwd=ROOT, env=ENV, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -586,7 +586,7 @@ model.MLP.forward = bad'''
 
 
 def test_the_first_tensor_that_is_not_finite_is_found():
-    """In a weight, in what is computed from finite ones, or in a gradient alone."""
+    """In a weight, in an output of finite weights, or in a gradient alone."""
     x = torch.arange(8).view(1, 8)
 
     def model():

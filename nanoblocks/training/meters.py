@@ -13,8 +13,8 @@ from nanoblocks.hardware import card_name, peak_flops, synchronized_time
 
 class Progress:
     """
-    Measures the steps between two log lines, and prints what it finds. Time in `paused()`, which is for
-    evaluations and checkpoints, does not count as training time.
+    Measures the steps between two log lines and prints the results. Evaluations and checkpoints belong into
+    `paused()`, which does not count as training time.
 
     log                 the Logbook that prints
     flops_per_token     of a training step, for MFU

@@ -124,7 +124,7 @@ class FailureWatch(threading.Thread):
         self.start()
 
     def catch_exceptions(self):
-        """To be called after init_process_group, whose own hook would delay what is printed in ours."""
+        """Call this after init_process_group, because torch's exception hook delays what another one prints."""
         self.print_exception, sys.excepthook = sys.excepthook, self.failed
 
     def failed(self, kind, error, trace):
