@@ -124,7 +124,7 @@ class FailureWatch(threading.Thread):
         self.start()
 
     def catch_exceptions(self):
-        """Call this after init_process_group, because torch's exception hook delays what another one prints."""
+        """Call this after init_process_group, whose exception hook delays what an earlier hook prints."""
         self.print_exception, sys.excepthook = sys.excepthook, self.failed
 
     def failed(self, kind, error, trace):
