@@ -53,11 +53,11 @@ class Progress:
 
     @contextmanager
     def paused(self):
-        began = time.perf_counter()
+        began = synchronized_time(self.device)  # or the steps that a GPU has yet to finish would count as pause
         try:
             yield
         finally:
-            self.seconds_paused += time.perf_counter() - began
+            self.seconds_paused += synchronized_time(self.device) - began
 
     def add(self, loss, weight):
         """The loss of a micro-batch, and its weight in the loss of the step."""

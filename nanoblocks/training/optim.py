@@ -55,7 +55,7 @@ class Optimizers:
     def step(self, step: int) -> torch.Tensor:
         """
         Update the weights, unless a gradient is not finite, and clear the gradients. Returns the norm of the
-        gradient before clipping, a tensor: nothing here waits for the device. The first step is 0.
+        gradient before clipping, a tensor: on CUDA nothing here waits for the device. The first step is 0.
         """
         for opt in self.each:
             self.scaler.unscale_(opt)
