@@ -53,7 +53,7 @@ class Progress:
 
     @contextmanager
     def paused(self):
-        began = synchronized_time(self.device)  # or the steps that a GPU has yet to finish would count as pause
+        began = synchronized_time(self.device)  # or a GPU's unfinished steps would count as pause
         try:
             yield
         finally:
