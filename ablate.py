@@ -38,6 +38,7 @@ from data.loader import ensure_prepared, open_dataset
 from model import GPT, GPTConfig
 from nanoblocks.experiments import report as reports
 from nanoblocks.training import checkpoint
+from nanoblocks.training.run_folder import RunFolder
 
 try:
     import fcntl
@@ -501,7 +502,7 @@ def command_of(run, folder):
     """The command line that begins a run, or goes on with it."""
     out = os.path.join(folder, run['path'])
     start = [sys.executable, str(HERE / 'train.py'), f'--out_dir={out}']
-    if checkpoint.can_resume(out):
+    if RunFolder(out).resumable():
         return [*start, '--init_from=resume']
     defaults = {name: flag.default for name, flag in (setting_flags(train_settings()) | MODEL).items()}
     words = run['words'] | {'wandb_run_name': run['path'].replace(os.sep, ' '), 'overwrite': True}

@@ -338,11 +338,10 @@ def describe(settings, source, heading=''):
 
 def describe_model(config_class, model):
     """The model flags, class by class where the config inherits groups (last section of this file)."""
-    config, *groups = config_class.__mro__
-    classes = [cls for cls in (*groups, config) if inspect.get_annotations(cls).keys() & model.keys()]
+    classes = [cls for cls in config_class.__mro__ if inspect.get_annotations(cls).keys() & model.keys()]
     found = {}
     for cls in classes:
-        heading = '' if len(classes) == 1 else 'Every model' if cls is config_class else heading_of(cls)
+        heading = heading_of(cls) if len(classes) > 1 else ''
         found |= describe(model, textwrap.dedent(inspect.getsource(cls)), heading)
     for name, f in config_class.__dataclass_fields__.items():
         if f.metadata:

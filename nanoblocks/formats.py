@@ -1,4 +1,4 @@
-"""Numbers, durations and errors in a few characters."""
+"""Short text for numbers, durations and errors."""
 
 
 def format_quantity(number):
@@ -16,5 +16,5 @@ def format_duration(seconds):
 
 
 def first_line(error):
-    """The first line of an exception's message, or its type where it has none."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).split('\n')[0]

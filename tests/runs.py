@@ -1,8 +1,8 @@
 """
 What the tests of training share: running scripts, toy datasets and runs, comparing two of them.
 
-Importing torch takes longer than these runs. So most of them are children of one process that has imported it
-(class Forks). A few are started from nothing, as a user would, and one test says that both are the same.
+Importing torch takes longer than these runs. So most of them are forked from one process that has imported it
+(class Forks). A few are started as a user would, and one test checks that both give the same.
 """
 import atexit
 import functools
@@ -40,7 +40,7 @@ import faulthandler, json, os, runpy, signal, sys, traceback
 sys.path.insert(0, os.getcwd())
 import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.profiler, tqdm
 import configurator, data.loader, data.tokenizer, kernels, model
-from nanoblocks.training import checkpoint, logbook, parallel
+from nanoblocks.training import checkpoint, logbook, meters, parallel
 
 def child(job):
     signal.alarm(job['seconds'])
@@ -59,7 +59,7 @@ def child(job):
     except BaseException:
         code = 1
         traceback.print_exc()
-    if sys.modules.get('wandb'):  # which writes its last records when Python ends, and os._exit leaves that out
+    if sys.modules.get('wandb'):  # it writes its last records at exit, which os._exit leaves out
         sys.modules['wandb'].teardown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -103,14 +103,14 @@ class Result(NamedTuple):
     err: str
 
 
-def python(script, *args, env={}, before=''):
-    return Forks.run(([script, *map(str, args)], env, before))[0]
+def python(script, *args, env=None, before=''):
+    return Forks.run(([script, *map(str, args)], env or {}, before))[0]
 
 
-def real_python(*args, env={}, seconds=300):
-    """The same in a process of its own, from its first line on."""
+def real_python(*args, env=None, seconds=300):
+    """The same in a new Python process, as a user starts it."""
     process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, text=True,
-                               env=ENV | {name: str(value) for name, value in env.items()},
+                               env=ENV | {name: str(value) for name, value in (env or {}).items()},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         out, err = process.communicate(timeout=seconds)
@@ -164,7 +164,7 @@ def train(out_dir=None, **settings):
 
 
 def resume(out_dir, **settings):
-    """Go on with a run, saying nothing but what is new."""
+    """Resume a run with these new settings; what it printed."""
     done = python('train.py', *flags(init_from='resume', out_dir=out_dir, **settings))
     assert done.code == 0 and not done.err, done
     return done.out
@@ -178,7 +178,7 @@ def trained(**settings):
 
 @pytest.fixture
 def run_copy(tmp_path):
-    """A toy run of one's own."""
+    """A copy of a toy run, for a test that changes it."""
     shutil.copytree(trained(), tmp_path / 'run')
     return tmp_path / 'run'
 
@@ -192,7 +192,7 @@ def metrics(out_dir):
 
 
 def curve(out_dir, *keys):
-    """What training and evaluations measured, without times."""
+    """The metrics that do not depend on time."""
     keys = keys or ('step', 'tokens', 'lr', 'train_loss', 'val_loss', 'val_bpb')
     return [{key: line[key] for key in keys if key in line} for line in metrics(out_dir)]
 
@@ -224,7 +224,7 @@ def differences(a, b, path=''):
 
 
 def assert_same_run(a, b):
-    """Two runs ended in the same state by the same way."""
+    """Two runs have the same metrics and the same checkpoints."""
     assert curve(a) == curve(b)
     for name in ('ckpt.pt', 'best.pt'):
         one, two = load(a, name), load(b, name)
@@ -234,7 +234,7 @@ def assert_same_run(a, b):
 
 
 def assert_refused(done, *words):
-    """It failed, with one sentence that holds these words."""
+    """It failed with one sentence that contains these words."""
     sentences = done.err.strip().splitlines()
     assert done.code == 1 and len(sentences) == 1 and 'Traceback' not in done.err, done.err or done.out
     for word in words:
@@ -242,7 +242,7 @@ def assert_refused(done, *words):
 
 
 def at_step(number, action):
-    """Python for a child: when it asks for its micro-batch of this number, the first is 1, it does that."""
+    """Python for a child: `action` happens when it asks for its micro-batch `number`, the first being 1."""
     return f'''
 def plant():
     import os, data.loader
@@ -267,11 +267,12 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def several(world, *args, before='', before_rank={}):
+def several(world, *args, before='', before_rank=None):
     """
-    train.py in so many processes, as torchrun starts them; their Results. before_rank: {rank: Python to run
+    train.py in `world` processes, as torchrun starts them; their Results. before_rank: {rank: Python to run
     first in that process}.
     """
+    before_rank = before_rank or {}
     env = {'WORLD_SIZE': str(world), 'MASTER_ADDR': 'localhost', 'MASTER_PORT': free_port()}
     return Forks.run(*((['train.py', *map(str, args)], env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)},
                         before + before_rank.get(rank, '')) for rank in range(world)))

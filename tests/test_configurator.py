@@ -577,12 +577,15 @@ class LatentAttentionFlags:
 
 @flags()
 class Grouped(SizeFlags, AttentionFlags, LatentAttentionFlags, Flags):
-    """Its docstring is no heading."""
+    """Choices."""
     bias: bool = True                               # in linear layers
 
 
 GROUPED = '''
 model flags:
+
+  Choices
+    --bias=True                          in linear layers
 
   Size
     --n_layer=12                         blocks
@@ -600,9 +603,6 @@ model flags:
     --z_weight=0.0                       only when kv_rank is set
     --balance='none'                     keeps experts busy; one of none, aux, both
     --aux_weight=0.1                     of the loss; only when balance is aux or both
-
-  Every model
-    --bias=True                          in linear layers
 '''
 
 

@@ -1,6 +1,6 @@
 """
-Several processes do what one does: the same losses and weights, whatever their number and however the model
-is copied to them or cut among them. They stop together, and fail together.
+Several processes do what one does: the same losses and weights, for every number of processes, with DDP and
+with FSDP. They stop together, and fail together.
 """
 import re
 import signal
@@ -118,7 +118,7 @@ def test_many_processes_equal_one(tmp_path, settings, world):
 
 
 @pytest.mark.parametrize('shard', [False, True], ids=['ddp', 'fsdp'])
-def test_a_checkpoint_of_two_goes_on_with_four_and_then_with_one(tmp_path, shard):
+def test_a_run_of_two_processes_resumes_with_four_and_then_with_one(tmp_path, shard):
     """Sharded or not, and back: the file is the same."""
     settings = dict(EXPERTS, ema=0.5)
     first = SMALL | settings | dict(max_iters=4, shard=shard, eval_interval=4)
@@ -138,7 +138,7 @@ def test_two_shards_killed_and_resumed_are_bit_exact(tmp_path):
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
-def test_shards_in_16_bit_learn_alike(tmp_path):
+def test_shards_in_16_bits_learn_equally_well(tmp_path):
     settings = SMALL | dict(max_iters=20, lr_decay_iters=20)
     succeed(pair(*toy(tmp_path / 'run', **settings, shard=True, dtype='bfloat16')))
     assert losses(tmp_path / 'run') == pytest.approx(losses(trained(**settings)), abs=0.03)

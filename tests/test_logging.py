@@ -7,7 +7,9 @@ import subprocess
 import pytest
 from runs import ROOT, assert_same_run, at_step, flags, load, losses, metrics, python, toy, train, trained
 
-from nanoblocks.training.logbook import Logbook, Spikes
+from nanoblocks.training.logbook import Logbook
+from nanoblocks.training.meters import SpikeDetector
+from nanoblocks.training.run_folder import RunFolder
 
 OFFLINE = {'WANDB_MODE': 'offline'}
 
@@ -103,7 +105,7 @@ def broken(*args, **kwargs):
 
 def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch):
     """Whole, once, and in their order; a half of one is taken back."""
-    log = Logbook(str(tmp_path), False, 0, 10)
+    log = Logbook(RunFolder(tmp_path), False, 0, 10)
     log.record({'step': 1, 'loss': float('nan')})
     real = open
 
@@ -134,13 +136,13 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch)
 
 
 def test_spikes_stand_out():
-    calm = Spikes()
-    assert not any(calm.notice(3 + 0.05 * (n % 3)) for n in range(30))
-    assert calm.notice(4.0) and not calm.notice(3.1)
-    falling = Spikes()
-    assert not any(falling.notice(10 - 0.3 * n) for n in range(20))
+    calm = SpikeDetector()
+    assert not any(calm.is_spike(3 + 0.05 * (n % 3)) for n in range(30))
+    assert calm.is_spike(4.0) and not calm.is_spike(3.1)
+    falling = SpikeDetector()
+    assert not any(falling.is_spike(10 - 0.3 * n) for n in range(20))
     # it is the same one after a resume
-    assert Spikes(list(calm.history)).notice(4.0) and not Spikes().notice(4.0)
+    assert SpikeDetector(list(calm.history)).is_spike(4.0) and not SpikeDetector().is_spike(4.0)
 
 
 def test_curves_of_several_runs_in_one_figure(tmp_path):

@@ -22,6 +22,7 @@ from runs import (
 import kernels as ops
 from kernels.linear_cross_entropy import linear_cross_entropy_reference
 from nanoblocks.training import optim
+from nanoblocks.training.parallel import MicroBatches
 
 SHAPES = [(8, 8), (24, 8), (8, 24), (24, 8), (8, 8)]
 
@@ -53,7 +54,7 @@ def test_muon_is_that_of_torch():
         torch.testing.assert_close(p, q, rtol=0, atol=0.03 * distance.item())
 
 
-def test_orthogonalize_makes_all_singular_values_alike():
+def test_orthogonalize_brings_all_singular_values_near_one():
     for shape in ((4, 16, 16), (3, 8, 32), (3, 32, 8)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         values = torch.linalg.svdvals(optim.orthogonalize(x))
@@ -105,7 +106,7 @@ def test_a_step_with_found_inf_moves_nothing(make):
 
 
 def test_rates_by_kind_and_by_name():
-    """The last rule that fits wins, and what is printed is what is used."""
+    """The last rule that fits wins, and the printed rates are the used ones."""
     settings = dict(optimizer='muon', group_lr='vector=1e-3, h.1.*=5e-3,h.1.ffn.c_fc.weight=0.04', tie=False,
                     max_iters=5, eval_interval=5, decay_lr=False)
     state = load(trained(**settings))
@@ -122,7 +123,7 @@ def test_rates_by_kind_and_by_name():
 
 def test_groups_are_printed(tmp_path):
     out = train(tmp_path / 'run', optimizer='muon', group_lr='vector=1e-3', max_iters=1)[1]
-    row = r'optimizer (\w+) for (\d+) of kind (\w+), \S+ parameters: lr (\S+), weight decay (\S+)'
+    row = r'optimizer (\w+) for (\d+) tensors of kind (\w+), \S+ parameters: lr (\S+), weight decay (\S+)'
     rows = re.findall(row, out)
     assert rows == [('Muon', '8', 'matrix', '0.02', '0.1'), ('AdamW', '2', 'embedding', '0.003', '0.1'),
                     ('AdamW', '18', 'vector', '0.001', '0')]
@@ -161,16 +162,16 @@ def test_moments_belong_to_names_not_to_places(tmp_path):
 ])
 def test_schedules(schedule, want):
     for n in range(130):
-        share = optim.lr_share(n, schedule, warmup=10, last=100, end=0.1, wsd_decay=0.2)
+        share = optim.lr_fraction(n, schedule, warmup=10, last=100, end=0.1, wsd_decay=0.2)
         assert share == pytest.approx((n + 1) / 11 if n < 10 else want(min(n, 100))), n
 
 
 def test_the_batch_grows_to_its_size():
     for world in (1, 2, 4):
-        sizes = [optim.micro_batches(n, 16, 7, world) for n in range(12)]
+        sizes = [MicroBatches(16, 7, 0, world).count(n) for n in range(12)]
         assert sizes == sorted(sizes) and sizes[7:] == [16] * 5
         assert all(size % world == 0 for size in sizes) and sizes[0] == max(2, world)
-    assert [optim.micro_batches(n, 8, 0, 2) for n in range(3)] == [8, 8, 8]
+    assert [MicroBatches(8, 0, 0, 2).count(n) for n in range(3)] == [8, 8, 8]
 
 
 def test_batch_warmup_uses_every_window_once(tmp_path):

@@ -1,6 +1,6 @@
 """
 Nothing is lost: runs are killed anywhere, checkpoints and data damaged, disks filled, signals sent, numbers
-made infinite. Afterwards the run goes on, and ends in the same bits as one that nothing happened to.
+made infinite. Afterwards the run is resumed, and ends in the same bits as an undisturbed one.
 
 Runs that are to be hit hit themselves, with real signals: so each is hit in a place that is known.
 """
@@ -40,7 +40,7 @@ from runs import (
 )
 
 from model import GPT, GPTConfig
-from nanoblocks.training import checkpoint, stopping
+from nanoblocks.training import checkpoint, debug, stopping
 
 # ----------------------------------------------------------------------------------------------------------
 # Killed
@@ -99,13 +99,13 @@ def test_a_kill_in_the_middle_of_writing_a_checkpoint_changes_nothing(tmp_path, 
     assert_same_run(tmp_path / 'run', trained(**settings))
 
 
-def test_auto_begins_what_is_not_there_and_goes_on_with_what_is(tmp_path):
+def test_auto_starts_a_new_run_or_resumes(tmp_path):
     settings = dict(init_from='auto', max_iters=20)
-    assert 'going on' not in train(tmp_path / 'run', **settings)[1]
-    assert 'going on at step 20' in train(tmp_path / 'run', init_from='auto', max_iters=40)[1]
+    assert 'resuming' not in train(tmp_path / 'run', **settings)[1]
+    assert 'resuming at step 20' in train(tmp_path / 'run', init_from='auto', max_iters=40)[1]
     # killed before its first checkpoint, it leaves no more than this
     os.remove(tmp_path / 'run' / 'ckpt.pt'), os.remove(tmp_path / 'run' / 'ckpt.prev.pt')
-    assert 'going on' not in train(tmp_path / 'run', **settings)[1]
+    assert 'resuming' not in train(tmp_path / 'run', **settings)[1]
     assert [line['step'] for line in metrics(tmp_path / 'run')] == [5, 10, 15, 20, 20]
 
 
@@ -251,7 +251,7 @@ DAMAGED = DAMAGES[:6] + ['pickle', 'code inside']
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_copy, kind):
     damage(run_copy / 'ckpt.pt', kind)
     done = python('train.py', *flags(init_from='resume', out_dir=run_copy))
-    assert done.code == 0 and 'going on at step 40' in done.out, done
+    assert done.code == 0 and 'resuming at step 40' in done.out, done
     warning = done.err.strip().splitlines()
     assert len(warning) == 2 and str(run_copy / 'ckpt.pt') in warning[0] and 'ckpt.prev.pt' in warning[1]
     assert 'weights_only' not in done.err, 'it must not tell the user to run what is in there'
@@ -259,8 +259,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_copy, kind):
     assert_same_run(run_copy, trained())
 
 
-def test_after_a_fallback_a_kill_finds_a_whole_checkpoint(run_copy):
-    """Or the next save would put the damaged one in place of the only good one."""
+def test_after_a_fallback_a_kill_still_leaves_a_good_checkpoint(run_copy):
+    """A save must not move the damaged checkpoint over the only good one."""
     damage(run_copy / 'ckpt.pt', 'truncated')
     kill = '''
 import os
@@ -273,7 +273,7 @@ checkpoint.save = lambda *args, **kwargs: os.kill(os.getpid(), 9)'''
 
 
 @pytest.mark.parametrize('kind', DAMAGES)
-def test_resume_refuses_what_it_cannot_go_on_with(run_copy, kind):
+def test_resume_refuses_a_checkpoint_it_cannot_use(run_copy, kind):
     damage(run_copy / 'ckpt.pt', kind)
     if kind in DAMAGED:
         damage(run_copy / 'ckpt.prev.pt', 'truncated')
@@ -300,7 +300,7 @@ def test_a_flipped_bit_in_the_data_is_refused(tmp_path):
 
 
 def test_a_moved_dataset_is_the_same(tmp_path):
-    """What counts is what is in meta.json."""
+    """A dataset is identified by the contents of meta.json."""
     shutil.copytree(dataset(), tmp_path / 'a')
     run, _ = train(tmp_path / 'run', dataset=tmp_path / 'a', max_iters=40)
     shutil.move(tmp_path / 'a', tmp_path / 'b')
@@ -324,7 +324,7 @@ def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path)
         shutil.copy({!r}, {!r})'''.format(str(tmp_path / 'run' / 'ckpt.pt'), str(tmp_path / 'meanwhile.pt')))
     done = python('train.py', *toy(tmp_path / 'run', log_interval=5), before=before)
     assert done.code == 0 and 'ckpt.pt could not be written (File too large)' in done.out, done
-    assert done.out.count('trying again') >= 3  # best.pt and ckpt.pt at step 40, ckpt.pt at step 45
+    assert done.out.count('will try again') >= 3  # best.pt and ckpt.pt at step 40, ckpt.pt at step 45
     assert torch.load(tmp_path / 'meanwhile.pt', weights_only=True)['step'] == 20
     # step 50 is a log step, step 46 the one after the last that failed
     assert re.search('step 5[01]: saved', done.out), done.out
@@ -406,6 +406,30 @@ def test_a_signal_in_an_evaluation_saves_and_leaves_at_once(tmp_path):
     assert_same_run(tmp_path / 'run', trained(ema=0.9))
 
 
+IN_SWAP = '''
+import os
+from nanoblocks.training import optim
+local, swap, calls = optim.local, optim.Average.swap, []
+def hit(x):
+    calls.append(x)
+    if len(calls) == 5:
+        os.kill(os.getpid(), 15)
+    return local(x)
+def hit_swap(self):
+    optim.local = hit
+    swap(self)
+    optim.local = local
+optim.Average.swap = hit_swap'''
+
+
+def test_a_signal_waits_until_the_averaged_weights_are_in_place(tmp_path):
+    """Or a checkpoint would have some averaged weights and some others."""
+    done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before=IN_SWAP)
+    assert done.code == stopping.STOPPED and load(tmp_path / 'run')['step'] == 20, done
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(ema=0.9))
+
+
 IN_COMPILATION = '''
 import os, signal, torch
 torch_compile = torch.compile
@@ -428,7 +452,7 @@ def test_a_signal_in_a_compilation_saves_and_leaves_at_once(tmp_path):
 
 
 def test_a_signal_while_saving_waits_for_it_and_a_second_one_does_not(tmp_path):
-    """The first checkpoint is whole when the run leaves. The second one is not, and the first still there."""
+    """After one signal the checkpoint is complete; after two, the one before it is still there."""
     while_saving = '''
 import os, torch
 save = torch.save
@@ -465,7 +489,7 @@ model.GPT.balance_experts = hit''')
     assert_same_run(tmp_path / 'run', trained(ema=0.9))
 
 
-def test_sigusr1_saves_and_goes_on(tmp_path):
+def test_sigusr1_saves_and_training_continues(tmp_path):
     keep = at_step(36, f"import shutil; shutil.copy('{tmp_path}/run/ckpt.pt', '{tmp_path}/then.pt')")
     done = python('train.py', *toy(tmp_path / 'run'), before=at_step(34, hit(signal.SIGUSR1)) + keep)
     assert done.code == 0 and 'step 34: saved' in done.out, done
@@ -474,7 +498,7 @@ def test_sigusr1_saves_and_goes_on(tmp_path):
 
 
 def test_a_signal_from_outside(tmp_path):
-    """To a process of its own, as a scheduler sends it, when the run says that it is under way."""
+    """To a separate process, as a scheduler sends it, once the run has printed its first step."""
     args = toy(tmp_path / 'run', max_iters=10**6, eval_interval=10**6)
     process = subprocess.Popen([sys.executable, 'train.py', *args], cwd=ROOT, env=ENV, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -502,16 +526,18 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))''' + at_step(5, hit(
 
 
 def poisoned(*steps, value='nan'):
-    """The loss of these steps is multiplied by a number; or infinity is added: gradients stay finite."""
+    """The loss of these steps times a number, or plus infinity, which leaves gradients finite."""
     return f'''
 import model, torch
-nan, loss, calls = torch.nan, model.GPT.loss, []
-def bad(self, x, targets):
+nan, inf, losses, calls = torch.nan, torch.inf, model.GPT.losses, []
+def bad(self, *args):
+    parts = losses(self, *args)
     calls.append(self.training)
-    if not self.training or sum(calls) not in {steps!r}:
-        return loss(self, x, targets)
-    return loss(self, x, targets) + torch.inf if '{value}' == 'inf' else loss(self, x, targets) * {value}
-model.GPT.loss = bad'''
+    if self.training and sum(calls) in {steps!r}:
+        for name in ('loss', 'cross_entropy'):
+            parts[name] = parts[name] + inf if {value} == inf else parts[name] * {value}
+    return parts
+model.GPT.losses = bad'''
 
 
 @pytest.mark.parametrize('settings', [dict(), dict(optimizer='muon'), dict(dtype='float16'), dict(ema=0.9),
@@ -560,14 +586,14 @@ model.MLP.forward = bad'''
 
 
 def test_the_first_tensor_that_is_not_finite_is_found():
-    """In a weight, in what is computed from finite ones, or in a gradient alone."""
+    """In a weight, in an output of finite weights, or in a gradient alone."""
     x = torch.arange(8).view(1, 8)
 
     def model():
         return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16, bias=False))
 
     def first(m):
-        return stopping.first_not_finite(m, (m(x, x)[1] for _ in range(1)))
+        return debug.first_not_finite(m, (m(x, x)[1] for _ in range(1)))
     assert first(model()) is None
     bad = model()
     bad.h[1].mixer.c_proj.weight.data[0, 0] = torch.nan

@@ -1,5 +1,5 @@
 """
-Training, as a user runs it: a run learns, reports, goes on bit by bit after a stop, refuses in one sentence.
+Training, as a user runs it: a run learns, reports, resumes bit for bit, refuses bad input in one sentence.
 """
 import functools
 import json
@@ -138,7 +138,7 @@ EXPLODING = dict(warmup_iters=50, learning_rate=3.0, grad_clip=0, eval_interval=
 
 
 def test_best_is_the_lowest_validation_loss():
-    """A learning rate that is far too high in the end: the best stays, the newest goes on."""
+    """With a learning rate that is far too high in the end, best.pt stays and ckpt.pt is replaced."""
     kept = trained(**EXPLODING)
     val = losses(kept, 'val_loss')
     best = 5 * (1 + val.index(min(val)))
@@ -201,7 +201,7 @@ def test_resume_is_bit_exact_twice(settings):
     parts, _ = train(max_iters=20, **settings)
     assert load(parts)['step'] == 20
     for stop in (40, 60):
-        assert f'going on at step {stop - 20}' in resume(parts, max_iters=stop)
+        assert f'resuming at step {stop - 20}' in resume(parts, max_iters=stop)
     assert_same_run(parts, whole)
 
 
@@ -424,8 +424,8 @@ def test_gradients_are_clipped():
     assert without != losses(trained(grad_clip=0.1, **settings))
 
 
-def test_number_types_learn_alike():
-    """Also clipped, which must happen to gradients, not to what float16 scales them to."""
+def test_number_types_learn_equally_well():
+    """With clipping, which must happen to the gradients, not to the scaled gradients of float16."""
     exact = losses(trained(log_interval=20))
     for dtype in ('bfloat16', 'float16'):
         assert losses(trained(log_interval=20, dtype=dtype)) == pytest.approx(exact, abs=0.02)

@@ -1,1 +1,1 @@
-"""The training loop's parts: checkpoints, log, optimizers, processes, signals."""
+"""The parts of the training loop: checkpoints, run folder, log, optimizers, processes, signals."""

@@ -1,24 +1,111 @@
 """
-From gradients to steps: which parameter is in which group, Muon beside PyTorch's AdamW, the schedule of the
-learning rate, clipping, averaged weights. Everything takes whole tensors and the shards of FSDP alike.
+From gradients to steps: groups of parameters, AdamW and Muon, clipping, the schedule of the learning rate and
+averaged weights. Everything here accepts full tensors and the shards of FSDP.
 
-A step is skipped without asking the device first: `found_inf`, a tensor that is 1 when a gradient was not
-finite, is set on each optimizer, as torch.amp.GradScaler does, and its update then changes nothing.
+A step is skipped without waiting for the device: each optimizer has `found_inf`, a tensor that is 1 if a
+gradient was not finite, and its update then changes nothing. torch.amp.GradScaler works the same way.
 """
 import math
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
+
+from nanoblocks.formats import format_quantity
+from nanoblocks.training.parallel import gather, gather_like, is_sharded, local, shard_like
+
+
+class Optimizers:
+    """
+    AdamW, and Muon if it has parameters, with the gradient scaler of float16 and the averaged weights.
+
+    groups          of param_groups
+    lr_fraction     a function: step -> learning rate as a fraction of its peak
+    betas           of AdamW
+    grad_clip       largest norm of the gradient; 0: no clipping
+    ema             decay of the averaged weights; 0: none
+    cautious        see Muon
+    dtype           of matrix products, as in the settings of train.py
+    compiled        whether to compile Muon's iteration
+    """
+
+    def __init__(self, model, groups, lr_fraction, betas, grad_clip=0.0, ema=0.0, cautious=False,
+                 dtype='float32', compiled=False):
+        self.params = list(model.parameters())
+        self.lr_fraction, self.grad_clip = lr_fraction, grad_clip
+        device_type = self.params[0].device.type
+        # one pass over memory instead of a dozen, and faster than what torch.compile makes of the update
+        self.fused = device_type in ('cuda', 'cpu')
+        self.each = [torch.optim.AdamW(groups['adamw'], betas=betas, fused=self.fused)]
+        if groups['muon']:
+            # Newton-Schulz in the precision of the run
+            muon_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
+            self.each.insert(0, Muon(groups['muon'], cautious=cautious, compiled=compiled, dtype=muon_dtype))
+        self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+        self.average = Average(model, ema) if ema else None
+
+    def scaled(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
+        """The loss to call backward() on: `loss` times its weight in the step, and scaled in float16."""
+        # 0 * loss makes every gradient NaN if the loss is, on every rank, so that all skip the step together
+        return self.scaler.scale(loss * (weight + 0 * loss.detach()))
+
+    @torch.no_grad()
+    def step(self, step: int) -> torch.Tensor:
+        """
+        Update the weights, unless a gradient is not finite, and clear the gradients. Returns the norm of the
+        gradient before clipping, a tensor: on CUDA nothing here waits for the device. The first step is 0.
+        """
+        for opt in self.each:
+            self.scaler.unscale_(opt)
+        grad_norm = total_norm([p.grad for p in self.params if p.grad is not None])
+        finite = torch.isfinite(grad_norm)
+        if self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.params, self.grad_clip, grad_norm)
+        for opt in self.each:
+            for group in opt.param_groups:
+                group['lr'] = group['peak_lr'] * self.lr_fraction(step)
+            opt.found_inf = 1 - finite.float() if self.fused else None
+            if self.fused or finite:
+                opt.step()
+            opt.zero_grad(set_to_none=True)
+        self.scaler.update()
+        if self.average:
+            self.average.update(step)
+        return grad_norm
+
+    def averaged(self):
+        """A context in which the model has the averaged weights, if there are any."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def state(self, keep: bool = True) -> dict:
+        """What a checkpoint keeps. Every process must call it; `keep`: see `gather`."""
+        return {'optimizers': state_of(self.each, keep), 'scaler': self.scaler.state_dict(),
+                'ema': self.average.state() if self.average else None}
+
+    def load(self, saved: dict) -> None:
+        load_state(self.each, saved['optimizers'])
+        if saved['scaler']:
+            self.scaler.load_state_dict(saved['scaler'])
+        if self.average and saved['ema']:
+            self.average.load(saved['ema'])
+
+    def lines(self):
+        """For each group a line about its optimizer, kind, size, learning rate and decay."""
+        for opt in self.each:
+            for group in opt.param_groups:
+                size = format_quantity(sum(p.numel() for p in group['params']))
+                yield (f'{type(opt).__name__} for {len(group["params"])} tensors of kind {group["kind"]}, '
+                       f'{size} parameters: lr {group["peak_lr"]:g}, weight decay {group["weight_decay"]:g}')
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Groups
 
 
 def parse_rates(text):
-    """'embedding=3e-3,*.router.weight=1e-4' -> {'embedding': 0.003, ...}. ValueError, one sentence."""
+    """'embedding=3e-3,*.router.weight=1e-4' -> {'embedding': 0.003, ...}. ValueError for anything else."""
     rates = {}
     for rule in filter(None, (part.strip() for part in text.split(','))):
         pattern, equals, rate = rule.partition('=')
@@ -33,7 +120,7 @@ def parse_rates(text):
 
 
 def refuse_unused(rates, model):
-    """ValueError, one sentence, for a rate that fits no parameter's kind or name."""
+    """ValueError for a rate that fits no parameter's kind or name."""
     kinds = model.param_kinds()
     for pattern in rates:
         if not any(fits(pattern, name, kind) for name, kind in kinds.items()):
@@ -47,9 +134,9 @@ def fits(pattern, name, kind):
 
 def param_groups(model, optimizer, learning_rate, muon_lr, weight_decay, rates):
     """
-    {'muon': [...], 'adamw': [...]}: torch's parameter groups, each of one kind and one rate, with the names
-    of its parameters. Muon takes matrices if optimizer says so; vectors do not decay; the last of the `rates`
-    that fits a parameter's kind or name wins.
+    {'muon': [...], 'adamw': [...]}: parameter groups for torch's optimizers, each of one kind and one peak
+    rate, with the names of its parameters. With optimizer='muon' Muon takes the matrices; vectors do not
+    decay. `rates` overrides the peak rate by kind or name; the last entry that fits wins.
     """
     groups, found = {}, {'muon': [], 'adamw': []}
     kinds = model.param_kinds()
@@ -70,13 +157,13 @@ def param_groups(model, optimizer, learning_rate, muon_lr, weight_decay, rates):
 
 def state_of(optimizers, keep=True):
     """
-    What is saved of optimizers: {'state': {parameter name: its moments, whole}, 'param_groups': their
-    settings, to look at}. By name, so that another number of processes, or other groups, can go on. `keep`:
-    see `whole`.
+    What a checkpoint keeps of optimizers: {'state': {parameter name: its moments in full}, 'param_groups':
+    settings, for information}. By name, so that a run can continue with other groups or another number of
+    processes.
     """
     saved = []
     for opt in optimizers:
-        state = {name: {key: whole(value, keep) for key, value in opt.state[p].items()}
+        state = {name: {key: gather(value, keep) for key, value in opt.state[p].items()}
                  for group in opt.param_groups for name, p in zip(group['names'], group['params'])
                  if p in opt.state}
         settings = [{key: value for key, value in group.items() if key != 'params'}
@@ -86,49 +173,21 @@ def state_of(optimizers, keep=True):
 
 
 def load_state(optimizers, saved):
-    """Give the moments that `state_of` saved to the parameters of these names; settings stay as they are."""
+    """Give the moments that `state_of` saved to the parameters of the same names; keep the new settings."""
     by_name = {name: state for opt in saved for name, state in opt['state'].items()}
     for opt in optimizers:
         own = opt.state_dict()
         names = [name for group in opt.param_groups for name in group['names']]
         params = [p for group in opt.param_groups for p in group['params']]
-        own['state'] = {i: {key: like(value, p) for key, value in by_name[name].items()}
+        own['state'] = {i: {key: shard_like(value, p) for key, value in by_name[name].items()}
                         for i, (name, p) in enumerate(zip(names, params)) if name in by_name}
         opt.load_state_dict(own)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Shards
-
-
-def is_shard(x):
-    """Whether x is a DTensor, without the second and a half that importing DTensor takes."""
-    return hasattr(x, 'full_tensor')
-
-
-def local(x):
-    """What this process holds of a tensor."""
-    return x.to_local() if is_shard(x) else x.detach()
-
-
-def whole(value, keep=True):
-    """
-    A shard's tensor in one piece, on the CPU; all else as it is. Every process must ask; those that need not
-    `keep` it get None, for together they may not have the memory.
-    """
-    if is_shard(value):
-        value = value.full_tensor()
-        return value.detach().cpu() if keep else None
-    return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-def like(value, p):
-    """The shard of a whole tensor that this process holds of p; what has another shape is not of p."""
-    if is_shard(p) and isinstance(value, torch.Tensor) and value.shape == p.shape:
-        from torch.distributed.tensor import distribute_tensor
-        # every process has the whole: nothing is sent
-        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-    return value
+def total_norm(tensors):
+    """The norm of all tensors together, a scalar tensor. Every process must call it."""
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -137,7 +196,7 @@ def like(value, p):
 
 def orthogonalize(x, steps=5):
     """
-    x (K,m,n) -> about U V^T of each U S V^T, by the quintic Newton-Schulz iteration of Jordan et al. 2024
+    x (K,m,n), each U S V^T -> about U V^T, by the quintic Newton-Schulz iteration of Jordan et al. 2024
     (https://kellerjordan.github.io/posts/muon), which brings singular values to between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -152,23 +211,23 @@ def orthogonalize(x, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum whose matrices are made orthogonal (Jordan et al. 2024), with decoupled weight decay. The same
-    update as torch.optim.Muon, but matrices of one shape share a batched product, and processes share the
-    matrices: each makes some of them orthogonal and sends them to the others.
+    Momentum with orthogonalised updates (Jordan et al. 2024) and decoupled weight decay. The update is the
+    one of torch.optim.Muon, but matrices of the same shape share a batched product, and processes share the
+    work: each orthogonalises some of the matrices and sends them to the others.
 
-    cautious: a weight decays only where the update moves it towards zero as well (Chen et al. 2025,
+    cautious: decay a weight only where the update moves it towards zero too (Chen et al. 2025,
     https://arxiv.org/abs/2510.12402).
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, cautious=False, compiled=False,
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, cautious=False, compiled=False,
                  dtype=None):
         super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay,
                                   'cautious': cautious})
         self.orthogonalize = torch.compile(orthogonalize) if compiled else orthogonalize
-        # where 16 bit matrix products are several times as fast, they are exact enough
+        # the iteration tolerates bfloat16, which is several times as fast where the hardware has it
         device = self.param_groups[0]['params'][0].device.type
-        short = device == 'cuda' or device == 'cpu' and torch.cpu._is_avx512_bf16_supported()
-        self.dtype = dtype or (torch.bfloat16 if short else torch.float32)
+        has_bf16 = device == 'cuda' or device == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+        self.dtype = dtype or (torch.bfloat16 if has_bf16 else torch.float32)
         self.found_inf = None
 
     @torch.no_grad()
@@ -178,8 +237,8 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 if p.grad is not None:
                     shapes[p.shape].append(p)
-            for same in shapes.values():
-                self.update(same, group)
+            for same_shape in shapes.values():
+                self.update(same_shape, group)
 
     def update(self, params, group):
         """One step of matrices (m,n) of one shape."""
@@ -190,23 +249,23 @@ class Muon(torch.optim.Optimizer):
         momenta = [local(self.state[p]['momentum_buffer']) for p in params]
         rate = group['lr']
         if self.found_inf is not None:
-            # a momentum that moves towards itself stays as it is
+            # a skipped step: a momentum that moves towards itself stays as it is
             grads = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, grads)]
             rate = rate * (1 - self.found_inf)
         torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-        ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
-        whole = torch.stack([full_like(u, p) for u, p in zip(ahead, params)]).to(self.dtype)
-        updates = self.share(whole).to(weights[0].dtype)
-        updates = [local(like(u, p)) for u, p in zip(updates, params)]
+        lookahead = torch._foreach_lerp(grads, momenta, group['momentum'])  # Nesterov
+        full = torch.stack([gather_like(u, p) for u, p in zip(lookahead, params)]).to(self.dtype)
+        updates = self.orthogonalize_together(full).to(weights[0].dtype)
+        updates = [local(shard_like(u, p)) for u, p in zip(updates, params)]
         m, n = params[0].shape
-        step, shrink = rate * math.sqrt(max(1, m / n)), rate * group['weight_decay']
+        step, decay = rate * math.sqrt(max(1, m / n)), rate * group['weight_decay']
         for w, u in zip(weights, updates):
             if group['weight_decay']:
-                w.sub_(w * (u * w > 0) * shrink if group['cautious'] else w * shrink)
+                w.sub_(w * (u * w > 0) * decay if group['cautious'] else w * decay)
             w.sub_(u * step)
 
-    def share(self, x):
-        """Orthogonalize x (K,m,n), each process a part of the K."""
+    def orthogonalize_together(self, x):
+        """Orthogonalise x (K,m,n), each process its part of the K."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1:
             return self.orthogonalize(x)
@@ -219,48 +278,29 @@ class Muon(torch.optim.Optimizer):
         return parts.flatten(0, 1)[:len(x)]
 
 
-def full_like(x, p):
-    """The whole tensor of which this process holds x, its shard of p's shape."""
-    if not is_shard(p):
-        return x
-    from torch.distributed.tensor import DTensor
-    return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape,
-                              stride=p.stride()).full_tensor()
-
-
 # ----------------------------------------------------------------------------------------------------------
-# Schedules and clipping
+# Schedules
 
 SCHEDULES = {
-    # how much of the way down is left after a part of it
-    'cosine': lambda part: 0.5 * (1 + math.cos(math.pi * part)),
-    'linear': lambda part: 1 - part,
-    'wsd': lambda part: 1 - part,
-    'constant': lambda part: 1.0,
+    # progress of the decay, 0 to 1 -> how much of the way down is left
+    'cosine': lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    'linear': lambda progress: 1 - progress,
+    'wsd': lambda progress: 1 - progress,
+    'constant': lambda progress: 1.0,
 }
 
 
-def lr_share(step, schedule, warmup, last, end, wsd_decay):
+def lr_fraction(step, schedule, warmup, last, end, wsd_decay):
     """
-    The learning rate of a step, the first is 0, as a share of its peak: `warmup` steps up, then down to `end`
-    at step `last`; with wsd only in the last `wsd_decay` (a share) of the steps.
+    The learning rate of a step (the first is 0) as a fraction of its peak: it rises for `warmup` steps, then
+    falls to `end` at step `last`. With wsd it falls in the last steps only, which are the fraction
+    `wsd_decay` of all.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     start = max(warmup, (1 - wsd_decay) * last) if schedule == 'wsd' else warmup
-    part = min(1.0, max(0.0, (step - start) / max(1, last - start)))
-    return end + (1 - end) * SCHEDULES[schedule](part)
-
-
-def micro_batches(step, total, warmup, world):
-    """Micro-batches of a step: a straight line up to `total` in the first `warmup`, a multiple of `world`."""
-    return total if step >= warmup else min(total, -(-total * (step + 1) // ((warmup + 1) * world)) * world)
-
-
-def norm(tensors):
-    """The norm of all of them together, a scalar tensor; every process must ask."""
-    total = torch.nn.utils.get_total_norm(tensors)
-    return total.full_tensor() if is_shard(total) else total
+    progress = min(1.0, max(0.0, (step - start) / max(1, last - start)))
+    return end + (1 - end) * SCHEDULES[schedule](progress)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -276,13 +316,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, step):
-        # the first steps average over few, or the initial weights would stay in for long
+        # a shorter average at first, or the initial weights would stay in it for long
         decay = min(self.decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(self.weights, [local(p) for p in self.params.values()], 1 - decay)
 
     @contextmanager
     def in_place(self):
-        """Within it, the model has the averaged weights."""
+        """A context in which the model has the averaged weights."""
         self.swap()
         try:
             yield
@@ -297,9 +337,9 @@ class Average:
             mine.copy_(other)
 
     def state(self):
-        return {name: full_like(weight, p)
+        return {name: gather_like(weight, p)
                 for (name, p), weight in zip(self.params.items(), self.weights)}
 
     def load(self, state):
         for (name, p), weight in zip(self.params.items(), self.weights):
-            weight.copy_(local(like(state[name], p)))
+            weight.copy_(local(shard_like(state[name], p)))

@@ -1,5 +1,9 @@
-"""Several processes: how they find each other, and how a model is copied to them (DDP) or cut up (FSDP2)."""
+"""
+Several processes: how they meet, how a model is replicated (DDP) or sharded (FSDP2), and tensors of which a
+process holds a shard. The sharding helpers accept ordinary tensors too, and return them unchanged.
+"""
 import inspect
+import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -7,41 +11,116 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from nanoblocks.training.stopping import Watch
+from nanoblocks.training.stopping import FailureWatch
 
 
-def start(device_type, backend):
-    """Meet the other processes, by the environment that torchrun makes. Returns the Watch over them."""
+def ranks() -> tuple[int, int, int]:
+    """
+    (rank, number of processes, rank on this machine) from the environment that torchrun sets; (0, 1, 0) for a
+    single process.
+    """
+    return tuple(int(os.environ.get(name, default)) for name, default in
+                 (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+
+
+def start(device_type: str, backend: str) -> FailureWatch:
+    """Meet the other processes. Returns the FailureWatch over them."""
     store, rank, world = next(dist.rendezvous('env://'))
-    watch = Watch(store, rank, world)
+    failure_watch = FailureWatch(store, rank, world)
     dist.init_process_group('gloo' if device_type == 'cpu' else backend, store=store, rank=rank,
                             world_size=world)
-    watch.catch()
-    return watch
+    failure_watch.catch_exceptions()
+    return failure_watch
 
 
-def end(watch):
-    watch.close()
+def end(failure_watch: FailureWatch) -> None:
+    failure_watch.close()
     dist.destroy_process_group()
+
+
+def from_main(value):
+    """Send any object from the main process to the others, and return it. Every process must call it."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+class MicroBatches:
+    """
+    Which micro-batches belong to a step, and which of them to this process. One sequence of numbers, from 0,
+    runs through all steps of all processes; a process takes every world-th number.
+
+    total       micro-batches per step
+    warmup      steps in which their number grows in a straight line to `total`
+    """
+
+    def __init__(self, total, warmup, rank, world):
+        self.total, self.warmup, self.rank, self.world = total, warmup, rank, world
+
+    def count(self, step: int) -> int:
+        """Micro-batches in a step, a multiple of `world`."""
+        if step >= self.warmup:
+            return self.total
+        per_process = -(-self.total * (step + 1) // ((self.warmup + 1) * self.world))  # rounded up
+        return min(self.total, per_process * self.world)
+
+    def mine(self, step: int, done: int) -> range:
+        """Numbers of this process's micro-batches in a step; `done` micro-batches were made before it."""
+        return range(done + self.rank, done + self.count(step), self.world)
+
+    def mine_until(self, last_step, step, done):
+        """The same for all steps from `step` up to, not including, `last_step`."""
+        for later in range(step, last_step):
+            yield from self.mine(later, done)
+            done += self.count(later)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Models
+
+
+def wrap(model, dtype, compiled, recompute, sharded):
+    """
+    (fast_model, model): the compiled model, and the DDP or FSDP wrapper, which exchanges gradients between
+    processes. Where one is not asked for, the model itself. `recompute` is activation checkpointing.
+    """
+    fast_model = model
+    if compiled and not (sharded or recompute):
+        fast_model = torch.compile(model)
+    elif compiled:
+        # the blocks alone, because what FSDP and checkpointing do between them cannot be compiled
+        for block in blocks_of(model):
+            block.forward = torch.compile(block.forward)
+    if recompute:
+        recompute_blocks(model)
+    if sharded:
+        return fast_model, shard(model, dtype)
+    return fast_model, replicate(fast_model) if dist.is_initialized() else fast_model
+
+
+def blocks_of(model):
+    """The blocks of a model, those of multi-token prediction included."""
+    return (*model.h, *model.further)
 
 
 def recompute_blocks(model):
     """
-    Activation checkpointing: keep what goes into a block, and compute the rest again in the backward pass.
-    In place, and without new names.
+    Activation checkpointing: keep only the input of each block, and compute the rest again in the backward
+    pass. Parameters keep their names.
     """
-    for block in (*model.h, *model.further):
+    for block in blocks_of(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                context_fn=partial(without_counting, block))
+                                context_fn=partial(contexts_of_passes, block))
 
 
-def without_counting(block):
-    """The contexts of the first pass and of the repeated one, in which experts must not count again."""
-    return nullcontext(), loads_kept(block)
+def contexts_of_passes(block):
+    """Contexts of the first pass and of the recomputation, in which experts must not count tokens again."""
+    return nullcontext(), loads_restored(block)
 
 
 @contextmanager
-def loads_kept(block):
+def loads_restored(block):
     loads = [buffer for name, buffer in block.named_buffers() if name.rpartition('.')[2] == 'load']
     before = [load.clone() for load in loads]
     try:
@@ -51,37 +130,75 @@ def loads_kept(block):
             load.copy_(kept)
 
 
-def copies(model):
-    """A copy of the model in every process, which average their gradients (DDP)."""
+def replicate(model):
+    """A replica of the model in every process; the processes average their gradients (DDP)."""
     ddp = torch.nn.parallel.DistributedDataParallel
-    # experts count their tokens in buffers, each process its own
+    # no process overwrites the buffers of another, in which experts count their tokens
     renamed = 'forward_sync_buffers' in inspect.signature(ddp).parameters
     return ddp(model, **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False})
 
 
-def shard(model, device_type, dtype):
+def shard(model, dtype):
     """
-    Cut parameters, gradients and moments among the processes (FSDP2); each block is gathered when its turn
-    comes. With dtype bfloat16 it is gathered in 16 bit, and gradients are still summed in fp32.
+    Shard parameters, gradients and moments over the processes (FSDP2); each block is gathered just before it
+    runs. With dtype bfloat16 it is gathered in 16 bits, and gradients are still summed in fp32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy() if dtype == 'float32' else MixedPrecisionPolicy(
         param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
-    for block in (*model.h, *model.further):
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
-@contextmanager
-def gradients_exchanged(model, now):
-    """Whether the backward passes within it exchange gradients, or leave that to a later one."""
-    if hasattr(model, 'set_requires_gradient_sync'):
+def exchange_gradients(model, now):
+    """Whether the following forward and backward passes exchange gradients between processes."""
+    if hasattr(model, 'set_requires_gradient_sync'):    # FSDP
         model.set_requires_gradient_sync(now)
-        yield
-    elif now or not hasattr(model, 'no_sync'):
-        yield
-    else:
-        with model.no_sync():
-            yield
+    elif hasattr(model, 'require_backward_grad_sync'):  # DDP; its no_sync() toggles this variable
+        model.require_backward_grad_sync = now
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sharded tensors
+
+
+def is_sharded(x):
+    """Whether x is a DTensor; importing DTensor to ask isinstance would take 1.5 seconds."""
+    return hasattr(x, 'full_tensor')
+
+
+def local(x):
+    """The shard that this process holds of a tensor."""
+    return x.to_local() if is_sharded(x) else x.detach()
+
+
+def gather(value, keep=True):
+    """
+    A sharded tensor in full, on the CPU; any other value as it is. Every process must call it. Those with
+    keep=False get None, because together they may not have the memory for a copy each.
+    """
+    if is_sharded(value):
+        value = value.full_tensor()
+        return value.detach().cpu() if keep else None
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def gather_like(x, p):
+    """The full tensor of which x is this process's shard, cut as p is. Every process must call it."""
+    if not is_sharded(p):
+        return x
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape,
+                              stride=p.stride()).full_tensor()
+
+
+def shard_like(value, p):
+    """Cut a full tensor of p's shape as p is cut; any other value is returned as it is."""
+    if is_sharded(p) and isinstance(value, torch.Tensor) and value.shape == p.shape:
+        from torch.distributed.tensor import distribute_tensor
+        # every process has the full tensor, so nothing is sent
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return value

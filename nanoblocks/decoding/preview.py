@@ -1,0 +1,22 @@
+"""Sample texts of a model in training, to look at beside its loss."""
+import torch
+
+from nanoblocks.tokenizer import from_meta
+
+
+def sample_texts(model, meta, count, max_tokens=200):
+    """
+    `count` continuations of the prompt in a dataset's `meta`. The seeds are 0, 1, ... every time, so that
+    only the weights make a difference between two evaluations.
+    """
+    tokenizer = from_meta(meta['tokenizer'])
+    prompt = tokenizer.encode(meta.get('prompt', '')) or [tokenizer.eot or tokenizer.encode('\n')[0]]
+    idx = torch.tensor([prompt], device=model.wte.weight.device)
+    room = max_tokens
+    if model.wpe.max_tokens is not None:
+        room = min(room, model.wpe.max_tokens - len(prompt))
+    with torch.compiler.set_stance('force_eager'):
+        rows = [model.generate(idx, room, 0.8, top_k=200, seed=n)[0].tolist() for n in range(count)]
+    # tokens that only round up the vocabulary have no text
+    return [tokenizer.decode([t for t in row if t < tokenizer.vocab_size and t != tokenizer.eot])
+            for row in rows]
