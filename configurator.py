@@ -295,7 +295,9 @@ WIDTH = 110
 
 def help_text(script, settings, config_class, own, model):
     about = (settings.get('__doc__') or '').strip()
-    lines = [f'usage: python {script} [config/FILE.py ...] [--key=value ...]', *([''] * bool(about)), about]
+    lines = [f'usage: python {script} [config/FILE.py ...] [--key=value ...]',
+             '       --key value means --key=value; arguments apply in order, and later ones win']
+    lines += ['', about] if about else []
     if '__file__' in settings:
         own = describe(own, Path(settings['__file__']).read_text(encoding='utf-8'))
     lines += section(f'settings of {script}:', own)

@@ -6,7 +6,6 @@ Train a model. A flat script: settings, setup, helpers, the loop.
     python train.py --init_from=path/to/checkpoint --dataset=mine     # fine-tune published weights
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-Config files and --key=value are applied in the order given; later ones win.
 --help lists every setting and model flag. Exit codes: nanoblocks/training/stopping.py.
 """
 import math
@@ -100,8 +99,7 @@ settings = plain_settings(globals())
 
 rank, world, local_rank = parallel.ranks()
 is_main = rank == 0
-if is_main:
-    hardware.warn_of_torch_version()
+hardware.warn_of_torch_version()
 writes = is_main and not eval_only
 folder, resumed, ckpt_path, loaded = RunFolder(out_dir), None, None, None
 with errors_as_messages():

@@ -12,17 +12,15 @@ from nanoblocks.formats import first_line
 PEAK_FLOPS = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12, 'GH200': 989e12,
               'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
               'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
-
-
 # the versions of torch that pyproject.toml allows
 TORCH_VERSIONS = (2, 11), (2, 15)
 
 
 def warn_of_torch_version():
-    """One line on stderr if this torch is not one of the versions that the code is tested with."""
+    """One line on stderr, of the first process, for a torch that the code is not tested with."""
     major, minor = map(int, torch.__version__.split('.')[:2])
     oldest, newest = TORCH_VERSIONS
-    if not oldest <= (major, minor) <= newest:
+    if not oldest <= (major, minor) <= newest and os.environ.get('RANK', '0') == '0':
         print(f'warning: torch {torch.__version__} is not one of {"{}.{}".format(*oldest)} to '
               f'{"{}.{}".format(*newest)}, with which this code is tested', file=sys.stderr)
 

@@ -502,6 +502,7 @@ def test_help_reads_a_class_that_is_indented(capsys):
 
 
 HELP = '''usage: python toy.py [config/FILE.py ...] [--key=value ...]
+       --key value means --key=value; arguments apply in order, and later ones win
 
 Train a toy. Nothing more.
 

@@ -263,6 +263,8 @@ def project():
 def test_a_version_of_torch_that_is_not_tested_gets_one_line_of_warning(monkeypatch, capsys, version, warns):
     monkeypatch.setattr(torch, '__version__', version)
     hardware.warn_of_torch_version()
+    monkeypatch.setenv('RANK', '1')
+    hardware.warn_of_torch_version()
     err = capsys.readouterr().err
     assert err == (f'warning: torch {version} is not one of 2.11 to 2.15, with which this code is tested\n'
                    if warns else '')
