@@ -13,6 +13,8 @@ import ast
 import builtins
 import inspect
 import io
+import math
+import operator
 import os
 import sys
 import textwrap
@@ -26,7 +28,8 @@ from types import ModuleType, NoneType
 from typing import NamedTuple, get_args, get_type_hints
 
 PLAIN = bool | int | float | str | None
-RULES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string', NoneType: 'None'}
+RULES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string', tuple: 'a list of numbers',
+         NoneType: 'None'}
 
 
 class Flag(NamedTuple):
@@ -251,23 +254,31 @@ def read_comments(source):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Flags in groups: one line of a dataclass each, which says the default, the meaning (in its comment), what may
-# stand there and beside which other flags it means anything.
+# Flags in groups. A group is a dataclass that stands in the chapter of its block. One line of it says all
+# about a flag: its default, its meaning (the comment), its range, its table of words, and the other flags
+# beside which it means anything. The config inherits the groups, and refuses what cannot be meant.
 #
-#     @flags(attn='mla')                                 # the group means something only beside attn=mla
+#     @flags(attn='mla')                                 # the group means something only when attn is mla
 #     class LatentFlags:
-#         kv_rank: int | None = None                     # ints are at least 1, floats above 0, unless told
-#         z_weight: float = flag(0.0, least=0)
-#         ffn: str = flag('gelu', FFN)                   # a word of this table
-#         ffn_limit: float = flag(7.0, ffn='swiglu_clip')    # this one only beside ffn=swiglu_clip
+#         kv_rank: int | None = None                     # an int is at least 1 and a float above 0,
+#         z_weight: float = flag(0.0, least=0)           # unless the flag says otherwise
+#         ffn_limit: float = flag(7.0, ffn='swiglu_clip')    # means something only when ffn is swiglu_clip
+#
+#         def fill(c): ...        # returns {flag: the value that its None stands for}
+#         def rules(c): ...       # yields (flag, whether all is well, what it must)
 
-RANGES = ('least', 'above', 'below', 'most')
-SET = ...           # a condition: any value but the default
+LIMITS = {'least': ('at least', operator.ge), 'above': ('above', operator.gt),
+          'below': ('below', operator.lt), 'most': ('at most', operator.le)}
+SET = ...           # the condition that a flag differs from its default
 
 
 def flag(default, table=None, **more):
-    """A field: `table` holds its words, RANGES its limits; all else are conditions, {flag: value(s)}."""
-    limits = {name: more.pop(name) for name in RANGES if name in more}
+    """
+    A field of a group. table: the words (of a pattern: the letters) that may stand there. more: its limits
+    (least, above, below, most), and the conditions under which it means anything, each another flag with the
+    value it must have, a tuple of values, SET, or letters of which a pattern must have one.
+    """
+    limits = {name: more.pop(name) for name in LIMITS if name in more}
     return field(default=default, metadata={'table': table, 'limits': limits, 'when': more})
 
 
@@ -277,81 +288,101 @@ def flags(**when):
         for name in cls.__annotations__:
             f = vars(cls).get(name)
             if not hasattr(f, 'metadata'):
-                setattr(cls, name, f := flag(f))
+                f = flag(f)
+                setattr(cls, name, f)
             f.metadata = {**f.metadata, 'when': (when, f.metadata['when'])}
+        cls.when = when
         return dataclass(cls)
     return group
 
 
-def types_of(f):
-    return get_args(f.type) or (f.type,)
-
-
 class Flags:
-    """What a config inherits beside its groups. A group may have `fill` ({flag: what its None stands for})
-    and `rules` (yields (flag, whether all is well, what it must))."""
+    """What a config inherits after its groups, whose fill and rules are called in their order."""
 
     def __post_init__(self):
         for f in fields(self):
             self._check_value(f)
         for f in fields(self):
-            self._check_place(f)
-        for fill in self._each('fill'):
+            if getattr(self, f.name) != f.default and (missing := self.missing(f.name)):
+                self._must(f.name, False, f'be left out unless {missing}')
+        for fill in self._functions('fill'):
             for name, value in fill(self).items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
-        for rules in self._each('rules'):
+        for rules in self._functions('rules'):
             for name, ok, must in rules(self):
                 self._must(name, ok, must)
 
-    def _each(self, what):
-        return [vars(cls)[what] for cls in reversed(type(self).__mro__) if what in vars(cls)]
+    @classmethod
+    def unchecked(cls, **values):
+        """A config as it is given, nothing checked or filled in: to ask `missing` of it."""
+        config = object.__new__(cls)
+        vars(config).update({f.name: f.default for f in fields(cls)} | values)
+        return config
+
+    def missing(self, name):
+        """What `name` needs beside it and has not, in words; '' where it means something."""
+        for when in self.__dataclass_fields__[name].metadata['when']:
+            for other, wanted in when.items():
+                ok, words = self._condition(other, wanted)
+                missing = self.missing(other) if ok else words
+                if missing:
+                    return missing
+        return ''
+
+    def _condition(self, other, wanted):
+        """Whether a condition holds, and the condition in words."""
+        value = getattr(self, other)
+        if other.endswith('_pattern'):
+            return set(value[:self.n_layer]) & set(wanted), in_words(other, wanted)
+        if wanted is SET:
+            return value != self.__dataclass_fields__[other].default, in_words(other, wanted)
+        return value in (wanted if isinstance(wanted, tuple) else (wanted,)), in_words(other, wanted)
+
+    def _functions(self, what):
+        return [vars(cls)[what] for cls in type(self).__mro__ if what in vars(cls)]
 
     def _must(self, name, ok, rule):
         if not ok:
             raise ValueError(f'{name}={getattr(self, name)} must {rule}')
 
     def _check_value(self, f):
-        value, types = getattr(self, f.name), types_of(f)
+        """The type of a flag, its words and its range. An int given for a float is stored as a float."""
+        value, types, table = getattr(self, f.name), types_of(f), f.metadata['table']
         if tuple in types and type(value) is list:  # as JSON has them
-            setattr(self, f.name, value := tuple(value))
-        self._must(f.name, type(value) in types or type(value) is int and float in types,
-                   f'be of type {f.type if get_args(f.type) else f.type.__name__}')
-        table = f.metadata['table']
+            value = tuple(value)
+        if type(value) is int and int not in types and float in types:
+            value = float(value)
+        self._must(f.name, type(value) in types, f'be {" or ".join(RULES.get(t, t.__name__) for t in types)}')
+        if tuple in types and type(value) is tuple:
+            self._must(f.name, all(type(x) in (int, float) for x in value), 'hold numbers')
+            value = tuple(map(float, value))
+        setattr(self, f.name, value)
         if f.name.endswith('_pattern'):
             self._must(f.name, value and set(value) <= table.keys(), f"be letters of {''.join(table)}")
         elif table:
             self._must(f.name, value in table, f"be one of {', '.join(map(str, table))}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self._check_range(f, value)
+        for x in value if type(value) is tuple else (value,):
+            if type(x) in (int, float):
+                self._check_range(f, x)
 
-    def _check_place(self, f):
-        missing = self.missing(f.name)
-        self._must(f.name, not missing or getattr(self, f.name) == f.default, f'be left out unless {missing}')
+    def _check_range(self, f, x):
+        self._must(f.name, math.isfinite(x), 'be a finite number')
+        a_count = type(x) is int and float not in types_of(f)
+        limits = f.metadata['limits'] or ({'least': 1} if a_count else {'above': 0})
+        self._must(f.name, all(LIMITS[name][1](x, limit) for name, limit in limits.items()),
+                   'be ' + ' and '.join(f'{LIMITS[name][0]} {limit}' for name, limit in limits.items()))
 
-    def _check_range(self, f, value):
-        limits = f.metadata['limits'] or ({'least': 1} if type(value) is int and float not in types_of(f) else {'above': 0})
-        for word, limit in limits.items():
-            ok = {'least': value >= limit, 'above': value > limit, 'below': value < limit,
-                  'most': value <= limit}[word]
-            self._must(f.name, ok, f"be {'at ' * (word in ('least', 'most'))}{word} {limit}")
 
-    def missing(self, name):
-        """What `name` needs beside it and has not, in words; '' where it means something."""
-        known = self.__dataclass_fields__
-        for when in known[name].metadata['when']:
-            for other, wanted in when.items():
-                value = getattr(self, other)
-                if other.endswith('_pattern'):
-                    ok = set(value[:self.n_layer]) & set(wanted)
-                    words = f"{other} has {' or '.join(repr(x) for x in wanted)}"
-                elif wanted is SET:
-                    ok, words = value != known[other].default, f'{other} is set'
-                else:
-                    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-                    ok, words = value in wanted, f'{other} is {" or ".join(map(str, wanted))}'
-                if not ok:
-                    return words
-                if missing := self.missing(other):
-                    return missing
-        return ''
+def types_of(f):
+    return get_args(f.type) or (f.type,)
+
+
+def in_words(other, wanted):
+    """A condition as a sentence says it."""
+    if wanted is SET:
+        return f'{other} is set'
+    if other.endswith('_pattern'):
+        article = 'an' if wanted[0] in 'aefmn' else 'a'
+        return f'{other} has {article} ' + ' or '.join(map(repr, wanted))
+    return f'{other} is {" or ".join(wanted)}' if isinstance(wanted, tuple) else f'{other}={wanted}'

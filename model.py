@@ -12,274 +12,18 @@ D head_dim, I ffn or inner width, N tokens of all sequences, E experts, R latent
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels as ops
+from configurator import SET, Flags, flag, flags
 
 # ----------------------------------------------------------------------------------------------------------
 # Configuration
-
-
-@dataclass
-class GPTConfig:
-    """Every flag of the model, stated here and nowhere else. The defaults are GPT-2 124M."""
-    block_size: int = 1024          # tokens of context in training; the limit of learned positions
-    vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
-    n_layer: int = 12               # blocks
-    n_head: int = 12                # query heads
-    n_embd: int = 768               # width of the residual stream
-    layer_pattern: str = 'a'        # mixers: a all, w window, c chunk, n v like a w without rope, m SSM
-    ffn_pattern: str = 'f'          # what follows it, repeated: f one dense ffn, e experts, - nothing
-    # positions
-    pos: str = 'learned'            # learned, sinusoidal, rope, alibi, alibi_bf16 (Falcon), none
-    rope_theta: float = 10000.0     # rope: the base of its wavelengths
-    rope_local_theta: float | None = None  # rope: a base of their own for windowed layers, never scaled
-    rope_fraction: float = 1.0      # rope: the share of each head that turns
-    rope_scaling: str = 'none'      # none, linear, ntk, dynamic, yarn, llama3, longrope
-    rope_factor: float = 1.0        # rope_scaling: how many times longer the context becomes
-    rope_context: int | None = None  # rope_scaling: the context that was trained on; None: block_size
-    rope_beta_fast: float = 32.0    # yarn: pairs that turn more often than this in rope_context are unchanged
-    rope_beta_slow: float = 1.0     # yarn: pairs that turn less often than this are stretched by rope_factor
-    rope_truncate: bool = True      # yarn: between the two, the ramp begins and ends at whole pairs
-    rope_attention_factor: float | None = None  # yarn, longrope: scales cos and sin; None: the paper's
-    rope_low_freq: float = 1.0      # llama3: as yarn's beta_slow
-    rope_high_freq: float = 4.0     # llama3: as yarn's beta_fast
-    rope_short: tuple | None = None  # longrope: what divides each frequency up to rope_context tokens
-    rope_long: tuple | None = None  # longrope: and beyond
-    # norms and the residual stream
-    norm: str = 'layernorm'         # layernorm, rmsnorm
-    norm_at: str = 'pre'            # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
-    norm_eps: float = 1e-5          # added to the variance, or to the mean square, of every norm
-    residual: str = 'serial'        # serial; parallel, shared, normed: see RESIDUAL
-    residual_scale: float = 1.0     # multiplies what every branch adds to the stream (Granite)
-    embed_scale: bool | float = False  # multiplies the token embedding: a number, or True for sqrt(n_embd)
-    embed_norm: bool = False        # a norm on the embedding (BLOOM)
-    embed_skip: bool = False        # later blocks mix the embedding back in, by two learned numbers each
-    # attention
-    attn: str = 'standard'          # standard (MHA, GQA, MQA), mla (latent), diff (differential)
-    n_kv_head: int | None = None    # key/value heads: None as many as n_head (MHA), fewer GQA, 1 MQA
-    head_dim: int | None = None     # width of one head: None n_embd / n_head
-    attn_scale: float | None = None  # multiplies the scores; None: 1 / sqrt of a key's width
-    qk_norm: bool | str = False     # norm of q and k: True per head, full (OLMo 2), heads, unit (Llama 4)
-    qkv_clip: float | None = None   # q, k and v are clamped to this size (MPT)
-    window: int | None = None       # letters w, v: tokens that are seen, the newest included; c: of a chunk
-    softcap: float | None = None    # cap the attention scores smoothly: cap * tanh(score / cap)
-    sinks: bool = False             # a learned logit per head that takes attention from all tokens (gpt-oss)
-    temp_scale: float | None = None  # letters n, v: queries grow with the log of their position (Llama 4)
-    temp_floor: int = 8192          # temp_scale: in steps of so many tokens
-    value_embed: bool = False       # add a second token embedding to the values, by a learned number a layer
-    kv_rank: int | None = None      # mla: width of the latent that is cached; None: n_embd / 4
-    q_rank: int | None = None       # mla: width of the query's latent; None: queries come straight from x
-    rope_head_dim: int | None = None  # mla: rotated width, one key for all heads; None: head_dim / 2
-    v_head_dim: int | None = None   # mla: width of a value head; None: head_dim
-    latent_eps: float | None = None  # mla: as norm_eps, for the norms of the latents; None: norm_eps
-    # feed-forward
-    ffn: str = 'gelu'               # relu, gelu, gelu_tanh, relu2; gated: swiglu, geglu, ... (FFN)
-    ffn_width: int | None = None    # hidden width: None 4 n_embd, gated 8/3 n_embd (the same parameters)
-    ffn_limit: float = 7.0          # swiglu_clip: gate and up are clamped to this size
-    ffn_alpha: float = 1.702        # swiglu_clip: the gate is x sigmoid(alpha x)
-    n_expert: int | None = None     # letter e: experts
-    n_expert_used: int = 2          # experts that each token passes through
-    expert_width: int | float | None = None  # None: all that a token uses are ffn_width; float: share
-    n_shared: int = 0               # experts' worth of ffn that every token passes through as well
-    shared_width: int | None = None  # n_shared: the hidden width of all that; None: n_shared expert_width
-    shared_gate: bool = False       # n_shared: times the sigmoid of a learned score (Qwen MoE)
-    router: str = 'softmax'         # scores of the experts: softmax, sigmoid (DeepSeek V3)
-    router_bias: bool = False       # a learned bias in the router (gpt-oss)
-    router_norm: bool = True        # the weights of the chosen experts are made to sum to one
-    router_scale: float = 1.0       # and multiplied by this
-    router_input: bool = False      # they weight what goes into an expert, not what comes out (Llama 4)
-    n_group: int = 1                # experts lie in groups; a token chooses in the best n_group_used of them
-    n_group_used: int = 1           # groups a token chooses in
-    group_top: int = 2              # n_group: a group is worth the sum of so many of its best experts
-    balance: str = 'aux'            # keep experts equally busy: none, aux (Switch), bias (DeepSeek V3), both
-    aux_weight: float = 0.01        # aux: weight of the balancing loss
-    bias_rate: float = 0.001        # bias: how far the router's bias moves in one optimizer step
-    z_weight: float = 0.0           # weight of the router's z-loss, which keeps its logits small (ST-MoE)
-    # state space
-    ssm: str = 'mamba2'             # letter m: mamba1 (selective scan), mamba2 (SSD)
-    ssm_state: int | None = None    # state per channel; None: mamba1 16, mamba2 128
-    ssm_expand: int = 2             # inner width over n_embd
-    ssm_conv: int = 4               # taps of the causal convolution
-    ssm_head_dim: int = 64          # mamba2: channels that share one decay
-    ssm_groups: int = 1             # mamba2: groups of heads that share B and C
-    ssm_dt_min: float = 0.0         # mamba2: the least step size
-    ssm_dt_max: float | None = None  # mamba2: the largest; None: no limit
-    ssm_dt_rank: int | None = None  # mamba1: rank of the step size; None: n_embd / 16
-    ssm_norm: bool = False          # mamba1: RMS norms on the step size, B and C (Jamba)
-    # all
-    bias: bool = True               # biases in linear layers and layer norms, unless one of these says it
-    qkv_bias: bool | None = None    # of queries, keys and values (mla: of what goes down to the latents)
-    proj_bias: bool | None = None   # of attention's output
-    ffn_bias: bool | None = None    # of dense ffns and experts
-    norm_bias: bool | None = None   # of layer norms
-    ssm_bias: bool | None = None    # of a state space's two projections
-    conv_bias: bool = True          # of its convolution, whatever bias says
-    tie: bool = True                # the output head shares its weight with the token embedding
-    dropout: float = 0.0            # on the embedding, the attention weights and every branch
-    logit_scale: float = 1.0        # multiplies the logits
-    logit_softcap: float | None = None  # cap the logits smoothly: cap * tanh(logits / cap)
-    zero_init: bool = False         # projections that write to the residual stream start at zero
-    n_predict: int = 1              # tokens predicted at every position in training, by a block more for each
-    predict_weight: float = 0.3     # weight of the loss of the further ones
-
-    def __post_init__(self):
-        for f in fields(self):
-            kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
-            if tuple in kinds and type(value) is list:  # as JSON has them
-                setattr(self, f.name, value := tuple(value))
-            self._must(f.name, type(value) in kinds or type(value) is int and float in kinds,
-                       f'be of type {f.type if get_args(f.type) else f.type.__name__}')
-        for name, table in WORDS.items():
-            self._must(name, getattr(self, name) in table, f"be one of {', '.join(map(str, table))}")
-        for name, letters in (('layer_pattern', MIXERS), ('ffn_pattern', FFNS)):
-            pattern = getattr(self, name)
-            self._must(name, pattern and set(pattern) <= letters.keys(), f"be letters of {''.join(letters)}")
-        for name, low in LOWEST.items():
-            value = getattr(self, name)
-            self._must(name, value is None or value >= low, f'be at least {low}')
-        for name, (sentence, applies) in BELONGS.items():
-            if not applies(self):
-                self._must(name, getattr(self, name) == getattr(GPTConfig, name),
-                           f'be left out unless {sentence}')
-        self._fill_in()
-        for name in ('norm_eps', 'latent_eps', 'softcap', 'logit_softcap', 'rope_beta_slow', 'rope_low_freq',
-                     'rope_attention_factor', 'router_scale', 'attn_scale', 'qkv_clip', 'temp_scale',
-                     'embed_scale', 'residual_scale', 'expert_width', 'logit_scale', 'ffn_limit',
-                     'ffn_alpha'):
-            value = getattr(self, name)
-            self._must(name, value is None or value is False or value > 0, 'be above 0')
-        self._combinations()
-
-    def _must(self, name, ok, rule):
-        if not ok:
-            raise ValueError(f'{name}={getattr(self, name)} must {rule}')
-
-    def _fill_in(self):
-        """
-        Replace the None that stand for a value worked out from other flags, where the flag means something.
-        """
-        filled = {}
-        if self.attends():
-            self._must('n_embd', self.head_dim or self.n_embd % self.n_head == 0,
-                       f'be a multiple of n_head={self.n_head}, or head_dim must be set')
-            filled |= {'n_kv_head': self.n_head, 'head_dim': self.n_embd // self.n_head,
-                       'qkv_bias': self.bias, 'proj_bias': self.bias}
-        if self.rope_scaling in ROPE_CONTEXT:
-            filled |= {'rope_context': self.block_size}
-        if self.attn == 'mla':
-            head_dim = self.head_dim or filled['head_dim']
-            filled |= {'kv_rank': max(1, self.n_embd // 4), 'rope_head_dim': head_dim // 2,
-                       'v_head_dim': head_dim, 'latent_eps': self.norm_eps}
-        if self.ffns() - {'-'}:
-            filled |= {'ffn_width': FFN[self.ffn][0].default_width(self.n_embd), 'ffn_bias': self.bias}
-        if 'e' in self.ffns():
-            whole = self.ffn_width or filled['ffn_width']
-            width = whole // max(1, self.n_expert_used + self.n_shared)
-            filled |= {'expert_width': max(1, width // 8 * 8 or width)}
-            if isinstance(self.expert_width, float):
-                self._must('expert_width', self.expert_width > 0, 'be above 0')
-                self.expert_width = max(1, round(self.expert_width * whole))
-        if self.n_shared and 'e' in self.ffns():
-            filled |= {'shared_width': self.n_shared * (self.expert_width or filled['expert_width'])}
-        if self.norm == 'layernorm':
-            filled |= {'norm_bias': self.bias}
-        if 'm' in self.mixers():
-            filled |= {'ssm_state': SSM[self.ssm].default_state, 'ssm_bias': self.bias}
-            if self.ssm == 'mamba1':
-                filled |= {'ssm_dt_rank': Mamba1.default_dt_rank(self.n_embd)}
-        for name, value in filled.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-
-    def mixers(self):
-        """The letters of layer_pattern that have a layer."""
-        return set(self.layer_pattern[:self.n_layer])
-
-    def ffns(self):
-        return set(self.ffn_pattern[:self.n_layer])
-
-    def attends(self):
-        return bool(self.mixers() - {'m'})
-
-    def rotates(self):
-        return self.pos == 'rope' and bool(self.mixers() - set('mnv'))
-
-    def _combinations(self):
-        must = self._must
-        must('embed_skip', not self.embed_skip or self.n_layer > 1, 'be False when n_layer=1')
-        must('dropout', 0 <= self.dropout < 1, 'be at least 0 and below 1')
-        must('n_embd', self.pos != 'sinusoidal' or self.n_embd % 2 == 0, 'be even when pos=sinusoidal')
-        must('rope_theta', self.rope_theta > 1, 'be above 1')
-        must('rope_local_theta', self.rope_local_theta is None or self.rope_local_theta > 1, 'be above 1')
-        must('rope_fraction', 0 < self.rope_fraction <= 1, 'be above 0 and at most 1')
-        must('rope_factor', self.rope_scaling in ('none', *ROPE_BY_LENGTH) or self.rope_factor > 1,
-             'be above 1 when rope_scaling is set')
-        must('rope_beta_fast', self.rope_beta_fast > self.rope_beta_slow, f'be above {self.rope_beta_slow}')
-        must('rope_high_freq', self.rope_high_freq > self.rope_low_freq, f'be above {self.rope_low_freq}')
-        must('residual', self.residual == 'serial' or self.norm_at != 'post', 'be serial when norm_at=post')
-        must('residual', self.residual in ('serial', 'parallel') or NORM_AT[self.norm_at][0],
-             f'be serial when norm_at={self.norm_at}, which has no norm before a branch')
-        must('residual', self.residual == 'serial' or '-' not in self.ffns(),
-             "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
-        must('pos', self.attends() or not POSITIONS[self.pos].of_attention,
-             'be learned, sinusoidal or none when no layer attends')
-        must('pos', self.pos != 'rope' or self.rotates(),
-             "be none when every layer that attends is an 'n' or 'v', which do not turn")
-        must('layer_pattern', self.pos == 'rope' or not self.mixers() & set('nv'),
-             f"have 'a' for 'n' and 'w' for 'v' when pos={self.pos}: what does not turn is their difference")
-        if self.attends():
-            self._attention_combinations(must)
-        if 'e' in self.ffns():
-            must('n_expert', self.n_expert, "be set when ffn_pattern has an 'e'")
-            must('n_group', self.n_expert % self.n_group == 0, f'divide n_expert={self.n_expert}')
-            must('n_group_used', self.n_group_used < self.n_group or self.n_group == 1,
-                 f'be below n_group={self.n_group}, or groups make no difference')
-            choice = self.n_expert // self.n_group * self.n_group_used
-            must('n_expert_used', self.n_expert_used <= choice,
-                 f'be at most the {choice} experts to choose from')
-        if 'm' in self.mixers() and self.ssm == 'mamba2':
-            heads, odd = divmod(self.ssm_expand * self.n_embd, self.ssm_head_dim)
-            must('ssm_head_dim', odd == 0, f'divide the inner width {self.ssm_expand * self.n_embd}')
-            must('ssm_groups', heads % self.ssm_groups == 0, f'divide the {heads} heads of the state space')
-            must('ssm_dt_max', self.ssm_dt_max is None or self.ssm_dt_max > self.ssm_dt_min,
-                 f'be above ssm_dt_min={self.ssm_dt_min}')
-
-    def _attention_combinations(self, must):
-        must('n_kv_head', self.n_head % self.n_kv_head == 0, f'divide n_head={self.n_head}')
-        must('window', self.window or not self.mixers() & set('wvc'),
-             "be set when layer_pattern has a 'w', 'v' or 'c'")
-        if self.rotates():
-            width = rope_width(self)
-            must('rope_head_dim' if self.attn == 'mla' else 'rope_fraction' if self.rope_fraction < 1 else
-                 'head_dim', width > 0 and width % 2 == 0,
-                 f'leave an even number of coordinates to turn when pos=rope, and not {width}')
-            for name in ('rope_short', 'rope_long'):
-                must(name, self.rope_scaling != 'longrope' or getattr(self, name) is not None
-                     and len(getattr(self, name)) == width // 2,
-                     f'hold {width // 2} numbers, one for each pair, when rope_scaling=longrope')
-        if self.attn == 'mla':
-            must('pos', self.pos in ('rope', 'none'), 'be rope or none when attn=mla')
-            for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0),
-                                  ('qkv_clip', None), ('temp_scale', None)):
-                must(name, getattr(self, name) == default, f'be {default} when attn=mla')
-            must('n_kv_head', self.n_kv_head == self.n_head,
-                 'be left out when attn=mla, which caches no heads')
-        if self.attn == 'diff':
-            must('n_head', self.n_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs')
-            must('n_kv_head', self.n_kv_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs')
-            must('value_embed', not self.value_embed, 'be False when attn=diff')
-
-    def plan(self):
-        """One (mixer letter, ffn letter) pair per layer."""
-        return [(self.layer_pattern[i % len(self.layer_pattern)], self.ffn_pattern[i % len(self.ffn_pattern)])
-                for i in range(self.n_layer)]
 
 
 class Linear(nn.Linear):
@@ -1562,65 +1306,255 @@ class NormedBlock(Block):
 
 RESIDUAL = {'serial': Block, 'parallel': ParallelBlock, 'shared': SharedBlock, 'normed': NormedBlock}
 
-# the tables that the string flags are looked up in
-WORDS = {
-    'pos': POSITIONS, 'rope_scaling': ROPE_SCALING, 'norm': NORMS, 'norm_at': NORM_AT, 'residual': RESIDUAL,
-    'attn': ATTN, 'qk_norm': QK_NORM, 'ffn': FFN, 'router': ROUTER, 'balance': BALANCE, 'ssm': SSM,
-}
+@flags()
+class SizeFlags:
+    block_size: int = 1024          # tokens of context in training; the limit of learned positions
+    vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
+    n_layer: int = 12               # blocks
+    n_head: int = 12                # query heads
+    n_embd: int = 768               # width of the residual stream
+    layer_pattern: str = flag('a', MIXERS)
+    ffn_pattern: str = flag('f', FFNS)
 
+    def mixers(c):
+        return set(c.layer_pattern[:c.n_layer])
 
-def belongs(condition, applies, *names):
-    return {name: (condition, applies) for name in names}
+    def ffns(c):
+        return set(c.ffn_pattern[:c.n_layer])
 
+    def attends(c):
+        return bool(c.mixers() - {'m'})
 
-# flags that mean something only beside others: {name: (when, in words, and as a test of the config)}
-BELONGS = {
-    **belongs('pos=rope and a layer turns', GPTConfig.rotates, 'rope_theta', 'rope_fraction', 'rope_scaling'),
-    **belongs("pos=rope and layer_pattern has a 'w'", lambda c: c.rotates() and 'w' in c.mixers(),
-              'rope_local_theta'),
-    **belongs('rope_scaling is set', lambda c: c.rope_scaling != 'none', 'rope_factor'),
-    **belongs(f'rope_scaling is one of {", ".join(ROPE_CONTEXT)}', lambda c: c.rope_scaling in ROPE_CONTEXT,
-              'rope_context'),
-    **belongs('rope_scaling=yarn', lambda c: c.rope_scaling == 'yarn', 'rope_beta_fast', 'rope_beta_slow',
-              'rope_truncate'),
-    **belongs('rope_scaling is yarn or longrope', lambda c: c.rope_scaling in ('yarn', 'longrope'),
-              'rope_attention_factor'),
-    **belongs('rope_scaling=llama3', lambda c: c.rope_scaling == 'llama3', 'rope_low_freq', 'rope_high_freq'),
-    **belongs('rope_scaling=longrope', lambda c: c.rope_scaling == 'longrope', 'rope_short', 'rope_long'),
-    **belongs('a layer attends', GPTConfig.attends, 'attn', 'n_kv_head', 'head_dim', 'attn_scale', 'qk_norm',
-              'qkv_clip', 'softcap', 'sinks', 'value_embed', 'qkv_bias', 'proj_bias'),
-    **belongs("layer_pattern has a 'w', 'v' or 'c'", lambda c: c.mixers() & set('wvc'), 'window'),
-    **belongs("layer_pattern has an 'n' or 'v'", lambda c: c.mixers() & set('nv'), 'temp_scale'),
-    **belongs('temp_scale is set', lambda c: c.temp_scale is not None, 'temp_floor'),
-    **belongs('attn=mla', lambda c: c.attn == 'mla', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim',
-              'latent_eps'),
-    **belongs("ffn_pattern has an 'f' or an 'e'", lambda c: c.ffns() - {'-'}, 'ffn', 'ffn_width', 'ffn_bias'),
-    **belongs('ffn=swiglu_clip', lambda c: c.ffn == 'swiglu_clip' and c.ffns() - {'-'}, 'ffn_limit',
-              'ffn_alpha'),
-    **belongs("ffn_pattern has an 'e'", lambda c: 'e' in c.ffns(), 'n_expert', 'n_expert_used',
-              'expert_width', 'n_shared', 'router', 'router_bias', 'router_norm', 'router_scale',
-              'router_input', 'n_group', 'balance', 'z_weight'),
-    **belongs('n_shared is set', lambda c: c.n_shared and 'e' in c.ffns(), 'shared_width', 'shared_gate'),
-    **belongs('balance is aux or both', lambda c: BALANCE[c.balance][0] and 'e' in c.ffns(), 'aux_weight'),
-    **belongs('balance is bias or both', lambda c: BALANCE[c.balance][1], 'bias_rate'),
-    **belongs('n_group is above 1', lambda c: c.n_group > 1, 'n_group_used', 'group_top'),
-    **belongs("layer_pattern has an 'm'", lambda c: 'm' in c.mixers(), 'ssm', 'ssm_state', 'ssm_expand',
-              'ssm_conv', 'ssm_bias', 'conv_bias'),
-    **belongs('ssm=mamba2', lambda c: c.ssm == 'mamba2' and 'm' in c.mixers(), 'ssm_head_dim', 'ssm_groups',
-              'ssm_dt_min', 'ssm_dt_max'),
-    **belongs('ssm=mamba1', lambda c: c.ssm == 'mamba1' and 'm' in c.mixers(), 'ssm_dt_rank', 'ssm_norm'),
-    **belongs('norm=layernorm', lambda c: c.norm == 'layernorm', 'norm_bias'),
-    **belongs('n_predict is above 1', lambda c: c.n_predict > 1, 'predict_weight'),
-}
+    def rotates(c):
+        return c.pos == 'rope' and bool(c.mixers() - set('mnv'))
 
-# the least values of the numbers
-LOWEST = dict.fromkeys(
-    ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'window',
-     'temp_floor', 'kv_rank', 'q_rank', 'rope_head_dim', 'v_head_dim', 'ffn_width', 'n_expert',
-     'n_expert_used', 'shared_width', 'n_group', 'n_group_used', 'group_top', 'rope_context',
-     'rope_factor', 'ssm_state', 'ssm_expand', 'ssm_conv', 'ssm_head_dim', 'ssm_groups', 'ssm_dt_rank',
-     'n_predict'), 1) | dict.fromkeys(
-    ('n_shared', 'aux_weight', 'bias_rate', 'z_weight', 'predict_weight', 'ssm_dt_min'), 0)
+@flags()
+class PositionFlags:
+    pos: str = flag('learned', POSITIONS)
+
+    def rules(c):
+        yield 'n_embd', c.pos != 'sinusoidal' or c.n_embd % 2 == 0, 'be even when pos=sinusoidal'
+        yield ('pos', c.attends() or not POSITIONS[c.pos].of_attention,
+               'be learned, sinusoidal or none when no layer attends')
+        yield ('pos', c.pos != 'rope' or c.rotates(),
+               "be none when every layer that attends is an 'n' or 'v', which do not turn")
+        yield ('layer_pattern', c.pos == 'rope' or not c.mixers() & set('nv'),
+               f"have 'a' for 'n' and 'w' for 'v' when pos={c.pos}: what does not turn is their difference")
+
+@flags(pos='rope', layer_pattern='awc')
+class RopeFlags:
+    rope_theta: float = flag(10000.0, above=1)
+    rope_local_theta: float | None = flag(None, above=1, layer_pattern='w')
+    rope_fraction: float = flag(1.0, above=0, most=1)
+    rope_scaling: str = flag('none', ROPE_SCALING)
+    rope_factor: float = flag(1.0, least=1, rope_scaling=SET)
+    rope_context: int | None = flag(None, rope_scaling=ROPE_CONTEXT)
+    rope_beta_fast: float = flag(32.0, rope_scaling='yarn')
+    rope_beta_slow: float = flag(1.0, rope_scaling='yarn')
+    rope_truncate: bool = flag(True, rope_scaling='yarn')
+    rope_attention_factor: float | None = flag(None, rope_scaling=('yarn', 'longrope'))
+    rope_low_freq: float = flag(1.0, rope_scaling='llama3')
+    rope_high_freq: float = flag(4.0, rope_scaling='llama3')
+    rope_short: tuple | None = flag(None, rope_scaling='longrope')
+    rope_long: tuple | None = flag(None, rope_scaling='longrope')
+
+    def fill(c):
+        return {'rope_context': c.block_size} if c.rope_scaling in ROPE_CONTEXT else {}
+
+    def rules(c):
+        yield ('rope_factor', c.rope_scaling in ('none', *ROPE_BY_LENGTH) or c.rope_factor > 1,
+               'be above 1 when rope_scaling is set')
+        yield 'rope_beta_fast', c.rope_beta_fast > c.rope_beta_slow, f'be above {c.rope_beta_slow}'
+        yield 'rope_high_freq', c.rope_high_freq > c.rope_low_freq, f'be above {c.rope_low_freq}'
+        if c.rotates():
+            width = rope_width(c)
+            yield ('rope_head_dim' if c.attn == 'mla' else 'rope_fraction' if c.rope_fraction < 1 else 'head_dim',
+                   width > 0 and width % 2 == 0,
+                   f'leave an even number of coordinates to turn when pos=rope, and not {width}')
+            for name in ('rope_short', 'rope_long'):
+                yield (name, c.rope_scaling != 'longrope' or getattr(c, name) is not None
+                       and len(getattr(c, name)) == width // 2,
+                       f'hold {width // 2} numbers, one for each pair, when rope_scaling=longrope')
+
+@flags()
+class NormFlags:
+    norm: str = flag('layernorm', NORMS)
+    norm_at: str = flag('pre', NORM_AT)
+    norm_eps: float = 1e-5
+    norm_bias: bool | None = flag(None, norm='layernorm')
+    residual: str = flag('serial', RESIDUAL)
+    residual_scale: float = 1.0
+    embed_scale: bool | float = False
+    embed_norm: bool = False
+    embed_skip: bool = False
+
+    def fill(c):
+        return {'norm_bias': c.bias} if c.norm == 'layernorm' else {}
+
+    def rules(c):
+        yield 'embed_skip', not c.embed_skip or c.n_layer > 1, 'be False when n_layer=1'
+        yield 'residual', c.residual == 'serial' or c.norm_at != 'post', 'be serial when norm_at=post'
+        yield ('residual', c.residual in ('serial', 'parallel') or NORM_AT[c.norm_at][0],
+               f'be serial when norm_at={c.norm_at}, which has no norm before a branch')
+        yield ('residual', c.residual == 'serial' or '-' not in c.ffns(),
+               "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
+
+@flags(layer_pattern='awcnv')
+class AttentionFlags:
+    attn: str = flag('standard', ATTN)
+    n_kv_head: int | None = None
+    head_dim: int | None = None
+    attn_scale: float | None = None
+    qk_norm: bool | str = flag(False, QK_NORM)
+    qkv_clip: float | None = None
+    window: int | None = flag(None, layer_pattern='wvc')
+    softcap: float | None = None
+    sinks: bool = False
+    temp_scale: float | None = flag(None, layer_pattern='nv')
+    temp_floor: int = flag(8192, temp_scale=SET)
+    value_embed: bool = False
+    qkv_bias: bool | None = None
+    proj_bias: bool | None = None
+
+    def fill(c):
+        if not c.attends():
+            return {}
+        c._must('n_embd', c.head_dim or c.n_embd % c.n_head == 0,
+                f'be a multiple of n_head={c.n_head}, or head_dim must be set')
+        return {'n_kv_head': c.n_head, 'head_dim': c.n_embd // c.n_head, 'qkv_bias': c.bias, 'proj_bias': c.bias}
+
+    def rules(c):
+        if not c.attends():
+            return
+        yield 'n_kv_head', c.n_head % c.n_kv_head == 0, f'divide n_head={c.n_head}'
+        yield ('window', c.window or not c.mixers() & set('wvc'), "be set when layer_pattern has a 'w', 'v' or 'c'")
+        if c.attn == 'diff':
+            yield 'n_head', c.n_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs'
+            yield 'n_kv_head', c.n_kv_head % 2 == 0, 'be even when attn=diff, which takes heads in pairs'
+            yield 'value_embed', not c.value_embed, 'be False when attn=diff'
+
+@flags(attn='mla')
+class LatentFlags:
+    kv_rank: int | None = None
+    q_rank: int | None = None
+    rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    latent_eps: float | None = None
+
+    def fill(c):
+        if c.attn != 'mla':
+            return {}
+        return {'kv_rank': max(1, c.n_embd // 4), 'rope_head_dim': c.head_dim // 2, 'v_head_dim': c.head_dim,
+                'latent_eps': c.norm_eps}
+
+    def rules(c):
+        if c.attn != 'mla':
+            return
+        yield 'pos', c.pos in ('rope', 'none'), 'be rope or none when attn=mla'
+        for name, default in (('qk_norm', False), ('value_embed', False), ('rope_fraction', 1.0),
+                              ('qkv_clip', None), ('temp_scale', None)):
+            yield name, getattr(c, name) == default, f'be {default} when attn=mla'
+        yield 'n_kv_head', c.n_kv_head == c.n_head, 'be left out when attn=mla, which caches no heads'
+
+@flags(ffn_pattern='fe')
+class FFNFlags:
+    ffn: str = flag('gelu', FFN)
+    ffn_width: int | None = None
+    ffn_limit: float = flag(7.0, ffn='swiglu_clip')
+    ffn_alpha: float = flag(1.702, ffn='swiglu_clip')
+    ffn_bias: bool | None = None
+
+    def fill(c):
+        return {'ffn_width': FFN[c.ffn][0].default_width(c.n_embd), 'ffn_bias': c.bias} if c.ffns() - {'-'} else {}
+
+@flags(ffn_pattern='e')
+class MoEFlags:
+    n_expert: int | None = None
+    n_expert_used: int = 2
+    expert_width: int | float | None = None
+    n_shared: int = flag(0, least=0)
+    shared_width: int | None = flag(None, n_shared=SET)
+    shared_gate: bool = flag(False, n_shared=SET)
+    router: str = flag('softmax', ROUTER)
+    router_bias: bool = False
+    router_norm: bool = True
+    router_scale: float = 1.0
+    router_input: bool = False
+    n_group: int = 1
+    n_group_used: int = flag(1, n_group=SET)
+    group_top: int = flag(2, n_group=SET)
+    balance: str = flag('aux', BALANCE)
+    aux_weight: float = flag(0.01, least=0, balance=('aux', 'both'))
+    bias_rate: float = flag(0.001, least=0, balance=('bias', 'both'))
+    z_weight: float = flag(0.0, least=0)
+
+    def fill(c):
+        if 'e' not in c.ffns():
+            return {}
+        width = c.ffn_width // max(1, c.n_expert_used + c.n_shared)
+        if isinstance(c.expert_width, float):
+            c._must('expert_width', c.expert_width > 0, 'be above 0')
+            c.expert_width = max(1, round(c.expert_width * c.ffn_width))
+        if c.expert_width is None:
+            c.expert_width = max(1, width // 8 * 8 or width)
+        return {'shared_width': c.n_shared * c.expert_width} if c.n_shared else {}
+
+    def rules(c):
+        if 'e' not in c.ffns():
+            return
+        yield 'n_expert', c.n_expert, "be set when ffn_pattern has an 'e'"
+        yield 'n_group', c.n_expert % c.n_group == 0, f'divide n_expert={c.n_expert}'
+        yield ('n_group_used', c.n_group_used < c.n_group or c.n_group == 1,
+               f'be below n_group={c.n_group}, or groups make no difference')
+        choice = c.n_expert // c.n_group * c.n_group_used
+        yield 'n_expert_used', c.n_expert_used <= choice, f'be at most the {choice} experts to choose from'
+
+@flags(layer_pattern='m')
+class SSMFlags:
+    ssm: str = flag('mamba2', SSM)
+    ssm_state: int | None = None
+    ssm_expand: int = 2
+    ssm_conv: int = 4
+    ssm_head_dim: int = flag(64, ssm='mamba2')
+    ssm_groups: int = flag(1, ssm='mamba2')
+    ssm_dt_min: float = flag(0.0, least=0, ssm='mamba2')
+    ssm_dt_max: float | None = flag(None, ssm='mamba2')
+    ssm_dt_rank: int | None = flag(None, ssm='mamba1')
+    ssm_norm: bool = flag(False, ssm='mamba1')
+    ssm_bias: bool | None = None
+    conv_bias: bool = True
+
+    def fill(c):
+        if 'm' not in c.mixers():
+            return {}
+        rank = {'ssm_dt_rank': Mamba1.default_dt_rank(c.n_embd)} if c.ssm == 'mamba1' else {}
+        return rank | {'ssm_state': SSM[c.ssm].default_state, 'ssm_bias': c.bias}
+
+    def rules(c):
+        if 'm' in c.mixers() and c.ssm == 'mamba2':
+            heads, odd = divmod(c.ssm_expand * c.n_embd, c.ssm_head_dim)
+            yield 'ssm_head_dim', odd == 0, f'divide the inner width {c.ssm_expand * c.n_embd}'
+            yield 'ssm_groups', heads % c.ssm_groups == 0, f'divide the {heads} heads of the state space'
+            yield ('ssm_dt_max', c.ssm_dt_max is None or c.ssm_dt_max > c.ssm_dt_min,
+                   f'be above ssm_dt_min={c.ssm_dt_min}')
+
+@flags()
+class GPTConfig(SizeFlags, PositionFlags, RopeFlags, NormFlags, AttentionFlags, LatentFlags, FFNFlags, MoEFlags,
+                SSMFlags, Flags):
+    """Every flag of the model. The defaults are GPT-2 124M."""
+    bias: bool = True
+    tie: bool = True
+    dropout: float = flag(0.0, least=0, below=1)
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    zero_init: bool = False
+    n_predict: int = 1
+    predict_weight: float = flag(0.3, least=0, n_predict=SET)
+
+    def plan(self):
+        """One (mixer letter, ffn letter) pair per layer."""
+        return [(self.layer_pattern[i % len(self.layer_pattern)], self.ffn_pattern[i % len(self.ffn_pattern)])
+                for i in range(self.n_layer)]
 
 
 # which matrices are which, for optimizers

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 # toy models are too small for several threads, which would wait for each other longer than they compute
@@ -23,7 +22,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from configurator import configure  # noqa: E402
-from model import BELONGS, GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -212,20 +211,13 @@ def every_family(test):
     return pytest.mark.parametrize('flags', list(families().values()), ids=list(families()))(test)
 
 
-class Letters(SimpleNamespace):
-    """Flags before they are a config: what the conditions of BELONGS ask for."""
-    mixers, ffns, attends, rotates = GPTConfig.mixers, GPTConfig.ffns, GPTConfig.attends, GPTConfig.rotates
-
-
 def fit(flags):
     """The same flags, with what they need beside them and without what means nothing beside them."""
     flags = dict(flags)
     for _ in range(3):  # one flag may call for another, as softmax scores for attention
-        now = Letters(**(defaults() | flags))
-        for name, (_, applies) in BELONGS.items():
-            if not applies(now):
-                flags.pop(name, None)
-    now = Letters(**(defaults() | flags))
+        now = GPTConfig.unchecked(**flags)
+        flags = {name: value for name, value in flags.items() if name not in FIELDS or not now.missing(name)}
+    now = GPTConfig.unchecked(**flags)
     if now.mixers() & set('wvc') and now.window is None:
         flags['window'] = 5
     if now.rope_scaling == 'longrope':

@@ -15,7 +15,7 @@ import torch
 
 from data.tokenizer import TiktokenTokenizer, from_meta, read_json
 from data.tokenizer import from_folder as tokenizer_in
-from model import BELONGS, GPT, GPTConfig
+from model import GPT, GPTConfig
 from nanoblocks.files import ROOT
 from nanoblocks.pretrained.families import DEFAULTS, FAMILIES, heads, period, without
 
@@ -241,14 +241,11 @@ def read_key(key, flag, hf):
 
 def meaningful(flags):
     """Without the flags that mean nothing beside the others, as the width of experts where there are none."""
-    probe = object.__new__(GPTConfig)  # not validated: what is not set is the default
-    vars(probe).update(flags)
-    for flag, (_, applies) in BELONGS.items():
-        if flag in flags and not applies(probe):
-            delattr(probe, flag)
+    probe = GPTConfig.unchecked(**flags)
+    idle = {flag for flag in flags if flag in FIELDS and probe.missing(flag)}
     if 'f' not in probe.ffns():
-        vars(probe).pop('ffn_width', None)
-    return vars(probe)
+        idle.add('ffn_width')
+    return {flag: value for flag, value in flags.items() if flag not in idle}
 
 
 def config_of(hf, entry):
@@ -503,7 +500,7 @@ def unlike(c, entry):
         value = getattr(c, flag)
         if flag.endswith('_pattern'):
             value = period(pair[flag == 'ffn_pattern'] for pair in c.plan())
-        means = flag not in BELONGS or BELONGS[flag][1](c)
+        means = not c.missing(flag)
         if means and flag not in FREE and value != theirs:
             found[flag] = value, theirs
     if not c.mixers() <= set(entry.mixers):
