@@ -7,8 +7,8 @@ What does one block contribute? Trains sweeps of arms over several seeds and rep
     python ablate.py --report=out/ablate/llama_small
 
 With --base, the sweep leads from that config to the first file given. Each flag in which the two differ is
-tried in three places: alone on the base, removed from the first file, and on the ladder from one to the other.
-All other files and flags hold for both.
+tried in three places: alone on the base, removed from the first file, and on the ladder from the base to the
+first file. All other files and flags hold for both.
 
 With --vary, each value of each flag is an arm, compared with the files as they are. Flags that need each
 other are joined by + and change together; an arm may be named in front of a colon.

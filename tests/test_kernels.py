@@ -571,7 +571,7 @@ def test_model_is_the_same_with_kernels(job, interpreted):
 @needs_triton
 def test_every_kernel_fits_in_registers_and_shared_memory():
     # compiled for sm_80, sm_90 and sm_100 by the assembler that comes with Triton
-    run = subprocess.run([sys.executable, '-m', 'kernels.aot'], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-m', 'nanoblocks.experiments.aot'], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, f'{run.stdout}\n{run.stderr[-2000:]}'
     table = run.stdout.splitlines()[1:]
     source = '\n'.join(path.read_text() for path in (ROOT / 'kernels').glob('*.py'))

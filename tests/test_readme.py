@@ -88,8 +88,8 @@ def check(words):
     settings, takes_model_flags, topics = known
     if script == 'ablate.py':
         # budgets would need the dataset
-        if not ablate.read_words(args)[1]['report']:
-            ablate.make_plan([*args, '--match=none'])
+        if not sweep.read_flags(args)[1]['report']:
+            sweep.make_plan([*args, '--match=none'])
         return
     if topics:
         assert args and args[0] in topics, f'{script} has no topic {args[:1]}'

@@ -42,7 +42,7 @@ def script_settings(script):
 
 
 def read_flags(argv):
-    """A command line of ablate.py -> (flags, ablate.py's own settings, {name: the file or flag that set it})"""
+    """A command line of ablate.py -> (flags, ablate.py's settings, {name: the file or flag that set it})"""
     own = plain_settings(script_settings('ablate.py'))
     settings = {'__file__': str(ROOT / 'ablate.py')} | script_settings('train.py') | own
     given = {}
@@ -218,7 +218,7 @@ def arms_of_vary(reference, name, text):
 
 
 def variants(part):
-    """One part of --vary, flag=value,value or name: flag=value+flag=value -> (arm, {flag: value}) of each arm"""
+    """One part of --vary (flag=value,value or name: flag=value+flag=value) -> (arm, {flag: value}) ..."""
     title, colon, rest = part.rpartition(':')
     flag, equals, values = rest.partition('=')
     values = [value.strip() for value in values.split(',')]

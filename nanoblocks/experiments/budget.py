@@ -81,6 +81,7 @@ def match_budgets(arms, reference, match):
         changed = [f'{width} {getattr(before, width)} -> {getattr(after, width)}' for width in WIDTHS
                    if getattr(before, width) != getattr(after, width)]
         if changed:
+            off = cost(flags, match) / budget - 1
             notes[name] = (f'{", ".join(changed)}; {cost(matched[name], match):,} {MATCHES[match]}, '
-                           f'{reference} has {budget:,} (without resizing: {cost(flags, match) / budget - 1:+.1%})')
+                           f'{reference} has {budget:,} (without resizing {off:+.1%})')
     return matched, notes

@@ -15,7 +15,7 @@ COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#7f
 LOSS = 'validation loss (nats per token)'
 
 
-def figure(width, height, rows=1, columns=1, **options):
+def panels(width, height, rows=1, columns=1, **options):
     """A figure of this size in inches, and a list of its axes."""
     import matplotlib
     matplotlib.use('Agg')
@@ -62,7 +62,7 @@ def plot_differences(comparisons, path):
     """comparisons [(pair, Effect)]: a row for each, its mean and interval, grey where that contains zero."""
     shown = [(pair, e) for pair, e in comparisons if e.n > 0 and not math.isnan(e.mean)]
     rows, heading = layout(shown)
-    fig, (ax,) = figure(8.8, 1.5 + 0.33 * -rows[-1][0])
+    fig, (ax,) = panels(8.8, 1.5 + 0.33 * -rows[-1][0])
     for y, _, e in rows:
         if e is None:
             continue
@@ -93,8 +93,9 @@ def layout(shown):
         y -= 0.0 if previous is None else 1.0 if pair['flag'] == previous else 1.5
         previous = pair['flag']
         rows.append((y, label(pair), e))
-    heading = f'Compared with {shown[0][0]["without"]}' if hows == {'varied'} else 'With each change minus without'
-    return rows, heading
+    if hows == {'varied'}:
+        return rows, f'Each row is compared with {shown[0][0]["without"]}'
+    return rows, 'Loss with each change minus loss without it'
 
 
 def ladder_layout(shown):
@@ -144,7 +145,7 @@ def plot_curves(curves, reference, labels, path):
     """
     every = [curve for runs in curves.values() for curve in runs.values()]
     steps = sorted(set.intersection(*({step for step, _ in curve} for curve in every)))
-    fig, (left, right) = figure(11, 4.6, columns=2)
+    fig, (left, right) = panels(11, 4.6, columns=2)
     base = {seed: dict(curve) for seed, curve in curves[reference].items()}
     for name, color in zip(labels, COLORS):
         runs = {seed: dict(curve) for seed, curve in curves[name].items()}
@@ -190,7 +191,7 @@ def plot_cost(rows, labels, path):
     if not columns:
         return False
     from matplotlib.ticker import MaxNLocator
-    fig, axes = figure(3.3 * len(columns) + 2.4, 4.2, columns=len(columns), sharey=True)
+    fig, axes = panels(3.3 * len(columns) + 2.4, 4.2, columns=len(columns), sharey=True)
     for ax, column in zip(axes, columns):
         for i, (name, row) in enumerate(rows.items()):
             ax.errorbar(row[column], row['loss'], yerr=None if math.isnan(row['sd']) else row['sd'],

@@ -259,11 +259,11 @@ def write_csv(path, rows, key):
 
 ABOUT_ARMS = """
 All arms take the same number of steps on the same tokens, and `loss` compares them at the end. The columns
-`loss at` compare them at the FLOPs and at the seconds of the cheapest arm: the others are read off their curves
-earlier, before their learning rate has decayed, so these two columns favour the cheapest arm. A sweep with
-`--match=flops` does not have this bias. Seconds are tokens divided by the median tokens/s, without evaluations.
-The cache is in 16 bit, for one sequence of the full context. Peak memory is the resident memory of the training
-process; on a GPU, the memory of its tensors.
+`loss at` compare them at the FLOPs and at the seconds of the cheapest arm: the others are read off their
+curves earlier, before their learning rate has decayed, so these two columns favour the cheapest arm. A sweep
+with `--match=flops` does not have this bias. Seconds are tokens divided by the median tokens/s, without
+evaluations. The cache is in 16 bit, for one sequence of the full context. Peak memory is the resident memory
+of the training process; on a GPU, the memory of its tensors.
 """.strip()
 
 
@@ -308,8 +308,8 @@ def markdown(plan, arms, comparisons, rows, missing, drawn):
 
 def compared_with(plan):
     """How to read a difference, and which two arms it is between."""
-    lines = ['Differences are in validation loss, in nats per token, between runs with the same seed; negative '
-             'is better.']
+    lines = ['Differences are in validation loss, in nats per token, between runs with the same seed; '
+             'negative is better.']
     hows = {pair['how'] for pair in plan['comparisons']}
     if hows == {'varied'}:
         lines.append(f'Every arm is compared with {plan["reference"]}.')
@@ -322,8 +322,8 @@ def compared_with(plan):
 def caveats(plan, comparisons):
     lines, by_chance = [], round(0.05 * len(comparisons))
     if by_chance:
-        lines += ['', f'At 95 % each, about {by_chance} of {len(comparisons)} comparisons would look resolved '
-                  'by chance. Intervals over few seeds are wide because they should be.']
+        lines += ['', f'At 95 % each, about {by_chance} of {len(comparisons)} comparisons would look '
+                  'resolved by chance. Intervals over few seeds are wide because they should be.']
     flags = plan['arms'][plan['reference']]
     if flags['eval_tokens']:
         lines += ['', f'All runs are evaluated on the same {flags["eval_tokens"]:,} tokens. The intervals '

@@ -1,13 +1,26 @@
-"""What a run of train.py left in its folder, and whether it is the run that was asked for."""
+"""Runs of train.py: what they left in their folders, and whether they are the runs that were asked for."""
 import json
 import math
 import statistics
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from model import GPTConfig
 from nanoblocks.experiments.arms import MODEL, NOT_IDENTIFYING, split
+from nanoblocks.files import ROOT
+
+
+def run_script(script, *words):
+    """Run a script of this repository -> what it prints; SystemExit with its last line when it fails."""
+    words = [str(word) for word in words]
+    done = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or 'no output').splitlines()[-1]
+        raise SystemExit(f'{script} {" ".join(words)}: {last}')
+    return done.stdout
 
 
 class Run(NamedTuple):

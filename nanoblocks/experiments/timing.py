@@ -1,8 +1,8 @@
 """
-Interleaved timing: variants that are compared run in one process, in rounds, and their medians are reported.
+Interleaved timing: variants that are compared run in one process, in rounds, and medians are reported.
 
-The clock rate of a machine and the load on it drift. Each round runs every variant once, and every other round
-runs them in reverse order, so drift reaches all variants about equally.
+The clock rate of a machine and the load on it drift. Each round runs every variant once, and every other
+round runs them in reverse order, so drift reaches all variants about equally.
 """
 import statistics
 
