@@ -1,22 +1,25 @@
 """
-The operations of the model that are worth a kernel of their own. `model.py` says `import kernels as ops`
-and calls `ops.rms_norm(x, weight, eps)`; it never asks what the hardware is. Each file holds one operation:
-first the plain PyTorch function that it must equal, then Triton kernels for its forward and backward pass.
+The operations of the model that are worth a kernel of their own. `model.py` says `import kernels as ops` and
+calls `ops.rms_norm(x, weight, eps)`; it never asks about hardware. Each file holds one operation: first the
+plain PyTorch function that defines it, then Triton kernels for its forward and backward passes.
 
-One rule for all: the Triton kernels run when the first argument is on a GPU, Triton is installed and the
-kernels take these arguments (`ok`); else plain PyTorch does. What a compiler fuses with its neighbours anyway
-is left to torch.compile where there is one. `use_kernels` overrules it, for ablations: --kernels=torch is
-plain PyTorch everywhere, --kernels=triton is Triton wherever it can be, compiled or not.
+The Triton kernels run when the first argument is on a GPU, Triton is installed and the kernels take these
+arguments (`ok`); otherwise plain PyTorch does. Operations that torch.compile fuses with their neighbours are
+left to it in a compiled model. `use_kernels` overrules this, for ablations: --kernels=torch is plain PyTorch
+everywhere, --kernels=triton is Triton wherever it can run, compiled or not.
+
+Attention has more ways than two to run, and makes its choice in attention.py.
 """
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
-
-import torch
 
 from . import (
     attention,
     causal_conv,
+    common,
     decode_attention,
+    flash_attention,
     gated,
     grouped_linear,
     linear_cross_entropy,
@@ -25,16 +28,16 @@ from . import (
     selective_scan,
     ssd,
 )
-from .common import HAS_TRITON, INTERPRETED
+from .common import HAS_TRITON, INTERPRETED, runs_triton
 from .spans import spans  # noqa: F401
 
 
 class Op(NamedTuple):
-    plain: object           # plain PyTorch
-    fused: object           # Triton, same arguments and results
-    ok: object              # whether the fused one takes these arguments
-    cases: object           # -> {name: arguments}, small and odd ones
-    compiles: bool = False  # torch.compile makes one kernel of the plain one as well
+    plain: Callable         # plain PyTorch
+    fused: Callable         # Triton: same arguments, same results
+    ok: Callable            # (same arguments) -> whether `fused` takes them
+    cases: Callable         # () -> {name: arguments}, small and odd ones, for tests
+    compiles: bool = False  # torch.compile makes one kernel of `plain` as well
     backward: bool = True   # has gradients
 
 
@@ -53,19 +56,18 @@ OPS = {
     'selective_scan': Op(selective_scan.selective_scan, selective_scan.fused, selective_scan.ok,
                          selective_scan.cases),
     'ssd': Op(ssd.ssd, ssd.fused, ssd.ok, ssd.cases),
-    'attention': Op(attention.attention, attention.fused, attention.ok, attention.cases),
-    'decode_attention': Op(decode_attention.decode_attention, decode_attention.fused, decode_attention.ok,
+    'attention': Op(attention.attention_reference, flash_attention.fused, flash_attention.ok,
+                    flash_attention.cases),
+    'decode_attention': Op(attention.attention_reference, decode_attention.fused, decode_attention.ok,
                            decode_attention.cases, backward=False),
     'grouped_linear': Op(grouped_linear.grouped_linear, grouped_linear.fused, grouped_linear.ok,
                          grouped_linear.cases),
 }
 CHOICES = ('auto', 'torch', 'triton')
-backend = 'auto'
 
 
 def use_kernels(choice, device='cuda'):
-    """Choose for all operations. ValueError, one sentence, for what this machine cannot do."""
-    global backend
+    """Choose for all operations; refuses a choice that cannot run on `device`."""
     if choice not in CHOICES:
         raise ValueError(f'kernels={choice} must be one of {", ".join(CHOICES)}')
     if choice == 'triton' and not HAS_TRITON:
@@ -74,16 +76,13 @@ def use_kernels(choice, device='cuda'):
     if choice == 'triton' and not (str(device).startswith('cuda') or INTERPRETED):
         raise ValueError(f'kernels=triton must run on a GPU and device={device}: choose kernels=auto, or, to '
                          'test kernels at a thousandth of the speed, set TRITON_INTERPRET=1')
-    backend = choice
+    common.backend = choice
 
 
 def is_fused(name, *args, **options):
     """Whether an operation runs Triton for these arguments."""
-    op, first = OPS[name], args[0]
-    here = HAS_TRITON and (first.is_cuda or (INTERPRETED and backend == 'triton'))
-    # a compiler makes one kernel of these as well, and fuses it with its neighbours
-    left = backend == 'torch' or (backend == 'auto' and op.compiles and torch.compiler.is_compiling())
-    return here and not left and op.ok(*args, **options)
+    op = OPS[name]
+    return runs_triton(args[0], op.compiles) and op.ok(*args, **options)
 
 
 def _dispatch(name):
@@ -95,5 +94,5 @@ def _dispatch(name):
     return run
 
 
-globals().update({name: _dispatch(name) for name in OPS})
+globals().update({name: _dispatch(name) for name in OPS} | {'attention': attention.attention})
 __all__ = sorted([*OPS, 'spans'])

@@ -1,424 +1,221 @@
 """
-Attention for what the kernels behind F.scaled_dot_product_attention do not do: sliding windows, ALiBi,
-soft-capped scores, sinks, and masks by position. One tile of scores at a time (Dao et al. 2022,
-https://arxiv.org/abs/2205.14135; Dao 2023, https://arxiv.org/abs/2307.08691), which are never written:
+Attention: each query gets the mean of all values, weighted by the softmax of its scores with their keys.
 
-    s_ij = cap tanh(scale <q_i, k_j> / cap) - slope (pos_i - pos_j)    where i may see j
-    z_i = log(sum over j of exp s_ij + exp sink)    p_ij = exp(s_ij - z_i)    y_i = sum over j of p_ij v_j
+    s_ij = cap tanh(scale <q_i, k_j> / cap) + bias(pos_i, pos_j)    where query i may see key j
+    p_ij = exp s_ij / (sum over j of exp s_ij + exp sink)           y_i = sum over j of p_ij v_j
 
-    delta_i = <dy_i, y_i>    ds_ij = p_ij (<dy_i, v_j> - delta_i), soft-capped: times 1 - tanh^2
-    dq_i = scale sum of ds_ij k_j    dk_j = scale sum of ds_ij q_i    dv_j = sum of p_ij dy_i
-    d_sink = -sum over i of exp(sink - z_i) delta_i
+Order enters through the positions of queries and keys alone, so the same lines serve training, prefill,
+decoding from a ring buffer, and padded batches.
 
-Saved for the backward pass: q, k, v, y and z. Query heads that share a key read it where it lies, and their
-gradients are summed in one program, in an order that never changes. A window skips the tiles outside it.
-Not measured on a GPU yet: whether FlexAttention would do is for a measurement to say, and `fused` is where.
+In order of reading: what positions decide (masks, ALiBi); the definition; the ways in which PyTorch computes
+it; the choice among those and two Triton kernels, which are in flash_attention.py (training, prefill) and
+decode_attention.py (a few queries, a long cache).
+
+A new pattern of attention is one more field of `Scoring` and one more line of `visible` or `score_bias`: it
+then runs everywhere by `by_position`. What is faster than that needs a condition in `attention`.
 """
-import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .common import INTERPRETED, capability, cdiv, check, clamp, fits, jit, kernel, leaf, pow2, randn, tl
+from . import decode_attention, flash_attention
+from .common import at_least_fp32, runs_triton
+from .spans import spans
 
-MAX_HEAD_DIM = 256
-LOG2_E = math.log2(math.e)
+# The score of a key that may not be seen. Finite, because a query that sees no key at all, as padding does,
+# would turn -inf into NaN; half of the least number, because scores are added to it.
+UNSEEN = torch.finfo(torch.float32).min / 2
 
 
-def attention(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None, causal=False):
-    """
-    q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv) with K dividing H; pos (T,) or (B,T), key_pos (S,) or (B,S), of
-    int: a query sees the keys at its position and before, with a window only the last `window` of those, and
-    none at a negative position. causal: both are 0..T-1, and pos need not be read. softcap float or None,
-    slopes (H,) of ALiBi or None, sinks (H,) or None: the score of a key with value zero that all see
-    -> (B,T,H,Dv) in q's dtype. A query that may look nowhere gets finite numbers.
+class Scoring(NamedTuple):
+    """How scores are made and turned into weights: the arguments of `attention`, where they are explained."""
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    chunked: bool = False
+    alibi_bf16: bool = False
+    dropout: float = 0.0
 
-    All scores at once, in fp32: the definition, and what runs where the kernels do not.
-    """
-    wide, (B, T, H, D), K = torch.promote_types(q.dtype, torch.float32), q.shape, k.shape[2]
-    query, key = pos.view(-1, T, 1), key_pos.view(-1, 1, k.shape[1])
-    mask = (key <= query) & (key >= 0)
-    if window is not None:
-        mask = mask & (key > query - window)
-    q_BKGTD = q.to(wide).unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4)
-    k_BKDS, v_BKSE = k.to(wide).permute(0, 2, 3, 1), v.to(wide).transpose(1, 2)
-    s = (q_BKGTD.flatten(2, 3) @ k_BKDS).view(B, H, T, -1) * scale
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    if slopes is not None:
-        s = s + slopes.view(-1, 1, 1) * (key - query).unsqueeze(1)
-    s = s.masked_fill(~mask.unsqueeze(1), torch.finfo(torch.float32).min / 2)
-    if sinks is not None:
-        s = torch.cat((s, sinks.to(wide).view(1, -1, 1, 1).expand(B, -1, T, 1)), dim=-1)
-    p = s.softmax(-1)[..., :k.shape[1]]
-    y = p.view(B, K, H // K * T, -1) @ v_BKSE
-    return y.view(B, H, T, -1).transpose(1, 2).to(q.dtype)
+    @property
+    def by_products_alone(self):
+        """Whether scores are scaled products of queries and keys, and nothing more."""
+        return self.softcap is None and self.slopes is None and self.sinks is None
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Triton. Scores are in units of log 2, because a GPU has exp2.
+# What positions decide
 
 
-@jit
-def score(products, query, key, scale, cap, slope, CAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Products of queries and keys to scores, and the slope of the soft-cap."""
-    bend = 1.0
-    if CAP:
-        t = 1 - 2 / (1 + tl.exp(products * (2 * scale / cap)))
-        s, bend = t * (cap * 1.4426950408889634), 1 - t * t
-    else:
-        s = products * (scale * 1.4426950408889634)
-    if ALIBI:
-        s += (slope * 1.4426950408889634) * (key - query).to(tl.float32)
-    return s, bend
-
-
-@jit
-def positions(ptr, index, size, CAUSAL: tl.constexpr):
-    """Where tokens stand; padding, and what is beyond the last, at -1."""
-    if CAUSAL:
-        pos = tl.where(index < size, index, -1)
-    else:
-        pos = tl.load(ptr + index, mask=index < size, other=-1).to(tl.int32)
-    return pos
-
-
-@jit
-def visible(query, key, window, WINDOW: tl.constexpr):
+def visible(pos, key_pos, window=None, chunked=False):
+    """
+    Which keys at key_pos (S,) or (B,S) each query at pos (T,) or (B,T) may see -> bool (1 or B,1,T,S): none
+    after the query and none at a negative position, which is padding. window: only the query's own position
+    and the window - 1 before it; chunked: only positions of the query's own chunk of `window` (Llama 4).
+    """
+    query, key = pos.unsqueeze(-1), key_pos.unsqueeze(-2)  # (...,T,1), (...,1,S)
     mask = (key <= query) & (key >= 0)
-    if WINDOW:
-        mask = mask & (key > query - window)
-    return mask
+    if window is not None:
+        reach = query % window + 1 if chunked else window
+        mask = mask & (key > query - reach)
+    return mask.view(-1, 1, *mask.shape[-2:])
 
 
-@jit
-def tile(ptr, row, stride, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of (rows,DIM) with neighbouring columns, zeros outside."""
-    d = tl.arange(0, BLOCK_D)
-    inside = row[:, None] < rows
-    if DIM != BLOCK_D:
-        inside = inside & (d[None, :] < DIM)
-    return tl.load(ptr + row[:, None] * stride + d[None, :], mask=inside, other=0.0)
+def alibi(slopes, pos, key_pos):
+    """
+    A bias that falls linearly with distance (Press et al. 2022, https://arxiv.org/abs/2108.12409).
+    slopes (H,1,1) -> fp32 (1 or B,H,T,S)
+    """
+    distance = key_pos.unsqueeze(-2) - pos.unsqueeze(-1)  # (...,T,S)
+    return slopes * distance.view(-1, 1, *distance.shape[-2:])
 
 
-@jit
-def _attend(acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, first, last, S,
-            scale, cap, slope, window, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
-            CAP: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Adds keys first..last, a multiple of BLOCK_N, to the running softmax."""
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        k = tile(k_ptr, n, k_stride_s, S, D, BLOCK_D)
-        key = positions(key_pos_ptr, n, S, CAUSAL)
-        s, _ = score(tl.dot(q, tl.trans(k)), query[:, None], key[None, :], scale, cap, slope, CAP, ALIBI)
-        if MASKED:
-            s = tl.where(visible(query[:, None], key[None, :], window, WINDOW), s, -1e30)
-        higher = tl.maximum(top, tl.max(s, 1))
-        # of a row that has seen nothing yet, exp2 of the difference would be one
-        p = tl.exp2(s - tl.maximum(higher, -1e29)[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        v = tile(v_ptr, n, v_stride_s, S, DV, BLOCK_DV)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-        top = higher
-    return acc, top, total
+def alibi_as_falcon(slopes, key_pos, scale):
+    """
+    ALiBi as Falcon was trained: slope and product rounded to bf16, then scaled like the scores. The query's
+    position is left out: it would add the same number to all scores of a query, which changes no softmax.
+    """
+    key = key_pos.view(-1, 1, 1, key_pos.shape[-1])
+    return (slopes.bfloat16() * key).bfloat16().float() * scale
 
 
-@kernel
-def _forward_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, key_pos_ptr, slopes_ptr, sinks_ptr, y_ptr, z_ptr, T, S, H,
-                    GROUP, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b,
-                    v_stride_s, v_stride_h, pos_stride_b, key_pos_stride_b, scale, cap, window,
-                    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
-                    SINKS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """BLOCK_M queries of one head; the last ones first, because they see most."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    k_ptr += b * k_stride_b + (h // GROUP) * k_stride_h
-    v_ptr += b * v_stride_b + (h // GROUP) * v_stride_h
-    key_pos_ptr += b * key_pos_stride_b
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = tile(q_ptr + b * q_stride_b + h * q_stride_h, m.to(tl.int64), q_stride_t, T, D, BLOCK_D)
-    query = positions(pos_ptr + b * pos_stride_b, m, T, CAUSAL)
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes_ptr + h)
-    top, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if CAUSAL:
-        # tiles on the edges of what is seen are masked, those between are seen whole
-        end = tl.minimum(S, (block + 1) * BLOCK_M)
-        first, whole, edge = 0, 0, (block * BLOCK_M + 1) // BLOCK_N * BLOCK_N
-        if WINDOW:
-            first = tl.maximum(0, block * BLOCK_M - window + 1) // BLOCK_N * BLOCK_N
-            whole = tl.maximum(0, (block + 1) * BLOCK_M - window + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-            whole = tl.minimum(whole, (end + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
-            edge = tl.maximum(whole, edge)
-            acc, top, total = _attend(
-                acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, first, whole, S,
-                scale, cap, slope, window, True, True, WINDOW, CAP, ALIBI, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
-        acc, top, total = _attend(
-            acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, whole, edge, S,
-            scale, cap, slope, window, True, False, WINDOW, CAP, ALIBI, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
-        first = edge
-    else:
-        first, end = 0, S
-    acc, top, total = _attend(
-        acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, first, end, S,
-        scale, cap, slope, window, CAUSAL, True, WINDOW, CAP, ALIBI, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
-    if SINKS:
-        sink = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
-        higher = tl.maximum(top, sink)
-        shrink = tl.exp2(top - higher)
-        acc, total = acc * shrink[:, None], total * shrink + tl.exp2(sink - higher)
-        top = higher
-    seen = total > 0
-    y = acc / tl.where(seen, total, 1.0)[:, None]
-    d = tl.arange(0, BLOCK_DV)
-    tl.store(y_ptr + ((b * T + m[:, None]) * H + h) * DV + d[None, :], y.to(y_ptr.dtype.element_ty),
-             mask=(m[:, None] < T) & (d[None, :] < DV))
-    tl.store(z_ptr + (b * H + h) * T + m, tl.where(seen, top + tl.log2(total), 0.0), mask=m < T)
+def score_bias(pos, key_pos, scoring):
+    """What positions add to the scores -> fp32 (1 or B,1 or H,T,S), UNSEEN where a key may not be seen."""
+    seen = visible(pos, key_pos, scoring.window, scoring.chunked)
+    bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, UNSEEN)
+    if scoring.slopes is not None:
+        slopes = scoring.slopes.view(-1, 1, 1)
+        bias = bias + (alibi_as_falcon(slopes, key_pos, scoring.scale) if scoring.alibi_bf16 else
+                       alibi(slopes, pos, key_pos))
+    return bias
 
 
-@kernel
-def _delta_kernel(y_ptr, dy_ptr, delta_ptr, T, H, dy_stride_b, dy_stride_t, dy_stride_h, DV: tl.constexpr,
-                  BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    y = tile(y_ptr + (b * T * H + h) * DV, m.to(tl.int64), H * DV, T, DV, BLOCK_DV).to(tl.float32)
-    dy = tile(dy_ptr + b * dy_stride_b + h * dy_stride_h, m.to(tl.int64), dy_stride_t, T, DV, BLOCK_DV)
-    tl.store(delta_ptr + (b * H + h) * T + m, tl.sum(y * dy.to(tl.float32), 1), mask=m < T)
+# ----------------------------------------------------------------------------------------------------------
+# The definition
 
 
-@kernel
-def _key_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, pos_ptr, key_pos_ptr, slopes_ptr, z_ptr, delta_ptr, dk_ptr,
-                dv_ptr, T, S, H, K, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
-                v_stride_b, v_stride_s, v_stride_h, dy_stride_b, dy_stride_t, dy_stride_h, pos_stride_b,
-                key_pos_stride_b, scale, cap, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-                CAP: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dk and dv of BLOCK_N keys of one head, from all the queries that see them."""
-    start_n, group = tl.program_id(0) * BLOCK_N, H // K
-    b, head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    n = start_n + tl.arange(0, BLOCK_N)
-    k = tile(k_ptr + b * k_stride_b + head * k_stride_h, n.to(tl.int64), k_stride_s, S, D, BLOCK_D)
-    v = tile(v_ptr + b * v_stride_b + head * v_stride_h, n.to(tl.int64), v_stride_s, S, DV, BLOCK_DV)
-    key = positions(key_pos_ptr + b * key_pos_stride_b, n, S, CAUSAL)
-    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    first, end = 0, T
-    if CAUSAL:
-        first = start_n // BLOCK_M * BLOCK_M
-        if WINDOW:
-            end = tl.minimum(T, start_n + BLOCK_N - 1 + window)
-    for g in range(group):
-        h = head * group + g
-        slope = 0.0
-        if ALIBI:
-            slope = tl.load(slopes_ptr + h)
-        for start in range(first, end, BLOCK_M):
-            m = start + tl.arange(0, BLOCK_M)
-            q = tile(q_ptr + b * q_stride_b + h * q_stride_h, m, q_stride_t, T, D, BLOCK_D)
-            dy = tile(dy_ptr + b * dy_stride_b + h * dy_stride_h, m, dy_stride_t, T, DV, BLOCK_DV)
-            query = positions(pos_ptr + b * pos_stride_b, m, T, CAUSAL)
-            z = tl.load(z_ptr + (b * H + h) * T + m, mask=m < T, other=0.0)
-            delta = tl.load(delta_ptr + (b * H + h) * T + m, mask=m < T, other=0.0)
-            s, bend = score(tl.dot(k, tl.trans(q)), query[None, :], key[:, None], scale, cap, slope, CAP,
-                            ALIBI)
-            seen = visible(query[None, :], key[:, None], window, WINDOW)
-            p = tl.exp2(tl.where(seen, s - z[None, :], -1e30))
-            dv += tl.dot(p.to(dy.dtype), dy)
-            ds = p * (tl.dot(v, tl.trans(dy)) - delta[None, :]) * bend
-            dk += tl.dot(ds.to(q.dtype), q)
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    at = (b * S + n[:, None]) * K + head
-    tl.store(dk_ptr + at * D + d[None, :], (dk * scale).to(dk_ptr.dtype.element_ty),
-             mask=(n[:, None] < S) & (d[None, :] < D))
-    tl.store(dv_ptr + at * DV + e[None, :], dv.to(dv_ptr.dtype.element_ty),
-             mask=(n[:, None] < S) & (e[None, :] < DV))
+def with_sinks(k, v, bias, sinks):
+    """A sink is one more key, of product 0 with any query and value 0, whose bias is learned (H,)."""
+    k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    sink = at_least_fp32(sinks).view(1, -1, 1, 1).expand(bias.shape[0], -1, bias.shape[2], 1)
+    return k, v, torch.cat((bias.expand(-1, sink.shape[1], -1, -1), sink), dim=-1)
 
 
-@kernel
-def _query_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, pos_ptr, key_pos_ptr, slopes_ptr, z_ptr, delta_ptr, dq_ptr, T,
-                  S, H, GROUP, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
-                  v_stride_b, v_stride_s, v_stride_h, dy_stride_b, dy_stride_t, dy_stride_h, pos_stride_b,
-                  key_pos_stride_b, scale, cap, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-                  CAP: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr):
-    """dq of BLOCK_M queries of one head."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    k_ptr += b * k_stride_b + (h // GROUP) * k_stride_h
-    v_ptr += b * v_stride_b + (h // GROUP) * v_stride_h
-    key_pos_ptr += b * key_pos_stride_b
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = tile(q_ptr + b * q_stride_b + h * q_stride_h, m.to(tl.int64), q_stride_t, T, D, BLOCK_D)
-    dy = tile(dy_ptr + b * dy_stride_b + h * dy_stride_h, m.to(tl.int64), dy_stride_t, T, DV, BLOCK_DV)
-    query = positions(pos_ptr + b * pos_stride_b, m, T, CAUSAL)
-    z = tl.load(z_ptr + (b * H + h) * T + m, mask=m < T, other=0.0)
-    delta = tl.load(delta_ptr + (b * H + h) * T + m, mask=m < T, other=0.0)
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes_ptr + h)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first, end = 0, S
-    if CAUSAL:
-        end = tl.minimum(S, (block + 1) * BLOCK_M)
-        if WINDOW:
-            first = tl.maximum(0, block * BLOCK_M - window + 1) // BLOCK_N * BLOCK_N
-    for start in range(first, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        k = tile(k_ptr, n, k_stride_s, S, D, BLOCK_D)
-        v = tile(v_ptr, n, v_stride_s, S, DV, BLOCK_DV)
-        key = positions(key_pos_ptr, n, S, CAUSAL)
-        s, bend = score(tl.dot(q, tl.trans(k)), query[:, None], key[None, :], scale, cap, slope, CAP, ALIBI)
-        seen = visible(query[:, None], key[None, :], window, WINDOW)
-        p = tl.exp2(tl.where(seen, s - z[:, None], -1e30))
-        ds = p * (tl.dot(dy, tl.trans(v)) - delta[:, None]) * bend
-        dq += tl.dot(ds.to(k.dtype), k)
-    d = tl.arange(0, BLOCK_D)
-    tl.store(dq_ptr + ((b * T + m[:, None]) * H + h) * D + d[None, :],
-             (dq * scale).to(dq_ptr.dtype.element_ty), mask=(m[:, None] < T) & (d[None, :] < D))
+def all_scores(q, k, v, bias, scoring):
+    """
+    q (B,H,T,D), k (B,K,S,D), v (B,K,S,Dv), bias as from score_bias -> (B,H,T,Dv). Products in the dtype of
+    q, k and v; the softmax in fp32 or fp64.
+    """
+    (B, H, T, _), K, S = q.shape, *k.shape[1:3]
+    # query heads that share a key are rows of one product, which reads that key once
+    products = (q.reshape(B, K, H // K * T, -1) @ k.transpose(-1, -2)).view(B, H, T, S)
+    scores = at_least_fp32(products) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    weights = F.dropout((scores + bias).softmax(-1), scoring.dropout).to(v.dtype)
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
 
 
-def near(x):
-    """x, copied where its last dimension is not the fastest."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def attention_reference(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None,
+                        in_order=False, chunked=False, alibi_bf16=False, dropout=0.0):
+    """The definition: what every other way must equal. In fp32 or fp64; arguments as in `attention`."""
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout)
+    dtype = q.dtype
+    q, k, v = (at_least_fp32(x).transpose(1, 2) for x in (q, k, v))
+    bias = score_bias(pos, key_pos, scoring)
+    if sinks is not None:
+        k, v, bias = with_sinks(k, v, bias, sinks)
+    return all_scores(q, k, v, bias, scoring).transpose(1, 2).to(dtype)
 
 
-def by_row(pos):
-    """Positions as the kernels read them, and what to add for each sequence: 0 when they share them."""
-    pos = pos.contiguous()
-    return pos, pos.shape[-1] if pos.dim() == 2 else 0
+# ----------------------------------------------------------------------------------------------------------
+# The ways in which PyTorch computes it
 
 
-def _shapes(q, k, v):
-    (B, T, H, D), (S, K), DV = q.shape, k.shape[1:3], v.shape[-1]
-    return B, T, H, D, S, K, DV, max(16, pow2(D)), max(16, pow2(DV))
+def sdpa(q, k, v, scoring, mask=None):
+    """
+    PyTorch's own kernels. q (B,H,T,D), k (B,K,S,D), v (B,K,S,Dv) -> (B,H,T,Dv). mask: True where a key is
+    seen, or a bias in q's dtype; None: the triangle of tokens 0..T-1.
+    """
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scoring.scale, dropout_p=scoring.dropout,
+        enable_gqa=q.shape[1] != k.shape[1])
 
 
-def check_shapes(op, q, k, v, pos, key_pos, slopes, sinks):
-    check(op, q=(q, 'B T H D'), k=(k, 'B S K D'), v=(v, 'B S K E'), slopes=(slopes, 'H'), sinks=(sinks, 'H'),
-          pos=(pos, 'int B T' if pos.dim() == 2 else 'int T'),
-          key_pos=(key_pos, 'int B S' if key_pos.dim() == 2 else 'int S'))
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f'{op}: {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key heads')
+def by_position(q, k, v, pos, key_pos, scoring):
+    """Tokens at any position, every option. Shapes as in `attention`."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    # values narrower than their keys are latents, which PyTorch's kernels would copy for every head
+    narrow = v.shape[-1] < k.shape[-1]
+    if scoring.by_products_alone and not narrow:
+        return sdpa(q, k, v, scoring, visible(pos, key_pos, scoring.window, scoring.chunked)).transpose(1, 2)
+    bias = score_bias(pos, key_pos, scoring)
+    if scoring.sinks is not None:
+        k, v, bias = with_sinks(k, v, bias, scoring.sinks)
+    if narrow or scoring.softcap is not None:
+        return all_scores(q, k, v, bias, scoring).transpose(1, 2)
+    # in fp16, UNSEEN would become -inf
+    least = max(torch.finfo(q.dtype).min, torch.finfo(bias.dtype).min)
+    return sdpa(q, k, v, scoring, bias.clamp(min=least).to(q.dtype)).transpose(1, 2)
 
 
-@torch.library.custom_op('nanoblocks::attention', mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, causal: bool, scale: float,
-             window: int | None, softcap: float | None, slopes: Tensor | None,
-             sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(y (B,T,H,Dv), z (B,H,T))"""
-    check_shapes('attention', q, k, v, pos, key_pos, slopes, sinks)
-    B, T, H, D, S, K, DV, block_d, block_dv = _shapes(q, k, v)
-    q, k, v = near(q), near(k), near(v)
-    y, z = q.new_empty(B, T, H, DV), q.new_empty(B, H, T, dtype=torch.float32)
-    (pos, pos_stride), (key_pos, key_stride) = by_row(pos), by_row(key_pos)
-    wide = max(block_d, block_dv)
-    block_m = clamp(pow2(T), 16, 128 if wide <= 128 else 64)
-    block_n = 32 if wide > 128 or (wide > 64 and capability(q) < 90) else 64
-    if y.numel():
-        _forward_kernel[(cdiv(T, block_m), B * H)](
-            q, k, v, pos, key_pos, slopes, sinks, y, z, T, S, H, H // K, *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], pos_stride, key_stride, scale, softcap or 1.0, window or 0, causal,
-            window is not None, softcap is not None, slopes is not None, sinks is not None, D, DV, block_d,
-            block_dv, block_m, block_n, num_warps=8, num_stages=2)
-    return y, z
+def blockwise(q, k, v, scoring):
+    """
+    Tokens 0..T-1 under a window W, in blocks of queries, each with the keys of its own block and of as many
+    blocks before it as the window reaches: about 1.5 W T scores in place of T T. The blocks become a batch.
+    Shapes as in `attention`.
+    """
+    (B, T), window = q.shape[:2], scoring.window
+    # smaller blocks waste fewer scores, and have more overhead
+    size = window if window <= 128 or scoring.chunked else window // 2
+    # the number of blocks that the window reaches back
+    back = 0 if scoring.chunked else -(-(window - 1) // size)
+    pad = -T % size
+    if pad:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
+    pos = torch.arange(T + pad, device=q.device).view(-1, size)
+    # before the first token, positions are negative and nobody sees them
+    key_pos = torch.cat([pos - i * size for i in range(back, -1, -1)], dim=1)
+    q = q.unflatten(1, (-1, size)).flatten(0, 1)                            # (B n,size,H,D), n blocks a row
+    k, v = spans(k, size, back), spans(v, size, back)                       # (B n,(back+1) size,K,D)
+    y = by_position(q, k, v, pos.repeat(B, 1), key_pos.repeat(B, 1), scoring)
+    return y.unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
 
 
-@torch.library.custom_op('nanoblocks::attention_backward', mutates_args=())
-def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, z: Tensor, pos: Tensor, key_pos: Tensor,
-              causal: bool, scale: float, window: int | None, softcap: float | None, slopes: Tensor | None,
-              sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v and the sinks, the last empty without them."""
-    B, T, H, D, S, K, DV, block_d, block_dv = _shapes(q, k, v)
-    q, k, v, dy = near(q), near(k), near(v), near(dy)
-    (pos, pos_stride), (key_pos, key_stride) = by_row(pos), by_row(key_pos)
-    delta = q.new_empty(B, H, T, dtype=torch.float32)
-    _delta_kernel[(cdiv(T, 32), B * H)](y, dy, delta, T, H, *dy.stride()[:3], DV, block_dv, 32, num_warps=4)
-    dq, dk, dv = q.new_empty(B, T, H, D), k.new_empty(B, S, K, D), v.new_empty(B, S, K, DV)
-    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3], pos_stride, key_stride]
-    flags = [scale, softcap or 1.0, window or 0, causal, window is not None, softcap is not None,
-             slopes is not None, D, DV, block_d, block_dv]
-    # tiles that fit in registers: Hopper's products take one side from shared memory
-    wide, hopper = max(block_d, block_dv), capability(q) == 90
-    block = 64 if wide <= 128 else 32
-    block_m = 64 if wide <= 64 or (wide <= 128 and hopper and softcap is None) else 32
-    warps = 4 if wide <= 64 and hopper else 8
-    _key_kernel[(cdiv(S, block), B * K)](
-        q, k, v, dy, pos, key_pos, slopes, z, delta, dk, dv, T, S, H, K, *strides, *flags, block_m, block,
-        num_warps=warps, num_stages=2)
-    _query_kernel[(cdiv(T, block), B * H)](
-        q, k, v, dy, pos, key_pos, slopes, z, delta, dq, T, S, H, H // K, *strides, *flags, block, block,
-        num_warps=warps, num_stages=2)
-    if sinks is None:
-        return dq, dk, dv, q.new_empty(0)
-    share = torch.exp2(sinks.float().view(1, -1, 1) * LOG2_E - z)
-    return dq, dk, dv, -(share * delta).sum((0, 2)).to(sinks.dtype)
+# ----------------------------------------------------------------------------------------------------------
+# The choice
 
 
-@_forward.register_fake
-def _(q, k, v, pos, key_pos, causal, scale, window, softcap, slopes, sinks):
-    B, T, H, _ = q.shape
-    return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T, dtype=torch.float32)
+def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, scale: float,
+              window: int | None = None, softcap: float | None = None, slopes: Tensor | None = None,
+              sinks: Tensor | None = None, in_order: bool = False, chunked: bool = False,
+              alibi_bf16: bool = False, dropout: float = 0.0) -> Tensor:
+    """
+    q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), H a multiple of K; integers pos (T,) or (B,T) and key_pos (S,) or
+    (B,S) -> (B,T,H,Dv). A query sees the keys at its own position and before, but none at a
+    negative position, which is padding; a query that sees no key gets finite numbers.
 
-
-@_backward.register_fake
-def _(dy, q, k, v, y, z, pos, key_pos, causal, scale, window, softcap, slopes, sinks):
-    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), d_sinks
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    q, k, v, pos, key_pos, *ctx.numbers, slopes, sinks = inputs
-    ctx.save_for_backward(q, k, v, *output, pos, key_pos, slopes, sinks)
-
-
-def _autograd(ctx, dy, _):
-    *tensors, slopes, sinks = ctx.saved_tensors
-    dq, dk, dv, d_sinks = _backward(dy, *tensors, *ctx.numbers, slopes, sinks)
-    return dq, dk, dv, *[None] * 7, None if sinks is None else d_sinks
-
-
-_forward.register_autograd(_autograd, setup_context=_save)
-
-
-def ok(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None, causal=False):
-    # products in fp32 are no faster here than PyTorch's, or are tf32
-    exact = q.dtype != torch.float32 or INTERPRETED
-    return (exact and fits(q, k, v, slopes, sinks) and q.dtype == k.dtype == v.dtype
-            and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM)
-
-
-def fused(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None, causal=False):
-    return _forward(q, k, v, pos, key_pos, causal, scale, window, softcap, slopes, sinks)[0]
-
-
-def cases():
-    def heads(B, T, H, K, D, DV=None, S=None):
-        S, DV = S or T, DV or D
-        return randn(B, T, H, D), randn(B, S, K, D, seed=1), randn(B, S, K, DV, seed=2)
-
-    def triangle(T, scale, window=None, softcap=None, slopes=None, sinks=None):
-        return torch.arange(T), torch.arange(T), scale, window, softcap, slopes, sinks, True
-
-    def ring(S, newest):  # the position that each slot of a ring holds; two are empty
-        held = newest - (newest - torch.arange(S)) % S
-        held[[1, S - 2]] = -1
-        return held
-    qkv = randn(2, 75, 8, 20)
-    slopes = 2.0 ** -torch.arange(1, 5)
-    return {
-        'plain, heads in one buffer': (qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:], *triangle(75, 0.2)),
-        'window': (*heads(1, 150, 2, 1, 16), *triangle(150, 0.25, 37)),
-        'window of two': (*heads(1, 20, 2, 2, 8), *triangle(20, 0.3, 2)),
-        'window wider than a tile': (*heads(1, 200, 1, 1, 16), *triangle(200, 0.25, 130)),
-        'soft-cap, values of another width': (*heads(2, 33, 4, 2, 12, 24), *triangle(33, 0.5, None, 2.0)),
-        'ALiBi, window': (*heads(1, 70, 4, 1, 8), *triangle(70, 0.3, 40, None, slopes)),
-        'sinks, window, soft-cap': (*heads(2, 70, 4, 2, 8), *triangle(70, 0.3, 5, 3.0, None, leaf(4))),
-        'all of it by position': (*heads(2, 9, 4, 2, 8, S=21), torch.arange(30, 39).expand(2, 9),
-                                  torch.stack((ring(21, 38), ring(21, 33))), 0.3, 15, 3.0, slopes, leaf(4)),
-    }
+    window      a query sees only its own position and the window - 1 before it; chunked: only positions of
+                its own chunk of `window`
+    softcap     scores are kept below it by a tanh (Gemma 2)
+    slopes      (H,) fp32, ALiBi; alibi_bf16: rounded as Falcon was trained
+    sinks       (H,) learned, added to the denominator of the softmax: exp sink (gpt-oss)
+    in_order    promises that pos and key_pos are both 0..T-1 in every row, so that they need not be read
+    dropout     of the weights
+    """
+    T, scoring = q.shape[1], Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout)
+    # PyTorch's fastest path, on any device
+    if in_order and scoring.by_products_alone and (window is None or T <= window):
+        return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scoring).transpose(1, 2)
+    if runs_triton(q) and not (chunked or alibi_bf16 or dropout):
+        arguments = q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks
+        if not in_order and decode_attention.ok(*arguments):
+            return decode_attention.fused(*arguments)
+        if flash_attention.ok(*arguments, in_order):
+            return flash_attention.fused(*arguments, in_order)
+    if in_order and window is not None and T >= 2 * window:
+        return blockwise(q, k, v, scoring)
+    return by_position(q, k, v, pos, key_pos, scoring)

@@ -1,6 +1,6 @@
 """
-What the kernels share: Triton, imported at the first launch and not before; checks of arguments in one
-sentence; and a few functions that Triton lacks.
+What the kernels share: which backend runs; Triton, imported at the first launch and not before; checks of
+arguments; and a few functions that Triton lacks.
 """
 import importlib.util
 import os
@@ -11,10 +11,22 @@ HAS_TRITON = importlib.util.find_spec('triton') is not None
 # TRITON_INTERPRET=1 runs kernels on a CPU, some thousand times slower: for tests
 INTERPRETED = HAS_TRITON and os.environ.get('TRITON_INTERPRET') == '1'
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# 'auto', 'torch' or 'triton': kernels.use_kernels sets it
+backend = 'auto'
+
+
+def runs_triton(x, compiles=False):
+    """
+    Whether operations on x run Triton, as far as their kernels take the arguments. compiles: torch.compile
+    makes one kernel of the plain operation as well, and fuses it with its neighbours.
+    """
+    here = HAS_TRITON and (x.is_cuda or (INTERPRETED and backend == 'triton'))
+    left = backend == 'torch' or (backend == 'auto' and compiles and torch.compiler.is_compiling())
+    return here and not left
 
 
 class _Language:
-    """Stands for triton.language until a launch: all that Python reads of it before are annotations."""
+    """Stands for triton.language until a launch: before that, Python reads nothing of it but annotations."""
     constexpr = 'constexpr'
 
 
@@ -46,9 +58,9 @@ class kernel(jit):
     A Triton kernel: kernel[grid](*args, num_warps=.., num_stages=..). No autotuner: what it picks depends on
     the noise of a measurement, and a run that is resumed must compute what it computed before.
     """
-    # a list while launches are written down in place of being made, to be compiled for a GPU that is not here
+    # a list: launches are recorded in it instead of made, to compile them for a GPU that is not here
     record = None
-    # what is launched for, where no GPU says so: sm_90
+    # the architecture to launch for where there is no GPU: sm_90
     target = 90
 
     def __getitem__(self, grid):
@@ -66,9 +78,10 @@ class kernel(jit):
 
 def check(op, **arguments):
     """
-    ValueError, one sentence, unless all tensors are on one device and have the shapes that are written beside
-    them: check('rms_norm', x=(x, '... C'), weight=(weight, 'C')). A word is one size wherever it stands, a
-    number itself; 'int' in front asks for integers. None is passed over.
+    Raises ValueError unless all tensors are on one device and have the shapes written beside them:
+    check('rms_norm', x=(x, '... C'), weight=(weight, 'C')). A letter or word is the same size wherever it
+    stands, a number stands for itself, '... ' for any leading dimensions; 'int' in front asks for integers,
+    otherwise numbers must be floating-point. A tensor may be None, which always passes.
     """
     sizes, first = {}, None
     for name, (tensor, words) in arguments.items():
@@ -96,16 +109,22 @@ def check(op, **arguments):
 
 
 def fits(*tensors):
-    """Whether all are in number types that the kernels take; None is passed over."""
+    """Whether the kernels take the dtypes of all tensors; a tensor may be None."""
     return all(t is None or t.dtype in DTYPES for t in tensors)
 
 
+def at_least_fp32(x):
+    """bf16 and fp16 promoted to fp32; fp64 stays. For values that rounding would ruin."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def cdiv(a, b):
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def pow2(n):
-    """The least power of two that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -114,7 +133,7 @@ def clamp(n, low, high):
 
 
 def capability(x):
-    """80, 90, 100: the GPU that x is on, or that kernels are compiled for."""
+    """The architecture of x's GPU, or the one that kernels are compiled for: 80, 90, 100..."""
     if not x.is_cuda:
         return kernel.target
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -127,14 +146,14 @@ def programs(x):
 
 
 def rows(x):
-    """x (..., C) as (M,C) with neighbouring columns, copied only where it must be."""
+    """x (..., C) as (M,C) with columns next to each other in memory, copied only where necessary."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What `cases` are made of: float64 tensors, which a test casts and differentiates, and fp32 ones, which stay
-# what they are and are differentiated when they say so
+# Tensors for `cases`. Tests cast float64 ones to the dtype under test and differentiate them; fp32 ones keep
+# their dtype, and are differentiated where they require gradients.
 
 
 def randn(*shape, seed=0):
@@ -150,12 +169,12 @@ def randint(high, *shape, seed=0):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What kernels call
+# Functions that kernels call
 
 
 @jit
 def tanh(x):
-    """To a rounding in fp32, small x included, where 1 - 2 / (exp(2x) + 1) has lost most digits."""
+    """Exact to a rounding in fp32, for small x too, where 1 - 2 / (exp(2x) + 1) loses most digits."""
     square = x * x
     small = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     grown = tl.exp(-2 * tl.abs(x))

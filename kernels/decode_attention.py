@@ -1,28 +1,25 @@
 """
-Attention of a few new tokens to a long cache: all that matters is to read the cache once, at the speed of
-memory, with all of the GPU. Keys are split among programs (Dao et al. 2023, Flash-Decoding); each keeps a
-softmax of its own part, and a second kernel puts the parts together:
+Attention of a few new tokens to a long cache. Its time is the time to read the cache, so the cache is read
+once, by all of the GPU: keys are split among programs (Dao et al. 2023, Flash-Decoding), each keeps a softmax
+of its own part, and a second kernel merges the parts:
 
     y = sum over parts of exp(z_part - z) y_part        z = log(sum over parts of exp z_part + exp sink)
 
-The query heads that share a key are rows of one tile, so that the key is read once for all. Masks are made of
-positions: slots may be in any order, as in a ring, and tiles that no query sees are not read at all. For MLA
-(DeepSeek V2, https://arxiv.org/abs/2405.04434) the latent is key and value at once and read once, beside the
-rotated part of the key. No gradients. Not measured on a GPU yet.
+The query heads that share a key are rows of one tile, so that the key is read once for all of them. Masks
+are made of positions: slots may be in any order, as in a ring buffer, and tiles that no query sees are not
+read. In MLA (DeepSeek V2, https://arxiv.org/abs/2405.04434) the latent is key and value at once, and is read
+once, beside the rotated part of the key. The definition is in attention.py. No gradients. Not measured on a
+GPU yet.
 """
 import torch
 from torch import Tensor
 
-from .attention import attention, by_row, check_shapes, near, positions, score, tile, visible
 from .common import INTERPRETED, capability, cdiv, clamp, fits, kernel, leaf, pow2, programs, randn, tl
+from .flash_attention import by_row, check_shapes, near, positions, score, tile, visible
 
-# of a value, and of a key's coordinates that are no value as well
-MAX_TOKENS, MAX_HEAD_DIM, MAX_KEY = 16, 512, 256
-
-
-def decode_attention(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None):
-    """As `attention`, by position. v may be the first coordinates of k, where that is how they are stored."""
-    return attention(q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks)
+MAX_TOKENS = 16     # queries of one sequence
+MAX_HEAD_DIM = 512  # width of a value
+MAX_KEY = 256       # width of a key, or of what a key has beyond the value that it begins with
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -117,14 +114,14 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, scale
     (B, T, H, _), (S, K, D), DV = q.shape, k.shape[1:], v.shape[-1]
     q, k, v = near(q), near(k), near(v)
     shared = k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and DV <= D
-    # the coordinates of the key that are the value as well, and the others
+    # the first coordinates of the key are the value as well, the others are not
     D, more = (DV, D - DV) if shared else (D, 0)
     k_more = k[..., D:] if more else k
     block_d, block_more, block_dv = (max(16, pow2(width)) for width in (D, max(1, more), DV))
     rows = H // K * T
     block_m, block_n = clamp(pow2(rows), 16, 32 if block_d > 256 else 64), 32 if block_d > 256 else 64
     blocks = cdiv(rows, block_m)
-    # two parts for each program that a GPU runs at once, and none that is too short to be worth its merge
+    # two parts for each program that a GPU runs at once, but none too short to be worth its merge
     splits = clamp(cdiv(2 * programs(q), B * K * blocks), 1, cdiv(S, 4 * block_n))
     span = cdiv(cdiv(S, splits), block_n) * block_n
     splits = cdiv(S, span)
@@ -159,6 +156,7 @@ def ok(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sin
 
 
 def fused(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None):
+    """v may be a view of the first coordinates of k; each is then read once."""
     return _decode(q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks)
 
 

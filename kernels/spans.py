@@ -1,13 +1,13 @@
 """
-What a block of queries attends to under a window: its own block of keys, and the blocks before it that the
-window reaches. Each block is copied once for every block that looks at it, so that attention over blocks is
-one batched call.
+The keys that blocks of queries read under a window: block i of the queries reads block i of the keys and the
+`back` blocks before it. Every block of keys is copied once for each block of queries that reads it, so that
+attention over blocks is one batched call.
 
-Forward:   y[b, i] = (x[b, i - back], ..., x[b, i]), blocks before the first being zeros.
-Backward:  dx[b, i] = the sum of y's gradients wherever block i was copied to.
+Forward:   y[b, i] = (x[b, i - back], ..., x[b, i]), with zeros for blocks before the first.
+Backward:  dx[b, i] = the sum of y's gradients over all copies of block i.
 
-Autograd over slices would fill a tensor of x's whole size with zeros for every one of the copies: this is a
-tenth of the time of windowed attention, forward and backward, on a CPU.
+Autograd through slices would fill a tensor of x's full size with zeros for each copy. With the backward pass
+written out, windowed attention on a CPU takes a tenth of the time, forward and backward.
 """
 import torch
 
@@ -44,5 +44,5 @@ class Spans(torch.autograd.Function):
 
 
 def spans(x, size, back):
-    """As spans_reference."""
+    """The same as spans_reference."""
     return Spans.apply(x, size, back)

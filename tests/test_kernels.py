@@ -83,7 +83,7 @@ def grouped_linear(x, weight, bias, counts):
 
 
 def spans(x, size, back):
-    (B, T), rest = x.shape[:2], x.shape[2:]
+    B, T = x.shape[:2]
     rows = []
     for b in range(B):
         for start in range(0, T, size):
@@ -481,33 +481,86 @@ def test_rope_qk_norms_each_head_and_then_turns_it():
         torch.testing.assert_close(got, rope(x, cos, sin))
 
 
-def look(q, k, v, pos, key_pos, scale, window, softcap, slope, sink):
+def look(q, k, v, pos, key_pos, scale, window, softcap, slope, sink, chunked, alibi_bf16):
     """One query (D,) of one head on keys (S,D) and values (S,Dv), key by key."""
     weights, total = [], 0.0 if sink is None else math.exp(sink)
     for k_j, at in zip(k, key_pos):
-        seen = 0 <= at <= pos and (window is None or at > pos - window)
+        seen = 0 <= at <= pos
+        if chunked:
+            seen = seen and at // window == pos // window
+        elif window is not None:
+            seen = seen and at > pos - window
         s = scale * (q @ k_j).item()
         s = s if softcap is None else softcap * math.tanh(s / softcap)
-        weights.append(math.exp(s - (slope or 0.0) * (pos - at)) if seen else 0.0)
+        if alibi_bf16:
+            s += scale * in_bf16(in_bf16(slope) * at)
+        elif slope is not None:
+            s -= slope * (pos - at)
+        weights.append(math.exp(s) if seen else 0.0)
         total += weights[-1]
     return torch.tensor(weights, dtype=torch.float64) @ v / total
 
 
-def by_definition(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None):
+def in_bf16(number):
+    return torch.tensor(number).bfloat16().item()
+
+
+def by_definition(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None,
+                  in_order=False, chunked=False, alibi_bf16=False):
     (B, T, H, _), group = q.shape, q.shape[2] // k.shape[2]
     pos, key_pos = pos.expand(B, T).tolist(), key_pos.expand(B, k.shape[1]).tolist()
     slopes, sinks = ([None] * H if x is None else x.tolist() for x in (slopes, sinks))
     return torch.stack([torch.stack([torch.stack([
         look(q[b, t, h], k[b, :, h // group], v[b, :, h // group], pos[b][t], key_pos[b], scale, window,
-             softcap, slopes[h], sinks[h]) for h in range(H)]) for t in range(T)]) for b in range(B)])
+             softcap, slopes[h], sinks[h], chunked, alibi_bf16) for h in range(H)])
+        for t in range(T)]) for b in range(B)])
 
 
-@pytest.mark.parametrize('op, case', [(op, case) for op in ('attention', 'decode_attention')
-                                      for case in kernels.OPS[op].cases()])
-def test_attention_equals_the_sum_over_keys(op, case):
-    args = [a.detach().double() if is_float(a) else a for a in kernels.OPS[op].cases()[case]]
-    got = getattr(kernels, op)(*args)
-    torch.testing.assert_close(got, by_definition(*args[:10]))
+def patterns():
+    """More cases of attention; most are options that no kernel has."""
+    q, pos, slopes = randn(2, 13, 4, 6), torch.arange(13), torch.tensor([0.3, 0.11, 0.7, 0.05])
+    k, v, sinks = randn(2, 13, 2, 6, seed=1), randn(2, 13, 2, 6, seed=2), randn(4, seed=3)
+    slots = torch.stack(((pos + 3) % 13 + 100, torch.where(pos < 4, -1, pos + 96)))
+    late = q[:, :3], k, v, torch.tensor([[110, 111, 112], [106, 107, 108]]), slots, 0.5
+    return {
+        'window, one short of the text': (q, k, v, pos, pos, 0.5, 12, None, None, None, True),
+        'chunks': (q, k, v, pos, pos, 0.5, 4, None, None, None, True, True),
+        'chunks, two to a text': (q, k, v, pos, pos, 0.5, 8, None, None, None, True, True),
+        'one chunk': (q, k, v, pos, pos, 0.5, 20, None, None, None, True, True),
+        'chunks, soft-cap, sinks': (q, k, v, pos, pos, 0.5, 3, 2.0, None, sinks, True, True),
+        'chunks by position': (*late, 5, None, None, None, False, True),
+        'ALiBi in bf16': (q, k, v, pos, pos, 0.5, None, None, slopes, None, True, False, True),
+        'ALiBi in bf16, window': (q, k, v, pos, pos, 0.5, 5, None, slopes, None, True, False, True),
+        'ALiBi in bf16, all of it by position': (*late, 6, 2.0, slopes, sinks, False, False, True),
+    }
+
+
+ATTENTION = {name: kernels.OPS[name].cases() for name in ('attention', 'decode_attention')}
+ATTENTION['patterns'] = patterns()
+
+
+@pytest.mark.parametrize('kind, case', [(kind, case) for kind in ATTENTION for case in ATTENTION[kind]])
+def test_attention_equals_the_sum_over_keys(kind, case):
+    args = [a.detach().double() if is_float(a) else a for a in ATTENTION[kind][case]]
+    want = by_definition(*args)
+    for function in (kernels.attention, kernels.OPS['attention'].plain):
+        torch.testing.assert_close(function(*args), want)
+        # in_order promises only what the positions say already
+        more = dict(zip(('chunked', 'alibi_bf16'), args[11:]))
+        torch.testing.assert_close(function(*args[:10], in_order=False, **more), want)
+
+
+@pytest.mark.parametrize('case', ['chunks', 'chunks, soft-cap, sinks', 'chunks by position', 'ALiBi in bf16',
+                                  'ALiBi in bf16, window'])
+def test_gradients_of_attention_equal_those_of_the_definition(case):
+    found = []
+    for function in (kernels.attention, kernels.OPS['attention'].plain):
+        args = [a.detach().clone().requires_grad_() if is_float(a) and a.dtype == torch.float64 else a
+                for a in ATTENTION['patterns'][case]]
+        found.append(run(function, args))
+    got, want = found
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -571,7 +624,8 @@ def test_model_is_the_same_with_kernels(job, interpreted):
 @needs_triton
 def test_every_kernel_fits_in_registers_and_shared_memory():
     # compiled for sm_80, sm_90 and sm_100 by the assembler that comes with Triton
-    run = subprocess.run([sys.executable, '-m', 'nanoblocks.experiments.aot'], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-m', 'nanoblocks.experiments.aot'], cwd=ROOT, capture_output=True,
+                         text=True)
     assert run.returncode == 0, f'{run.stdout}\n{run.stderr[-2000:]}'
     table = run.stdout.splitlines()[1:]
     source = '\n'.join(path.read_text() for path in (ROOT / 'kernels').glob('*.py'))
@@ -611,7 +665,7 @@ def test_choices_that_cannot_be_are_refused():
     for choice, device, words in (('fast', 'cuda', 'must be one of'), ('triton', 'cpu', 'Triton|GPU')):
         with pytest.raises(ValueError, match=words):
             kernels.use_kernels(choice, device)
-    assert kernels.backend == 'auto', 'what is refused must change nothing'
+    assert kernels.common.backend == 'auto', 'what is refused must change nothing'
 
 
 def test_importing_the_operations_does_not_import_triton():

@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import ablate  # noqa: E402
 from configurator import configure, names_in  # noqa: E402
 from model import GPTConfig  # noqa: E402
+from nanoblocks.experiments import sweep  # noqa: E402
 
 README = ROOT / 'README.md'
 TEXT = README.read_text(encoding='utf-8') if README.exists() else ''
