@@ -391,6 +391,30 @@ def test_report_from_files_equals_the_one_of_the_sweep(copy):
     assert (copy / 'report.md').read_text() == want and (copy / 'differences.png').exists()
 
 
+def test_figures_are_drawn_again_from_the_tables_alone(copy, tmp_path):
+    for name in ('report.csv', 'differences.csv'):
+        shutil.copy(copy / name, tmp_path)
+    sweep.report_again(tmp_path, '')
+    assert (tmp_path / 'differences.png').exists() and not (tmp_path / 'curves.png').exists()
+
+
+def test_a_figure_of_a_ladder_says_that_each_row_is_compared_with_the_row_above():
+    _, _, _, pairs, ladder = between('gpt2_small', 'llama_small', ('ladder',))
+    rows, heading = figures.layout([(pair, effect([-0.1, -0.2])) for pair in pairs])
+    assert heading == 'Each row is compared with the row above it'
+    assert [text for _, text, _ in rows] == [
+        'the start: gpt2_small', '+ pos: learned \u2192 rope', '+ norm: layernorm \u2192 rmsnorm',
+        '+ ffn: gelu \u2192 swiglu', '+ bias: True \u2192 False', '+ n_kv_head: None \u2192 2',
+        'all together, compared with gpt2_small']
+    assert figures.arm_labels(ladder, pairs, ladder)['llama_small'] == '+ n_kv_head = llama_small'
+
+
+def test_a_row_of_the_report_names_the_arm_it_is_compared_with():
+    _, _, _, pairs, _ = between('gpt2_small', 'llama_small', ('ladder',))
+    table = report.differences_table([(pair, effect([-0.1, -0.2])) for pair in pairs])
+    assert '| norm layernorm -> rmsnorm | ladder2+norm | ladder1+pos | -0.1500 |' in table[4]
+
+
 def test_without_matplotlib_the_tables_stand_alone(copy, monkeypatch):
     monkeypatch.setattr(figures, 'have_matplotlib', lambda: False)
     for path in copy.glob('*.png'):

@@ -1,4 +1,4 @@
-"""The topics of bench.py that can be checked in seconds: their claims hold exactly, and their figures exist."""
+"""Topics of bench.py that can be checked in seconds: their claims hold exactly, and their figures exist."""
 import sys
 
 import pytest

@@ -101,11 +101,11 @@ def layout(shown):
 def ladder_layout(shown):
     """The start, a row for each rung, and apart from them the end against the start."""
     rungs = [(pair, e) for pair, e in shown if pair['how'] == 'ladder']
-    rows = [(0.0, rungs[0][0]['without'], None)]
+    rows = [(0.0, f'the start: {rungs[0][0]["without"]}', None)]
     rows += [(-1.0 * i, f'+ {change(pair)}', e) for i, (pair, e) in enumerate(rungs, start=1)]
     for pair, e in shown:
         if pair['how'] == 'all':
-            rows.append((rows[-1][0] - 1.6, f'{pair["with"]} compared with {pair["without"]}', e))
+            rows.append((rows[-1][0] - 1.6, f'all together, compared with {pair["without"]}', e))
     return rows
 
 
@@ -198,7 +198,7 @@ def plot_cost(rows, labels, path):
                         fmt='os^Dv<>P'[i // len(COLORS) % 8], color=COLORS[i % len(COLORS)], markersize=6,
                         capsize=2, elinewidth=0.8, label=labels[name])
         ax.set_xlabel(COSTS[column], fontsize=9)
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         ax.xaxis.set_major_formatter(lambda value, _: format_quantity(value))
     axes[0].set_ylabel(LOSS, fontsize=9)
     title(axes[0], 'lower left is better; bars: standard deviation over seeds')

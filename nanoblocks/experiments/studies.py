@@ -159,6 +159,7 @@ def cache(figures):
         bars = ax.bar(places, heights, 0.36, color=COLORS[i], label=f'{tokens // 1024}K tokens')
         ax.bar_label(bars, [f'{row[i]:.2g}' for row in sizes.values()], fontsize=8)
     ax.set_yscale('log')
+    ax.set_ylim(0.05, 200)
     ax.set_ylabel('cache of one sequence (GB)')
     ax.set_xticks(range(len(sizes)), list(sizes), fontsize=8, rotation=20)
     ax.grid(visible=False, axis='x')
@@ -313,7 +314,9 @@ def lengths(device, figures, budget=60.0):
             points = [(T, cost[i]) for T, cost in costs.items() if cost[i] > 0]
             ax.plot(*zip(*points), 'o-', color=color, label=name)
         log2_axis(ax, ALL_LENGTHS, [f'{T // 1024}K' for T in ALL_LENGTHS])
+        ax.set_xlim(ALL_LENGTHS[0] / 1.3, ALL_LENGTHS[-1] * 1.3)
         ax.set_yscale('log')
+        ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value))
         ax.set_xlabel('tokens')
         ax.set_ylabel(text)
     axes[0].legend(frameon=False, fontsize=9)
@@ -400,8 +403,8 @@ def reach(device, figures):
     ax.grid(visible=False)
     ax.set_xlabel('distance from the last token (white: layers x (window - 1))')
     ax.set_ylabel('layers')
-    title(ax, f'influence on the last token, relative to its own; window {window}')
-    fig.colorbar(shown, ax=ax)
+    title(ax, f'influence on the last token, relative to the influence of itself; window {window}')
+    fig.colorbar(shown, ax=ax, label='influence')
     save_and_say(fig, figures, 'reach')
 
 
