@@ -404,7 +404,7 @@ def test_a_figure_of_a_ladder_says_that_each_row_is_compared_with_the_row_above(
     assert heading == 'Each row is compared with the row above it'
     assert [text for _, text, _ in rows] == [
         'the start: gpt2_small', '+ pos: learned \u2192 rope', '+ norm: layernorm \u2192 rmsnorm',
-        '+ ffn: gelu \u2192 swiglu', '+ bias: True \u2192 False', '+ n_kv_head: None \u2192 2',
+        '+ ffn: gelu \u2192 swiglu', '+ bias: True \u2192 False', '+ n_kv_head: 4 \u2192 2',
         'all together, compared with gpt2_small']
     assert figures.arm_labels(ladder, pairs, ladder)['llama_small'] == '+ n_kv_head = llama_small'
 
