@@ -262,7 +262,8 @@ def read_comments(source):
 #     class LatentFlags:
 #         kv_rank: int | None = None                     # an int is at least 1 and a float above 0,
 #         z_weight: float = flag(0.0, least=0)           # unless the flag says otherwise
-#         ffn_limit: float = flag(7.0, ffn='swiglu_clip')    # means something only when ffn is swiglu_clip
+#         v_head_dim: int | None = flag(None, like='head_dim')   # None stands for the value of head_dim
+#         ffn_limit: float = flag(7.0, ffn='swiglu_clip')       # means something only when ffn is swiglu_clip
 #
 #         def fill(c): ...        # returns {flag: the value that its None stands for}
 #         def rules(c): ...       # yields (flag, whether all is well, what it must)
@@ -272,14 +273,15 @@ LIMITS = {'least': ('at least', operator.ge), 'above': ('above', operator.gt),
 SET = ...           # the condition that a flag differs from its default
 
 
-def flag(default, table=None, **more):
+def flag(default, table=None, like=None, **more):
     """
-    A field of a group. table: the words (of a pattern: the letters) that may stand there. more: its limits
-    (least, above, below, most), and the conditions under which it means anything, each another flag with the
-    value it must have, a tuple of values, SET, or letters of which a pattern must have one.
+    A field of a group. table: the words (of a pattern: the letters) that may stand there. like: the flag
+    whose value a None stands for. more: its limits (least, above, below, most), and the conditions under
+    which it means anything, each another flag with the value it must have, a tuple of values, SET, or letters
+    of which a pattern must have one.
     """
     limits = {name: more.pop(name) for name in LIMITS if name in more}
-    return field(default=default, metadata={'table': table, 'limits': limits, 'when': more})
+    return field(default=default, metadata={'table': table, 'like': like, 'limits': limits, 'when': more})
 
 
 def flags(**when):
@@ -305,12 +307,10 @@ class Flags:
         for f in fields(self):
             if getattr(self, f.name) != f.default and (missing := self.missing(f.name)):
                 self._must(f.name, False, f'be left out unless {missing}')
-        for fill in self._functions('fill'):
-            for name, value in fill(self).items():
-                if getattr(self, name) is None:
-                    setattr(self, name, value)
-        for rules in self._functions('rules'):
-            for name, ok, must in rules(self):
+        for group in type(self).__mro__:
+            self._fill(group)
+        for group in type(self).__mro__:
+            for name, ok, must in vars(group)['rules'](self) if 'rules' in vars(group) else ():
                 self._must(name, ok, must)
 
     @classmethod
@@ -339,8 +339,16 @@ class Flags:
             return value != self.__dataclass_fields__[other].default, in_words(other, wanted)
         return value in (wanted if isinstance(wanted, tuple) else (wanted,)), in_words(other, wanted)
 
-    def _functions(self, what):
-        return [vars(cls)[what] for cls in type(self).__mro__ if what in vars(cls)]
+    def _fill(self, group):
+        """Replace the Nones that stand for a value, where the flag means something."""
+        values = vars(group)['fill'](self) if 'fill' in vars(group) else {}
+        for name in vars(group).get('__annotations__', ()):
+            f = self.__dataclass_fields__[name]
+            if f.metadata['like'] and not self.missing(name):
+                values[name] = getattr(self, f.metadata['like'])
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def _must(self, name, ok, rule):
         if not ok:

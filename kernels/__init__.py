@@ -28,7 +28,7 @@ from . import (
     selective_scan,
     ssd,
 )
-from .common import HAS_TRITON, INTERPRETED, runs_triton
+from .common import HAS_TRITON, INTERPRETED, at_least_fp32, runs_triton
 from .spans import spans  # noqa: F401
 
 
@@ -95,4 +95,4 @@ def _dispatch(name):
 
 
 globals().update({name: _dispatch(name) for name in OPS} | {'attention': attention.attention})
-__all__ = sorted([*OPS, 'spans'])
+__all__ = sorted([*OPS, 'at_least_fp32', 'spans'])

@@ -393,3 +393,34 @@ def logprobs_of(model, tokens, window):
         start = scored - window // 2
     model.train(training)
     return torch.cat(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What GPT.generate and GPT.stream call
+
+
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None,
+           min_p=None, repetition_penalty=1.0, **more):
+    """
+    Continue idx (B,T) int64 by max_new_tokens, yielding (B,1) int64 as each is drawn. Dropout is off.
+
+    temperature         0: the likeliest token; 1: as the model says
+    top_k top_p min_p   draw from the k likeliest, from the fewest that hold a share p, from those at least
+                        this share as likely as the likeliest
+    repetition_penalty  above 1: tokens that the text holds become less likely
+    stop                a token or several that end a row; the row repeats it until all rows have ended
+    seed                the same text every time, and in every batch
+    more                lengths, num_samples, chunk, compiled: see Decoder
+
+    ValueError when there is nothing to continue, or learned positions would run out.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    return Decoder(model, idx, max_new_tokens, sampling, stop, seed, **more).stream()
+
+
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None,
+             **more):
+    """idx (B,T) int64 with what `stream` yields after it -> (B,T+new) int64, samples side by side."""
+    new = list(stream(model, idx, max_new_tokens, temperature, top_k, top_p, stop, seed, **more))
+    idx = idx.repeat_interleave(more.get('num_samples', 1), 0)
+    return torch.cat((idx, trimmed(torch.cat(new, dim=1), stop)), dim=1) if new else idx
