@@ -134,16 +134,17 @@ def one_row(model, rounds, device):
     speeds = found.pop('bandwidth')
     print(f'{rounds} rounds, in which the machine read at most '
           + ', '.join(f'{speed / 1e9:.1f}' for speed in speeds) + ' GB/s; shares are of the highest')
-    rows = []
-    for name, mode in [key for key in found if key[0] in models]:
-        timings, m = found[name, mode], models[name]
-        token = median(seconds for timing in timings for seconds in timing.tokens)
-        read = bytes_per_step(m, m.new_cache(1, PROMPT + NEW))
-        rows.append([f'{name} {mode}', f'{median(timing.first for timing in timings) * 1e3:.1f}',
-                     f'{token * 1e3:.2f}', f'{1 / token:.1f}', f'{read / 1e6:.1f}',
-                     f'{read / token / max(speeds):.0%}'])
-    print_table(['', 'first token ms', 'a token ms', 'tokens/s', 'MB a token', 'of bandwidth'], rows)
+    print_table(['', 'first token ms', 'a token ms', 'tokens/s', 'MB a token', 'of bandwidth'],
+                [[' '.join(key), *one_row_cells(models[key[0]], timings, max(speeds))]
+                 for key, timings in found.items() if key[0] in models])
     print_comparisons(found)
+
+
+def one_row_cells(model, timings, bandwidth):
+    token = median(seconds for timing in timings for seconds in timing.tokens)
+    read = bytes_per_step(model, model.new_cache(1, PROMPT + NEW))
+    return (f'{median(timing.first for timing in timings) * 1e3:.1f}', f'{token * 1e3:.2f}', f'{1 / token:.1f}',
+            f'{read / 1e6:.1f}', f'{read / token / bandwidth:.0%}')
 
 
 def drop_failures(runs):

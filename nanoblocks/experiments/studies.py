@@ -152,8 +152,13 @@ def cache(figures):
         sizes[name] = [kv_cache_bytes(config, tokens, batch, 2) / 1e9 for batch, tokens in spans]
     print_table(['GB, batch x tokens', *(f'{batch} x {tokens // 1024}K' for batch, tokens in spans)],
                 [[name, *(f'{size:.3f}' for size in row)] for name, row in sizes.items()])
+    draw_cache({name: row[:2] for name, row in sizes.items()}, figures)
+
+
+def draw_cache(sizes, figures):
+    """sizes {name: GB of one sequence of 8K and of 128K tokens}"""
     fig, (ax,) = panels(8, 4.2)
-    for i, tokens in enumerate((8192, 131072)):  # one sequence
+    for i, tokens in enumerate((8192, 131072)):
         places = [n + 0.38 * (i - 0.5) for n in range(len(sizes))]
         heights = [row[i] for row in sizes.values()]
         bars = ax.bar(places, heights, 0.36, color=COLORS[i], label=f'{tokens // 1024}K tokens')
