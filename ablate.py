@@ -19,7 +19,7 @@ nanoblocks/experiments/sweep.py.
 """
 import sys
 
-from configurator import configure, one_sentence
+from configurator import configure, errors_as_messages
 from model import GPTConfig
 from nanoblocks.experiments import sweep
 
@@ -30,8 +30,8 @@ base = ''                           # config file to start from; the first file 
 vary = ''                           # values to try: "flag=value,value; name: flag=value+flag=value"
 arms = 'alone,removed,ladder'       # with --base, the places in which each flag is tried
 seeds = 3                           # runs of each arm, with train.py's seed, the next one and so on
-match = 'none'                      # resize the ffn to equalise params, active (params of one token) or flops
-lr_sweep = 1                        # learning rates tried per arm, each twice the last; the best one counts
+match = 'none'                      # resize the ffn to equal params, active (of one token) or flops
+lr_sweep = 1                        # learning rates per arm, each twice the last; the best one counts
 evals = 10                          # evaluations per run, for the curves; replaces eval_interval
 jobs = 1                            # runs at the same time; on GPUs, spread over them
 out_dir = ''                        # folder of the sweep; empty: out/ablate/<name of the first file>
@@ -39,11 +39,7 @@ results = ''                        # folder of the report; empty: the same as o
 report = ''                         # folder of a trained sweep: only write its report again
 
 if __name__ == '__main__':
-    argv = sys.argv[1:]
-    if '--report' in argv[:-1]:  # with a blank in place of the =
-        at = argv.index('--report')
-        argv[at:at + 2] = [f'--report={argv[at + 1]}']
-    if '--help' in argv or '-h' in argv:
+    if '--help' in sys.argv or '-h' in sys.argv:
         configure(globals(), GPTConfig, ['--help'])
-    with one_sentence():
-        sweep.main(argv)
+    with errors_as_messages():
+        sweep.main(sys.argv[1:])

@@ -14,14 +14,14 @@ whose bodies are in nanoblocks/experiments.
 """
 import platform
 import sys
-from difflib import get_close_matches
 from inspect import signature
 
 import torch
 
-from configurator import configure, names_in, one_sentence, plain_settings
+from configurator import configure, errors_as_messages, nearest, plain_settings, settings_of
 from model import GPTConfig
 from nanoblocks.experiments import curves, decoding, gpu, speed, studies
+from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.files import ROOT
 from nanoblocks.hardware import check_device
 
@@ -30,12 +30,12 @@ from nanoblocks.hardware import check_device
 
 batch_size = 12                     # step, families: sequences in a training step
 rounds = 30                         # how often each variant is timed
-nanogpt = ''                        # step: folder of a nanoGPT checkout to time as well, with the same flags
+nanogpt = ''                        # step: folder of a nanoGPT checkout to time as well, same flags
 device = 'cpu'                      # cpu, cuda or mps
 aot = False                         # kernels: compile for GPUs that this machine lacks, instead of timing
 out = 'out/bench'                   # gpu, kernels: folder for gpu.json
 parts = ''                          # gpu: some of checks,kernels,train,curve,decode,optimizer; empty: all
-seconds = 510                       # gpu, kernels: time limit; what does not fit in it is skipped and named
+seconds = 510                       # gpu, kernels: time limit; what does not fit is skipped and named
 dry = False                         # gpu, kernels: everything at toy size on a CPU, to test that it runs
 dtype = 'bfloat16'                  # families: number type of matrix products, float32 or bfloat16
 figures = 'out/bench'               # folder for a topic's figures, and for the runs it trains
@@ -56,10 +56,9 @@ TOPICS = {
 
 
 def topics():
-    """The help on topics: one line each, the first of the function's docstring."""
-    lines = [f'    {name:<12} {topic.__doc__.strip().splitlines()[0]}' for name, topic in TOPICS.items()]
-    examples = [line for line in __doc__.splitlines() if line.startswith('    python')]
-    return '\n'.join(['topics (the first argument):', '', *lines, '', 'examples:', '', *examples, ''])
+    """A line for each topic, the first of its function's docstring."""
+    about = {name: topic.__doc__.strip().splitlines()[0] for name, topic in TOPICS.items()}
+    return '\n'.join(f'    {name:<12} {line}' for name, line in about.items())
 
 
 def run(topic, given):
@@ -74,17 +73,14 @@ def run(topic, given):
 
 def main(name, argv):
     if name in ('--help', '-h'):
-        print(topics())
-        configure(globals(), GPTConfig, ['--help'])
+        configure(globals() | {'__doc__': f'{__doc__}\ntopics:\n\n{topics()}'}, GPTConfig, ['--help'])
     if name not in TOPICS:
-        near = get_close_matches(name, TOPICS, 1)
-        remedy = f'did you mean {near[0]}?' if near else f'choose one of {", ".join(TOPICS)}'
+        remedy = nearest(name, TOPICS, remedy=f'choose one of {", ".join(TOPICS)}')
         raise SystemExit(f'{name or "the first argument"} must be a topic: {remedy}')
-    folders = [arg for arg in argv if name == 'plot' and not arg.startswith('-')]
-    rest = [arg for arg in argv if arg not in folders]
+    folders, options = files_and_flags(argv) if name == 'plot' else ([], argv)
     # a config file is train.py's as well: pass over the settings that are only train.py's
-    flags = configure(globals(), GPTConfig, rest, skip=names_in(ROOT / 'train.py'))
-    with one_sentence():
+    flags = configure(globals(), GPTConfig, options, skip=settings_of(ROOT / 'train.py'))
+    with errors_as_messages():
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {card}')

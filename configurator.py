@@ -1,25 +1,35 @@
 """
-Config files and --key=value onto the globals of a script and the fields of a dataclass.
+The command line: config files and --key=value, onto the globals of a script and the fields of a dataclass.
 
-    python train.py config/llama_small.py config/tiny.py --learning_rate=3e-4
+    python train.py config/llama_small.py config/tiny.py --learning_rate=3e-4 --compile False
 
     model_args = configure(globals(), GPTConfig)    # in train.py, right below its settings
 
-Settings are the plain globals of the script, model flags the fields of the dataclass: neither is listed here.
-Later arguments win. A config file is Python: it may compute, and may read every setting and model flag as it
-stands when the file's turn comes. Whatever cannot be meant is refused in one sentence.
+A setting is a plain global of the script, a model flag is a field of the dataclass; neither is listed here.
+Names in capitals and names that begin with _ belong to the script alone.
+
+Arguments apply in order, and later ones win. `--key value` means `--key=value`, and dashes in a key mean
+underscores. Every flag takes a value. Behind a blank, a word that begins with -- or ends in .py is never a
+value: the first is the next flag, the second a config file, so write --key=value there.
+
+A config file is Python. It may compute, and may read every setting and model flag as it stands when the
+file's turn comes. A mistake ends the script with a one-line message.
 """
 import ast
 import builtins
+import importlib.util
 import inspect
 import io
 import math
 import operator
 import os
+import re
 import sys
 import textwrap
 import tokenize
 import traceback
+from collections import deque
+from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -27,63 +37,50 @@ from pathlib import Path
 from types import ModuleType, NoneType
 from typing import NamedTuple, get_args, get_type_hints
 
+HERE = Path(__file__).resolve().parent
 PLAIN = bool | int | float | str | None
-RULES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string', tuple: 'a list of numbers',
-         NoneType: 'None'}
 
 
-class Flag(NamedTuple):
-    """What a key may be given."""
-    kinds: tuple        # the types it takes
-    default: object     # MISSING for a field without one
-
-
-def configure(settings, config_class=None, argv=None, given=None, skip=()):
+def configure(settings: dict, config_class: type | None = None, argv: list[str] | None = None,
+              given: dict | None = None, skip: Collection[str] = ()) -> dict:
     """
-    Apply the command line to `settings`, the globals() of a script; return the fields of config_class that it
-    gave, as a dict. A dict passed as `given` receives {name: the file or flag that had the last word}. Names
-    in `skip` are passed over: a config file may be meant for another script too (`names_in`).
+    Apply the command line to `settings`, the globals() of a script. Returns the fields of config_class that
+    the command line gave: {name: value}.
 
-    A user's mistake raises SystemExit with one sentence, which Python prints before it exits with code 1.
+    given   a dict that receives {name: the file or flag that set it last}
+    skip    names to ignore: a config file may set names of another script too (see settings_of)
+
+    A mistake raises SystemExit with a one-line message, which Python prints before it exits with code 1.
     """
     argv = sys.argv[1:] if argv is None else argv
     own, model = setting_flags(settings), model_flags(config_class)
-    flags, both = own | model, sorted(own.keys() & model.keys())
+    known, both = own | model, sorted(own.keys() & model.keys())
     assert not both, f'{both} must not be settings and fields of {config_class.__name__}: rename the settings'
-    script = Path(settings.get('__file__', 'this script')).name
+    script = script_name(settings)
     if '--help' in argv or '-h' in argv:
         print(help_text(script, settings, config_class, own, model))
         raise SystemExit(0)
-    model_args, now = {}, {name: flag.default for name, flag in flags.items() if flag.default is not MISSING}
-    for arg in argv:
-        is_flag = arg.startswith('--')
-        for name, value, place in split_flag(arg) if is_flag else run_file(arg, flags, now):
-            label = f'--{name}' if is_flag else f'{place}: {name}'
-            if name not in flags and name in skip:
+    model_args, now = {}, {name: flag.default for name, flag in known.items() if flag.default is not MISSING}
+    for key, text in split_arguments(argv):
+        is_flag = key is not None
+        for name, value, label in [(key, text, f'--{key}')] if is_flag else run_file(text, known, now):
+            if name not in known and name in skip:
                 continue
-            if name not in flags:
+            if name not in known:
                 kind = f'setting of {script}' + ' and no model flag' * bool(model)
-                raise SystemExit(f'{label} is no {kind}; {nearest(name, flags, is_flag)}')
-            now[name] = convert(value, flags[name], label, is_flag)
+                own_name = '' if is_flag else f', or call it _{name} if only this file needs it'
+                remedy = nearest(name, known, '--' * is_flag, f'see --help{own_name}')
+                raise SystemExit(f'{label} is no {kind}; {remedy}')
+            now[name] = convert(value, known[name], label, is_flag)
             (settings if name in own else model_args)[name] = now[name]
             if given is not None:
-                given[name] = label if is_flag else arg
+                given[name] = label if is_flag else text
     return model_args
 
 
-def names_in(path):
-    """Every name that a script assigns."""
-    return set(read_comments(Path(path).read_text(encoding='utf-8')))
-
-
-def plain_settings(settings):
-    """{name: value} of a script's settings, as a checkpoint keeps them: ask before it computes more."""
-    return {name: value for name, value in settings.items() if name[0] != '_' and isinstance(value, PLAIN)}
-
-
 @contextmanager
-def one_sentence():
-    """Within it, a ValueError or a missing file, both refusals, ends the script with its message alone."""
+def errors_as_messages():
+    """Within it, a ValueError or an OSError ends the script with its message alone, without a traceback."""
     try:
         yield
     except OSError as error:
@@ -95,88 +92,122 @@ def one_sentence():
         raise SystemExit(str(error)) from None
 
 
+def nearest(name: str, names: Iterable[str], prefix: str = '', remedy: str = 'see --help') -> str:
+    """What to advise for an unknown name: the nearest of `names`, or else the remedy."""
+    near = get_close_matches(name, names, 1)
+    return f'did you mean {prefix}{near[0]}?' if near else remedy
+
+
+def own_module(name: str) -> ModuleType:
+    """
+    import_module(name) for the folders beside this file, whatever else is called kernels or data.
+
+    PyPI has a package `kernels`, and many projects have a `data`. Where `import` would find one of those,
+    ours is loaded as nanoblocks_kernels or nanoblocks_data, and theirs stays as it is.
+    """
+    package, dot, module = name.partition('.')
+    try:
+        found = importlib.util.find_spec(package)
+    except ValueError:  # somebody put a module without a spec into sys.modules
+        found = None
+    folders = found and found.submodule_search_locations or ()
+    if not any(Path(folder).resolve() == HERE / package for folder in folders):
+        package = f'nanoblocks_{package}'
+        if package not in sys.modules:
+            path = HERE / name.partition('.')[0] / '__init__.py'
+            spec = importlib.util.spec_from_file_location(package, path)
+            sys.modules[package] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[package])
+    return importlib.import_module(package + dot + module)
+
+
 # ----------------------------------------------------------------------------------------------------------
-# What can be given, and as which type
+# Declare: what can be set, with which default and type
+
+
+class Setting(NamedTuple):
+    """A setting of a script, or a model flag."""
+    default: object         # MISSING for a field without one
+    type: object            # a type, or a union of types such as int | None
+    meaning: str = ''       # its comment in the source
+    group: str = ''         # the heading that it stands under
+
+
+def settings_of(path: str | os.PathLike) -> dict[str, Setting]:
+    """
+    {name: Setting} of a script, read from its source without running it: the plain values that it assigns
+    at the top level, up to its call of `configure`.
+    """
+    source, found = Path(path).read_text(encoding='utf-8'), {}
+    for name, node, meaning, group in assignments(source):
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            continue  # computed, so not a setting
+        if is_setting(name, default) and name not in found:
+            hint = eval(ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else None
+            found[name] = make_setting(default, hint, meaning, group)
+    return found
+
+
+def plain_settings(settings: dict) -> dict:
+    """{name: value} of the settings among a script's globals; call it before the script computes more."""
+    return {name: value for name, value in settings.items() if is_setting(name, value)}
+
+
+def is_setting(name, value):
+    return name[0] != '_' and not name.isupper() and isinstance(value, PLAIN)
 
 
 def setting_flags(settings):
-    # a module made of the globals, because that knows its annotations in every version of Python
+    """{name: Setting} of a script's globals."""
+    # a module made of the globals, because a module knows its annotations in every version of Python
     module = ModuleType('settings')
     vars(module).update(settings)
-    return make_flags(plain_settings(settings), get_type_hints(module))
+    hints = get_type_hints(module)
+    return {name: make_setting(value, hints.get(name)) for name, value in plain_settings(settings).items()}
 
 
 def model_flags(config_class):
+    """{name: Setting} of the fields of a dataclass."""
     if config_class is None:
         return {}
-    defaults = {field.name: field.default for field in fields(config_class) if field.init}
-    return make_flags(defaults, get_type_hints(config_class))
+    hints = get_type_hints(config_class)
+    return {f.name: make_setting(f.default, hints[f.name]) for f in fields(config_class) if f.init}
 
 
-def make_flags(defaults, hints):
-    flags = {}
-    for name, default in defaults.items():
-        hint = hints.get(name, PLAIN if default is None else type(default))
-        kinds = get_args(hint) or (hint,)
-        flags[name] = Flag(kinds if default is not None else (*kinds, NoneType), default)
-    return flags
-
-
-def nearest(name, flags, is_flag):
-    near = get_close_matches(name, flags, 1)
-    if near:
-        return f'did you mean {"--" * is_flag}{near[0]}?'
-    return 'see --help' if is_flag else f'see --help, or call it _{name} if only this file needs it'
-
-
-def convert(value, flag, label, is_flag):
-    """The value as a type that the flag takes: ints and floats stand in for each other if nothing is lost."""
-    kinds, written = flag.kinds, value if is_flag else repr(value)
-    if is_flag and value is None:
-        raise SystemExit(f'{label} needs a value; write {label}={True if bool in kinds else "VALUE"}')
-    if is_flag:
-        value = parse(value, kinds)
-    # not isinstance, to which True is an int
-    if type(value) in kinds:
-        return value
-    if type(value) is int and float in kinds:
-        return float(value)
-    # beyond 2**53 a float no longer tells which integer was written
-    if type(value) is float and int in kinds and value.is_integer() and abs(value) <= 2**53:
-        return int(value)
-    rule = ' or '.join(RULES.get(kind, str(kind)) for kind in dict.fromkeys(kinds))
-    default = 'no default' if flag.default is MISSING else f'default {flag.default!r}'
-    raise SystemExit(f'{label}={written} must be {rule} ({default})')
-
-
-def parse(text, kinds):
-    """What a config file would say for a flag's text: a string just as it stands, or else a literal."""
-    # Python would warn about some texts
-    if kinds == (str,):
-        return text
-    words = {'true': True, 'false': False, 'none': None}
-    if bool in kinds and int not in kinds:
-        words |= {'1': True, '0': False}
-    try:
-        value = words[text] if text in words else ast.literal_eval(text)
-    except Exception:
-        value = text
-    return text if str in kinds and (type(value) not in kinds or type(value) is str) else value
+def make_setting(default, hint=None, meaning='', group=''):
+    if hint is None:
+        hint = PLAIN if default is None else type(default)
+    return Setting(default, hint | None if default is None else hint, meaning, group)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Arguments: (name, value, place) of everything that one of them sets
+# Parse: the words of a command line, and the names that a config file sets
 
 
-def split_flag(arg):
-    name, equals, text = arg[2:].partition('=')
-    return [(name, text if equals else None, arg)]
+def split_arguments(argv):
+    """Yields (name, text) for a flag, with text None if it has no value; (None, path) for a config file."""
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        if not word.startswith('--'):
+            yield None, word
+            continue
+        name, equals, text = word[2:].partition('=')
+        name = name.replace('-', '_')
+        if not equals and words and words[0].endswith('.py'):
+            raise SystemExit(f'--{name} needs a value, and {words[0]} is a config file; '
+                             f'write --{name}={words[0]} if it is the value')
+        if not equals:
+            text = None if not words or words[0].startswith('--') else words.popleft()
+        yield name, text
 
 
-def run_file(path, flags, now):
-    """Modules, functions and names with a leading _ are the file's own; all else has to be known."""
+def run_file(path, known, now):
+    """[(name, value, place)] of a config file. Modules, functions and names that begin with _ are its own."""
     if not os.path.isfile(path):
-        raise SystemExit(no_file(path, flags))
+        raise SystemExit(no_file(path, known))
     # what is known so far goes to the builtins: the file can read it, and what it assigns stays apart
     names = {'__file__': path, '__builtins__': vars(builtins) | now}
     try:
@@ -187,70 +218,189 @@ def run_file(path, flags, now):
         row = rows[-1] if rows else getattr(error, 'lineno', 1)
         reason = ' '.join(str(getattr(error, 'msg', error)).split())
         raise SystemExit(f'{path}, line {row} does not run: {type(error).__name__}: {reason}') from None
-    places = {node.id: f'{path}, line {node.lineno}' for node in ast.walk(tree)
-              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    # a function under the name of a flag is no helper but a mistake, left for convert to refuse
-    return [(name, value, places.get(name, path)) for name, value in names.items() if name[0] != '_'
-            and (name in flags or not (callable(value) or isinstance(value, ModuleType)))]
+    lines = {node.id: f', line {node.lineno}' for node in ast.walk(tree)
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    # a function under the name of a flag is a mistake, not a helper: convert refuses it
+    return [(name, value, f'{path}{lines.get(name, "")}: {name}') for name, value in names.items()
+            if name[0] != '_' and (name in known or not (callable(value) or isinstance(value, ModuleType)))]
 
 
-def no_file(arg, flags):
-    flag = arg.lstrip('-')
-    if flag.partition('=')[0] in flags:
-        return f'{arg} is no config file; did you mean --{flag}?'
-    folders = (Path(arg).parent, Path('config'))
+def no_file(word, known):
+    """The message for a word that is neither a flag nor a config file."""
+    name, equals, text = word.lstrip('-').partition('=')
+    if name.replace('-', '_') in known:
+        return f'{word} is no config file; did you mean --{name}{equals}{text}?'
+    folders = (Path(word).parent, Path('config'))
     files = {path.stem: path for folder in folders for path in sorted(folder.glob('*.py'))}
-    near = get_close_matches(Path(arg).stem, files, 1)
+    near = get_close_matches(Path(word).stem, files, 1)
     remedy = f'did you mean {files[near[0]]}?' if near else 'give a config file or --key=value, or see --help'
-    return f'{arg} {"is a folder" if os.path.isdir(arg) else "does not exist"}; {remedy}'
+    return f'{word} {"is a folder" if os.path.isdir(word) else "does not exist"}; {remedy}'
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Help: what the comments in the sources say
+# Convert: the text of a flag, or the value in a config file, to a type that the setting takes
+
+RULES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string', tuple: 'a list of numbers',
+         NoneType: 'None'}
+NOT_FINITE = ('nan', 'inf', 'infinity')
+
+
+def convert(value, setting, label, is_flag):
+    """
+    The value as a type that the setting takes. Ints and floats stand in for each other where nothing is lost.
+    is_flag: the value is text from the command line, None if there was none.
+    """
+    types, written = types_of(setting), value if is_flag else repr(value)
+    if is_flag and value is None:
+        raise SystemExit(f'{label} needs a value; write {label}={True if bool in types else "VALUE"}')
+    if is_flag:
+        value = parse(value, types)
+    # types are compared with `is`, because to isinstance True is an int
+    if type(value) is int and int not in types and float in types:
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
+    if type(value) is float and float not in types and int in types:
+        # beyond 2**53 a float no longer tells which integer was written
+        value = int(value) if value.is_integer() and abs(value) <= 2**53 else value
+    rule = ' or '.join(RULES.get(kind, str(kind)) for kind in dict.fromkeys(types))
+    if type(value) is float and float in types and not math.isfinite(value):
+        rule = 'a finite number'
+    elif type(value) in types:
+        return value
+    default = 'no default' if setting.default is MISSING else f'default {setting.default!r}'
+    raise SystemExit(f'{label}={written} must be {rule} ({default})')
+
+
+def parse(text, types):
+    """The value that a config file would give for the text of a flag: the text itself, or a literal."""
+    # literal_eval would warn about some texts
+    if types == (str,):
+        return text
+    words = {'true': True, 'false': False, 'none': None}
+    if bool in types and int not in types:
+        words |= {'1': True, '0': False}
+    if float in types and str not in types and text.lstrip('+-').lower() in NOT_FINITE:
+        return math.nan
+    try:
+        value = words[text] if text in words else ast.literal_eval(text)
+    except Exception:
+        value = text
+    return text if str in types and (type(value) not in types or type(value) is str) else value
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Help: the script's docstring, then its settings and the model flags with the comments of the source
+
+WIDTH = 110
 
 
 def help_text(script, settings, config_class, own, model):
-    files = 'config/llama_small.py config/tiny.py ' if model else ''
-    flag = '--learning_rate=3e-4' if 'learning_rate' in own else '--key=value'
-    about = (settings.get('__doc__') or '').strip().split('\n')[0]
-    lines = [f'usage: python {script} {files}{flag}', '', about]
-    source = Path(settings['__file__']).read_text(encoding='utf-8') if '__file__' in settings else ''
-    groups = [(f'settings of {script}:', own, source)]
+    about = (settings.get('__doc__') or '').strip()
+    lines = [f'usage: python {script} [config/FILE.py ...] [--key=value ...]', *([''] * bool(about)), about]
+    if '__file__' in settings:
+        own = describe(own, Path(settings['__file__']).read_text(encoding='utf-8'))
+    lines += section(f'settings of {script}:', own)
     if model:
-        groups.append(('model flags:', model, textwrap.dedent(inspect.getsource(config_class))))
-    for title, flags, source in groups:
-        lines += ['', title]
-        comments = read_comments(source)
-        for name, flag in flags.items():
-            heading, meaning = comments.get(name, ('', ''))
-            lines += ['', f'  {heading}'] if heading else []
-            default = '' if flag.default is MISSING else repr(flag.default)
-            lines.append(f'    {f"--{name}={default}":<36} {meaning}'.rstrip())
+        lines += section('model flags:', describe_model(config_class, model))
     return '\n'.join(lines)
 
 
-def read_comments(source):
+def script_name(settings):
+    """A script as a user of this repository would type it."""
+    path = Path(settings.get('__file__', 'this script'))
+    path = path.resolve() if path.exists() else path
+    return path.relative_to(HERE).as_posix() if HERE in path.parents else path.name
+
+
+def section(title, settings):
+    lines, group = ['', title], ''
+    for name, setting in settings.items():
+        if setting.group != group:
+            lines += ['', f'  {setting.group}']
+        group = setting.group
+        default = '' if setting.default is MISSING else repr(setting.default)
+        first, *more = textwrap.wrap(setting.meaning, WIDTH - 41, break_on_hyphens=False) or ['']
+        lines.append(f'    {f"--{name}={default}":<36} {first}'.rstrip())
+        lines += [' ' * 41 + line for line in more]
+    return lines
+
+
+def describe(settings, source, heading=''):
     """
-    {name: (heading, meaning)} of what a script or a class assigns. The meaning is the comment behind it, and
-    one line above is then the heading of a group; with nothing behind, the meaning is the lines right above.
+    The settings with the meanings and groups of the source; names that it does not assign are left out.
+    heading: of the first group.
     """
-    lines, texts, comments = source.split('\n'), {}, {}
+    found = {}
+    for name, _, meaning, group in assignments(source):
+        if name in settings and name not in found:
+            found[name] = settings[name]._replace(meaning=meaning, group=group or heading)
+    return found
+
+
+def describe_model(config_class, model):
+    """The model flags, class by class where the config inherits groups (last section of this file)."""
+    config, *groups = config_class.__mro__
+    classes = [cls for cls in (*groups, config) if inspect.get_annotations(cls).keys() & model.keys()]
+    found = {}
+    for cls in classes:
+        heading = '' if len(classes) == 1 else 'Every model' if cls is config_class else heading_of(cls)
+        found |= describe(model, textwrap.dedent(inspect.getsource(cls)), heading)
+    for name, f in config_class.__dataclass_fields__.items():
+        if f.metadata:
+            found[name] = found[name]._replace(meaning=full_meaning(f, found[name].meaning))
+    return found
+
+
+def full_meaning(f, meaning):
+    """A flag's comment, with the words of its table where the comment leaves some out, and its condition."""
+    table, (_, own) = f.metadata['table'], f.metadata['when']
+    parts = [meaning] if meaning else []
+    if table and not f.name.endswith('_pattern') and not all(str(word) in meaning for word in table):
+        parts.append(f'one of {", ".join(map(str, table))}')
+    if own:
+        parts.append(only_when(own))
+    return '; '.join(parts)
+
+
+def only_when(conditions):
+    return 'only when ' + ' and '.join(in_words(*condition) for condition in conditions.items())
+
+
+def heading_of(cls):
+    """The first line of a group's docstring, or its class name in words; then its condition."""
+    heading = inspect.cleandoc(cls.__doc__).split('\n')[0].rstrip('.')
+    if heading.startswith(f'{cls.__name__}('):  # @dataclass wrote it
+        heading = re.sub('(?<=[a-z])(?=[A-Z][a-z])', ' ', cls.__name__.removesuffix('Flags'))
+    when = getattr(cls, 'when', {})
+    return f'{heading} ({only_when(when)})' if when else heading
+
+
+def assignments(source):
+    """
+    Yields (name, node, meaning, group) of what a script assigns at its top level, up to its call of
+    `configure`, or of what a class assigns.
+
+    The meaning is the comment behind the value; a single comment line above is then the heading of a group,
+    which holds for what follows as well. With no comment behind, the meaning is the lines above.
+    """
+    tree, lines, comments, group = ast.parse(source), source.split('\n'), {}, ''
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            texts[token.start[0]] = token.string.strip('# ')
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            top = node.lineno
-            while top > 1 and lines[top - 2].startswith(' ' * node.col_offset + '#'):
-                top -= 1
-            above = [texts[row] for row in range(top, node.lineno) if texts[row].strip('-')]
-            heading = above[0] if node.end_lineno in texts and len(above) == 1 else ''
-            meaning = texts.get(node.end_lineno, ' '.join(above))
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                for name in ast.walk(target):
-                    if isinstance(name, ast.Name):
-                        comments.setdefault(name.id, (heading, meaning))
-    return comments
+            comments[token.start[0]] = token.string.strip('# ')
+    body = tree.body[0].body if [type(node) for node in tree.body] == [ast.ClassDef] else tree.body
+    for node in body:
+        calls = (ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call))
+        if 'configure' in calls:
+            return
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not isinstance(target, ast.Name):
+            continue
+        top = node.lineno
+        while top > 1 and lines[top - 2].startswith(' ' * node.col_offset + '#'):
+            top -= 1
+        above = [comments[row] for row in range(top, node.lineno) if comments[row].strip('-')]
+        if node.end_lineno in comments and len(above) == 1:
+            group = above[0]
+        yield target.id, node, comments.get(node.end_lineno, ' '.join(above)), group
 
 
 # ----------------------------------------------------------------------------------------------------------

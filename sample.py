@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from configurator import configure, one_sentence
+from configurator import configure, errors_as_messages
 from data.common import read_text
 from data.tokenizer import from_meta
 from kernels import use_kernels
@@ -148,7 +148,7 @@ def room_behind(tokens, name):
     return min([max_new_tokens, *(limit - len(tokens) for limit in limits)])
 
 
-with one_sentence():
+with errors_as_messages():
     check_device(device)
     use_kernels(kernels, device)
     if dtype not in ('float32', 'bfloat16', 'float16'):
@@ -217,7 +217,7 @@ def own_text():
     return model.generate(torch.tensor([first], device=device), size, seed=seed)[0].tolist()
 
 
-with one_sentence():
+with errors_as_messages():
     to_score = None
     if score:
         to_score = tokenizer.encode(scored_text)
@@ -362,7 +362,7 @@ def sample_all(batch, first_row):
     return decoder, total, steps, seconds
 
 
-with one_sentence():
+with errors_as_messages():
     last, row = None, 0
     for line in typed() if interactive else ():
         try:

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import configure, one_sentence, plain_settings
-from data.loader import ahead, check_hashes, ensure_prepared, open_dataset
+from configurator import configure, errors_as_messages, plain_settings
+from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
 from kernels import use_kernels
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks import pretrained
@@ -102,7 +102,7 @@ settings = plain_settings(globals())
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 master, resumed = rank == 0, None
 
-with one_sentence():
+with errors_as_messages():
     if init_from == 'resume' or init_from == 'auto' and checkpoint.can_resume(out_dir):
         resumed, ckpt_path = checkpoint.load_newest(out_dir)
         # what the command line leaves open is as it was
@@ -136,7 +136,7 @@ if world > 1 and device.startswith('cuda'):
 device_type = device.split(':')[0]
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-with one_sentence():
+with errors_as_messages():
     check_device(device)
     use_kernels(kernels, device)
 if device_type == 'cuda':
@@ -150,7 +150,7 @@ random.seed(seed)
 # ----------------------------------------------------------------------------------------------------------
 # Data and model
 
-with one_sentence():
+with errors_as_messages():
     here = os.path.dirname(os.path.abspath(__file__))
     folder = dataset if os.path.dirname(dataset) else os.path.join(here, 'data', dataset)
     if os.environ.get('LOCAL_RANK', '0') == '0':
@@ -327,7 +327,7 @@ def evaluate():
     with average.in_place() if average else nullcontext():
         tokens = eval_tokens or eval_iters * batch_size * T
         # all of one size, or a compiled model would be compiled again
-        for x, y in ahead(data.eval_batches(batch_size, tokens, rank, world, full=True), prefetch, pin):
+        for x, y in prefetched(data.eval_batches(batch_size, tokens, rank, world, full=True), prefetch, pin):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with autocast:
                 _, loss = fast_model(x, y)
@@ -407,7 +407,7 @@ saved, exit_code, profiler, bad_steps = True, 0, None, int(tally.skips[0])
 if prefetch is None:
     prefetch = 4 if device_type == 'cuda' else 0
 pin = device_type == 'cuda'
-stream = ahead(batches(), prefetch, pin)
+stream = prefetched(batches(), prefetch, pin)
 signals = stopping.Signals()
 
 try:

@@ -1,58 +1,23 @@
-"""What the prepare.py scripts share: flags, tokenizers by name, splits, reading, fetching, a summary."""
-
-import argparse
+"""What the prepare.py scripts share: tokenizers by name, splits, reading, downloading, a summary."""
 import hashlib
 import os
-import sys
 import urllib.request
 from pathlib import Path
 
-from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, from_folder
-from data.writer import temporary
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the script's docstring as it is."""
-
-
-class Flags(argparse.ArgumentParser):
-    """Flags of the form --key=value; a bad one is answered with one sentence."""
-
-    def __init__(self, description, out):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
-        self.add_argument('--out', type=Path, default=out, metavar='FOLDER', help='where to write')
-
-    def error(self, message):
-        self.exit(2, f'{message} (--help lists the flags)\n')
-
-
-def fraction(text):
-    """The type of a flag that must be between 0 and 1."""
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} must be between 0 and 1')
-    return float(text)
-
-
-def run(main):
-    """Call `main`; what the user can put right is answered with its sentence, not with a traceback."""
-    try:
-        main()
-    except ImportError as error:
-        sys.exit(f'{error}: run pip install -r requirements.txt')
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+from .tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, from_folder
+from .writer import temporary
 
 
 def make_tokenizer(name, texts, vocab_size):
     """
-    The tokenizer called `name`: bytes, chars or bpe (made from the texts), one of tiktoken's, or that of a
-    folder with a checkpoint in Hugging Face format.
+    The tokenizer called `name`: bytes; chars or bpe, made from the texts; a vocabulary of tiktoken; or the
+    folder of a checkpoint in Hugging Face format, for the tokenizer of the checkpoint.
     """
     if os.path.isdir(name):
-        found = from_folder(name)
-        if found is None:
-            raise ValueError(f'--tokenizer={name} is a folder and must hold tokenizer.json')
-        return found
+        tokenizer = from_folder(name)
+        if tokenizer is None:
+            raise ValueError(f'tokenizer={name} is a folder and must hold tokenizer.json')
+        return tokenizer
     if name == 'bytes':
         return ByteTokenizer()
     if name == 'chars':
@@ -62,14 +27,22 @@ def make_tokenizer(name, texts, vocab_size):
     return TiktokenTokenizer(name)
 
 
+def check_val_fraction(val_fraction):
+    if not 0 < val_fraction < 1:
+        raise ValueError(f'val_fraction={val_fraction} must be above 0 and below 1')
+
+
 def split_of(key, val_fraction):
-    """'val' for about that fraction of keys, else 'train'; no key's answer depends on the others."""
+    """
+    'val' for about this fraction of all keys, else 'train'. It depends on a hash of the key alone, so a
+    document stays in its split when others are added.
+    """
     hashed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], 'big')
     return 'val' if hashed < val_fraction * 2**64 else 'train'
 
 
 def read_text(path):
-    """The text of a file, line ends untouched. Raises ValueError where it is not UTF-8."""
+    """The text of a file, with its line ends as they are. Raises ValueError if it is not UTF-8."""
     try:
         return Path(path).read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -77,7 +50,7 @@ def read_text(path):
 
 
 def fetch(url, path):
-    """The text behind `url`, kept in the file `path` for the next time. Raises OSError without a network."""
+    """The text at `url`, downloaded to the file `path` unless that exists; OSError without a network."""
     if not path.exists():
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
@@ -91,8 +64,8 @@ def fetch(url, path):
     return read_text(path)
 
 
-def summary(folder, meta):
-    """Print what was made."""
+def print_summary(folder, meta):
+    """The sizes of a dataset that has just been written."""
     for split in ('train', 'val'):
         print(f'{split:5}  {meta[split + "_documents"]:>11,} documents  {meta[split + "_bytes"]:>15,} bytes  '
               f'{meta[split + "_tokens"]:>14,} tokens')

@@ -1,15 +1,17 @@
-"""Corpora from the Hugging Face Hub, streamed to disk; an interrupted run goes on where it was."""
-
+"""Corpora from the Hugging Face Hub, streamed to token files. An interrupted run resumes."""
 from pathlib import Path
 
-from data.common import Flags, fraction, make_tokenizer, split_of, summary
-from data.writer import SAVE_EVERY, write_dataset
+from .common import check_val_fraction, make_tokenizer, print_summary, split_of
+from .tokenizer import need
+from .writer import write_dataset
 
 
 class Stream:
-    """Documents of a streaming dataset as (split, text), in its order, with the state that a resume needs.
+    """
+    The documents of a streaming dataset in its order, as (split, text), with the state that a resume needs.
 
-    A document is for validation by the hash of its number, which needs no second pass and no shuffling.
+    The hash of a document's number decides whether it is for validation, so the stream needs neither a
+    second pass nor a shuffle.
     """
 
     def __init__(self, rows, column='text', val_fraction=0.0005, max_documents=None):
@@ -26,7 +28,7 @@ class Stream:
                 raise ValueError(f'document {self.number:,} has no text in column {self.column!r}: choose '
                                  f'one of {", ".join(row)} with --column=')
             split = split_of(str(self.number), self.val_fraction)
-            # Counted before the yield, because the state is asked for when this document has been written.
+            # counted before the yield: the writer asks for the state after it has written this document
             self.number += 1
             yield split, row[self.column]
 
@@ -38,44 +40,41 @@ class Stream:
         self.rows.load_state_dict(state['rows'])
 
 
-def prepare(description, folder, repo, config=None):
-    """The whole of data/openwebtext/prepare.py and its like; `folder` is where they write."""
-    flags = Flags(description, out=folder)
-    flags.add_argument('--input', type=Path, metavar='PATH', help='local .jsonl or .parquet instead')
-    flags.add_argument('--repo', default=repo, help='dataset on the Hub')
-    flags.add_argument('--config', default=config, help='part of the dataset')
-    flags.add_argument('--revision', help='branch or commit of the dataset')
-    flags.add_argument('--column', default='text', help='column that holds the text')
-    flags.add_argument('--tokenizer', default='gpt2', help="bytes, or one of tiktoken's")
-    flags.add_argument('--val_fraction', type=fraction, default=0.0005, help='share for validation')
-    flags.add_argument('--max_documents', type=int, help='stop after so many')
-    flags.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens per file')
-    flags.add_argument('--save_every', type=int, default=SAVE_EVERY, help='tokens between saves of the state')
-    args = flags.parse_args()
-    if args.tokenizer in ('chars', 'bpe'):
-        raise ValueError(f'--tokenizer={args.tokenizer} needs a pass over all text first: take bytes or gpt2')
-    tokenizer = make_tokenizer(args.tokenizer, [], vocab_size=None)
-    documents = Stream(open_rows(args), args.column, args.val_fraction, args.max_documents)
-    # All that decides which documents come, so that a run with other flags is not taken for a continuation.
-    origin = args.input or ' '.join(filter(None, [args.repo, args.config, args.revision]))
-    source = f'{origin}, {args.column}, val_fraction={args.val_fraction}, max_documents={args.max_documents}'
-    summary(args.out, write_dataset(args.out, documents, tokenizer, source, shard_tokens=args.shard_tokens,
-                                    save_every=args.save_every))
+def prepare(folder, *, repo, config, revision, column, input, max_documents, out, tokenizer, val_fraction,
+            shard_tokens, save_every):
+    """Write a dataset of the Hub to `out`, or to `folder` if `out` is empty. The rest are the settings."""
+    check_val_fraction(val_fraction)
+    if tokenizer in ('chars', 'bpe'):
+        raise ValueError(f'tokenizer={tokenizer} needs a pass over all text first: take bytes or gpt2')
+    out, input = Path(out or folder), Path(input) if input else None
+    tokenizer = make_tokenizer(tokenizer, [], vocab_size=None)
+    rows = open_files(input) if input else open_repo(repo, config, revision)
+    documents = Stream(rows, column, val_fraction, max_documents)
+    # all that decides which documents come, so that a run with other settings does not resume this one
+    origin = input or ' '.join(filter(None, [repo, config, revision]))
+    source = f'{origin}, {column}, val_fraction={val_fraction}, max_documents={max_documents}'
+    print_summary(out, write_dataset(out, documents, tokenizer, source, shard_tokens=shard_tokens,
+                                     save_every=save_every))
 
 
-def open_rows(args):
-    """The rows as a streaming dataset: from local files where --input is given, else from the Hub."""
-    from datasets import load_dataset
-    if args.input:
-        paths = sorted(args.input.rglob('*')) if args.input.is_dir() else [args.input]
-        files = [str(path) for path in paths if path.suffix in ('.jsonl', '.parquet') and path.is_file()]
-        kinds = {Path(file).suffix for file in files}
-        if len(kinds) != 1:
-            raise ValueError(f'--input={args.input} must be one or more files, all .jsonl or all .parquet')
-        kind = {'.jsonl': 'json', '.parquet': 'parquet'}[kinds.pop()]
-        return load_dataset(kind, data_files=files, split='train', streaming=True)
+def open_files(path):
+    """The rows of local .jsonl or .parquet files, a file or a folder of them, as a streaming dataset."""
+    datasets = need('datasets', f'input={path}')
+    paths = sorted(path.rglob('*')) if path.is_dir() else [path]
+    files = [str(path) for path in paths if path.suffix in ('.jsonl', '.parquet') and path.is_file()]
+    formats = {Path(file).suffix for file in files}
+    if len(formats) != 1:
+        raise ValueError(f'input={path} must be one or more files, all .jsonl or all .parquet')
+    builder = {'.jsonl': 'json', '.parquet': 'parquet'}[formats.pop()]
+    return datasets.load_dataset(builder, data_files=files, split='train', streaming=True)
+
+
+def open_repo(repo, config, revision):
+    """The rows of a dataset on the Hub, as a streaming dataset."""
+    datasets = need('datasets', f'repo={repo}')
     try:
-        return load_dataset(args.repo, args.config, revision=args.revision, split='train', streaming=True)
+        return datasets.load_dataset(repo, config or None, revision=revision or None, split='train',
+                                     streaming=True)
     except (OSError, RuntimeError) as error:
-        raise OSError(f'{args.repo} cannot be opened ({str(error).splitlines()[0]}): check the network, try '
+        raise OSError(f'{repo} cannot be opened ({str(error).splitlines()[0]}): check the network, try '
                       '--revision=refs/convert/parquet, or pass local files with --input=PATH') from None

@@ -1,16 +1,16 @@
-"""Batches addressed by number, from the token files that data/writer.py makes.
+"""
+Batches addressed by number, from the token files that data/writer.py makes.
 
-A row is a window of T + 1 tokens, T = block_size. Which one depends on the seed and the row's number alone:
+A row is a window of T + 1 tokens, T = block_size. The seed and the row's number alone decide which window:
 
     epoch e = row // W                    W windows per epoch, each used once
-    window  = permutation_e(row % W)      shuffled by a seeded permutation, never written out
+    window  = permutation_e(row % W)      shuffled by a seeded permutation, which is never stored
     start   = shift_e + window * T        every epoch cuts the text at other places
 
-So there is no generator and no cursor to save: a resumed run goes on with the next row number, an evaluation
-cannot disturb the training order, and rows can be dealt to micro-batches and processes in any way. The files
-are mapped into memory, and only the rows asked for are read.
+So there is no generator and no cursor to save: a resumed run continues with the next row number, an
+evaluation cannot disturb the order of training, and rows can be dealt to micro-batches and processes in any
+way. The files are mapped into memory, and only the rows asked for are read.
 """
-
 import hashlib
 import json
 import math
@@ -27,22 +27,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.writer import DTYPES
+from .writer import DTYPES
 
 try:
     import fcntl
-except ImportError:  # Windows, where two first runs must not be started at once
+except ImportError:  # on Windows, where no lock keeps two first runs from preparing a dataset at once
     fcntl = None
 
 HERE = Path(__file__).resolve().parent
-# Datasets whose prepare.py needs no network, so that a first run can make them on its own.
+# datasets whose prepare.py needs no network: a first run may prepare them itself
 OFFLINE = {'pysource'}
 
 
 def open_dataset(folder, block_size, seed):
     """The `Dataset` in `folder`, for rows of `block_size` tokens.
 
-    Raises FileNotFoundError where it was never prepared or a file is gone, and ValueError where a file is
+    Raises FileNotFoundError if it was never prepared or a file is missing, and ValueError if a file is
     damaged or a split is too short for one row.
     """
     folder = Path(folder)
@@ -54,7 +54,7 @@ def open_dataset(folder, block_size, seed):
         train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val'))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{folder}/meta.json is broken ({type(error).__name__}: {error}): '
-                         f'run {command(folder)} again') from None
+                         f'run {prepare_command(folder)} again') from None
     for name, tokens in ('train', train), ('val', val):
         if len(tokens) <= block_size:
             raise ValueError(f'block_size={block_size} must be less than the {len(tokens):,} tokens of '
@@ -64,8 +64,9 @@ def open_dataset(folder, block_size, seed):
 
 def check_hashes(folder, most_bytes=None):
     """
-    Compare the token files in `folder` with the hashes in meta.json; with `most_bytes` only if they are no
-    larger. Reads all of them, about a gigabyte a second. ValueError where a file is not what was written.
+    Compare the token files in `folder` with the checksums in meta.json; raises ValueError on a mismatch.
+
+    Reads all of them, about a gigabyte per second. most_bytes: skip the check if they are larger.
     """
     folder = Path(folder)
     meta = json.loads((folder / 'meta.json').read_text())
@@ -81,13 +82,13 @@ def check_hashes(folder, most_bytes=None):
                     found.update(piece)
         if found.hexdigest() != digest:
             raise ValueError(f'{" ".join(map(str, paths[split]))} must have the hash that is in meta.json: '
-                             f'it was damaged since; run {command(folder)} again')
+                             f'it was damaged since; run {prepare_command(folder)} again')
 
 
 def ensure_prepared(folder):
     """Prepare the dataset in `folder` if it is missing and needs no network.
 
-    Raises FileNotFoundError, naming the command to run, where it is missing and does need one.
+    If it is missing and needs one, raises FileNotFoundError with the command to run.
     """
     folder, script = Path(folder), Path(folder) / 'prepare.py'
     if (folder / 'meta.json').exists():
@@ -95,15 +96,15 @@ def ensure_prepared(folder):
     if folder.name not in OFFLINE or not script.exists():
         raise FileNotFoundError(unprepared(folder))
     with open(script) as lock:
-        # Several runs may arrive here at once: the first one prepares, the others wait and find it done.
+        # several runs may come here at once: the first one prepares, the others wait and find it done
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / 'meta.json').exists() and subprocess.run([sys.executable, script]).returncode:
-            raise ValueError(f'{command(folder)} failed for the reason above: put it right and run it again')
+            raise ValueError(f'{prepare_command(folder)} failed for the reason above: mend it and try again')
 
 
-def command(folder):
-    """The command that prepares `folder`, as the user would type it in the root of the repository."""
+def prepare_command(folder):
+    """The command that prepares `folder`, as a user types it in the root of the repository."""
     if (folder / 'prepare.py').exists():
         return f'python data/{folder.resolve().name}/prepare.py'
     return f'python data/text/prepare.py --input=YOUR_TEXT --name={folder.resolve().name}'
@@ -111,29 +112,29 @@ def command(folder):
 
 def unprepared(folder):
     if folder.exists():
-        return f'the dataset {folder} has not been prepared: run {command(folder)}'
+        return f'the dataset {folder} has not been prepared: run {prepare_command(folder)}'
     near = get_close_matches(folder.name, [path.parent.name for path in HERE.glob('*/prepare.py')], 1)
     hint = f'; did you mean {near[0]}?' if near else ''
-    return f'the dataset {folder} does not exist: run {command(folder)}{hint}'
+    return f'the dataset {folder} does not exist: run {prepare_command(folder)}{hint}'
 
 
 class Tokens:
-    """A split: its files as one long memory-mapped sequence, so that nothing depends on how it was cut."""
+    """A split: its files, memory-mapped, as one sequence of tokens."""
 
     def __init__(self, folder, files, dtype):
         self.parts, self.ends, end = [], [], 0
         for name, n_tokens in files.items():
             path = folder / name
             if not path.exists():
-                raise FileNotFoundError(f'{path} is missing: run {command(folder)} again')
+                raise FileNotFoundError(f'{path} is missing: run {prepare_command(folder)} again')
             if path.stat().st_size != n_tokens * dtype.itemsize:
                 raise ValueError(f'{path} has {path.stat().st_size:,} bytes, not the {n_tokens:,} tokens of '
-                                 f'{dtype.itemsize} bytes in meta.json: run {command(folder)} again')
+                                 f'{dtype.itemsize} bytes in meta.json: run {prepare_command(folder)} again')
             end += n_tokens
             with open(path, 'rb') as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if hasattr(mmap, 'MADV_RANDOM'):
-                # Rows lie anywhere in the file; otherwise the system reads far ahead for each of them.
+                # rows lie anywhere in the file: without this, the system would read on behind each of them
                 mapped.madvise(mmap.MADV_RANDOM)
             self.parts.append(np.frombuffer(mapped, dtype))
             self.ends.append(end)
@@ -156,33 +157,34 @@ class Tokens:
 
 
 class Dataset:
-    """What `open_dataset` returns: `meta`, `train_batch` and `eval_batches`."""
+    """Both splits of a prepared folder, as batches: `meta`, `train_batch` and `eval_batches`."""
 
     def __init__(self, meta, train, val, block_size, seed):
         self.meta, self.train, self.val = meta, train, val
         self.block_size = block_size
         self.key = mix(np.array([seed % 2**64], np.uint64))
-        # The largest shift still leaves room for all windows and for the target of the last token.
+        # even the largest shift leaves room for all windows and for the target of the last token
         self.n_shifts = min(block_size, len(train) - block_size)
         self.n_windows = max(1, (len(train) - block_size) // block_size)
 
     def train_starts(self, first_row, n_rows):
-        """Where the rows from first_row on begin in the training split, int64 (n_rows,)."""
+        """Where n_rows rows from first_row on begin in the training split, int64 (n_rows,)."""
         epoch, index = np.divmod(np.arange(first_row, first_row + n_rows, dtype=np.uint64), self.n_windows)
         key = mix(epoch + self.key)
         window = permute(index, self.n_windows, key)
         return (mix(key) % self.n_shifts + window * self.block_size).astype(np.int64)
 
     def train_batch(self, first_row, n_rows):
-        """x and y, int64 (n_rows, block_size), of the rows from first_row on; y is x shifted by one token."""
+        """x and y of n_rows rows from first_row on, int64 (n_rows, block_size); y is x one token later."""
         return inputs_and_targets(self.train.rows(self.train_starts(first_row, n_rows), self.block_size + 1))
 
     def eval_batches(self, batch_size, max_tokens, rank=0, world=1, full=False):
-        """Yields x and y over windows spread evenly over the validation split, without overlap.
+        """Yields x and y of windows spread evenly over the validation split, without overlap.
 
-        They hold at most `max_tokens` tokens, but are at least one; None takes all there are. They are the
-        same for every batch_size and world; process `rank` takes every world-th of them, which may be none.
-        full=True makes all batches of one size, and as many in every process: rows of targets -1 are added.
+        There is at least one window, and no more than `max_tokens` tokens hold; None: all. The windows do not
+        depend on batch_size and world: process `rank` takes every world-th of them, which may be none.
+        full=True adds rows with targets of -1, so that all batches have the same size and every process has
+        the same number of batches.
         """
         available = (len(self.val) - 1) // self.block_size
         wanted = available if max_tokens is None else max(1, min(available, max_tokens // self.block_size))
@@ -196,28 +198,29 @@ class Dataset:
             yield x, y
 
 
-def ahead(batches, depth, pin=False):
+def prefetched(batches, depth, pin=False):
     """
-    What an iterator yields, made on a thread up to `depth` items before it is asked for; pin: in memory from
-    which a GPU can copy while it computes. depth 0: made when asked for.
+    The items of an iterator, prefetched by a thread: up to `depth` of them wait in a queue. With depth=0 each
+    is made when it is asked for, without a thread. pin: into pinned memory, so that copies to a GPU overlap
+    with its work.
     """
     if not depth:
         yield from batches
         return
-    made, over = queue.Queue(depth), threading.Event()
+    made, closed = queue.Queue(depth), threading.Event()
 
     def put(item):
-        while not over.is_set():
+        while not closed.is_set():
             try:
                 return made.put(item, timeout=1)
             except queue.Full:
-                pass  # whoever takes them may have gone
+                pass  # look whether the consumer is gone
 
     def work():
         try:
             for batch in batches:
                 put((tuple(x.pin_memory() for x in batch) if pin else batch, None))
-                if over.is_set():
+                if closed.is_set():
                     return
             put((None, StopIteration()))
         except BaseException as error:
@@ -233,7 +236,7 @@ def ahead(batches, depth, pin=False):
                 raise error
             yield batch
     finally:
-        over.set()
+        closed.set()
 
 
 def inputs_and_targets(rows):
@@ -242,7 +245,7 @@ def inputs_and_targets(rows):
 
 
 def mix(x):
-    """A random-looking bijection of 64-bit integers (SplitMix64, Steele et al. 2014); x is a uint64 array."""
+    """A pseudo-random bijection of 64-bit integers (SplitMix64, Steele et al. 2014); x is a uint64 array."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -250,18 +253,18 @@ def mix(x):
 
 
 def hash32(x):
-    """32 random-looking bits of a uint64 array: shorter than `mix`, for use in several rounds."""
+    """32 pseudo-random bits of a uint64 array: cheaper than `mix`, for use in several rounds."""
     x = x * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 32)) * 0xBF58476D1CE4E5B9
     return x >> 32
 
 
 def permute(index, n, key):
-    """Where each index below n goes, under the permutation of range(n) that its key selects; uint64 arrays.
+    """The images of indices below n under permutations of range(n), selected by their keys; uint64 arrays.
 
     A Feistel network shuffles the cells of an a x b grid: each half round adds a hash of one coordinate to
     the other, which can be undone, so it is a bijection of the a * b >= n cells. A cell that is not below n
-    goes through it again until it is (cycle walking): a bijection of range(n), without any memory.
+    goes through the network again until it is (cycle walking), which makes a bijection of range(n).
     """
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)

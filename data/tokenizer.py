@@ -1,20 +1,20 @@
-"""Text to token ids and back: bytes, characters, tiktoken's vocabularies, a small BPE trained on the spot.
+"""
+Text to token ids and back: bytes, characters, tiktoken's vocabularies, a small BPE trained on the spot.
 
 Every tokenizer has
 
     vocab_size, eot       eot is the id that ends a document, or None
     encode(text)          -> list of ids
     decode(ids)           -> text; bytes that are not UTF-8 become U+FFFD
-    prompt(text)          -> list of ids to continue; most: as encode
+    prompt(text)          -> list of ids to continue; as encode, but for published checkpoints
     decode_bytes(ids)     -> bytes, for printing token by token: a character may span several tokens
     meta()                -> a dictionary of plain JSON types, from which `from_meta` builds it again
 
-The description is stored beside the tokens and in every checkpoint, so a model never lacks its tokenizer.
+meta() is stored beside the tokens and in every checkpoint, so a model always comes with its tokenizer.
 
-What a reader may get wrong: text is always ordinary text. A user's "<|endoftext|>" is encoded letter by
-letter, never as the special token. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+Text is always ordinary text: "<|endoftext|>" in it is encoded letter by letter, never as the special token.
+A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
 """
-
 import heapq
 import importlib
 import json
@@ -24,8 +24,8 @@ from collections import Counter, defaultdict
 
 EOT_BYTES = b'<|endoftext|>'
 
-# Words, numbers of up to three digits, runs of punctuation, and white space, whose last blank goes with the
-# next word. Every character matches one of these, so that joining the pieces gives the text back.
+# Words, numbers of up to three digits, runs of punctuation, and white space, the last blank of which goes
+# with the next word. Every character matches one of these, so the pieces joined are the text.
 SPLIT = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s'
 
 
@@ -37,16 +37,17 @@ def utf8(text):
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode()
 
 
-def need(module, tokenizer):
-    """Import a module that only some tokenizers need. ValueError, one sentence, where it is not installed."""
+def need(module, what):
+    """import_module, for packages that only some uses need. Raises ValueError where one is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f'tokenizer={tokenizer} needs {module}: pip install {module}') from None
+        package = module.partition('.')[0]
+        raise ValueError(f'{what} needs {package}: pip install {package}') from None
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as they are, ids 0 to 255, and 256 for the end of a document. Knows every text."""
+    """UTF-8 bytes: ids 0 to 255, and 256 for the end of a document. It can encode every text."""
 
     vocab_size = 257
     eot = 256
@@ -67,7 +68,7 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """One id per character of a given text, in sorted order, as in nanoGPT. Has no end-of-document token."""
+    """One id per character of a given text, in sorted order, as in nanoGPT. No token ends a document."""
 
     eot = None
 
@@ -82,7 +83,7 @@ class CharTokenizer:
         except KeyError:
             unknown = ''.join(sorted(set(text) - set(self.chars)))[:20]
             raise ValueError(f'the vocabulary of {self.vocab_size} characters has no {unknown!r}: leave them '
-                             'out, or prepare the dataset with a tokenizer for all, such as bytes') from None
+                             'out, or prepare the dataset with tokenizer=bytes, which has all') from None
 
     prompt = encode
 
@@ -99,11 +100,11 @@ class CharTokenizer:
 class TiktokenTokenizer:
     """A published vocabulary: 'gpt2', 'cl100k_base', ... which tiktoken downloads once and keeps.
 
-    Raises ValueError for a name that tiktoken does not know, and OSError where it has to download and cannot.
+    Raises ValueError for a name that tiktoken does not know, and OSError if the download fails.
     """
 
     def __init__(self, name):
-        tiktoken = need('tiktoken', name)
+        tiktoken = need('tiktoken', f'tokenizer={name}')
         if name not in tiktoken.list_encoding_names():
             known = ', '.join(['bytes', 'chars', 'bpe'] + sorted(tiktoken.list_encoding_names()))
             raise ValueError(f'tokenizer={name!r} is unknown: choose one of {known}')
@@ -130,14 +131,14 @@ class TiktokenTokenizer:
 
 
 class BPETokenizer(TiktokenTokenizer):
-    """Byte-pair encoding (Sennrich et al. 2016) over bytes, trained by `train_bpe` and run by tiktoken.
+    """Byte-pair encoding (Sennrich et al. 2016) of bytes, trained by `train_bpe` and run by tiktoken.
 
-    `tokens` lists the merged tokens in the order in which they were learned, each a string with one character
+    `tokens` are the merged tokens in the order in which they were learned, each a string with one character
     (U+0000 to U+00FF) per byte. Ids 0 to 255 are the bytes themselves, and the last id ends a document.
     """
 
     def __init__(self, tokens, split=SPLIT):
-        tiktoken = need('tiktoken', 'bpe')
+        tiktoken = need('tiktoken', 'tokenizer=bpe')
         self.tokens, self.split = list(tokens), split
         ranks = {bytes([i]): i for i in range(256)}
         ranks.update({token.encode('latin-1'): 256 + i for i, token in enumerate(self.tokens)})
@@ -147,7 +148,7 @@ class BPETokenizer(TiktokenTokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A tokenizer of `vocab_size` ids, fewer where no pair occurs twice; ValueError below 257."""
+        """A tokenizer of `vocab_size` ids, at least 257; fewer where no pair of tokens occurs twice."""
         if vocab_size < 257:
             raise ValueError(f'vocab_size={vocab_size} must be at least 257: bytes and the end of a document')
         return cls(train_bpe(texts, vocab_size - 257))
@@ -157,14 +158,14 @@ class BPETokenizer(TiktokenTokenizer):
 
 
 def train_bpe(texts, n_merges):
-    """The first `n_merges` tokens that byte-pair encoding learns from `texts`, in order, for BPETokenizer.
+    """The first `n_merges` tokens that byte-pair encoding learns from `texts`, in order.
 
-    The most frequent pair of neighbours becomes a token, again and again; of equally frequent pairs the
-    smaller wins. It is fast (12 MB in a few seconds) because each distinct word is counted once, and a merge
-    visits only the words that hold its pair.
+    In each round the most frequent pair of neighbours becomes a token; of equally frequent pairs the smaller
+    wins. This takes seconds for 12 MB: equal words are counted once, and a merge visits only the words that
+    hold its pair.
     """
-    # Comes with tiktoken, and understands its patterns.
-    regex = need('regex', 'bpe')
+    # installed with tiktoken, and reads the same patterns
+    regex = need('regex', 'tokenizer=bpe')
     words = Counter(word for text in texts for word in regex.findall(SPLIT, text))
     words, counts = [[bytes([byte]) for byte in utf8(word)] for word in words], list(words.values())
     pairs, where = Counter(), defaultdict(set)
@@ -179,12 +180,12 @@ def train_bpe(texts, n_merges):
     while heap and len(tokens) < n_merges:
         count, pair = heapq.heappop(heap)
         if -count != pairs[pair]:
-            # The count has fallen since this entry was made, so another pair may be more frequent now.
+            # an outdated entry: the count has fallen since, and another pair may be more frequent now
             heapq.heappush(heap, (-pairs[pair], pair))
             continue
         if pairs[pair] < 2:
             break
-        # Two pairs can spell the same token, which then counts once.
+        # two pairs can spell the same token, which then counts once
         tokens[b''.join(pair)] = None
         changed = set()
         for i in where.pop(pair):
@@ -201,7 +202,7 @@ def train_bpe(texts, n_merges):
 
 
 def merge(word, pair):
-    """The list `word` with every occurrence of the two neighbours `pair` joined into one, from the left."""
+    """The list `word` with every occurrence of `pair` joined into one token, from the left."""
     out, i = [], 0
     while i < len(word):
         n = 2 if tuple(word[i:i + 2]) == pair else 1
@@ -213,13 +214,13 @@ def merge(word, pair):
 class HFTokenizer:
     """The vocabulary of a published checkpoint: its tokenizer.json, run by the tokenizers library.
 
-    `eot` is the id that ends its texts. `prompt(text)` is as `encode`, with what the checkpoint expects
-    before a text, such as Llama's <|begin_of_text|>. `decode` is the library's, which may drop the blank
-    that a vocabulary puts before a text; `decode_bytes` keeps it.
+    `prompt` adds the tokens that the checkpoint expects before a text, such as Llama's <|begin_of_text|>.
+    `decode` is the library's, which may drop a blank that the vocabulary puts before a text; `decode_bytes`
+    keeps it.
     """
 
     def __init__(self, json_text, eot=None):
-        tokenizers = need('tokenizers', 'of a checkpoint')
+        tokenizers = need('tokenizers', 'the tokenizer of a checkpoint')
         self.json, self.eot = json_text, eot
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(json_text)
@@ -227,10 +228,10 @@ class HFTokenizer:
             raise ValueError(f'tokenizer.json is not understood ({error}): fetch it again') from None
         # ids may have gaps
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
-        # bytes are spelt by characters of their own or, where the vocabulary has none for them, as <0x0A>
+        # a token spells its bytes in GPT-2's alphabet, or as text in which <0x0A> stands for a byte
         decoder = json.loads(json_text).get('decoder') or {}
-        kinds = {part['type'] for part in (decoder, *decoder.get('decoders', ())) if 'type' in part}
-        self.bytes_of = byte_alphabet() if 'ByteLevel' in kinds else None
+        steps = {step['type'] for step in (decoder, *decoder.get('decoders', ())) if 'type' in step}
+        self.bytes_of = byte_alphabet() if 'ByteLevel' in steps else None
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -244,7 +245,7 @@ class HFTokenizer:
     def token_bytes(self, i):
         token = self.tokenizer.id_to_token(i) or ''
         if self.bytes_of:
-            # the library takes special tokens for bytes too, where they could be
+            # as the library does, a special token too is read as bytes if the alphabet has all its characters
             spelt = [self.bytes_of.get(char) for char in token]
             return utf8(token) if None in spelt else bytes(spelt)
         if re.fullmatch('<0x[0-9A-F]{2}>', token):
@@ -259,14 +260,14 @@ class HFTokenizer:
 
 
 def byte_alphabet():
-    """{character: byte} of GPT-2's vocabulary: printable bytes as they are, others from U+0100 on."""
+    """{character: byte} of GPT-2's vocabulary: a printable byte is itself, the others are U+0100 and up."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def from_meta(meta):
-    """The tokenizer that `tokenizer.meta()` described. Raises ValueError for a kind that does not exist."""
+    """The tokenizer that `tokenizer.meta()` described."""
     kind = meta.get('kind')
     if kind == 'bytes':
         return ByteTokenizer()
@@ -303,7 +304,7 @@ def from_folder(folder):
 
 
 def read_json(path):
-    """The names and values of a JSON file, none where there is no file."""
+    """The dictionary in a JSON file, empty where there is no file."""
     if not os.path.exists(path):
         return {}
     with open(path, encoding='utf-8') as f:

@@ -1,14 +1,14 @@
-"""Documents to token files: the bins of both splits, and the meta.json that describes them.
+"""
+Documents to token files: one or more .bin files for each split, and the meta.json that describes them.
 
     train.bin, val.bin       token ids, uint16 (uint32 for large vocabularies), one document after another
-    train_000.bin, ...       the same cut into several files, for large corpora
-    meta.json                tokenizer, counts, files and hashes
+    train_000.bin, ...       the same in several files, for large corpora
+    meta.json                tokenizer, counts, files and checksums
 
-meta.json comes last, and a dataset is prepared when it is there. Until then the files end in .tmp, so an
-interrupted preparation is never taken for a complete one, and the dataset that was there before stays usable
-until the new one is whole. The next preparation writes over what an interrupted one left.
+meta.json is written last, and a folder is a dataset when it holds one. Until then the files end in .tmp: an
+interrupted preparation is never mistaken for a complete one, and an older dataset in the same folder stays
+usable until the new one is complete.
 """
-
 import hashlib
 import json
 import os
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import utf8
+from .tokenizer import utf8
 
-# Little-endian on every machine, so that token files can be copied between them.
+# little-endian on every machine, so that token files can be copied between machines
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 
-# Tokens between two saves of the progress: some seconds of work.
+# tokens between two saves of the progress: some seconds of work
 SAVE_EVERY = 20_000_000
 
 
@@ -31,13 +31,13 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
     """Write `documents`, an iterable of ('train' or 'val', text), to `folder`; returns what meta.json holds.
 
     source        where the text comes from and how it was split, in words
-    append_eot    end every document with tokenizer.eot, where the tokenizer has one
-    prompt        what sample.py continues when it is given nothing; empty: a new document
-    shard_tokens  begin a new file after the document that fills one with so many; None: one file per split
+    append_eot    end every document with tokenizer.eot, if the tokenizer has one
+    prompt        what sample.py continues when it is given no prompt; empty: a new document
+    shard_tokens  begin a new file after a document with which a file has this many tokens; None: one file
 
     Holds one document in memory. If `documents` has state_dict() and load_state_dict(), as the streams of
-    `datasets` have, then progress is saved every `save_every` tokens, and the same call after an interruption
-    goes on from there; the files come out the same, byte for byte. Raises ValueError for an empty split.
+    `datasets` have, the progress is saved every `save_every` tokens, and the same call after an interruption
+    resumes from there; the files are then the same, byte for byte. Raises ValueError for an empty split.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,14 +69,14 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
 
 
 class SplitWriter:
-    """The files of one split, under temporary names. `state` is all that meta.json and a resume need."""
+    """The files of one split, under temporary names. `state` is what meta.json and a resume need."""
 
     def __init__(self, folder, name, dtype, shard_tokens, state=None):
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
         self.state = state or {'documents': 0, 'bytes': 0, 'tokens': 0, 'files': {}}
         self.file = None
         if self.state['files']:
-            # What was written after the progress was saved is cut off, and comes again.
+            # tokens written after the last save of the progress are cut off and written again
             last, n_tokens = list(self.state['files'].items())[-1]
             self.file = open(temporary(folder / last), 'r+b')
             self.file.truncate(n_tokens * dtype.itemsize)
@@ -108,7 +108,7 @@ class SplitWriter:
             self.file = None
 
     def sha256(self):
-        """The hash of all tokens of the split, whatever files they were cut into."""
+        """The checksum of the tokens of the split, which does not depend on the files they are in."""
         digest = hashlib.sha256()
         for name in self.state['files']:
             with open(temporary(self.folder / name), 'rb') as file:
@@ -118,7 +118,7 @@ class SplitWriter:
 
 
 def publish(folder, settings, splits):
-    """Give the finished files their names, and describe them in meta.json."""
+    """Rename the finished files and write meta.json."""
     for name, split in splits.items():
         split.close()
         if not split.state['tokens']:
@@ -136,7 +136,7 @@ def publish(folder, settings, splits):
     for name in names:
         os.replace(temporary(folder / name), folder / name)
     for path in list(folder.iterdir()):
-        # What an earlier preparation left, cut into other files or interrupted.
+        # left by an earlier preparation that was interrupted or wrote other files
         if re.fullmatch(r'(train|val)(_\d+)?\.bin(\.tmp)?', path.name) and path.name not in names:
             path.unlink()
     write_json(folder / 'meta.json', meta)
@@ -145,7 +145,7 @@ def publish(folder, settings, splits):
 
 
 def load_progress(folder, settings):
-    """What an interrupted call with the same settings saved, or None where nothing can be continued."""
+    """The progress that an interrupted call with the same settings saved, or None if it cannot be resumed."""
     try:
         saved = json.loads((folder / 'progress.json').read_text())
     except (OSError, ValueError):
@@ -157,7 +157,7 @@ def load_progress(folder, settings):
             path = temporary(folder / name)
             if not path.exists() or path.stat().st_size < n_tokens * DTYPES[settings['dtype']].itemsize:
                 return None
-    print(f'going on in {folder} after {sum(split["tokens"] for split in saved["splits"].values()):,} tokens')
+    print(f'resuming in {folder} after {sum(split["tokens"] for split in saved["splits"].values()):,} tokens')
     return saved
 
 
@@ -166,7 +166,7 @@ def temporary(path):
 
 
 def write_json(path, value):
-    """Write a file that is either whole or not there."""
+    """Write a JSON file in one step: a crash leaves the old file or the new one."""
     with open(temporary(path), 'w') as file:
         json.dump(value, file, indent=1)
         file.flush()

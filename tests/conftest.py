@@ -3,7 +3,6 @@ What the tests share: every file of config/ at toy size, and one row for each fl
 
 A new config file is tested unasked. A new field of GPTConfig needs a row in FIELDS.
 """
-import ast
 import functools
 import os
 import random
@@ -21,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from configurator import configure  # noqa: E402
+from configurator import configure, settings_of  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)
@@ -177,14 +176,7 @@ def shrink(flags):
 @functools.cache
 def train_settings():
     """The settings of train.py with their defaults, read and not run."""
-    settings = {}
-    for node in ast.parse((ROOT / 'train.py').read_text(encoding='utf-8')).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if 'configure(' in ast.unparse(node.value):
-                break
-            settings[target.id] = ast.literal_eval(node.value)
-    return settings
+    return {name: setting.default for name, setting in settings_of(ROOT / 'train.py').items()}
 
 
 def config_files():

@@ -2,15 +2,28 @@
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Optional
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from configurator import configure, one_sentence, plain_settings  # noqa: E402
+from configurator import (  # noqa: E402
+    SET,
+    Flags,
+    configure,
+    errors_as_messages,
+    flag,
+    flags,
+    model_flags,
+    nearest,
+    plain_settings,
+    settings_of,
+    types_of,
+)
 
 
 @dataclass
@@ -37,13 +50,15 @@ class Toy:
 SCRIPT = '''"""
 Train a toy. Nothing more.
 
-Not in the help.
+    python toy.py a.py --max_iters=3    # an example
+
+And a last word.
 """
 import os
 import sys
 sys.path.insert(0, ROOT)
 from dataclasses import dataclass
-from configurator import configure, one_sentence, plain_settings
+from configurator import configure, errors_as_messages, plain_settings
 
 # ------------------------------------------------------------
 # Settings
@@ -66,6 +81,7 @@ name = ('a'
 resume = None               # checkpoint to go on from
 compile: bool | None = None # None: on a GPU
 _private = 3                # not a setting
+URL = 'https://...'         # not one either
 
 
 @dataclass
@@ -85,9 +101,10 @@ print(settings | model_args | {'given': given})
 
 
 def defaults():
-    """The globals of a script: five that are no settings, then eight that are."""
+    """The globals of a script: seven that are no settings, then eight that are."""
     return {'__file__': '/somewhere/train.py', '_hidden': 1, 'os': sys, 'table': {}, 'run': print,
-            '__annotations__': {'compile': bool | None, 'steps': Optional[int], 'ratio': float},
+            'URL': 'https://...',
+            '__annotations__': {'compile': bool | None, 'steps': Optional[int], 'ratio': float},  # noqa: UP045
             'learning_rate': 6e-4, 'max_iters': 600, 'start': '\n', 'overwrite': False, 'resume': None,
             'compile': None, 'steps': None, 'ratio': 1}
 
@@ -100,7 +117,7 @@ def ask(*argv, config_class=Toy):
 
 
 def refusal(*argv, config_class=Toy):
-    """The words in which argv is refused, which must be one sentence for a user."""
+    """The message with which argv is refused; it must be one sentence."""
     with pytest.raises(SystemExit) as caught:
         configure(defaults(), config_class, list(argv))
     return sentence(caught.value.code)
@@ -246,6 +263,10 @@ def test_a_string_is_not_read_as_python(recwarn):
     ('bias=yes', 'True or False (default True)'), ('bias=2', 'True or False (default True)'),
     ('bias=None', 'True or False (default True)'), ('bias=', 'True or False (default True)'),
     ('overwrite=0.0', 'True or False (default False)'), ('compile=2', 'True or False or None (default None)'),
+    *[(f'learning_rate={text}', 'a finite number (default 0.0006)')
+      for text in ('nan', 'NaN', '-nan', 'inf', '-inf', '+Infinity', '1e400', '-1e400', '1' + '0' * 400)],
+    ('dropout=inf', 'a finite number (default 0.0)'), ('cap=nan', 'a finite number (default 30.0)'),
+    ('resume=1e400', 'a finite number (default None)'),
 ])
 def test_a_flag_of_the_wrong_type_is_refused(flag, rule):
     assert refusal(f'--{flag}') == f'--{flag} must be {rule}'
@@ -267,6 +288,9 @@ def test_files_follow_the_same_rules(files):
     ('norm = 5', "norm=5 must be a string (default 'layernorm')"),
     ('bias = 1', 'bias=1 must be True or False (default True)'),
     ("bias = 'False'", "bias='False' must be True or False (default True)"),
+    ("dropout = float('nan')", 'dropout=nan must be a finite number (default 0.0)'),
+    ('learning_rate = 1e300 * 1e300', 'learning_rate=inf must be a finite number (default 0.0006)'),
+    ('n_layer = 1e300 * 1e300', 'n_layer=inf must be an int (default 12)'),
     ('n_layer = [6]', 'n_layer=[6] must be an int (default 12)'),
     ('norm = str', "norm=<class 'str'> must be a string (default 'layernorm')"),
     ('resume = (1, 2)',
@@ -364,13 +388,14 @@ def test_a_missing_file_is_refused_with_the_nearest_one(files):
 def test_an_unknown_flag_is_refused_with_the_nearest_name():
     known = 'is no setting of train.py and no model flag'
     assert refusal('--learning_rat=1') == f'--learning_rat {known}; did you mean --learning_rate?'
-    assert refusal('--learning-rate=1') == f'--learning-rate {known}; did you mean --learning_rate?'
+    assert refusal('--learning-rat=1') == f'--learning_rat {known}; did you mean --learning_rate?'
+    assert refusal('--learning-rat', '1') == f'--learning_rat {known}; did you mean --learning_rate?'
     assert refusal('--n_layers') == f'--n_layers {known}; did you mean --n_layer?'
     assert refusal('--zzz=1') == f'--zzz {known}; see --help'
     assert refusal('--=1') == f'-- {known}; see --help'
 
 
-@pytest.mark.parametrize('name', ['_hidden', 'os', 'table', 'run', 'made', '__file__'])
+@pytest.mark.parametrize('name', ['_hidden', 'URL', 'os', 'table', 'run', 'made', '__file__'])
 def test_what_is_not_a_setting_cannot_be_set(name):
     assert refusal(f'--{name}=1').startswith(f'--{name} is no setting of train.py and no model flag; ')
 
@@ -392,13 +417,53 @@ def test_a_file_for_another_script_is_refused(files):
 def test_a_flag_needs_a_value():
     assert refusal('--overwrite') == '--overwrite needs a value; write --overwrite=True'
     assert refusal('--compile') == '--compile needs a value; write --compile=True'
-    assert refusal('--n_layer', '3') == '--n_layer needs a value; write --n_layer=VALUE'
+    assert refusal('--n_layer') == '--n_layer needs a value; write --n_layer=VALUE'
     assert refusal('--start') == '--start needs a value; write --start=VALUE'
+    assert refusal('--start', '--n_layer=3') == '--start needs a value; write --start=VALUE'
+    assert refusal('--overwrite', '--n_layer', '3') == '--overwrite needs a value; write --overwrite=True'
+
+
+@pytest.mark.parametrize('argv, values', [
+    (['--max_iters', '7'], {'max_iters': 7}), (['--max-iters=7'], {'max_iters': 7}),
+    (['--max-iters', '7', '--n-layer', '3'], {'max_iters': 7, 'n_layer': 3}),
+    (['--compile', 'False', '--bias', 'true'], {'compile': False, 'bias': True}),
+    (['--dropout', '-0.5'], {'dropout': -0.5}), (['--start', '-x'], {'start': '-x'}),
+    (['--start', ''], {'start': ''}), (['--start', 'a=b'], {'start': 'a=b'}),
+    (['--start', 'a-b.pt'], {'start': 'a-b.pt'}), (['--start=--n-layer'], {'start': '--n-layer'}),
+    (['--max_iters', '1', '--max_iters', '2'], {'max_iters': 2}),
+])
+def test_a_blank_stands_for_the_equals_sign_and_dashes_for_underscores(argv, values):
+    same(ask(*argv), values)
+
+
+def test_given_holds_the_name_of_the_setting_however_it_was_written():
+    given = {}
+    configure(defaults(), Toy, ['--max-iters', '7', '--n-layer=3'], given)
+    assert given == {'max_iters': '--max_iters', 'n_layer': '--n_layer'}
+
+
+def test_a_config_file_is_no_value_unless_an_equals_sign_says_so(files):
+    files(a='n_layer = 1')
+    for name in ('start', 'overwrite', 'n_layer'):
+        assert refusal(f'--{name}', 'config/a.py') == (
+            f'--{name} needs a value, and config/a.py is a config file; '
+            f'write --{name}=config/a.py if it is the value')
+    same(ask('--start=config/a.py', 'config/a.py'), {'start': 'config/a.py', 'n_layer': 1})
+    same(ask('--max_iters', '7', 'config/a.py'), {'max_iters': 7, 'n_layer': 1})
+
+
+def test_names_to_skip_are_passed_over_with_their_values(files):
+    files(a='n_layer = 1; other = 2')
+    assert configure(defaults(), Toy, ['config/a.py', '--other', '3', '--other=4'], skip={'other': 0}) == {
+        'n_layer': 1}
+    with pytest.raises(SystemExit, match='--another is no setting'):
+        configure(defaults(), Toy, ['--another', '3'], skip={'other': 0})
 
 
 def test_stray_words_are_refused():
     assert refusal('-n_layer=3') == '-n_layer=3 is no config file; did you mean --n_layer=3?'
     assert refusal('n_layer=3') == 'n_layer=3 is no config file; did you mean --n_layer=3?'
+    assert refusal('n-layer=3') == 'n-layer=3 is no config file; did you mean --n-layer=3?'
     remedy = 'give a config file or --key=value, or see --help'
     assert refusal('-x') == f'-x does not exist; {remedy}'
     assert refusal('--start=hello', 'world') == f'world does not exist; {remedy}'
@@ -413,7 +478,7 @@ def test_help_shows_every_setting_and_flag_with_meaning_and_default(capsys):
         configure({k: v for k, v in defaults().items() if k != '__file__'}, Toy, ['--n_layer=bad', '--help'])
     assert caught.value.code == 0
     lines = [re.sub(' {2,}', '  ', line.strip()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == 'usage: python this script config/llama_small.py config/tiny.py --learning_rate=3e-4'
+    assert lines[0] == 'usage: python this script [config/FILE.py ...] [--key=value ...]'
     assert lines[lines.index('settings of this script:'):] == [
         'settings of this script:',
         '--learning_rate=0.0006', '--max_iters=600', r"--start='\n'", '--overwrite=False', '--resume=None',
@@ -436,9 +501,13 @@ def test_help_reads_a_class_that_is_indented(capsys):
     assert re.search('--depth=3 +of the tree', capsys.readouterr().out)
 
 
-HELP = '''usage: python toy.py config/llama_small.py config/tiny.py --learning_rate=3e-4
+HELP = '''usage: python toy.py [config/FILE.py ...] [--key=value ...]
 
 Train a toy. Nothing more.
+
+    python toy.py a.py --max_iters=3    # an example
+
+And a last word.
 
 settings of toy.py:
 
@@ -464,6 +533,127 @@ model flags:
 def test_help_of_a_script(tmp_path, flag):
     done = script(tmp_path, flag)
     assert (done.returncode, done.stderr, done.stdout) == (0, '', HELP)
+
+
+def test_help_wraps_long_meanings(capsys):
+    @dataclass
+    class Long:
+        width: int = 4  # a sentence too long for one line of the help, and which therefore goes on below it
+    with pytest.raises(SystemExit):
+        configure({}, Long, ['--help'])
+    *_, first, second = capsys.readouterr().out.rstrip().split('\n')
+    assert len(first) <= 110 and second == ' ' * 41 + 'goes on below it'
+
+
+# words of the tables of Grouped
+ATTN, BALANCE = ('standard', 'mla'), ('none', 'aux', 'both')
+
+
+@flags()
+class SizeFlags:
+    n_layer: int = 12                               # blocks
+    layer_pattern: str = flag('a', {'a': 0, 'm': 1, 'w': 2})           # one letter per layer
+
+
+@flags(layer_pattern='aw')
+class AttentionFlags:
+    """Attention: which tokens see which.
+
+    A second paragraph.
+    """
+    attn: str = flag('standard', ATTN)              # standard, mla
+    # windows
+    window: int | None = flag(None, layer_pattern='w')  # tokens that are seen
+    sinks: bool = False
+
+
+@flags(attn='mla')
+class LatentAttentionFlags:
+    kv_rank: int | None = None                      # width of the latent
+    z_weight: float = flag(0.0, least=0, kv_rank=SET)
+    balance: str = flag('none', BALANCE)            # keeps experts busy
+    aux_weight: float = flag(0.1, balance=('aux', 'both'))  # of the loss
+
+
+@flags()
+class Grouped(SizeFlags, AttentionFlags, LatentAttentionFlags, Flags):
+    """Its docstring is no heading."""
+    bias: bool = True                               # in linear layers
+
+
+GROUPED = '''
+model flags:
+
+  Size
+    --n_layer=12                         blocks
+    --layer_pattern='a'                  one letter per layer
+
+  Attention: which tokens see which (only when layer_pattern has an 'a' or 'w')
+    --attn='standard'                    standard, mla
+
+  windows
+    --window=None                        tokens that are seen; only when layer_pattern has a 'w'
+    --sinks=False
+
+  Latent Attention (only when attn=mla)
+    --kv_rank=None                       width of the latent
+    --z_weight=0.0                       only when kv_rank is set
+    --balance='none'                     keeps experts busy; one of none, aux, both
+    --aux_weight=0.1                     of the loss; only when balance is aux or both
+
+  Every model
+    --bias=True                          in linear layers
+'''
+
+
+def test_help_shows_flags_in_groups_with_their_conditions(capsys):
+    with pytest.raises(SystemExit):
+        configure({}, Grouped, ['--help'])
+    out = capsys.readouterr().out
+    assert out[out.index('\nmodel flags:'):] == GROUPED
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The settings of a script, read without running it
+
+
+def test_settings_of_a_script_are_read_and_not_run(tmp_path):
+    path = tmp_path / 'toy.py'
+    path.write_text(SCRIPT.replace('import os\n', 'raise SystemExit(1)\n'))
+    found = settings_of(path)
+    assert {name: setting.default for name, setting in found.items()} == {
+        'out_dir': 'out', 'seed': 1337, 'max_iters': 600, 'learning_rate': 6e-4, 'min_lr': 6e-5, 'name': 'ab',
+        'resume': None, 'compile': None}
+    assert found['seed'] == (1337, int, 'of the weights', 'run')
+    assert found['min_lr'] == (6e-5, float, 'smallest rate, at the end', 'optimizer')
+    assert types_of(found['compile']) == (bool, NoneType) and set(types_of(found['resume'])) == {
+        bool, int, float, str, NoneType}
+
+
+@pytest.mark.parametrize('name', ['train.py', 'sample.py'])
+def test_settings_of_a_script_are_those_that_its_help_shows(name):
+    text = subprocess.run([sys.executable, name, '--help'], cwd=ROOT, capture_output=True, text=True).stdout
+    shown = re.findall(r'^    --(\w+)=(\S*)', text.split('model flags:')[0], re.M)
+    assert [name for name, _ in shown] == list(settings_of(ROOT / name))
+    assert len(shown) > 20
+
+
+def test_settings_of_a_script_that_configures_in_a_function_end_where_it_is(tmp_path):
+    path = tmp_path / 'toy.py'
+    path.write_text('a = 1\nTOP = 2\nif a:\n    inside = 3\ndef main():\n    configure(globals())\nb = 4\n')
+    assert list(settings_of(path)) == ['a']
+
+
+def test_model_flags_are_the_fields_with_their_types():
+    found = model_flags(Toy)
+    assert list(found) == ['vocab', 'n_layer', 'width', 'window', 'untold', 'dropout', 'cap', 'norm', 'bias',
+                           'flash']
+    assert found['vocab'].default is MISSING and types_of(found['untold']) == (int, NoneType)
+
+
+def test_the_nearest_name_is_advised():
+    assert nearest('stpe', ['step', 'cache']) == 'did you mean step?'
+    assert nearest('zzz', ['step'], remedy='choose step') == 'choose step'
 
 
 def test_a_script_runs_as_configured(tmp_path):
@@ -495,10 +685,13 @@ def test_annotations_of_a_script_count_even_as_text(tmp_path, header, compiles):
     assert eval(script(tmp_path, '--compile=1', text=text).stdout)['compile'] is compiles
 
 
-def test_one_sentence_is_all_that_a_refusal_shows():
+def test_an_error_that_a_user_can_mend_shows_its_message_alone():
     for refused in (ValueError('window=0 must be above 0'), FileNotFoundError('out/ckpt.pt does not exist')):
-        with pytest.raises(SystemExit) as caught, one_sentence():
+        with pytest.raises(SystemExit) as caught, errors_as_messages():
             raise refused
         assert sentence(caught.value.code) == str(refused) and caught.value.__suppress_context__
-    with pytest.raises(KeyError), one_sentence():
+    with pytest.raises(SystemExit, match='^nowhere/x cannot be read or written .*: check the path$'):
+        with errors_as_messages():
+            open('nowhere/x')
+    with pytest.raises(KeyError), errors_as_messages():
         raise KeyError('a mistake of the code keeps its traceback')

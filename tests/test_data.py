@@ -657,9 +657,9 @@ def test_web_corpora_survive_kill_and_come_out_the_same(tmp_path, monkeypatch, c
     with pytest.raises(FileNotFoundError, match='has not been prepared'):
         open_dataset(killed, 8, 0)
     assert prepare(monkeypatch, 'openwebtext', f'--out={whole}', *flags) is None
-    assert 'going on in' not in capsys.readouterr().out
+    assert 'resuming in' not in capsys.readouterr().out
     assert prepare(monkeypatch, 'openwebtext', f'--out={killed}', *flags) is None
-    assert 'going on in' in capsys.readouterr().out
+    assert 'resuming in' in capsys.readouterr().out
     assert contents(killed) == contents(whole)
     assert sorted(texts_of(whole, 'train') + texts_of(whole, 'val')) == sorted(filter(None, texts))
 
@@ -733,6 +733,8 @@ def test_text_takes_every_tokenizer(tmp_path, monkeypatch, name, request):
 
 @pytest.mark.parametrize('files, flags, sentence', [
     ({}, [], 'must be a file, or a folder that holds .txt'),
+    ({}, ['--input='], 'input must be set to a file or a folder: --input=PATH'),
+    ({'a.txt': b'abc'}, ['--val_fraction=2'], 'val_fraction=2.0 must be above 0 and below 1'),
     ({'a.txt': b'fine \xff'}, [], 'a.txt is not UTF-8 (byte 5): convert it or leave it out'),
     ({'a.jsonl': b'{"text": "x"}\n{"body": 1}'}, [], "line 2 of {}/a.jsonl has no column 'text'"),
     ({'a.jsonl': b'{"text": "x"}\noops'}, [], 'line 2 of {}/a.jsonl is not JSON'),
@@ -740,8 +742,8 @@ def test_text_takes_every_tokenizer(tmp_path, monkeypatch, name, request):
     ({'a.jsonl': b'{"text": "x"}\n{"text": 3}'}, [], "row 2 of {}/a.jsonl has no text in column"),
     ({'a.txt': b'abc'}, ['--tokenizer=gpt9'], "tokenizer='gpt9' is unknown: choose one of bytes, chars, bpe"),
     ({'a.txt': b'abc'}, ['--vocab_size=9'], 'vocab_size=9 must be at least 257'),
-    ({'a.txt': b'abc'}, ['--name=pysource'], '--name=pysource must be a plain name that no other'),
-    ({'a.txt': b'abc'}, ['--name=../x'], '--name=../x must be a plain name'),
+    ({'a.txt': b'abc'}, ['--name=pysource'], 'name=pysource must be a plain name that no other'),
+    ({'a.txt': b'abc'}, ['--name=../x'], 'name=../x must be a plain name'),
     ({'a.txt': b''}, [], 'the train split of {}/out is empty'),
 ])
 def test_text_that_cannot_be_taken_is_refused_in_a_sentence(tmp_path, monkeypatch, files, flags, sentence):
@@ -761,21 +763,46 @@ def test_a_missing_column_of_a_table_names_the_columns(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name, flag, sentence', [
-    ('text', '--val_fraction=2', 'argument --val_fraction: 2 must be between 0 and 1 (--help'),
-    ('text', '--vocab_size=many', "argument --vocab_size: invalid int value: 'many' (--help"),
-    ('pysource', '--tokenizer=gpt2', 'argument --tokenizer: invalid choice'),
-    ('pysource', '--vocab=9', 'unrecognized arguments: --vocab=9'),
-    ('shakespeare_char', '--inptu=x', 'unrecognized arguments: --inptu=x'),
-    ('openwebtext', '--max_documents=x', 'argument --max_documents: invalid int value'),
+    ('text', '--vocab_size=many', '--vocab_size=many must be an int (default 2048)'),
+    ('text', '--val_fraction=nan', '--val_fraction=nan must be a finite number (default 0.1)'),
+    ('text', '--input', '--input needs a value; write --input=VALUE'),
+    ('pysource', '--tokenizer=gpt2', 'tokenizer=gpt2 must be bytes or bpe'),
+    ('pysource', '--vocab=9', '--vocab is no setting of THIS; did you mean --vocab_size?'),
+    ('shakespeare', '--inptu=x', '--inptu is no setting of THIS; did you mean --input?'),
+    ('shakespeare_char', '--inptu=x', '--inptu is no setting of THIS; did you mean --input?'),
+    ('openwebtext', '--max_documents=x', '--max_documents=x must be an int or None (default None)'),
+    ('openwebtext', '--val_fraction=1', 'val_fraction=1.0 must be above 0 and below 1'),
+    ('fineweb_edu', '--URL=x', '--URL is no setting of THIS; see --help'),
 ])
-def test_a_bad_flag_is_answered_with_one_sentence(monkeypatch, capsys, name, flag, sentence):
-    flags = [flag, '--input=x'] if name == 'text' else [flag]
-    assert prepare(monkeypatch, name, *flags) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.count('\n') == 1
+def test_a_bad_flag_is_answered_with_one_sentence(monkeypatch, name, flag, sentence):
+    flags = ['--input=x'] if name == 'text' else []
+    assert prepare(monkeypatch, name, *flags, flag) == sentence.replace('THIS', f'data/{name}/prepare.py')
 
 
-@pytest.mark.parametrize('name', [path.parent.name for path in sorted(ROOT.glob('data/*/prepare.py'))])
+SCRIPTS = [path.parent.name for path in sorted(ROOT.glob('data/*/prepare.py'))]
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
 def test_help_says_what_the_dataset_is(monkeypatch, capsys, name):
-    assert prepare(monkeypatch, name, '--help') == 0
-    assert '--out' in (out := capsys.readouterr().out) and len(out.split('\n\n')[1]) > 60
+    assert prepare(monkeypatch, name, '-h') == prepare(monkeypatch, name, '--help') == 0
+    usage, about, *rest = capsys.readouterr().out.split('\n\n')
+    assert usage == f'usage: python data/{name}/prepare.py [config/FILE.py ...] [--key=value ...]'
+    assert len(about) > 60 and f'    python data/{name}/prepare.py' in rest[0]
+    lines = [line for line in '\n\n'.join(rest).splitlines() if line.startswith('    --')]
+    assert "    --out=''" in [line[:12] for line in lines]
+    assert all(len(line.split('   ', 2)[-1]) > 10 for line in lines), 'every setting has a meaning'
+
+
+def test_flags_of_prepare_scripts_take_dashes_blanks_and_config_files(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abc ' * 500)
+    (tmp_path / 'flags.py').write_text(f'out = {str(tmp_path / "out")!r}\nval_fraction = 0.2\n')
+    assert prepare(monkeypatch, 'text', tmp_path / 'flags.py', '--input', tmp_path / 'a.txt', '--vocab-size',
+                   300, '--val_fraction', 0.25) is None
+    meta = open_dataset(tmp_path / 'out', 8, 0).meta
+    assert meta['source'] == 'a.txt, 0.25 for validation' and meta['tokenizer']['kind'] == 'bpe'
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    assert prepare(monkeypatch, 'openwebtext', f'--out={tmp_path}', '--tokenizer=bytes') == (
+        'repo=Skylion007/openwebtext needs datasets: pip install datasets')

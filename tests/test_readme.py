@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from configurator import configure, names_in  # noqa: E402
+import configurator  # noqa: E402
+from configurator import configure  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from nanoblocks.experiments import sweep  # noqa: E402
 
@@ -96,7 +97,7 @@ def check(words):
         # plot takes the folders of runs
         args = [arg for arg in args[1:] if args[0] != 'plot' or arg.startswith('-')]
     # a script with topics takes the config files of train.py, and the model flags in them
-    skip = names_in(ROOT / 'train.py') if topics else ()
+    skip = configurator.settings_of(ROOT / 'train.py') if topics else ()
     model_args = configure(settings, GPTConfig if takes_model_flags else None, args, skip=skip)
     if takes_model_flags:
         GPTConfig(**model_args)

@@ -1,16 +1,34 @@
 """FineWeb-Edu, web pages chosen for their educational value (Penedo et al. 2024): 10 billion tokens of it.
 
-Streams for some hours and needs 20 GB of disk. When it is interrupted, the same command goes on where it was.
-Larger parts: --config=sample-100BT, --config=sample-350BT, --config=default (1.3 trillion tokens).
-"""
+    python data/fineweb_edu/prepare.py
+    python data/fineweb_edu/prepare.py --config=sample-100BT    # or sample-350BT, or default (1.3 trillion)
+    python train.py config/llama_small.py --dataset=fineweb_edu
 
+Streams for some hours and needs 20 GB of disk. After an interruption, the same command resumes.
+"""
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.common import run
+from configurator import configure, errors_as_messages, plain_settings
 from data.hub import prepare
 
+# what to read
+repo = 'HuggingFaceFW/fineweb-edu'  # dataset on the Hub
+config = 'sample-10BT'              # part of the dataset; empty: the only one
+revision = ''                       # branch or commit of the dataset; empty: the newest
+column = 'text'                     # column that holds the text
+input = ''                          # local .jsonl or .parquet, a file or a folder, in place of the Hub
+max_documents: int | None = None    # number of documents to read; None: all
+# what to write
+out = ''                            # folder to write to; empty: the folder of this script
+tokenizer = 'gpt2'                  # bytes, a vocabulary of tiktoken, or the folder of a checkpoint
+val_fraction = 0.0005               # share of the documents for validation
+shard_tokens = 100_000_000          # tokens per file
+save_every = 20_000_000             # tokens between saves of the progress, from which a later run resumes
+
 if __name__ == '__main__':
-    run(lambda: prepare(__doc__, Path(__file__).parent, 'HuggingFaceFW/fineweb-edu', config='sample-10BT'))
+    configure(globals())
+    with errors_as_messages():
+        prepare(Path(__file__).parent, **plain_settings(globals()))

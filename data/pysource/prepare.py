@@ -1,10 +1,12 @@
 """The source text of the running Python's standard library: a real corpus on every machine, without network.
 
+    python data/pysource/prepare.py
+    python data/pysource/prepare.py --tokenizer=bytes --out=data/pysource_bytes
+
 About 12 MB in 700 files, without the test suites. Each file is a document; one in twenty, chosen by the hash
 of its path, is for validation. The text differs between versions of Python, so compare losses on one version
 only.
 """
-
 import os
 import platform
 import sys
@@ -13,16 +15,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.common import Flags, make_tokenizer, run, split_of, summary
+from configurator import configure, errors_as_messages
+from data.common import make_tokenizer, print_summary, split_of
 from data.writer import write_dataset
 
-# tables of characters and a manual in one string are no source text that anyone wrote
+# tables of characters (encodings) and a manual in one string (pydoc_data) are not source text
 SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', 'encodings',
         'pydoc_data'}
 
+tokenizer = 'bpe'                   # bpe, trained on the text, or bytes, which needs no training
+vocab_size = 2048                   # bpe: tokens in the vocabulary
+out = ''                            # folder to write to; empty: the folder of this script
+
 
 def documents(root):
-    """Yields (split, text) of the modules under `root`, sorted by path."""
+    """Yields (split, text) of the modules below `root`, sorted by path."""
     paths = {}
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = set(subfolders) - SKIP
@@ -34,22 +41,23 @@ def documents(root):
         try:
             yield split_of(name, 0.05), paths[name].read_bytes().decode()
         except UnicodeDecodeError:
-            # A module in an older encoding.
-            continue
+            continue  # a module in an older encoding
 
 
 def main():
-    flags = Flags(__doc__, out=Path(__file__).parent)
-    flags.add_argument('--tokenizer', choices=['bytes', 'bpe'], default='bpe', help='bytes needs no training')
-    flags.add_argument('--vocab_size', type=int, default=2048, help='of the bpe vocabulary')
-    args = flags.parse_args()
+    if tokenizer not in ('bytes', 'bpe'):
+        raise ValueError(f'tokenizer={tokenizer} must be bytes or bpe')
+    folder = Path(out or Path(__file__).parent)
     texts = list(documents(sysconfig.get_paths()['stdlib']))
     train_texts = (text for split, text in texts if split == 'train')
-    tokenizer = make_tokenizer(args.tokenizer, train_texts, args.vocab_size)
     source = f'the standard library of Python {platform.python_version()}'
-    # a small model's files begin with page-long imports: a class shows more of what it has learned
-    summary(args.out, write_dataset(args.out, texts, tokenizer, source, prompt='class Reader:\n'))
+    # the files of a small model begin with page-long imports; a class shows more of what it has learned
+    meta = write_dataset(folder, texts, make_tokenizer(tokenizer, train_texts, vocab_size), source,
+                         prompt='class Reader:\n')
+    print_summary(folder, meta)
 
 
 if __name__ == '__main__':
-    run(main)
+    configure(globals())
+    with errors_as_messages():
+        main()

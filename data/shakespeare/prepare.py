@@ -1,13 +1,22 @@
-"""Tiny Shakespeare in GPT-2's vocabulary, for finetuning a released model. Split as in nanoGPT."""
+"""Tiny Shakespeare in GPT-2's vocabulary, for finetuning a released model. Split as in nanoGPT.
 
+    python data/shakespeare/prepare.py
+    python data/shakespeare/prepare.py --input=input.txt    # a copy of the text, without network
+    python train.py --init_from=gpt2 --dataset=shakespeare
+"""
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.common import run
+from configurator import configure, errors_as_messages
 from data.shakespeare_char.prepare import prepare
 from data.tokenizer import TiktokenTokenizer
 
+input = ''                          # a copy of the text, in place of the download
+out = ''                            # folder to write to; empty: the folder of this script
+
 if __name__ == '__main__':
-    run(lambda: prepare(__doc__, Path(__file__).parent, lambda text: TiktokenTokenizer('gpt2')))
+    configure(globals())
+    with errors_as_messages():
+        prepare(Path(out or Path(__file__).parent), input, lambda text: TiktokenTokenizer('gpt2'))

@@ -1,29 +1,36 @@
-"""Tiny Shakespeare, character by character: 1 MB, for a first model in minutes. Split as in nanoGPT."""
+"""Tiny Shakespeare, character by character: 1 MB, for a first model in minutes. Split as in nanoGPT.
 
+    python data/shakespeare_char/prepare.py
+    python data/shakespeare_char/prepare.py --input=input.txt    # a copy of the text, without network
+    python train.py config/train_shakespeare_char.py
+"""
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.common import Flags, fetch, read_text, run, summary
+from configurator import configure, errors_as_messages
+from data.common import fetch, print_summary, read_text
 from data.tokenizer import CharTokenizer
 from data.writer import write_dataset
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
+input = ''                          # a copy of the text, in place of the download
+out = ''                            # folder to write to; empty: the folder of this script
 
-def prepare(description, folder, make_tokenizer):
-    """Write the text to `folder`; make_tokenizer(text) gives the tokenizer."""
-    flags = Flags(description, out=folder)
-    flags.add_argument('--input', metavar='FILE', help='a copy of the text, instead of downloading it')
-    args = flags.parse_args()
-    text = read_text(args.input) if args.input else fetch(URL, args.out / 'input.txt')
-    # As in nanoGPT, so that losses compare: nine tenths train, the last validates, and no token ends them.
+
+def prepare(folder, input, tokenizer_for):
+    """Write both splits to `folder`, with the tokenizer that tokenizer_for(text) makes."""
+    text = read_text(input) if input else fetch(URL, folder / 'input.txt')
+    # as in nanoGPT, so that losses compare: the last tenth validates, and no token ends the two documents
     cut = int(len(text) * 0.9)
     documents = [('train', text[:cut]), ('val', text[cut:])]
-    meta = write_dataset(args.out, documents, make_tokenizer(text), 'tiny Shakespeare', append_eot=False)
-    summary(args.out, meta)
+    meta = write_dataset(folder, documents, tokenizer_for(text), 'tiny Shakespeare', append_eot=False)
+    print_summary(folder, meta)
 
 
 if __name__ == '__main__':
-    run(lambda: prepare(__doc__, Path(__file__).parent, CharTokenizer))
+    configure(globals())
+    with errors_as_messages():
+        prepare(Path(out or Path(__file__).parent), input, CharTokenizer)

@@ -1,12 +1,12 @@
 """Your own text, a file or a folder: .txt .md .py (each a document), .jsonl .parquet (each row a document).
 
-    python data/text/prepare.py --input=~/notes --name=notes
+    python data/text/prepare.py --input=notes --name=notes
     python train.py --dataset=notes
+    python data/text/prepare.py --input=rows.jsonl --column=body --name=rows --tokenizer=gpt2
 
-A tenth is for validation: of the documents, chosen by the hash of their name or number, where there are many;
-of each document, its end, where there are few.
+About a tenth is for validation. Where there are many documents, the hash of a document's name or number
+decides; where there are few, the end of every document is.
 """
-
 import json
 import re
 import sys
@@ -15,21 +15,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.common import Flags, fraction, make_tokenizer, read_text, run, split_of, summary
+from configurator import configure, errors_as_messages
+from data.common import check_val_fraction, make_tokenizer, print_summary, read_text, split_of
+from data.tokenizer import need
 from data.writer import write_dataset
 
 DATA = Path(__file__).resolve().parents[1]
 TEXTS, TABLES = ('.txt', '.md', '.py'), ('.jsonl', '.parquet')
 
+input = ''                          # file or folder to read; it must be given
+name = 'text'                       # write to data/NAME, for train.py --dataset=NAME
+out = ''                            # folder to write to; empty: data/NAME
+tokenizer = 'bpe'                   # bytes, chars, bpe, gpt2, cl100k_base, ..., or the folder of a checkpoint
+vocab_size = 2048                   # bpe: tokens in the vocabulary
+column = 'text'                     # column of .jsonl and .parquet that holds the text
+val_fraction = 0.1                  # share for validation
+
 
 def documents(root, column):
-    """Yields (name, text), sorted by path; the name is the path below `root`, and the row if it has rows."""
+    """Yields (name, text), sorted by path; the name is the path below `root`, for a row with its number."""
     paths = [root]
     if root.is_dir():
         paths = [path for path in sorted(root.rglob('*')) if path.suffix in TEXTS + TABLES and path.is_file()
                  and not any(part.startswith('.') for part in path.relative_to(root).parts)]
     if not paths or not root.exists():
-        raise ValueError(f'--input={root} must be a file, or a folder that holds {" ".join(TEXTS + TABLES)}')
+        raise ValueError(f'input={root} must be a file, or a folder that holds {" ".join(TEXTS + TABLES)}')
     for path in paths:
         name = path.relative_to(root).as_posix()
         if path.suffix not in TABLES:
@@ -57,8 +67,7 @@ def jsonl_rows(path, column):
 
 
 def parquet_rows(path, column):
-    from pyarrow.parquet import ParquetFile
-    with ParquetFile(path) as file:
+    with need('pyarrow.parquet', f'input={path}').ParquetFile(path) as file:
         check_column(column, file.schema_arrow.names, path)
         for batch in file.iter_batches(columns=[column]):
             yield from batch.column(0).to_pylist()
@@ -72,7 +81,7 @@ def check_column(column, columns, where):
 
 def splits(root, column, val_fraction):
     """Yields (split, text)."""
-    # So many that chance leaves validation without any once in e^10 times.
+    # with this many documents, the chance that none is for validation is e**-10
     many = int(10 / val_fraction)
     few = sum(1 for _ in islice(documents(root, column), many)) < many
     for name, text in documents(root, column):
@@ -85,25 +94,23 @@ def splits(root, column, val_fraction):
 
 
 def main():
-    flags = Flags(__doc__, out=None)
-    flags.add_argument('--input', type=Path, required=True, metavar='PATH', help='file or folder')
-    flags.add_argument('--name', default='text', help='write to data/NAME, for --dataset=NAME')
-    flags.add_argument('--tokenizer', default='bpe', help='bytes, chars, bpe, gpt2, cl100k_base, ...')
-    flags.add_argument('--vocab_size', type=int, default=2048, help='of the bpe vocabulary')
-    flags.add_argument('--column', default='text', help='of .jsonl and .parquet files')
-    flags.add_argument('--val_fraction', type=fraction, default=0.1, help='share for validation')
-    args = flags.parse_args()
-    own = args.name == 'text' or not (DATA / args.name / 'prepare.py').exists()
-    if not own or not re.fullmatch(r'\w[\w.-]*', args.name):
-        raise ValueError(f'--name={args.name} must be a plain name that no other dataset has')
-    out, root = args.out or DATA / args.name, args.input.expanduser()
-    # A character vocabulary must know all characters; merges are learned from the training split alone.
-    texts = (text for split, text in splits(root, args.column, args.val_fraction)
-             if split == 'train' or args.tokenizer == 'chars')
-    tokenizer = make_tokenizer(args.tokenizer, texts, args.vocab_size)
-    source = f'{root.resolve().name}, {args.val_fraction} for validation'
-    summary(out, write_dataset(out, splits(root, args.column, args.val_fraction), tokenizer, source))
+    if not input:
+        raise ValueError('input must be set to a file or a folder: --input=PATH')
+    check_val_fraction(val_fraction)
+    taken = name != 'text' and (DATA / name / 'prepare.py').exists()
+    if taken or not re.fullmatch(r'\w[\w.-]*', name):
+        raise ValueError(f'name={name} must be a plain name that no other dataset has')
+    root, folder = Path(input).expanduser(), Path(out or DATA / name)
+    # a character vocabulary must know all characters; merges are learned from the training split alone
+    texts = (text for split, text in splits(root, column, val_fraction)
+             if split == 'train' or tokenizer == 'chars')
+    source = f'{root.resolve().name}, {val_fraction} for validation'
+    meta = write_dataset(folder, splits(root, column, val_fraction),
+                         make_tokenizer(tokenizer, texts, vocab_size), source)
+    print_summary(folder, meta)
 
 
 if __name__ == '__main__':
-    run(main)
+    configure(globals())
+    with errors_as_messages():
+        main()

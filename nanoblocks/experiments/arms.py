@@ -5,13 +5,12 @@ The arms of a sweep: which sets of flags are trained, and which pairs of them ar
 arm is a name and its flags. A comparison names two arms, `without` and `with`, and the flags in which they
 differ.
 """
-import ast
 import os
 import re
 from dataclasses import asdict
 from itertools import combinations
 
-from configurator import configure, convert, model_flags, plain_settings, setting_flags
+from configurator import configure, convert, model_flags, settings_of, split_arguments
 from model import GPTConfig
 from nanoblocks.files import ROOT
 
@@ -27,27 +26,22 @@ NOT_IDENTIFYING = ('out_dir', 'init_from', 'overwrite', 'wandb_log', 'wandb_proj
 # Reading
 
 
-def script_settings(script):
-    """{name: default} of a script's settings, and their annotations, read without running it."""
-    settings, hints = {}, {}
-    for node in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            if 'configure(' in ast.unparse(node.value):  # where the settings end
-                break
-            name = (node.targets[0] if isinstance(node, ast.Assign) else node.target).id
-            settings[name] = ast.literal_eval(node.value)
-            if isinstance(node, ast.AnnAssign):
-                hints[name] = eval(ast.unparse(node.annotation))
-    return settings | {'__annotations__': hints}
+def files_and_flags(argv, without=()):
+    """([config file], [--key=value]) of a command line, without some flags."""
+    pairs = list(split_arguments(argv))
+    return ([text for name, text in pairs if name is None],
+            [f'--{name}={text}' for name, text in pairs if name is not None and name not in without])
 
 
 def read_flags(argv):
     """A command line of ablate.py -> (flags, ablate.py's settings, {name: the file or flag that set it})"""
-    own = plain_settings(script_settings('ablate.py'))
-    settings = {'__file__': str(ROOT / 'ablate.py')} | script_settings('train.py') | own
-    given = {}
-    model = configure(settings, GPTConfig, argv, given)
-    flags = {name: value for name, value in plain_settings(settings).items() if name not in own} | model
+    own, train = settings_of(ROOT / 'ablate.py'), settings_of(ROOT / 'train.py')
+    known, given = train | own, {}
+    settings = {name: setting.default for name, setting in known.items()} | {
+        '__file__': str(ROOT / 'ablate.py'),
+        '__annotations__': {name: setting.type for name, setting in known.items()}}
+    flags = configure(settings, GPTConfig, argv, given)
+    flags = {name: settings[name] for name in train if name not in own} | flags
     # flags that were given come last, in the order in which they were given: that of the ladder
     flags = {name: flags[name] for name in flags if name not in given} | {
         name: flags[name] for name in given if name in flags}
@@ -56,7 +50,7 @@ def read_flags(argv):
 
 def read_value(name, text):
     """The value of a flag or setting from its text, refused as train.py would."""
-    known = setting_flags(script_settings('train.py')) | MODEL
+    known = settings_of(ROOT / 'train.py') | MODEL
     if name not in known:
         raise ValueError(f'vary={name} is no setting of train.py and no model flag; see --help')
     return convert(text, known[name], f'vary: {name}', True)

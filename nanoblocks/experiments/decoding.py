@@ -7,14 +7,13 @@ Variants that are compared run interleaved, in one process. The time of a token 
 first, sampling included.
 """
 import copy
-import os
 import tempfile
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from configurator import configure, names_in
+from configurator import configure, settings_of
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.decoding import quantize as quant
 from nanoblocks.decoding.decode import Decoder, Sampling
@@ -143,8 +142,9 @@ def one_row(model, rounds, device):
 def one_row_cells(model, timings, bandwidth):
     token = median(seconds for timing in timings for seconds in timing.tokens)
     read = bytes_per_step(model, model.new_cache(1, PROMPT + NEW))
-    return (f'{median(timing.first for timing in timings) * 1e3:.1f}', f'{token * 1e3:.2f}', f'{1 / token:.1f}',
-            f'{read / 1e6:.1f}', f'{read / token / bandwidth:.0%}')
+    first = median(timing.first for timing in timings)
+    return (f'{first * 1e3:.1f}', f'{token * 1e3:.2f}', f'{1 / token:.1f}', f'{read / 1e6:.1f}',
+            f'{read / token / bandwidth:.0%}')
 
 
 def drop_failures(runs):
@@ -225,7 +225,7 @@ def latents(device, length=4096, count=60):
 
 def many_rows(device):
     """Llama 1B in bf16, compiled and captured as a CUDA graph."""
-    path, settings = os.path.join(ROOT, 'config', 'llama_1b.py'), names_in(os.path.join(ROOT, 'train.py'))
+    path, settings = str(ROOT / 'config' / 'llama_1b.py'), settings_of(ROOT / 'train.py')
     config = GPTConfig(**configure({}, GPTConfig, [path], skip=settings))
     model, table = random_model(config, device, torch.bfloat16), []
     for rows in (1, 8, 64):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from configurator import configure, names_in
+from configurator import configure, settings_of
 from model import GPT, GPTConfig
 from nanoblocks.experiments.speed import optimizer_steps
 from nanoblocks.files import ROOT
@@ -27,7 +27,7 @@ TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64)
 
 def config_of(m, name, **more):
     """The GPTConfig of config/<name>.py with more flags; at toy size in a dry run."""
-    path, settings = os.path.join(ROOT, 'config', f'{name}.py'), names_in(os.path.join(ROOT, 'train.py'))
+    path, settings = str(ROOT / 'config' / f'{name}.py'), settings_of(ROOT / 'train.py')
     flags = configure({}, GPTConfig, [path], skip=settings)
     flags |= {'vocab_size': 50304} | more
     if m.dry:

@@ -11,6 +11,7 @@ import torch
 
 import kernels as ops
 from model import GPT, GPTConfig, kv_cache_bytes
+from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.runs import read_lines, run_script
 from nanoblocks.experiments.timing import medians, print_table, times
 from nanoblocks.files import ROOT
@@ -108,14 +109,14 @@ def optimizer_steps(model):
 
 
 def families(argv, reuse, dtype, batch_size, rounds, device):
-    """Every config/*_small.py trained, sampled and timed, as a Markdown table; takes train.py's settings."""
-    flags = [arg for arg in argv if not arg.startswith(('--reuse=', '--rounds='))]
+    """Every config/*_small.py trained, sampled and timed; takes train.py's settings."""
+    files, flags = files_and_flags(argv, without=('reuse', 'rounds'))
     models, rows = {}, {}
     for path in sorted((ROOT / 'config').glob('*_small.py')):
         name = path.stem.removesuffix('_small')
         out_dir = os.path.join('out', 'families', name)
         if not (reuse and os.path.exists(os.path.join(out_dir, 'ckpt.pt'))):
-            run_script('train.py', path, *flags, f'--out_dir={out_dir}', '--overwrite=True')
+            run_script('train.py', path, *files, *flags, f'--out_dir={out_dir}', '--overwrite=True')
             run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=64')
         state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
         models[name] = model = checkpoint.build(state, out_dir)

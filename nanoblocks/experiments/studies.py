@@ -15,6 +15,7 @@ import torch
 from kernels import rope as rotate
 from model import GPT, NORMS, GPTConfig, RotaryPositions, dense, kv_cache_bytes
 from nanoblocks.experiments import sweep
+from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, panels, save_and_say, title
 from nanoblocks.experiments.memory import peak_bytes, saved_bytes
 from nanoblocks.experiments.runs import read_lines, run_script
@@ -39,9 +40,9 @@ SWEEPS = {
 def ablations(argv, device):
     """The sweeps whose reports are in results/, on five seeds: 42 minutes on two cores."""
     jobs = torch.cuda.device_count() if device.startswith('cuda') else min(2, os.cpu_count() or 1)
-    flags = [arg for arg in argv if not arg.startswith('--device=')]
+    files, flags = files_and_flags(argv, without=('device',))
     for name, arms in SWEEPS.items():
-        words = [*SIZE, *arms, '--seeds=5', '--evals=6', f'--jobs={jobs}', f'--device={device}',
+        words = [*SIZE, *files, *arms, '--seeds=5', '--evals=6', f'--jobs={jobs}', f'--device={device}',
                  f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
         print(f'{name}: python ablate.py {shlex.join(words)}', flush=True)
         sweep.main(words)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import setting_flags
+from configurator import settings_of
 from nanoblocks.experiments import figures, report
 from nanoblocks.experiments.arms import (
     MODEL,
@@ -25,8 +25,8 @@ from nanoblocks.experiments.arms import (
     arms_between,
     arms_of_vary,
     config_of,
+    files_and_flags,
     read_flags,
-    script_settings,
 )
 from nanoblocks.experiments.budget import MATCHES, WIDTHS, match_budgets
 from nanoblocks.experiments.runs import check_pair, check_run, progress
@@ -50,7 +50,7 @@ PLACES = ('alone', 'removed', 'ladder')
 def make_plan(argv):
     """Everything a sweep will do, as plain values that are written to sweep.json."""
     flags, own, given = read_flags(argv)
-    files, options = ([arg for arg in argv if arg.startswith('--') == is_flag] for is_flag in (False, True))
+    files, options = files_and_flags(argv)
     check_settings(files, own, flags)
     name = Path(files[0]).stem
     # a config file names the folder of its single run, which is not the sweep's
@@ -153,7 +153,7 @@ def command_of(run, folder):
     start = [sys.executable, str(ROOT / 'train.py'), f'--out_dir={out}']
     if checkpoint.can_resume(out):
         return [*start, '--init_from=resume']
-    known = setting_flags(script_settings('train.py')) | MODEL
+    known = settings_of(ROOT / 'train.py') | MODEL
     flags = run['flags'] | {'wandb_run_name': run['path'].replace(os.sep, ' '), 'overwrite': True}
     return start + [f'--{name}={value}' for name, value in flags.items()
                     if value != known[name].default and name != 'out_dir']
