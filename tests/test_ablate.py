@@ -187,7 +187,7 @@ def test_values_are_arms_beside_the_files_as_they_are():
 
 @pytest.mark.parametrize('text, sentence', [
     ('norm=layernorm,batchnorm', 'norm=batchnorm must be one of'), ('norm', 'must be flag=value'),
-    ('norn=layernorm', 'norn is no setting'), ('norm=rmsnorm', 'must hold a value'),
+    ('norn=layernorm', 'norn is no setting .* did you mean norm?'), ('norm=rmsnorm', 'must hold a value'),
     ('seed=1,2', 'seed must not differ'), ('block_size=64', 'block_size must not differ'),
     ('batch_size=4', 'batch_size must not differ'), ('layer_pattern=m', 'joined by'),
     ('n_kv_head=two', 'must be an int'), ('A: norm=layernorm,rmsnorm', 'must be flag=value'),

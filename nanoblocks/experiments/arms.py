@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict
 from itertools import combinations
 
-from configurator import configure, convert, model_flags, settings_of, split_arguments
+from configurator import configure, convert, model_flags, nearest, settings_of, split_arguments
 from model import GPTConfig
 from nanoblocks.files import ROOT
 
@@ -52,7 +52,7 @@ def read_value(name, text):
     """The value of a flag or setting from its text, refused as train.py would."""
     known = settings_of(ROOT / 'train.py') | MODEL
     if name not in known:
-        raise ValueError(f'vary={name} is no setting of train.py and no model flag; see --help')
+        raise ValueError(f'vary={name} is no setting of train.py and no model flag; {nearest(name, known)}')
     return convert(text, known[name], f'vary: {name}', True)
 
 
