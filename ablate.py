@@ -30,8 +30,8 @@ base = ''                           # config file to start from; the first file 
 vary = ''                           # values to try: "flag=value,value; name: flag=value+flag=value"
 arms = 'alone,removed,ladder'       # with --base, the places in which each flag is tried
 seeds = 3                           # runs of each arm, with train.py's seed, the next one and so on
-match = 'none'                      # resize the ffn to equalise params, active (params of one token) or flops
-lr_sweep = 1                        # learning rates tried per arm, each twice the last; the best one counts
+match = 'none'                      # resize the ffn to equal params, active (of one token) or flops
+lr_sweep = 1                        # learning rates per arm, each twice the last; the best one counts
 evals = 10                          # evaluations per run, for the curves; replaces eval_interval
 jobs = 1                            # runs at the same time; on GPUs, spread over them
 out_dir = ''                        # folder of the sweep; empty: out/ablate/<name of the first file>

@@ -30,12 +30,12 @@ from nanoblocks.hardware import check_device
 
 batch_size = 12                     # step, families: sequences in a training step
 rounds = 30                         # how often each variant is timed
-nanogpt = ''                        # step: folder of a nanoGPT checkout to time as well, with the same flags
+nanogpt = ''                        # step: folder of a nanoGPT checkout to time as well, same flags
 device = 'cpu'                      # cpu, cuda or mps
 aot = False                         # kernels: compile for GPUs that this machine lacks, instead of timing
 out = 'out/bench'                   # gpu, kernels: folder for gpu.json
 parts = ''                          # gpu: some of checks,kernels,train,curve,decode,optimizer; empty: all
-seconds = 510                       # gpu, kernels: time limit; what does not fit in it is skipped and named
+seconds = 510                       # gpu, kernels: time limit; what does not fit is skipped and named
 dry = False                         # gpu, kernels: everything at toy size on a CPU, to test that it runs
 dtype = 'bfloat16'                  # families: number type of matrix products, float32 or bfloat16
 figures = 'out/bench'               # folder for a topic's figures, and for the runs it trains

@@ -36,7 +36,7 @@ def test_help_shows_every_topic_in_a_line_of_its_own(capsys):
     shown = capsys.readouterr().out.splitlines()
     for name in bench.TOPICS:
         line = next(line for line in shown if line.startswith(f'    {name} '))
-        assert len(line) > 40 and len(line) <= 120, line
+        assert 40 < len(line) <= 120, line
     assert '    python bench.py kernels --aot=True' in shown
 
 

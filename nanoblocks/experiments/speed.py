@@ -108,7 +108,7 @@ def optimizer_steps(model):
 
 
 def families(argv, reuse, dtype, batch_size, rounds, device):
-    """Every config/*_small.py trained, sampled and timed, as a Markdown table; takes train.py's settings."""
+    """Every config/*_small.py trained, sampled and timed; takes train.py's settings."""
     flags = [arg for arg in argv if not arg.startswith(('--reuse=', '--rounds='))]
     models, rows = {}, {}
     for path in sorted((ROOT / 'config').glob('*_small.py')):
