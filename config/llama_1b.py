@@ -1,4 +1,4 @@
-"""Llama's blocks at 1.1B parameters, the shape of TinyLlama (Zhang et al. 2024)."""
+"""TinyLlama (Zhang et al. 2024, https://arxiv.org/abs/2401.02385): Llama's blocks at 1.17B parameters."""
 out_dir = 'out/llama_1b'
 pos = 'rope'
 norm = 'rmsnorm'

@@ -1,6 +1,6 @@
 """
-The decoder of 2017 (Vaswani et al., https://arxiv.org/abs/1706.03762): sines for positions, norms on the sum,
-ReLU.
+Transformer decoder (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762): sines for positions, norms on the
+sum, ReLU.
 """
 out_dir = 'out/original_small'
 pos = 'sinusoidal'

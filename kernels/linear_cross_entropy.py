@@ -176,7 +176,7 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
              z_weight: float, grads: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dx, dW), the gradients empty unless they are asked for"""
     check('linear_cross_entropy', x=(x, 'N C'), weight=(weight, 'V C'), targets=(targets, 'int N'))
-    (N, C), V = x.shape, weight.shape[0]
+    N, V = x.shape[0], weight.shape[0]
     # one product kernel does not fit all: rows of logits on multiples of 16 bytes
     width = cdiv(V, 16) * 16
     n = clamp(FUSED_NUMEL // width, 1, max(1, N))

@@ -38,7 +38,7 @@ CHUNK = 64
 
 def ssd_reference(x, dt, A, B, C, D, state=None):
     """The definition, one token after the other. Same arguments and result as ssd, without chunks."""
-    wide, (batch, T, H, P) = torch.promote_types(x.dtype, torch.float32), x.shape
+    wide, (batch, _, H, P) = torch.promote_types(x.dtype, torch.float32), x.shape
     s = x.new_zeros(batch, H, P, B.shape[-1], dtype=wide) if state is None else state.to(wide)
     # the heads of a group are neighbours
     B, C = (v.repeat_interleave(H // v.shape[2], dim=2) for v in (B, C))  # (B,T,H,N)
@@ -65,7 +65,7 @@ def segment_decay(log_decay):
 
 def _chunked(x, dt, A, B, C, state, chunk):
     """ssd without D, for T a multiple of the chunk and everything as wide as the state."""
-    (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
+    (batch, _, H, P), (G, N) = x.shape, B.shape[2:]
     # K chunks, each (H|G,L,...)
     u, log_decay, B, C = (v.unflatten(1, (-1, chunk)).transpose(2, 3)
                           for v in (x * dt.unsqueeze(-1), dt * A, B, C))

@@ -1,12 +1,12 @@
 """
-The Triton kernels against plain PyTorch, the part of test_kernels.py that needs a process of its own: with
-TRITON_INTERPRET=1, which is read when Triton is imported, kernels run on a CPU.
+The Triton kernels against plain PyTorch: the part of test_kernels.py that needs a process of its own, because
+TRITON_INTERPRET=1, with which kernels run on a CPU, is read when Triton is imported.
 
     echo '[["check", "rms_norm", "one row", "float32"]]' | TRITON_INTERPRET=1 python tests/fused.py
 
-Triton's interpreter keeps bf16 as the integers of its bits and computes with those, so what it gets wrong is
-replaced here: products of bf16, and rounding to it. Kernels do all other arithmetic in fp32. What it cannot
-see is left to a GPU: races, and the limits of registers and shared memory.
+Triton's interpreter stores bf16 numbers as integers of the same bits and computes with those integers. Where
+this goes wrong, in products of bf16 and in rounding to it, its functions are replaced here; kernels do all
+other arithmetic in fp32. Races and the limits of registers and shared memory show only on a GPU.
 """
 import json
 import os
@@ -26,12 +26,12 @@ import kernels  # noqa: E402
 
 
 def repair_interpreter():
-    """Right numbers for bf16, and scans that are not made number by number."""
+    """Correct numbers for bf16, and scans of rows instead of single numbers."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter as it
 
-    np.seterr(all='ignore')  # numbers that a mask drops may overflow before it does
+    np.seterr(all='ignore')  # numbers may overflow before a mask drops them
 
     def wide(handle):
         if handle.dtype.scalar != tl.bfloat16:
@@ -78,12 +78,12 @@ def repair_interpreter():
 
 
 def arguments(op, case, dtype, device, double=False):
-    """A case's arguments in a dtype, or the very same numbers in float64; strides as they are."""
+    """A case's arguments in a dtype, or the same numbers, rounded to it, in float64; strides are kept."""
     made, stores = [], {}
     for value in kernels.OPS[op].cases()[case]:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             kind = dtype if value.dtype == torch.float64 else value.dtype
-            # one buffer that two arguments share stays one
+            # a buffer that two arguments share stays shared
             key = value.untyped_storage().data_ptr()
             if key not in stores:
                 store = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(kind)
@@ -98,7 +98,7 @@ def arguments(op, case, dtype, device, double=False):
 
 
 def run(function, args, differentiate):
-    """{name: tensor} of the outputs, and of the gradients for incoming ones that are not one."""
+    """{name: tensor} of the outputs, and of the gradients for incoming gradients other than 1."""
     outputs = function(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     found = {f'output {n}': out.detach() for n, out in enumerate(outputs)}
@@ -115,8 +115,8 @@ def run(function, args, differentiate):
 
 def check(op, case, dtype, device='cpu'):
     """
-    What is wrong, a list of sentences. The rule: an error against the same numbers in float64 of at most
-    twice that of plain PyTorch in the same dtype, and one rounding.
+    What is wrong with a kernel, a list of sentences. The rule: its error, measured against float64, is at most
+    twice the error of plain PyTorch in the same dtype, plus one rounding.
     """
     row, dtype = kernels.OPS[op], getattr(torch, dtype)
     args = arguments(op, case, dtype, device)
@@ -143,7 +143,7 @@ def check(op, case, dtype, device='cpu'):
             continue
         error, plain, size = (v.double().square().mean().sqrt().item()
                               for v in (got[name].double() - want, baseline[name].double() - want, want))
-        # a state or a parameter's gradient in fp32 is made of activations, which are in this dtype
+        # states and gradients of parameters in fp32 are made from activations in the narrower dtype
         rounding = max(torch.finfo(kind).eps for kind in (got[name].dtype, dtype))
         bound = 2 * plain + rounding * size
         if not error <= bound:
@@ -152,7 +152,7 @@ def check(op, case, dtype, device='cpu'):
 
 
 class Calls(TorchDispatchMode):
-    """Writes down the calls of the kernels' operators."""
+    """Records the calls of the kernels' operators."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +165,7 @@ class Calls(TorchDispatchMode):
 
 
 def check_operators(op):
-    """torch.library.opcheck on the operators that an operation is made of, and one graph with it inside."""
+    """torch.library.opcheck on the operators of an operation, and the operation inside one compiled graph."""
     row, calls = kernels.OPS[op], Calls()
     case = next(iter(row.cases()))
     dtype = torch.float16 if op == 'ssd' else torch.float32
@@ -188,7 +188,7 @@ def check_operators(op):
 
 
 def check_model(name):
-    """Loss, gradients, and the logits of a prefill and two steps: with kernels as without."""
+    """Loss, gradients, and the logits of a prefill and two steps must be equal with and without kernels."""
     import conftest
     flags = next(flags for names, flags in conftest.families().items() if name in names.split('+'))
     model, seen = conftest.scaled(conftest.build(flags), 3), {}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close, build, scaled, tokens, toy
 
-from model import GPT, Context, GPTConfig, MoE, alibi_slopes, kv_cache_bytes
+from model import GPT, AlibiPositions, Context, GPTConfig, MoE, kv_cache_bytes
 from nanoblocks.training import checkpoint
 
 MOE = dict(ffn_pattern='e', n_expert=4)
@@ -326,6 +326,15 @@ def test_residual_equals_its_definition(residual, want):
     assert_close(got, want(x, *parts, 0.3), 1e-6, residual)
 
 
+def attended(mixer, x, ctx):
+    """The queries, keys and values with which a layer attends."""
+    seen = []
+    hook = mixer.scores.register_forward_pre_hook(lambda module, args: seen.extend(args[:3]))
+    mixer(x, ctx)
+    hook.remove()
+    return seen
+
+
 def test_embeddings_enter_where_their_flags_say():
     flags = toy(embed_scale=3.0, embed_norm=True, embed_skip=True, value_embed=True, pos='none', n_kv_head=2)
     model, idx = scaled(build(flags), 5), tokens(toy(), 1, 7)
@@ -336,9 +345,9 @@ def test_embeddings_enter_where_their_flags_say():
         if layer:
             x = block.skip[0] * x + block.skip[1] * start
         mixer, y = block.mixer, block.ln_1(x)
-        q, k, v = mixer.qkv(y, ctx)
+        q, k, v = attended(mixer, y, ctx)   # with values of zero in ctx
         v = v + mixer.value_scale * values
-        x = x + mixer.c_proj(mixer.scores(q, k, v, ctx.pos, ctx.pos, True).flatten(2))
+        x = x + mixer.c_proj(mixer.scores(q, k, v, ctx, ctx.pos).flatten(2))
         x = x + block.ffn(block.ln_2(x), ctx)
     assert_close(model(idx)[0], model.ln_f(x) @ model.wte.weight.T, 1e-5, 'logits')
 
@@ -350,8 +359,8 @@ def test_queries_without_rope_grow_with_the_log_of_their_position():
     x = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0))
     ctx = Context(torch.arange(12), True, None)
     growth = [1 + 0.5 * math.log(1 + math.floor((t + 1) / 4)) for t in range(12)]
-    want = plain.qkv(x, ctx)[0] * torch.tensor(growth).view(1, -1, 1, 1)
-    assert_close(mixer.qkv(x, ctx)[0], want, 1e-6, 'queries')
+    want = attended(plain, x, ctx)[0] * torch.tensor(growth).view(1, -1, 1, 1)
+    assert_close(attended(mixer, x, ctx)[0], want, 1e-6, 'queries')
 
 
 def test_chunks_see_themselves_alone():
@@ -445,4 +454,4 @@ def test_padding_gives_finite_numbers_in_16_bit(dtype, more):
     assert logits.isfinite().all()
     if model.config.pos == 'alibi':
         slopes = model.h[0].mixer.scores.slopes.view(torch.float32).flatten()
-        assert torch.equal(slopes, alibi_slopes(6)), 'a cast must leave the slopes alone'
+        assert torch.equal(slopes, AlibiPositions.slopes(6)), 'a cast must leave the slopes alone'

@@ -1,6 +1,6 @@
 """
-The fast paths of sampling against the plain ones: log-probabilities against the full forward, speculative
-decoding against the distribution that it must keep, 8-bit weights against what they round.
+The fast paths of sampling against the plain ones: log-probabilities against the full forward pass,
+speculative decoding against the exact distribution, 8-bit weights against the weights they round.
 """
 import itertools
 import math
@@ -14,18 +14,17 @@ from model import GPT, GPTConfig, Linear, StateCache, TokenCache
 from nanoblocks.decoding.decode import (
     Decoder,
     Sampling,
-    Text,
-    arriving,
     gumbel,
     key,
     left_padded,
-    logprobs_of,
-    special_token,
+    steps_on_host,
     trimmed,
     uniform,
 )
 from nanoblocks.decoding.quantize import Int8Experts, Int8Linear, quantize, rounded
-from nanoblocks.decoding.speculative import Speculative, verdict
+from nanoblocks.decoding.scoring import token_logprobs
+from nanoblocks.decoding.speculative import Speculative, acceptance
+from nanoblocks.decoding.text import Text, special_token
 from nanoblocks.hardware import bytes_per_step, read_bandwidth
 
 GREEDY = Sampling(temperature=0)
@@ -50,7 +49,7 @@ def want(model, texts, n):
 
 @every_family
 def test_log_probabilities_are_those_of_the_full_forward(flags):
-    """Whatever pieces the prompt is cut into."""
+    """However the prompt is cut into pieces."""
     model, idx = scaled(build(flags), 5), tokens(flags, 2, 9)
     texts = []
     for chunk in (9, 4, 1):
@@ -62,7 +61,7 @@ def test_log_probabilities_are_those_of_the_full_forward(flags):
 
 @every_family
 def test_prompts_of_unequal_lengths_are_as_if_alone(flags):
-    """In any order, with the noise of their row and the log-probabilities of the full forward."""
+    """In any order: the same text, and the log-probabilities of the full forward pass."""
     model, text = scaled(build(flags), 5), tokens(flags, 3, 9).tolist()
     prompts = [text[0][:3], text[1], text[2][:6]]
     alone = [drawn(Decoder(model, torch.tensor([p]), 7, Sampling(), seed=1, first_row=n, logprobs=True))
@@ -135,7 +134,7 @@ def test_a_step_is_one_graph_for_all_positions(flags):
     toy(layer_pattern='w', window=5, pos='alibi'),
     toy(layer_pattern='wm', window=5, pos='none', ssm_head_dim=8)],
     ids=['window', 'state', 'alibi', 'both'])
-def test_windows_and_states_go_on_in_constant_memory(flags):
+def test_windows_and_states_run_in_constant_memory(flags):
     model, idx = scaled(build(flags), 5), tokens(flags, 1, 4)
     short, long = (Decoder(model, idx, n, Sampling(), seed=0, logprobs=True) for n in (30, 150))
     assert sum(e.nbytes() for e in short.cache) == sum(e.nbytes() for e in long.cache)
@@ -154,14 +153,14 @@ def test_noise_is_uniform_and_does_not_repeat():
     counts = torch.histc(u, 50, 0, 1)
     chi2 = ((counts - u.numel() / 50) ** 2 / (u.numel() / 50)).sum().item()
     assert chi2 < 49 + 4 * math.sqrt(2 * 49), f'chi square of 49 degrees: {chi2:.0f}'
-    # neighbours in any direction know nothing of each other
+    # neighbours in both directions are uncorrelated
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
         corr = torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1].item()
         assert abs(corr) < 4 / math.sqrt(a.numel()), f'correlation {corr:.4f}'
 
 
 def test_noise_has_the_tail_that_unlikely_tokens_need():
-    """A token of probability 2^-20 is drawn so often: 24 bits of noise near 1 would be too few."""
+    """Tokens of probability 2^-14 are drawn that often: 24 bits of noise near 1 would be too coarse."""
     g = gumbel(key(torch.arange(2 ** 13)).view(-1, 1), torch.arange(512))
     for size in (10, 12, 14):
         share, p = (g > math.log(2 ** size)).float().mean().item(), 1 - math.exp(-2.0 ** -size)
@@ -176,15 +175,15 @@ PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
     ({'min_p': 1e-3}, [0, 1, 2, 3]),
     ({'min_p': 0.5, 'temperature': 2.0}, [0, 1, 2, 3]), ({'min_p': 0.4, 'top_k': 2}, [0, 1]),
     ({'min_p': 0.4, 'top_p': 0.6}, [0, 1])], ids=str)
-def test_min_p_keeps_what_is_so_likely(arguments, kept):
-    # the limits stand between the shares, not on them
+def test_min_p_keeps_tokens_above_its_share_of_the_likeliest(arguments, kept):
+    # no limit of these cases falls exactly on a probability
     probs = Sampling(**arguments).probabilities(PROBS.log() + torch.tensor([0, 0, 1e-4, 0]))
     assert probs.nonzero().flatten().tolist() == kept
     assert abs(probs.sum() - 1) < 1e-6
 
 
-def test_repetition_penalty_is_for_what_the_text_holds():
-    """And not for padding, which is token 0 as well."""
+def test_repetition_penalty_is_for_tokens_of_the_text():
+    """And not for padding, which is token 0."""
     V = 61
     model = build(toy())
     idx, lengths = left_padded([[3, 5, 3, 7], [9]])
@@ -228,7 +227,7 @@ def test_rotations_by_length_are_those_of_the_full_forward(scaling):
         decoder.ready_step = lambda: decoder.step
         new, logprobs = drawn(decoder)
         text = torch.cat((idx, new), 1)
-        with torch.no_grad():  # each token by a forward of its own, over as many as there are before it
+        with torch.no_grad():  # one forward pass per token, over all tokens before it
             logits = torch.stack([model(text[:, :8 + k])[0][:, -1] for k in range(n)], 1)
         expected = logits.log_softmax(-1).gather(-1, new.unsqueeze(-1)).squeeze(-1)
         assert_close(logprobs, expected, 1e-4, f'{n} new tokens, compiled={compiled}')
@@ -237,19 +236,20 @@ def test_rotations_by_length_are_those_of_the_full_forward(scaling):
     assert torch.cat(list(Decoder(model, idx, 4, Sampling(), lengths=[3, 8]).stream()), 1).shape == (2, 4)
 
 
-@pytest.mark.parametrize('late', [False, True])
-def test_steps_arrive_whole_and_in_order(late):
+@pytest.mark.parametrize('overlap', [False, True])
+def test_steps_reach_the_host_complete_and_in_order(overlap):
     def decoder(n):
         return Decoder(model, idx, n, Sampling(), seed=2, logprobs=True)
     model, idx = scaled(build(toy(pos='rope')), 5), tokens(toy(), 3, 4)
     for n in (1, 2, 7):
         new, logprobs = drawn(decoder(n))
         steps = [list(step) for step in zip(new.T.tolist(), logprobs.T.tolist())]
-        assert list(arriving(decoder(n), late)) == steps
+        assert list(steps_on_host(decoder(n), overlap)) == steps
     running = decoder(5)
-    steps = arriving(running, late)
-    # the first at once, the others when the next is under way
-    assert [(next(steps), running.number.item())[1] for _ in range(3)] == ([1, 3, 4] if late else [1, 2, 3])
+    steps = steps_on_host(running, overlap)
+    # the first at once, the others once the next step has run
+    numbers = [(next(steps), running.number.item())[1] for _ in range(3)]
+    assert numbers == ([1, 3, 4] if overlap else [1, 2, 3])
 
 
 def test_trimmed_ends_with_the_last_row():
@@ -263,13 +263,13 @@ def test_trimmed_ends_with_the_last_row():
 
 
 class Branches:
-    """In place of chance: every outcome once, with how likely it is."""
+    """Takes the place of Noise: walks through every outcome once, with its probability."""
 
     def __init__(self):
         self.path, self.at, self.weight = [], 0, 1.0
 
     def choose(self, weights):
-        """The outcome of this path, of those that are possible."""
+        """The outcome on the current path, among those with a positive weight."""
         possible = [n for n, w in enumerate(weights) if w > 0]
         if self.at == len(self.path):
             self.path.append([0, len(possible)])
@@ -285,7 +285,7 @@ class Branches:
         return torch.tensor([self.choose(probs.double().tolist())])
 
     def next_path(self):
-        """Whether there is another; then it is begun."""
+        """Start the next path; False when all were walked."""
         while self.path and self.path[-1][0] + 1 == self.path[-1][1]:
             self.path.pop()
         if self.path:
@@ -302,7 +302,7 @@ TINY = {
 
 
 def pair(**flags):
-    """A model of three tokens and another one to draft for it, that is much smaller and disagrees."""
+    """A model with a vocabulary of three tokens, and a smaller draft that disagrees with it."""
     flags = toy(vocab_size=3, tie=False) | flags
     return scaled(build(flags), 6), scaled(build(flags | dict(n_layer=2, n_embd=16), seed=7), 6)
 
@@ -310,18 +310,18 @@ def pair(**flags):
 @pytest.mark.parametrize('kind', TINY)
 @torch.no_grad()
 def test_speculative_decoding_keeps_the_distribution(kind):
-    """Exactly: over every outcome of every draw, three tokens by drafts of two."""
+    """Exactly: the sum over every outcome of every draw, for three tokens from drafts of two."""
     model, draft = pair(**TINY[kind])
     idx, sampling, shares, agreed = torch.tensor([[0, 2, 1, 1]]), Sampling(temperature=1.3), {}, 0.0
-    chance, more = Branches(), True
+    noise, more = Branches(), True
     while more:
-        decoder = Speculative(model, draft, idx, 3, sampling, ahead=2)
-        decoder.chance = chance
+        decoder = Speculative(model, draft, idx, 3, sampling, draft_length=2)
+        decoder.noise = noise
         text = tuple(token.item() for token in decoder.stream())
-        shares[text] = shares.get(text, 0.0) + chance.weight
-        agreed += chance.weight * decoder.kept
-        more = chance.next_path()
-    assert abs(sum(shares.values()) - 1) < 1e-5 and 0.2 < agreed < 1.9, f'{agreed} drafts kept'
+        shares[text] = shares.get(text, 0.0) + noise.weight
+        agreed += noise.weight * decoder.accepted
+        more = noise.next_path()
+    assert abs(sum(shares.values()) - 1) < 1e-5 and 0.2 < agreed < 1.9, f'{agreed} tokens accepted'
     for text in itertools.product(range(3), repeat=3):
         whole = torch.cat((idx, torch.tensor([text])), 1)
         probs = sampling.probabilities(model(whole)[0][0, 3:6])
@@ -329,44 +329,44 @@ def test_speculative_decoding_keeps_the_distribution(kind):
         assert abs(shares.get(text, 0.0) - p) < 1e-4, f'{text}: {shares.get(text)} must be {p}'
 
 
-def test_verdict_is_the_rule_of_the_paper():
+def test_acceptance_is_the_rule_of_the_paper():
     p, q = torch.rand(4, 5).softmax(-1), torch.rand(3, 5).softmax(-1)
     total = torch.zeros(5, dtype=torch.float64)
     for x in range(5):
-        keep, then = verdict(p, q, torch.full((3,), x))
+        accept, following = acceptance(p, q, torch.full((3,), x))
         for n in range(3):
-            assert abs(keep[n] - min(1, p[n, x] / q[n, x])) < 1e-6
-        total += q[0, x].double() * ((1 - keep[0]) * then[0]).double()
-        total[x] += (q[0, x] * keep[0]).double()
-        assert torch.equal(then[3], p[3])
-    assert_close(total, p[0].double(), 1e-6, 'what is drawn first')
+            assert abs(accept[n] - min(1, p[n, x] / q[n, x])) < 1e-6
+        total += q[0, x].double() * ((1 - accept[0]) * following[0]).double()
+        total[x] += (q[0, x] * accept[0]).double()
+        assert torch.equal(following[3], p[3])
+    assert_close(total, p[0].double(), 1e-6, 'distribution of the first token')
 
 
 @every_family
 def test_greedy_speculation_is_the_greedy_text(flags):
-    """Also for states that are taken back, rings that are written anew, and drafts that are always kept."""
+    """Also with states rolled back, ring buffers overwritten, and drafts that are always accepted."""
     model, idx = scaled(build(flags), 10), tokens(flags, 1, 6)
     other = scaled(build(flags, seed=5), 10)
     text = torch.cat(list(Decoder(model, idx, 14, GREEDY).stream()), 1)
-    for draft, ahead in ((other, 3), (model, 4), (other, 1)):
-        decoder = Speculative(model, draft, idx, 14, GREEDY, ahead=ahead)
+    for draft, length in ((other, 3), (model, 4), (other, 1)):
+        decoder = Speculative(model, draft, idx, 14, GREEDY, draft_length=length)
         logprobs, new = [], []
         for token in decoder.stream():
             new.append(token)
             logprobs.append(decoder.logprob)
-        assert torch.equal(torch.cat(new, 1), text), f'{ahead} ahead'
+        assert torch.equal(torch.cat(new, 1), text), f'drafts of {length}'
         whole = torch.cat((idx, text), 1)
         assert_close(torch.cat(logprobs, 1), want(model, whole, 14), 1e-4, 'log-probabilities')
         if draft is model:
-            assert decoder.kept == decoder.proposed and decoder.rounds == 3, 'it must agree with itself'
+            assert decoder.accepted == decoder.proposed and decoder.rounds == 3, 'it must agree with itself'
 
 
 def test_speculation_stops_where_the_text_does():
     model, idx = scaled(build(toy(pos='rope')), 10), tokens(toy(), 1, 6)
-    whole = Speculative(model, model, idx, 14, Sampling(), seed=1, ahead=4)
+    whole = Speculative(model, model, idx, 14, Sampling(), seed=1, draft_length=4)
     text = [token.item() for token in whole.stream()]
     stop = text[6]
-    again = Speculative(model, model, idx, 14, Sampling(), stop=[stop], seed=1, ahead=4)
+    again = Speculative(model, model, idx, 14, Sampling(), stop=[stop], seed=1, draft_length=4)
     assert [t.item() for t in again.stream()] == text[:text.index(stop) + 1]
 
 
@@ -401,9 +401,9 @@ def test_speculation_penalises_repetition_as_the_plain_loop():
     ({'draft': toy(vocab_size=97)}, '^draft has a vocabulary of 97 tokens and must'),
     ({'idx': torch.zeros(2, 4, dtype=torch.int64)}, '^idx of shape'),
     ({'idx': torch.zeros(1, 0, dtype=torch.int64)}, '^idx of shape'),
-    ({'ahead': 0}, '^ahead=0 must be'),
+    ({'draft_length': 0}, '^draft_length=0 must be'),
     ({'max_new_tokens': 21}, 'must stay within block_size=24 of draft')])
-def test_speculation_refuses_in_one_sentence(wrong, sentence):
+def test_speculation_refuses_with_one_sentence(wrong, sentence):
     arguments = dict(idx=tokens(toy(), 1, 4), max_new_tokens=3) | wrong
     draft = build(arguments.pop('draft', toy()))
     with pytest.raises(ValueError, match=sentence) as error:
@@ -426,7 +426,7 @@ def test_rounding_is_to_the_nearest_of_255_steps():
 
 @every_family
 @torch.no_grad()
-def test_int8_is_near_the_model_and_a_quarter_of_its_bytes(flags):
+def test_int8_is_near_the_model_and_reads_fewer_bytes(flags):
     model, idx = scaled(build(flags), 2), tokens(flags, 2, 12)
     logits, size = model(idx)[0], bytes_per_step(model, None)
     assert quantize(model) is model
@@ -436,14 +436,14 @@ def test_int8_is_near_the_model_and_a_quarter_of_its_bytes(flags):
     kinds = [type(m) for m in model.modules()]
     assert Int8Linear in kinds and bytes_per_step(model, None) < size
     assert (Int8Experts in kinds) == bool(model.moes)
-    # one row takes the CPU's own kernel
+    # one row runs the CPU's int8 kernel
     new = torch.cat(list(Decoder(model, idx[:1], 6, GREEDY).stream()), 1)
     assert new.shape == (1, 6)
 
 
 def test_int8_rows_few_and_many_are_the_same_product():
     torch.manual_seed(0)
-    # the CPU's kernel reads whole vectors: widths that are no multiple of them must not reach it
+    # the CPU's kernel reads vectors of 64: other widths must not reach it
     for width, out in itertools.product((64, 128, 7, 12, 48, 100), (1, 7, 64)):
         linear = Linear(width, out, bias=True)
         torch.nn.init.normal_(linear.weight), torch.nn.init.normal_(linear.bias)
@@ -467,17 +467,17 @@ def test_int8_keeps_the_embedding_of_a_tied_head():
 
 @every_family
 @torch.no_grad()
-def test_logprobs_of_a_text_are_those_of_the_full_forward(flags):
+def test_token_logprobs_are_those_of_the_full_forward_pass(flags):
     model, idx = scaled(build(flags), 5), tokens(flags, 1, 20)
-    assert_close(logprobs_of(model, idx[0], 20), want(model, idx, 19)[0], 1e-4, 'one window')
-    # windows of 8 that begin at 0, 4, 8, 12: each token with at least 4 before it
-    got = logprobs_of(model, idx[0], 8)
+    assert_close(token_logprobs(model, idx[0], 20), want(model, idx, 19)[0], 1e-4, 'one window')
+    # windows of 8 that start at 0, 4, 8, 12: every token is predicted from at least 4
+    got = token_logprobs(model, idx[0], 8)
     assert got.shape == (19,)
     for first, since in ((0, 1), (4, 8), (8, 12), (12, 16)):
         piece = idx[:, first:first + 8]
         part = want(model, piece, first + 8 - since)[0]
         assert_close(got[since - 1:since - 1 + len(part)], part, 1e-4, f'window at {first}')
-    assert logprobs_of(model, idx[0, :1], 8).shape == (0,)
+    assert token_logprobs(model, idx[0, :1], 8).shape == (0,)
 
 
 def test_bytes_of_a_step():
@@ -511,12 +511,12 @@ def test_read_bandwidth_is_a_speed():
     assert 1e7 < read_bandwidth(2 ** 22, 'cpu') < 1e13
 
 
-def said(text, data, tokenizer=ByteTokenizer()):
-    """What is told at each token."""
+def said(text, data):
+    """The characters returned for each token."""
     return [text.add(token) for token in data]
 
 
-def test_text_is_told_in_whole_characters():
+def test_text_arrives_in_complete_characters():
     text = Text(ByteTokenizer())
     assert said(text, 'aé😀'.encode()) == ['a', '', 'é', '', '', '', '😀'] and text.finish() == ''
     text = Text(ByteTokenizer())
@@ -526,19 +526,19 @@ def test_text_is_told_in_whole_characters():
 
 
 def test_text_ends_before_a_stop_string():
-    text = Text(ByteTokenizer(), stops=['END', 'NO'])
+    text = Text(ByteTokenizer(), stop_strings=['END', 'NO'])
     assert said(text, b'aENxENDb') == ['a', '', '', 'ENx', '', '', '', '']
     assert text.done and text.text == 'aENx'
     assert text.tokens == [*b'aENxEND'], 'the tokens of the stop are counted, later ones are not'
-    text = Text(ByteTokenizer(), stops=['END'])
+    text = Text(ByteTokenizer(), stop_strings=['END'])
     said(text, b'aEN')
-    assert text.finish() == 'EN', 'what only began like a stop is text'
-    text = Text(ByteTokenizer(), stops=['b', 'ab'])
+    assert text.finish() == 'EN', 'the beginning of a stop string alone is text'
+    text = Text(ByteTokenizer(), stop_strings=['b', 'ab'])
     assert said(text, b'xab') == ['x', '', ''] and text.text == 'x'
 
 
 def test_text_ends_with_a_token():
-    text = Text(ByteTokenizer(), ends=[256])
+    text = Text(ByteTokenizer(), stop_tokens=[256])
     assert said(text, [97, 256, 98]) == ['a', '', ''] and text.text == 'a' and text.tokens == [97, 256]
 
 
@@ -551,12 +551,12 @@ def test_special_tokens():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Caches that go back
+# Rollback of caches
 
 
 @pytest.mark.parametrize('spare', [1, 3])
 @torch.no_grad()
-def test_a_ring_with_spare_slots_goes_back(spare):
+def test_a_ring_buffer_with_spare_slots_rolls_back(spare):
     flags = toy(layer_pattern='w', window=5, pos='rope')
     model, idx = scaled(build(flags), 5), tokens(flags, 1, 20)
     logits = model(idx)[0]
@@ -568,11 +568,11 @@ def test_a_ring_with_spare_slots_goes_back(spare):
         wrong[:, 0] = idx[:, start]
         pos = torch.arange(start, start + 1 + spare)
         got = model(wrong, cache=cache, pos=pos)[0][:, 0]
-        assert_close(got, logits[:, start], 1e-4, f'logits at {start} after going back {spare}')
+        assert_close(got, logits[:, start], 1e-4, f'logits at {start} after rolling back {spare}')
 
 
 @torch.no_grad()
-def test_states_are_taken_back_by_a_copy():
+def test_states_are_rolled_back_from_a_snapshot():
     flags = toy(layer_pattern='ma', pos='none', ssm_head_dim=8)
     model, idx = scaled(build(flags), 5), tokens(flags, 2, 12)
     cache = model.new_cache(2, 12)
@@ -584,4 +584,4 @@ def test_states_are_taken_back_by_a_copy():
     for entry, state in zip(cache, before):
         entry.restore(state)
     got = model(idx[:, 5:], cache=cache, pos=torch.arange(5, 12))[0]
-    assert_close(got, model(idx)[0][:, 5:], 1e-4, 'logits after the copy')
+    assert_close(got, model(idx)[0][:, 5:], 1e-4, 'logits after the rollback')

@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from conftest import assert_close, build, every_family, scaled, tokens, toy
 
 import model as model_file
-from model import FFN, GPT, NORM_AT, NORMS, POSITIONS, Context, GPTConfig, Kind, Scores, alibi_slopes, dense
+from model import (
+    FFN,
+    GPT,
+    NORM_AT,
+    NORMS,
+    POSITIONS,
+    AlibiPositions,
+    Context,
+    GPTConfig,
+    LayerSpan,
+    Scores,
+    dense,
+)
 from nanoblocks.decoding.decode import Sampling, key
 from nanoblocks.training import checkpoint
 
@@ -403,7 +415,7 @@ ALIBI_4 = [0.25, 0.0625, 0.015625, 0.00390625]  # of four heads, from the paper'
 def test_scores_equal_their_definition(K, window, more):
     B, T, H, D = 2, 9, 4, 6
     config = GPTConfig(**toy(n_kv_head=K, **more))
-    scores = Scores(config, H, D, Kind(window))
+    scores = Scores(config, H, D ** -0.5, LayerSpan(window))
     sinks = None
     if config.sinks:
         sinks = [0.5, -1.0, 2.0, 0.0]
@@ -414,13 +426,13 @@ def test_scores_equal_their_definition(K, window, more):
     # tokens 0..T-1: the triangle, and blocks where the window is short
     pos = torch.arange(T)
     want = scores_by_loops(q, k, v, pos.expand(B, T), pos.expand(B, T), **parts)
-    assert_close(scores(q, k, v, pos, pos, True), want, 1e-5, 'causal')
-    assert_close(scores(q, k, v, pos, pos, False), want, 1e-5, 'by positions')
+    for causal in (True, False):
+        assert_close(scores(q, k, v, Context(pos, causal, None), pos), want, 1e-5, f'causal={causal}')
     # slots in any order, empty ones, another row at another place
     key_pos = torch.tensor([[4, 5, -1, 3, 0, 1, 2, -1, 6], [-1, -1, 0, 1, 2, 3, 4, 5, 6]])
     pos = torch.tensor([[5, 6], [2, 3]])
     want = scores_by_loops(q[:, :2], k, v, pos, key_pos, **parts)
-    assert_close(scores(q[:, :2], k, v, pos, key_pos, False), want, 1e-5, 'slots')
+    assert_close(scores(q[:, :2], k, v, Context(pos, False, None), key_pos), want, 1e-5, 'slots')
 
 
 @pytest.mark.parametrize('n_head, slopes', [
@@ -430,7 +442,7 @@ def test_scores_equal_their_definition(K, window, more):
     (6, [*ALIBI_4, 2 ** -1, 2 ** -3]),
 ])
 def test_alibi_slopes(n_head, slopes):
-    assert alibi_slopes(n_head).tolist() == slopes
+    assert AlibiPositions.slopes(n_head).tolist() == slopes
 
 
 @pytest.mark.parametrize('bias', [True, False])

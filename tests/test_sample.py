@@ -1,7 +1,7 @@
 """
-Sampling, as a user runs it: what is printed, what decides it, where it ends, what is refused in one sentence.
+sample.py as a user runs it: the printed text, the settings that decide it, where it ends, what is refused.
 
-Most models here are written by hand: one that says a given text over and over shows every lost byte.
+Most models here are written by hand: one that repeats a given text for ever shows every lost byte.
 """
 import json
 import re
@@ -31,9 +31,9 @@ def chars():
 
 def parrot(folder, *texts, name='best.pt', vocab_size=257, room=None, padding=0.0):
     """
-    A model of bytes that continues each text from any of its bytes, which must be different ones: the first
-    over and over, the others until the end of the document. room: learned positions; padding: how much the
-    head wants the tokens that are rows without a meaning.
+    The out_dir of a model of bytes that continues each text from any of its bytes, which must all differ: the
+    first text for ever, the others until the end of the document. room: number of learned positions;
+    padding: logit of the vocabulary's unused rows.
     """
     config = GPTConfig(n_layer=1, n_head=1, n_embd=320, vocab_size=vocab_size, block_size=room or 16,
                        pos='learned' if room else 'rope', tie=False, zero_init=True)
@@ -93,7 +93,7 @@ def test_the_same_in_a_process_of_its_own():
 
 
 def test_text_is_what_the_model_generates():
-    """With these very settings: none is lost between the command line and the draw."""
+    """With the same settings: none is lost between the command line and the draw."""
     state = checkpoint.load(chars() / 'best.pt')
     model, tokenizer = checkpoint.build(state, 'best.pt'), from_meta(state['meta']['tokenizer'])
     idx = torch.tensor([tokenizer.encode('a b')])
@@ -126,7 +126,7 @@ def test_prompt_from_a_file(tmp_path):
     assert text_of(out_dir, start=f'FILE:{tmp_path / "prompt.txt"}', max_new_tokens=5) == 'fée\nab\nab'
 
 
-def test_characters_of_several_tokens_are_whole(tmp_path):
+def test_characters_of_several_tokens_are_complete(tmp_path):
     cycle = 'é漢😀-'
     out_dir = parrot(tmp_path, cycle)
     for tokens in (len(cycle.encode()), 10 * len(cycle.encode())):
@@ -134,7 +134,7 @@ def test_characters_of_several_tokens_are_whole(tmp_path):
 
 
 def test_bytes_that_are_no_text_do_not_stop_it(tmp_path):
-    """A lead byte without what it leads: U+FFFD for it, and the text goes on."""
+    """A lead byte without its continuation becomes U+FFFD, and the text continues."""
     out_dir = parrot(tmp_path, 'ab')
     state = checkpoint.load(out_dir / 'best.pt')
     state['model']['lm_head.weight'][:, ord('b')] = 0.0
@@ -149,7 +149,7 @@ def test_the_end_of_the_document_ends_the_text(tmp_path):
     assert samples == [('abc', 3)] * 2 and 'endoftext' not in out
 
 
-def test_it_does_not_claim_a_limit_that_it_did_not_reach(tmp_path):
+def test_a_limit_that_was_not_reached_is_not_reported(tmp_path):
     out_dir = parrot(tmp_path, '-', 'abc', room=16)
     assert 'block_size' not in sample(out_dir, start='a', max_new_tokens=50)[1]
 
@@ -243,7 +243,7 @@ def test_typed_prompts_are_continued_one_by_one(tmp_path):
 
 
 def test_a_text_is_scored(tmp_path):
-    """A model that says abc over and over finds it likely; what it says is the mean of its own loss."""
+    """A model that repeats abc finds it likely; the bits per byte agree with the log-probabilities."""
     out_dir, text = parrot(tmp_path / 'run', 'abc'), 'abc' * 20
     (tmp_path / 'text').write_text(text)
     done = python('sample.py', *flags(out_dir=out_dir, device='cpu', score=f'FILE:{tmp_path / "text"}',
@@ -263,10 +263,11 @@ def test_a_text_is_scored(tmp_path):
 # Faster
 
 
-def test_int8_says_what_it_costs_and_goes_on():
+def test_int8_prints_its_cost_before_the_samples():
     settings = dict(start='ab', max_new_tokens=20, temperature=0, num_samples=1)
     (one,), out = sample(chars(), quant='int8', **settings)
-    loss, more = map(float, re.match(r'int8: ([\d.]+) bits per byte, ([-+][\d.]+) of float32', out).groups())
+    loss, more = map(float, re.match(r'int8: ([\d.]+) bits per byte on 256 tokens of its own text, '
+                                     r'([-+][\d.]+) against float32', out).groups())
     assert 0 < loss < 8 and abs(more) < 0.1
     assert one[0].startswith('int8: ') and one[0].splitlines()[1].startswith('ab')
 
@@ -277,23 +278,24 @@ def test_a_draft_changes_speed_and_not_the_text():
     smaller = trained(dataset=dataset('chars'), **CHARS | dict(n_layer=1))
     (one,), out = sample(chars(), draft=smaller, ahead=3, **settings)
     assert one[0] == plain
-    kept, speed = re.search(r'draft: (\d+)% of its tokens kept, .* round; ([\d.]+)x the speed', out).groups()
-    assert 0 < int(kept) <= 100 and float(speed) > 0
+    accepted, speed = re.search(r'draft: (\d+)% of its tokens accepted, .* per round, ([\d.]+)x the speed',
+                                out).groups()
+    assert 0 < int(accepted) <= 100 and float(speed) > 0
     (again,), out = sample(chars(), draft=chars(), ahead=3, **settings)
-    assert again[0] == plain and 'draft: 100% of its tokens kept, 4.00 tokens a round' in out
+    assert again[0] == plain and 'draft: 100% of its tokens accepted, 4.00 tokens per round' in out
 
 
-def test_the_last_line_is_of_the_machine():
+def test_the_last_line_compares_the_speed_with_the_memory_bandwidth():
     _, out = sample(chars(), start='ab', max_new_tokens=10, num_samples=2)
-    assert re.fullmatch(r'2 rows together: 18 tokens in 9 steps of [\d.]+ ms, each of which reads [\d.]+ MB: '
-                        r'\d+% of the measured [\d.]+ GB/s', out.splitlines()[-1])
+    assert re.fullmatch(r'2 rows together: 18 tokens in 9 steps of [\d.]+ ms; reading [\d.]+ MB per step '
+                        r'uses \d+% of the measured [\d.]+ GB/s', out.splitlines()[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Which model
 
 
-def test_best_is_read_unless_another_is_named(tmp_path):
+def test_best_pt_is_read_unless_another_is_named(tmp_path):
     parrot(tmp_path, 'ab')
     parrot(tmp_path, 'ac', name='ckpt.pt')
     assert text_of(tmp_path, start='a', max_new_tokens=2) == 'aba'
@@ -302,7 +304,7 @@ def test_best_is_read_unless_another_is_named(tmp_path):
     assert text_of(tmp_path, start='a', max_new_tokens=2) == 'aca'
 
 
-def test_rows_of_the_vocabulary_without_a_meaning_are_never_drawn(tmp_path):
+def test_unused_rows_of_the_vocabulary_are_never_drawn(tmp_path):
     out_dir = parrot(tmp_path, 'abc', vocab_size=320, padding=100.0)
     for settings in (dict(temperature=0), dict(temperature=5.0, top_k=None), dict(top_k=3, top_p=0.9)):
         text = text_of(out_dir, start='a', max_new_tokens=30, **settings)
@@ -310,13 +312,13 @@ def test_rows_of_the_vocabulary_without_a_meaning_are_never_drawn(tmp_path):
 
 
 def test_a_trained_model_with_a_rounded_vocabulary():
-    """The draws are wild, so that a fifth of them would be tokens without a text."""
+    """At this temperature a fifth of the draws would be tokens without a text."""
     out_dir = trained(vocab_size=320, max_iters=5, eval_interval=5)
     samples, _ = sample(out_dir, start='ab', max_new_tokens=30, temperature=100.0, top_k=None, num_samples=5)
     assert len(samples) == 5 and all(text.startswith('ab') for text, _ in samples)
 
 
-def test_weights_can_be_of_another_dtype(tmp_path):
+def test_weights_can_have_another_dtype(tmp_path):
     out_dir = parrot(tmp_path, 'abc')
     for dtype in ('float32', 'bfloat16', 'float16'):
         assert text_of(out_dir, start='a', max_new_tokens=6, dtype=dtype) == 'abcabca'
@@ -326,12 +328,12 @@ def test_weights_can_be_of_another_dtype(tmp_path):
 # How far
 
 
-def test_rotary_positions_go_on_beyond_block_size():
+def test_rotary_positions_continue_beyond_block_size():
     samples, out = sample(chars(), start='a' * 50, max_new_tokens=50, num_samples=1)
     assert samples[0][1] == 50 and len(samples[0][0]) == 100 and 'block_size' not in out
 
 
-def test_learned_positions_end_with_a_sentence(tmp_path):
+def test_the_end_of_learned_positions_is_reported(tmp_path):
     out_dir = parrot(tmp_path, 'abc', room=16)
     samples, out = sample(out_dir, start='a', max_new_tokens=50, num_samples=2)
     assert samples == [('abc' * 5 + 'a', 15)] * 2
@@ -381,7 +383,7 @@ def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
     (dict(draft='no_such_run'), ['no_such_run']),
     (dict(out='no_such_folder/a.jsonl'), ['no_such_folder/a.jsonl', 'check the path']),
 ], ids=lambda value: '-'.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else '')
-def test_bad_input_is_refused_in_a_sentence(settings, words):
+def test_bad_input_is_refused_with_one_sentence(settings, words):
     usual = dict(out_dir=chars(), start='a', device='cpu', max_new_tokens=5)
     done = python('sample.py', *flags(**usual | settings))
     assert_refused(done, *words)
@@ -417,7 +419,7 @@ def get_encoding(name):
     raise OSError('no network')
 tiktoken.get_encoding = get_encoding''', ['gpt2', 'TIKTOKEN_CACHE_DIR']),
 ], ids=['not_installed', 'offline'])
-def test_a_vocabulary_that_cannot_be_had_is_refused(tmp_path, before, words):
+def test_a_vocabulary_that_cannot_be_loaded_is_refused(tmp_path, before, words):
     out_dir = parrot(tmp_path, 'ab')
     state = checkpoint.load(out_dir / 'best.pt')
     state['meta']['tokenizer'] = {'kind': 'tiktoken', 'name': 'gpt2'}

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.causal_conv import causal_conv, causal_conv_reference
 from kernels.selective_scan import selective_scan, selective_scan_reference
 from kernels.ssd import segment_decay, ssd, ssd_reference
-from model import SSM, Context, Linear, StateCache
+from model import SSM, Context, GPTConfig, Linear, StateCache
 
 # the package exports the function under the module's name
 scan_file = importlib.import_module('kernels.selective_scan')
@@ -318,9 +318,8 @@ def drawn(kind, seed=0, **flags):
     """A mixer as GPT.init_weights draws it."""
     mixer, generator = SSM[kind](config(kind, **flags)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in mixer.named_parameters():
-            owner, _, leaf = name.rpartition('.')
-            p.copy_(mixer.get_submodule(owner).draw(leaf, generator))
+        for p in mixer.parameters():
+            p.copy_(p.init(p.shape, generator))
     return mixer
 
 
@@ -563,7 +562,8 @@ def test_signatures_are_those_of_a_mixer():
         assert forward == ['self', 'x', 'ctx', 'cache']
         assert new_cache == ['self', 'batch_size', 'max_tokens', 'dtype', 'device', 'spare']
     assert (SSM['mamba1'].default_state, SSM['mamba2'].default_state) == (16, 128)
-    assert (SSM['mamba1'].default_dt_rank(768), SSM['mamba1'].default_dt_rank(20)) == (48, 2)
+    assert [GPTConfig(layer_pattern='m', pos='none', ssm='mamba1', n_embd=n, n_head=1).ssm_dt_rank
+            for n in (768, 20)] == [48, 2]
     assert isinstance(drawn('mamba2').new_cache(1, 1, torch.float32, 'cpu'), StateCache)
 
 

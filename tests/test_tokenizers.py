@@ -17,10 +17,11 @@ from test_train import assert_refused, flags, python
 from data.loader import open_dataset
 from data.tokenizer import CharTokenizer, from_folder, from_meta
 from nanoblocks import pretrained
+from nanoblocks.pretrained import nanogpt
 
 tokenizers = pytest.importorskip('tokenizers', reason='tokenizers runs the vocabularies of checkpoints')
 pytest.importorskip('safetensors', reason='checkpoints are safetensors files')
-from tokenizers import (  # noqa: E402  # noqa: E402
+from tokenizers import (  # noqa: E402
     AddedToken,
     Tokenizer,
     decoders,
@@ -244,7 +245,7 @@ def nanogpt_file(folder, vocab_size, **config):
     names = {name: name.replace('.mixer.', '.attn.').replace('.ffn.', '.mlp.') for name in model.state_dict()}
     weights = {f'_orig_mod.transformer.{names[name]}' if name != 'lm_head.weight' else f'_orig_mod.{name}': p
                for name, p in model.state_dict().items()}
-    args = {name: getattr(model.config, name) for name in pretrained.NANOGPT}
+    args = {name: getattr(model.config, name) for name in nanogpt.SETTINGS}
     folder.mkdir()
     torch.save({'model': weights, 'model_args': args, 'config': config, 'iter_num': 1}, folder / 'ckpt.pt')
     return folder
@@ -264,7 +265,7 @@ def test_characters_of_a_nanogpt_checkpoint_are_those_of_its_dataset(tmp_path, m
     (tmp_path / 'data' / 'letters').mkdir(parents=True)
     (tmp_path / 'data' / 'letters' / 'meta.json').write_text(
         json.dumps({'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.meta()}))
-    monkeypatch.setattr(pretrained, 'ROOT', tmp_path)
+    monkeypatch.setattr(nanogpt, 'ROOT', tmp_path)
     folder = nanogpt_file(tmp_path / 'nano', 4, dataset='letters')
     assert pretrained.tokenizer_of(folder).encode('cab') == tokenizer.encode('cab')
     assert pretrained.tokenizer_of(nanogpt_file(tmp_path / 'other', 5, dataset='letters')) is None

@@ -1,1 +1,11 @@
-"""Generation: sampling, the cached step, speculative decoding, quantisation, scoring."""
+"""
+Generation. session.py is the way in; below it:
+
+    decode        which tokens may be drawn, and the loop of cached steps
+    speculative   the same loop with a small model that drafts
+    generation    samples while they are drawn
+    text          tokens to text, stops, prompts from files
+    scoring       how likely a text is
+    quantize      8-bit weights
+    console       what sample.py prints and writes
+"""

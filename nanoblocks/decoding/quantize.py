@@ -1,9 +1,9 @@
 """
-Weights in 8 bit, for sampling: a step of one row reads every weight once and does little else, so a quarter
-of the bytes is up to four times the speed. Activations, norms, embeddings and the cache stay as they are.
+Weights in 8 bits, for faster sampling. A step of one row does little but read every weight once, so a quarter
+of the bytes makes it up to four times as fast. Activations, norms, embeddings and the cache keep their type.
 
-Each output row of a matrix has its own scale, the largest of its weights / 127 (symmetric, rounded to the
-nearest). What that costs is printed by sample.py, in bits per byte.
+Each output row of a matrix has its own scale, the largest absolute weight / 127 (symmetric, rounded to
+nearest). sample.py prints the cost in bits per byte.
 """
 import torch
 import torch.nn as nn
@@ -11,23 +11,24 @@ import torch.nn.functional as F
 
 from model import ExpertLinear, Linear
 
-# whose weights are read elsewhere than in their own forward, or choose who works
-KEPT = ('kv_up', 'router')
-# rows up to which the CPU's kernel is faster than unpacking the matrix
-FEW = 16
+# kv_up is read outside of its own forward; a rounded router would choose other experts
+NOT_QUANTIZED = ('kv_up', 'router')
+# up to this many rows, the CPU's int8 kernel is faster than converting the matrix
+MAX_KERNEL_ROWS = 16
 
 
 def rounded(weight):
-    """weight (...,N,I) -> the same in int8, and the scale (...,N) fp32 of each row"""
+    """weight (...,N,I) -> int8 of the same shape, and the scale (...,N) fp32 of each row"""
     weight = weight.detach().float()
     scale = weight.abs().amax(-1).clamp(min=1e-12) / 127
     return (weight / scale.unsqueeze(-1)).round().to(torch.int8), scale
 
 
+# a custom op, because Inductor cannot lower the kernel
 @torch.library.custom_op('nanoblocks::int8_rows', mutates_args=())
 def int8_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (M,I) bf16, weight (N,I) int8 -> their product (M,N) bf16; Inductor cannot lower the kernel."""
-    # scales are applied afterwards: the kernel would round them to its own 16 bit
+    """x (M,I) bf16, weight (N,I) int8 -> x @ weight.T (M,N) bf16"""
+    # int8_linear applies the scales afterwards: the kernel would round them to bf16
     return torch._weight_int8pack_mm(x, weight, x.new_ones(len(weight)))
 
 
@@ -38,7 +39,8 @@ def _(x, weight):
 
 def int8_linear(x, weight, scale, bias):
     """x (M,I), weight (N,I) int8, scale (N,), bias (N,) or None -> (M,N) in x's dtype"""
-    if x.device.type == 'cpu' and len(x) <= FEW and x.shape[1] % 64 == 0:  # it reads whole vectors
+    # the kernel reads whole vectors of 64 weights
+    if x.device.type == 'cpu' and len(x) <= MAX_KERNEL_ROWS and x.shape[1] % 64 == 0:
         y = int8_rows(x.bfloat16(), weight)
     else:
         y = F.linear(x, weight.to(x.dtype))
@@ -47,14 +49,14 @@ def int8_linear(x, weight, scale, bias):
 
 
 class Int8Linear(nn.Module):
-    """As the Linear it replaces."""
+    """Replaces a Linear."""
 
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = rounded(linear.weight)
         self.register_buffer('weight', weight)
-        # as integers of the same bits, because model.to(bfloat16) would round them
+        # the bits of fp32 stored as int32, because model.to(bfloat16) would round a float buffer
         self.register_buffer('scale', scale.view(torch.int32))
         self.bias = linear.bias
 
@@ -64,7 +66,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Experts(nn.Module):
-    """As the ExpertLinear it replaces; experts without a row are not read."""
+    """Replaces an ExpertLinear. Weights of experts without a row are not read."""
 
     def __init__(self, experts):
         super().__init__()
@@ -82,11 +84,11 @@ class Int8Experts(nn.Module):
 
 def quantize(model):
     """
-    The model with int8 in place of every matrix that a step reads, changed where it stands; a tied head gets
-    weights of its own, and the embedding stays.
+    Replace, in place, every matrix that a decoding step reads by its int8 form; return the model. A head tied
+    to the embedding gets int8 weights of its own, and the embedding keeps its type.
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if name not in KEPT and type(child) in (Linear, ExpertLinear):
+            if name not in NOT_QUANTIZED and type(child) in (Linear, ExpertLinear):
                 setattr(module, name, Int8Linear(child) if type(child) is Linear else Int8Experts(child))
     return model

@@ -1,0 +1,123 @@
+"""What sample.py prints and writes: samples as they arrive, scores, and how fast it went."""
+import json
+from contextlib import contextmanager, nullcontext
+
+from nanoblocks.decoding.session import Prompt
+from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
+
+
+class Console:
+    """Runs a Session for a terminal: one method per mode of sample.py."""
+
+    def __init__(self, session, out='', quant='none'):
+        """out: a file for JSON lines, one per sample; quant: 'int8' rounds the weights beforehand"""
+        self.session, self.out, self.quant = session, out, quant
+        self.file = self.last = None
+        self.hit_limit = False          # whether learned positions ended a sample
+
+    def samples(self, texts, path=None):
+        """Continue each text. path: the file that holds the texts; None: there is one, the setting start."""
+        prompts = [self.session.encode(text, f'prompt {n} of {path}' if path else 'start')
+                   for n, text in enumerate(texts, 1)]
+        with self.running():
+            for generation in self.session.generations(prompts):
+                self.show(generation)
+
+    def interactive(self):
+        """Continue each line that is typed, until the end of the input. Ctrl-C ends a sample."""
+        with self.running():
+            for n, line in enumerate(typed_lines()):
+                try:
+                    prompts = [self.session.encode(line)]
+                    for generation in self.session.generations(prompts, n * self.session.num_samples):
+                        self.show(generation)
+                except ValueError as error:
+                    print(error)
+                except KeyboardInterrupt:
+                    print()
+
+    def score(self, text):
+        """Print how likely a text is."""
+        tokens = self.session.tokens_to_score(text)
+        with self.running(tokens):
+            score = self.session.score_tokens(tokens)
+            print(f'{len(score.logprobs)} tokens, {score.bytes} bytes: log-likelihood {score.nats:.3f} nats, '
+                  f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.4f} bits per byte')
+            self.write(text=text, tokens=tokens, logprobs=score.logprobs, bits_per_byte=score.bits_per_byte)
+
+    @contextmanager
+    def running(self, tokens=None):
+        """Open the file and quantise first, print the summary last. tokens: to measure the cost of int8."""
+        with open(self.out, 'w', encoding='utf-8') if self.out else nullcontext() as self.file:
+            if self.quant == 'int8':
+                print(cost_line(self.session.quantize(tokens), 'the text' if tokens else 'its own text'))
+            yield
+        if self.last and self.last.steps and self.last.decoder.cache is not None:
+            print(draft_line(self.session, self.last) if self.session.draft else step_line(self.last))
+        if self.hit_limit:
+            print(f'stopped at block_size={self.session.position_limit}, where learned positions end; '
+                  'a model with pos=rope has no such limit')
+
+    def show(self, generation):
+        """Draw the samples of a Generation; print the first as it arrives, the others when all are done."""
+        print(generation.samples[0].prompt, end='', flush=True)
+        for characters in generation.stream():
+            print(characters, end='', flush=True)
+        print()
+        for n, sample in enumerate(generation.samples):
+            if n > 0:
+                print(sample.prompt + sample.text)
+            print(f'--------------- {len(sample.tokens)} tokens, the first after '
+                  f'{sample.seconds_to_first:.3f} s, then {sample.tokens_per_s:.1f} tokens/s')
+            self.write(prompt=sample.prompt, text=sample.text, tokens=sample.tokens, logprobs=sample.logprobs)
+        self.last, room = generation, generation.decoder.max_new_tokens
+        self.hit_limit |= generation.steps + 1 == room < self.session.max_new_tokens
+
+    def write(self, **row):
+        if self.file:
+            self.file.write(json.dumps(row, ensure_ascii=False) + '\n')
+            self.file.flush()
+
+
+def typed_lines():
+    """Lines as they are typed, without empty ones, until the end of the input or Ctrl-C."""
+    while True:
+        try:
+            line = input('> ')
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line:
+            yield line
+
+
+def cost_line(cost, text):
+    """What 8-bit weights cost and save."""
+    return (f'int8: {cost.bpb:.4f} bits per byte on {cost.n_tokens} tokens of {text}, '
+            f'{cost.bpb - cost.bpb_before:+.4f} against {cost.dtype}; a step reads {cost.bytes / 1e6:.1f} MB '
+            f'of weights instead of {cost.bytes_before / 1e6:.1f} MB')
+
+
+def step_line(generation):
+    """How long a step took, and how close that is to the time of reading its bytes from memory."""
+    decoder, steps, rows = generation.decoder, generation.steps, len(generation.samples)
+    tokens = sum(len(sample.tokens) for sample in generation.samples) - rows
+    size = bytes_per_step(decoder.model, decoder.cache, rows)
+    bandwidth = read_bandwidth(min(size, 2 ** 29), decoder.idx.device, rounds=2)
+    return (f'{rows} {"row" if rows == 1 else "rows"} together: {tokens} tokens in {steps} steps of '
+            f'{generation.seconds / steps * 1e3:.2f} ms; reading {size / 1e6:.2f} MB per step uses '
+            f'{size * steps / generation.seconds / bandwidth:.0%} of the measured {bandwidth / 1e9:.1f} GB/s')
+
+
+def draft_line(session, generation):
+    """How much of the draft was accepted, and the speed compared with a few steps without a draft."""
+    decoder, steps = generation.decoder, generation.steps
+    line = (f'draft: {decoder.accepted / max(1, decoder.proposed):.0%} of its tokens accepted, '
+            f'{(steps + 1) / decoder.rounds:.2f} tokens per round')
+    plain = session.decoder([Prompt(decoder.idx[0].tolist(), '')], min(64, decoder.max_new_tokens))
+    stamps = [synchronized_time(session.device) for _ in plain.stream()]
+    # the first round, and without a draft the first step after the prompt, only warm up
+    if decoder.rounds > 1 and len(stamps) > 2:
+        rate = (steps + 1 - decoder.first_round) / generation.seconds
+        line += f', {rate * (stamps[-1] - stamps[1]) / (len(stamps) - 2):.2f}x the speed without a draft'
+    return line

@@ -1,0 +1,42 @@
+"""How likely a given text is: log-probability of each token, perplexity, bits per byte."""
+import math
+from typing import NamedTuple
+
+import torch
+
+
+@torch.no_grad()
+def token_logprobs(model, tokens, window):
+    """
+    tokens (N,) int64 -> (N-1,) fp32: log-probability, in nats, of every token but the first, given the tokens
+    before it. A text longer than `window` tokens is cut into windows that overlap by half, so that every
+    token is predicted from at least window // 2 tokens.
+    """
+    window, start, scored, training = max(2, window), 0, 1, model.training
+    parts = [torch.zeros(0, device=tokens.device)]
+    model.eval()
+    while scored < len(tokens):
+        piece = tokens[start:start + window]
+        logits = model(piece[:-1].unsqueeze(0))[0][0, scored - start - 1:].float()
+        chosen = logits.gather(-1, piece[scored - start:].unsqueeze(-1)).squeeze(-1)
+        parts.append(chosen - logits.logsumexp(-1))
+        scored = start + len(piece)
+        start = scored - window // 2
+    model.train(training)
+    return torch.cat(parts)
+
+
+class Score(NamedTuple):
+    """How likely the tokens of a text are, each given the tokens before it."""
+    tokens: list            # the first one is given, not scored
+    logprobs: list          # of all tokens but the first, in nats
+    nats: float             # the sum of logprobs
+    bytes: int              # length of the scored text in UTF-8
+
+    @property
+    def perplexity(self):
+        return math.exp(-self.nats / len(self.logprobs))
+
+    @property
+    def bits_per_byte(self):
+        return -self.nats / math.log(2) / max(1, self.bytes)

@@ -1,0 +1,278 @@
+"""
+A model, its tokenizer and the settings of sampling in one object, which continues and scores texts.
+
+    session = Session.load(out_dir='out/llama_small', sampling=Sampling(temperature=0.8, top_k=200))
+    print(session.sample('def main')[0].text)
+    print(session.score('def main():').bits_per_byte)
+"""
+import itertools
+import math
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from data.tokenizer import from_meta
+from kernels import use_kernels
+from model import GPT
+from nanoblocks import pretrained
+from nanoblocks.decoding import quantize
+from nanoblocks.decoding.decode import Decoder, Sampling, left_padded
+from nanoblocks.decoding.generation import Generation, Sample
+from nanoblocks.decoding.scoring import Score, token_logprobs
+from nanoblocks.decoding.speculative import Speculative
+from nanoblocks.decoding.text import Text, stops_of
+from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
+from nanoblocks.training import checkpoint
+
+
+class Prompt(NamedTuple):
+    """A text to continue."""
+    tokens: list
+    text: str               # the text to print in front of a continuation
+
+
+class QuantizationCost(NamedTuple):
+    """What 8-bit weights changed, measured on the same tokens before and after."""
+    n_tokens: int           # that were scored
+    dtype: str              # of the weights before
+    bpb_before: float       # bits per byte
+    bpb: float
+    bytes_before: int       # of weights that one decoding step reads
+    bytes: int
+
+
+@dataclass
+class Session:
+    """
+    Continues and scores texts with one model. Settings may change between calls, for example
+    session.sampling = Sampling(temperature=0). A sample depends on the seed and on its number among the
+    samples of the call, but not on the other prompts or on batch_size.
+    """
+    model: GPT
+    tokenizer: object                   # of data.tokenizer
+    sampling: Sampling = Sampling()
+    stop: str | list = ''               # texts or special tokens that end a sample
+    num_samples: int = 1                # continuations of each prompt
+    max_new_tokens: int = 500           # fewer where the document or learned positions end
+    seed: int | None = 1337             # None: another text every time
+    batch_size: int = 16                # prompts that run together
+    chunk: int = 2048                   # tokens of a prompt in one forward pass
+    draft: GPT | None = None            # a smaller model, for speculative decoding
+    draft_length: int = 4               # tokens that the draft proposes in each round
+    compiled: bool = False              # torch.compile the step
+    logprobs: bool = True               # keep the log-probability of every token
+    default_prompt: str = ''            # what `sample` continues when it is given nothing
+
+    def __post_init__(self):
+        at_least_one(num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
+                     batch_size=self.batch_size, draft_length=self.draft_length)
+        stops_of(self.stop, self.tokenizer)         # refuses a special token that the tokenizer lacks
+
+    @classmethod
+    def load(cls, init_from='resume', out_dir='out', ckpt='best.pt', *, draft='', device='auto', dtype='auto',
+             kernels='auto', **settings) -> 'Session':
+        """
+        init_from: 'resume' for the checkpoint `ckpt` of the run in out_dir; else a folder, file or hub id
+        draft: out_dir of the run that drafts; '' for none
+        device, dtype, kernels: as the settings of sample.py
+        settings: fields of Session
+        """
+        device = pick_device(device)
+        check_device(device)
+        use_kernels(kernels, device)
+        if dtype == 'auto':
+            dtype = gpu_dtype() if device.startswith('cuda') else 'float32'
+        if dtype not in ('float32', 'bfloat16', 'float16'):
+            raise ValueError(f'dtype={dtype} must be one of auto, float32, bfloat16, float16')
+        if init_from == 'resume':
+            model, tokenizer, meta = load_run(out_dir, ckpt)
+        else:
+            model, tokenizer, meta = *load_published(init_from), {}
+        draft_model = load_draft(draft, ckpt, tokenizer) if draft else None
+        for m in (model, draft_model):
+            if m is not None:
+                prepare(m, tokenizer, device, getattr(torch, dtype))
+        return cls(model, tokenizer, draft=draft_model, default_prompt=meta.get('prompt', ''), **settings)
+
+    @property
+    def device(self):
+        return self.model.lm_head.weight.device
+
+    # -- continuing texts
+
+    def sample(self, texts: str | list | None = None) -> list[Sample]:
+        """
+        Continue a text, or each of a list of texts, or the default prompt. Returns num_samples samples for
+        each text, in order.
+        """
+        texts = self.default_prompt if texts is None else texts
+        texts, samples = [texts] if isinstance(texts, str) else texts, []
+        for generation in self.generations([self.encode(text) for text in texts]):
+            for _ in generation.stream():
+                pass
+            samples += generation.samples
+        return samples
+
+    def encode(self, text: str, name='prompt') -> Prompt:
+        """A text as a Prompt; '' begins a document. `name`: what an error about its length calls it."""
+        if text in ('', '<|endoftext|>') and self.tokenizer.eot is not None:
+            prompt = Prompt([self.tokenizer.eot], '')
+        else:
+            # where no token begins a document, a line end does
+            prompt = Prompt(self.tokenizer.prompt(text or '\n'), text or '\n')
+        self.room(prompt.tokens, name)
+        return prompt
+
+    def room(self, tokens, name='prompt'):
+        """How many new tokens may follow these."""
+        limit = self.position_limit
+        if limit is None:
+            return self.max_new_tokens
+        if len(tokens) >= limit:
+            raise ValueError(f'{name} has {len(tokens)} tokens and must have fewer than block_size={limit}, '
+                             'where learned positions end: shorten it')
+        return min(self.max_new_tokens, limit - len(tokens))
+
+    @property
+    def position_limit(self):
+        """The longest text for which the model and its draft have learned positions; None: no limit."""
+        return min((m.wpe.max_tokens for m in (self.model, self.draft)
+                    if m is not None and m.wpe.max_tokens is not None), default=None)
+
+    def generations(self, prompts: list[Prompt], first_row: int = 0):
+        """
+        Yield a Generation for each batch of prompts; stream it to draw its samples. first_row: number of the
+        first sample, which seeds its noise.
+        """
+        if self.draft is None:
+            for batch in self.batches(prompts):
+                rows = [prompt for prompt in batch for _ in range(self.num_samples)]
+                decoder = self.decoder(batch, self.room(batch[0].tokens), self.num_samples, first_row)
+                yield Generation(decoder, [self.new_sample(prompt) for prompt in rows])
+                first_row += len(rows)
+            return
+        rows = [prompt for prompt in prompts for _ in range(self.num_samples)]
+        for row, prompt in enumerate(rows, first_row):
+            yield Generation(self.speculative(prompt, row), [self.new_sample(prompt)])
+
+    def batches(self, prompts):
+        """
+        Yield lists of neighbouring prompts that give the same text together as alone: they have the same room
+        for new tokens, and the same length where the rotation may depend on the length of the text.
+        """
+        longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+
+        def kind(prompt):
+            room = self.room(prompt.tokens)
+            return room, len(prompt.tokens) if longest + room > self.model.wpe.longest else None
+        for _, group in itertools.groupby(prompts, kind):
+            group = list(group)
+            for begin in range(0, len(group), self.batch_size):
+                yield group[begin:begin + self.batch_size]
+
+    def decoder(self, prompts, max_new_tokens, num_samples=1, first_row=0):
+        """A Decoder for a batch of prompts, without the draft."""
+        idx, lengths = left_padded([prompt.tokens for prompt in prompts], self.device)
+        lengths = None if min(lengths) == max(lengths) else lengths
+        return Decoder(self.model, idx, max_new_tokens, self.sampling, self.stops[1] or None, self.seed,
+                       lengths=lengths, num_samples=num_samples, first_row=first_row, chunk=self.chunk,
+                       compiled=self.compiled, logprobs=self.logprobs)
+
+    def speculative(self, prompt, row):
+        """A Speculative decoder for one sample of a prompt."""
+        idx = torch.tensor([prompt.tokens], device=self.device)
+        return Speculative(self.model, self.draft, idx, self.room(prompt.tokens), self.sampling,
+                           self.stops[1] or None, self.seed, first_row=row, draft_length=self.draft_length,
+                           chunk=self.chunk, compiled=self.compiled)
+
+    def new_sample(self, prompt):
+        return Sample(prompt.text, Text(self.tokenizer, *self.stops))
+
+    @property
+    def stops(self):
+        """(stop strings, stop tokens)"""
+        return stops_of(self.stop, self.tokenizer)
+
+    # -- scoring, 8-bit weights
+
+    def score(self, text: str) -> Score:
+        """How likely a text is."""
+        return self.score_tokens(self.tokens_to_score(text))
+
+    def tokens_to_score(self, text: str) -> list[int]:
+        tokens = self.tokenizer.encode(text)
+        if self.tokenizer.eot is not None:          # so that the first token of the text is scored too
+            tokens = [self.tokenizer.eot, *tokens]
+        if len(tokens) < 2:
+            raise ValueError(f'score={text} must have at least two tokens: the first is given, not scored')
+        return tokens
+
+    def score_tokens(self, tokens: list[int]) -> Score:
+        window = min(self.model.config.block_size, self.model.wpe.max_tokens or math.inf)
+        logprobs = token_logprobs(self.model, torch.tensor(tokens, device=self.device), window)
+        return Score(tokens, logprobs.tolist(), logprobs.sum().item(),
+                     len(self.tokenizer.decode_bytes(tokens[1:])))
+
+    def quantize(self, tokens: list[int] | None = None) -> QuantizationCost:
+        """
+        Replace the weights by int8, in place, and measure the cost on these tokens. Without tokens, on a text
+        that the model draws beforehand.
+        """
+        tokens = tokens or self.own_tokens()
+        dtype = str(self.model.wte.weight.dtype).removeprefix('torch.')
+        before, size = self.score_tokens(tokens).bits_per_byte, bytes_per_step(self.model, None)
+        quantize.quantize(self.model)
+        return QuantizationCost(len(tokens) - 1, dtype, before, self.score_tokens(tokens).bits_per_byte,
+                                size, bytes_per_step(self.model, None))
+
+    def own_tokens(self):
+        """About 256 tokens drawn from the model's own distribution."""
+        eot = self.tokenizer.eot
+        first = [eot] if eot is not None else self.tokenizer.prompt(self.default_prompt or '\n')[:1]
+        new = min(256, (self.model.wpe.max_tokens or 257) - 1)
+        return self.model.generate(torch.tensor([first], device=self.device), new, seed=self.seed)[0].tolist()
+
+
+def at_least_one(**counts):
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f'{name}={value} must be at least 1')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_run(out_dir, ckpt):
+    """The model, tokenizer and dataset description (meta) of a run; ckpt.pt where it has no best.pt yet."""
+    path = os.path.join(out_dir, ckpt)
+    if ckpt == 'best.pt' and not os.path.exists(path):
+        path = os.path.join(out_dir, 'ckpt.pt')
+    state = checkpoint.load(path)
+    return checkpoint.build(state, path), from_meta(state['meta']['tokenizer']), state['meta']
+
+
+def load_published(name):
+    """The model and tokenizer of what GPT.from_pretrained(name) loads."""
+    model, tokenizer = GPT.from_pretrained(name), pretrained.tokenizer_of(name)
+    if tokenizer is None:
+        raise ValueError(f'init_from={name} must hold tokenizer.json, to turn text into tokens: add the file')
+    return model, tokenizer
+
+
+def load_draft(out_dir, ckpt, tokenizer):
+    """The model of a run, to draft for a model with this tokenizer."""
+    model, its_tokenizer, _ = load_run(out_dir, ckpt)
+    if its_tokenizer.meta() != tokenizer.meta():
+        raise ValueError(f'draft={out_dir} has another vocabulary ({its_tokenizer.vocab_size} tokens) and '
+                         "must have the model's: take a draft trained on the same dataset")
+    return model
+
+
+def prepare(model, tokenizer, device, dtype):
+    """Move the model to its device, and drop the rows of its head beyond the vocabulary."""
+    model.eval().to(device, dtype)
+    head = model.lm_head.weight[:tokenizer.vocab_size]
+    model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)

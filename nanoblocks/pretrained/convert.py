@@ -1,0 +1,303 @@
+"""
+From a folder in Hugging Face format to a GPT, and back.
+
+config.json becomes flags and flags become config.json; then each tensor of the model is matched with those of
+the file. What differs from family to family is in families/.
+"""
+import json
+import math
+import os
+import re
+from dataclasses import fields
+
+import torch
+
+from data.tokenizer import read_json
+from model import GPT, GPTConfig
+from nanoblocks.pretrained.families import FAMILIES
+from nanoblocks.pretrained.families.family import DEFAULTS
+from nanoblocks.pretrained.files import TensorFiles
+from nanoblocks.pretrained.keys import shortest_pattern, without
+from nanoblocks.pretrained.layouts import same
+
+FIELDS = {f.name for f in fields(GPTConfig)}
+
+
+def load_folder(folder):
+    """The model of a folder, in fp32."""
+    hf = read_config(folder)
+    family, files = FAMILIES[hf['model_type']], TensorFiles(folder)
+    config = config_of(hf, family)
+    rules = rules_of(family, config, hf)
+    embedding, head = (rules[ours][0] + '.weight' for ours in ('wte', 'lm_head'))
+    theirs = names_in_file(files.where, embedding, head, config, hf)
+    if config.tie and embedding in theirs and head in theirs:
+        # a head in the file is used, even where config.json ties it
+        config.tie = torch.equal(files.get(theirs[head]), files.get(theirs[embedding]))
+        if config.tie:
+            del theirs[head]
+    model = GPT(config, seed=None).eval()
+    copy_tensors(model, family, hf, files, theirs)
+    family.finish(model, hf)
+    return model
+
+
+def save_folder(model, folder):
+    """Write config.json and model.safetensors as the family that the model's flags belong to."""
+    from safetensors.torch import save_file
+    kind, hf = family_for(model)
+    ours, tensors = tensors_of(model), {}
+    for name, names, layout in matches(FAMILIES[kind], model.config, hf, ours):
+        pieces = layout(ours[name].detach().float().cpu(), model.config)
+        tensors |= {theirs: piece.save() for theirs, piece in zip(names, pieces, strict=True)}
+    if model.config.n_predict > 1:
+        print(f'n_predict={model.config.n_predict}: the blocks of multi-token prediction are not exported: '
+              'they serve training only')
+    os.makedirs(folder, exist_ok=True)
+    save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+    with open(os.path.join(folder, 'config.json'), 'w') as f:
+        json.dump(hf | {'dtype': 'float32'}, f, indent=1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# config.json -> flags
+
+UNSUPPORTED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_config')
+# keys whose null means none, such as no window; the null of any other key stands for its default
+NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping')
+# flags whose key a file must have
+SIZES = ('vocab_size', 'n_embd', 'n_layer')
+
+
+def read_config(folder):
+    """config.json of a folder, with the defaults of its family and without nulls."""
+    path = os.path.join(folder, 'config.json')
+    if not os.path.exists(path):
+        raise FileNotFoundError(f'{folder} must hold config.json')
+    hf = read_json(path)
+    kind = hf.get('model_type')
+    for key in UNSUPPORTED:
+        if hf.get(key):
+            raise ValueError(f'{key} in {path} must be absent: it is not supported for {kind}')
+    if kind not in FAMILIES:
+        raise ValueError(f'model_type={kind} in {path} must be one of {", ".join(FAMILIES)}')
+    for key, value in FAMILIES[kind].only.items():
+        if hf.get(key, value) not in (value, None):
+            raise ValueError(f'{key}={hf[key]} in {path} must be {value}: no other {kind} is supported')
+    return complete(hf, FAMILIES[kind])
+
+
+def complete(hf, family):
+    """config.json with a value for every key: aliases resolved, defaults filled in, nulls dropped."""
+    default = DEFAULTS | family.defaults
+    stated = {key: value for key, value in hf.items() if value is not None or key in NULL_MEANS_NONE}
+    off = {key: False for key, value in hf.items() if value is None and isinstance(default.get(key), bool)}
+    aliased = {key: stated[alias] for alias, key in family.aliases.items() if alias in stated}
+    return {key: value for key, value in (default | off | aliased | stated).items() if value is not None}
+
+
+def config_of(hf, family):
+    """GPTConfig of a complete config.json."""
+    flags = flags_of(hf, family)
+    try:
+        return GPTConfig(**flags)
+    except ValueError as error:
+        flag = str(error).partition('=')[0]
+        key = next((name for name, key in family.keys.items() if flag in key.flags), None)
+        raise ValueError(f'{error} ({flag} is {key} in config.json)' if key else
+                         f'config.json stands for flags that do not fit together: {error}') from None
+
+
+def flags_of(hf, family):
+    """The flags of GPTConfig that a complete config.json stands for."""
+    flags = dict(family.flags)
+    try:
+        for name, key in family.keys.items():
+            if name in hf or key.flags[0] in SIZES:
+                flags |= dict.fromkeys(key.flags, read_key(name, key, hf))
+        flags |= family.read(hf)
+    except KeyError as error:
+        raise ValueError(f'config.json must have the key {error.args[0]}') from None
+    except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f'config.json has a value that no {hf["model_type"]} can have ({error})') from None
+    return meaningful(flags)
+
+
+def read_key(name, key, hf):
+    try:
+        return key.read(hf[name], hf)
+    except ValueError as error:
+        raise ValueError(f'{name}={hf[name]} in config.json must {error}') from None
+
+
+def meaningful(flags):
+    """The flags without those that mean nothing beside the others, such as a dense model's expert_width."""
+    config = GPTConfig.unchecked(**flags)
+    kept = {name: value for name, value in flags.items() if not config.missing(name)}
+    return kept if 'f' in config.ffns() else without(kept, 'ffn_width')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which tensor is which
+
+# masks and tables of angles that checkpoints hold besides weights
+NOT_WEIGHTS = re.compile(r'(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.bias|'
+                         r'\.attention\.masked_bias|self_attention\.masked_bias)$')
+
+
+def tensors_of(model):
+    """{name: tensor} of everything that a checkpoint holds, a tied head once."""
+    buffers = {name: b for name, b in model.named_buffers() if name.endswith('choice_bias')}
+    return dict(model.named_parameters()) | buffers
+
+
+def rules_of(family, c, hf):
+    """{our tensor: (theirs, layout)}, with the letters and alternatives of Family.tensors."""
+    rules = family.tensors(c, hf) if callable(family.tensors) else family.tensors
+    return {ours: (rule, same) if isinstance(rule, str) else rule for ours, rule in rules.items()}
+
+
+def matches(family, c, hf, ours):
+    """(our name, their names, layout) of every tensor of ours for which the family has a rule."""
+    plan = list(enumerate(c.plan()))
+    layers = {'i': range(c.n_layer),
+              'a': [i for i, (mixer, _) in plan if mixer != 'm'],
+              'm': [i for i, (mixer, _) in plan if mixer == 'm'],
+              'e': [i for i, (_, ffn) in plan if ffn == 'e'],
+              'f': [i for i, (_, ffn) in plan if ffn == 'f']}
+    for rule, (theirs, layout) in rules_of(family, c, hf).items():
+        letter = re.search(r'\{(\w)\}', rule)
+        for i in layers[letter[1]] if letter else [None]:
+            name = rule.replace(letter[0], str(i)) if letter else rule
+            for leaf in ('', '.weight', '.bias'):
+                if name + leaf in ours:
+                    yield name + leaf, [t + leaf for t in expanded(theirs, i, c.n_expert)], layout
+
+
+def expanded(theirs, layer, n_expert):
+    """The names that one of theirs stands for: of this layer, of every expert, of every alternative."""
+    names = [theirs.replace('{i}', str(layer))]
+    if '{n}' in theirs:
+        names = [name.replace('{n}', str(n)) for n in range(n_expert) for name in names]
+    if alternatives := re.search(r'\{(\w+(?:,\w+)+)\}', theirs):
+        names = [name.replace(alternatives[0], word) for name in names for word in alternatives[1].split(',')]
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading tensors
+
+
+def names_in_file(where, embedding, head, config, hf):
+    """{their name: its name in the file} of all weights. Files of base models leave the prefix out."""
+    prefix = embedding.partition('.')[0] + '.'
+    bare = not any(name.startswith(prefix) for name in where)
+    theirs = {(prefix + name if bare and name != head else name): name for name in where}
+    # DeepSeek V3's multi-token prediction is stored as layers after the last
+    extra = hf.get('num_nextn_predict_layers', 0)
+    after = tuple(f'model.layers.{config.n_layer + k}.' for k in range(extra))
+    return {name: stored for name, stored in theirs.items()
+            if not NOT_WEIGHTS.search(name) and not name.startswith(after)}
+
+
+def copy_tensors(model, family, hf, files, theirs):
+    """Fill the model from the files. Refused where a tensor is missing, misshapen or left over."""
+    ours, unused = tensors_of(model), set(theirs)
+    folder, kind, unfilled = files.folder, hf['model_type'], set(ours)
+    for mine, names, layout in matches(family, model.config, hf, ours):
+        for name, piece in zip(names, layout(ours[mine], model.config), strict=True):
+            if name not in theirs:
+                raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs')
+            tensor = files.get(theirs[name])
+            if tuple(tensor.shape) != piece.shape:
+                raise ValueError(f'{name} in {folder} must have the shape {piece.shape} that follows from '
+                                 f'config.json, not {tuple(tensor.shape)}')
+            piece.load(tensor)
+            unused.discard(name)
+        unfilled.discard(mine)
+    if unfilled:
+        raise ValueError(f'{kind} has no tensor for {min(unfilled)}')
+    if unused:
+        more = f', and neither are {len(unused) - 1} more' if len(unused) > 1 else ''
+        raise ValueError(f'{min(unused)} in {folder} is not a tensor of this {kind}{more}')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# flags -> config.json
+
+# flags that no config.json holds: those of training, and `bias`, which other flags spell out
+NOT_STORED = ('dropout', 'aux_weight', 'bias_rate', 'z_weight', 'n_predict', 'predict_weight', 'zero_init',
+              'bias')
+
+
+def family_for(model):
+    """
+    (model_type, config.json) of the family that the model's flags belong to: the first for which they read
+    again as they are and which has a rule for every tensor. ValueError names the flags in the way.
+    """
+    c, ours, others = model.config, tensors_of(model), []
+    for kind, family in FAMILIES.items():
+        differing = unlike(c, family)
+        if differing:
+            others.append((1, len(differing), kind, differing))
+            continue
+        hf = write_config(c, kind, family)
+        try:
+            differing = differences(c, config_of(complete(hf, family), family))
+        except ValueError:  # flags that this family cannot express
+            continue
+        # the blocks of multi-token prediction, further.*, stay here
+        covered = {name for name, _, _ in matches(family, c, hf, ours)}
+        if not differing and all(name in covered or name.startswith('further.') for name in ours):
+            return kind, hf
+        others.append((0, len(differing), kind, differing))
+    # the nearest has the same kinds of blocks, and the fewest other flags
+    _, _, kind, differing = min(others, key=lambda other: other[:2])
+    rules = ', '.join(f'{flag}={mine} must be {theirs}' for flag, (mine, theirs) in sorted(differing.items()))
+    raise ValueError(f'{rules} to export as {kind}, the nearest published family')
+
+
+def write_config(c, kind, family):
+    """config.json of a family, from flags."""
+    hf = {'model_type': kind, 'architectures': [family.architecture],
+          **dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))}
+    for name, key in family.keys.items():
+        value = key.write(c)
+        if value is not None or name in NULL_MEANS_NONE:
+            hf[name] = value
+    return hf | family.write(c)
+
+
+def unlike(c, family):
+    """{flag: (its value, the family's)} where a flag that all models of a family share is another here."""
+    found = {}
+    for flag, theirs in family.flags.items():
+        value = getattr(c, flag)
+        if flag.endswith('_pattern'):
+            value = shortest_pattern(pair[flag == 'ffn_pattern'] for pair in c.plan())
+        if value != theirs and flag not in NOT_STORED and not c.missing(flag):
+            found[flag] = value, theirs
+    if not c.mixers() <= set(family.mixers):
+        found['layer_pattern'] = c.layer_pattern, f'letters of {family.mixers}'
+    return found
+
+
+def differences(c, d):
+    """{flag: (its value in c, in d)} where two configs differ in what a checkpoint must say."""
+    def equal(x, y):
+        numbers = isinstance(x, float) and isinstance(y, (float, int))
+        return x == y or numbers and math.isclose(x, y, rel_tol=1e-6)
+    pairs = {f: (getattr(c, f), getattr(d, f)) for f in FIELDS - set(NOT_STORED)}
+    found = {f: pair for f, pair in pairs.items() if not equal(*pair)}
+    if c.plan() == d.plan():
+        found = {f: pair for f, pair in found.items() if not f.endswith('_pattern')}
+    if 'f' not in c.ffns():
+        found.pop('ffn_width', None)
+    # all that a checkpoint shows of balancing is whether the router has a bias
+    if {c.balance, d.balance} <= {'none', 'aux'} or {c.balance, d.balance} <= {'bias', 'both'}:
+        found.pop('balance', None)
+    if c.pos != 'learned':
+        found.pop('block_size', None)  # a hint only
+    if not c.attends():
+        found.pop('n_head', None)
+    return found

@@ -1,0 +1,33 @@
+"""
+The families of published checkpoints: what their config.json and their tensors are in our words.
+
+To add a family, write one entry in the file of its nearest relative, or in a new file that is listed below.
+An entry (family.py has its fields) works in both directions: what it reads, it also writes. This one, at the
+end of llama.py, would add Arcee's AFM, a Llama whose feed-forward has no gate:
+
+    FAMILIES['arcee'] = Family(
+        architecture='ArceeForCausalLM',
+        flags=LLAMA_FLAGS,
+        keys=LLAMA_KEYS | BIAS_KEYS | {'hidden_act': renamed('ffn', {'relu2': 'relu2'})},
+        defaults={'rms_norm_eps': 1e-5, 'hidden_act': 'relu2'},
+        tensors=LLAMA_TENSORS | {'h.{f}.ffn.c_fc': 'model.layers.{i}.mlp.up_proj'},
+        read=read_rope, write=write_rope)
+
+Then add cases to tests/checkpoints.py: small random checkpoints made by `transformers`, with which our logits
+must agree. The facts here are those of published checkpoints and of `transformers`.
+"""
+from nanoblocks.pretrained.families import (
+    cohere,
+    deepseek,
+    experts,
+    gemma,
+    gpt,
+    llama,
+    no_rope,
+    qwen,
+    state_space,
+)
+
+# {model_type: Family}. A model is exported as the first family that its flags fit.
+FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | experts.FAMILIES
+            | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES)

@@ -1,0 +1,133 @@
+"""State spaces: Mamba, Mamba-2, and Jamba, which mixes Mamba with attention and experts."""
+import math
+
+from nanoblocks.pretrained.families.family import TIED, Family
+from nanoblocks.pretrained.families.llama import LLAMA_KEYS, LLAMA_TENSORS
+from nanoblocks.pretrained.keys import Key, pattern_of, refuse, whole_number
+from nanoblocks.pretrained.layouts import by_expert, conv, gate_up, gate_up_by_expert
+
+FAMILIES = {}
+
+MAMBA_FLAGS = {'pos': 'none', 'norm': 'rmsnorm', 'layer_pattern': 'm', 'ffn_pattern': '-', 'bias': False}
+MAMBA_KEYS = {
+    'vocab_size': 'vocab_size', 'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
+    'state_size': 'ssm_state', 'conv_kernel': 'ssm_conv', 'layer_norm_epsilon': 'norm_eps',
+    'expand': whole_number('ssm_expand'), 'use_bias': 'ssm_bias', 'use_conv_bias': 'conv_bias',
+    'tie_word_embeddings': 'tie'}
+DT_RANK = Key(('ssm_dt_rank',), lambda rank, hf: None if rank == 'auto' else rank, lambda c: c.ssm_dt_rank)
+MAMBA_DEFAULTS = {'expand': 2, 'state_size': 16, 'conv_kernel': 4, 'use_bias': False, 'use_conv_bias': True,
+                  'time_step_rank': 'auto'}
+SILU = {'hidden_act': 'silu'}
+
+
+def mixer_tensors(place):
+    """The tensors of a Mamba or Mamba-2 mixer, under their names for it."""
+    ours = 'h.{m}.mixer.'
+    same_name = ('in_proj', 'x_proj', 'dt_proj', 'conv1d.bias', 'dt_bias', 'A_log', 'D', 'norm')
+    return {ours + name: place + name for name in same_name} | {
+        ours + 'conv1d.weight': (place + 'conv1d.weight', conv), ours + 'c_proj': place + 'out_proj'}
+
+
+MAMBA_TENSORS = mixer_tensors('backbone.layers.{i}.mixer.') | {
+    'wte': 'backbone.embeddings', 'ln_f': 'backbone.norm_f', 'lm_head': 'lm_head',
+    'h.{i}.ln_1': 'backbone.layers.{i}.norm'}
+
+# ----------------------------------------------------------------------------------------------------------
+# Mamba
+
+FAMILIES['mamba'] = Family(
+    architecture='MambaForCausalLM',
+    flags=MAMBA_FLAGS | {'ssm': 'mamba1'},
+    keys=MAMBA_KEYS | {'time_step_rank': DT_RANK},
+    aliases={'d_model': 'hidden_size', 'n_layer': 'num_hidden_layers'},
+    defaults=TIED | MAMBA_DEFAULTS,
+    only=SILU,
+    tensors=MAMBA_TENSORS,
+    mixers='m', write=lambda c: SILU)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Mamba-2
+
+
+def read_mamba2(hf):
+    heads, inner = hf['num_heads'], hf['expand'] * hf['hidden_size']
+    if heads * hf['head_dim'] != inner:
+        refuse(hf, 'num_heads', f'be expand x hidden_size / head_dim = {inner}/{hf["head_dim"]}')
+    # transformers writes infinity as {"__float__": "Infinity"}
+    low, high = (float(x['__float__'] if isinstance(x, dict) else x) for x in hf['time_step_limit'])
+    return {'ssm_dt_min': low, 'ssm_dt_max': None if math.isinf(high) else high}
+
+
+def write_mamba2(c):
+    high = {'__float__': 'Infinity'} if c.ssm_dt_max is None else c.ssm_dt_max
+    return SILU | {'num_heads': c.ssm_expand * c.n_embd // c.ssm_head_dim,
+                   'time_step_limit': [c.ssm_dt_min, high]}
+
+
+FAMILIES['mamba2'] = Family(
+    architecture='Mamba2ForCausalLM',
+    flags=MAMBA_FLAGS | {'ssm': 'mamba2'},
+    keys=MAMBA_KEYS | {'head_dim': 'ssm_head_dim', 'n_groups': 'ssm_groups'},
+    defaults=MAMBA_DEFAULTS | {'state_size': 128, 'n_groups': 8, 'head_dim': 64,
+                               'time_step_limit': (0.0, math.inf)},
+    only=SILU,
+    tensors=MAMBA_TENSORS,
+    mixers='m', read=read_mamba2, write=write_mamba2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Jamba: one layer in eight attends, every other has experts; no positions
+
+
+def read_jamba(hf):
+    def chosen(what, i):
+        return i % hf[f'{what}_layer_period'] == hf[f'{what}_layer_offset']
+    mixers = pattern_of(hf, lambda i: 'a' if chosen('attn', i) else 'm')
+    if 'm' in mixers and hf['hidden_act'] not in ('silu', 'swish'):
+        refuse(hf, 'hidden_act', 'be silu, the activation of our state spaces')
+    ffns = pattern_of(hf, lambda i: 'e' if chosen('expert', i) and hf['num_experts'] > 1 else 'f')
+    return {'layer_pattern': mixers, 'ffn_pattern': ffns, 'expert_width': hf['intermediate_size']}
+
+
+def write_jamba(c):
+    mixers, ffns = zip(*c.plan())
+    return period_of('attn', mixers, 'a') | period_of('expert', ffns, 'e') | {
+        'num_experts': c.n_expert or 1, 'intermediate_size': c.expert_width if 'e' in ffns else c.ffn_width}
+
+
+def period_of(what, letters, letter):
+    """
+    Period and offset of the layers with this letter. Where they have none, 1 and 0: config.json then reads
+    back as other layers, and the export is refused.
+    """
+    n = len(letters)
+    period, offset = next(
+        ((period, offset) for period in range(1, n + 2) for offset in range(period)
+         if all((x == letter) == (i % period == offset) for i, x in enumerate(letters))), (1, 0))
+    return {f'{what}_layer_period': period, f'{what}_layer_offset': offset}
+
+
+FAMILIES['jamba'] = Family(
+    architecture='JambaForCausalLM',
+    flags={'pos': 'none', 'norm': 'rmsnorm', 'bias': False, 'ssm': 'mamba1', 'ssm_norm': True,
+           'router_norm': False},
+    keys=LLAMA_KEYS | {
+        'num_experts': 'n_expert', 'num_experts_per_tok': 'n_expert_used', 'mamba_d_state': 'ssm_state',
+        'mamba_d_conv': 'ssm_conv', 'mamba_expand': whole_number('ssm_expand'), 'mamba_dt_rank': DT_RANK,
+        'mamba_proj_bias': 'ssm_bias', 'mamba_conv_bias': 'conv_bias'},
+    defaults={'attn_layer_period': 8, 'attn_layer_offset': 4, 'expert_layer_period': 2,
+              'expert_layer_offset': 1, 'num_experts': 16, 'num_experts_per_tok': 2, 'mamba_d_state': 16,
+              'mamba_d_conv': 4, 'mamba_expand': 2, 'mamba_dt_rank': 'auto', 'mamba_proj_bias': False,
+              'mamba_conv_bias': True},
+    tensors=LLAMA_TENSORS | mixer_tensors('model.layers.{i}.mamba.') | {
+        'ln_f': 'model.final_layernorm', 'h.{i}.ln_2': 'model.layers.{i}.pre_ff_layernorm',
+        'h.{f}.ffn.c_fc': ('model.layers.{i}.feed_forward.{gate,up}_proj', gate_up),
+        'h.{f}.ffn.c_proj': 'model.layers.{i}.feed_forward.down_proj',
+        'h.{e}.ffn.router': 'model.layers.{i}.feed_forward.router',
+        'h.{e}.ffn.c_fc': ('model.layers.{i}.feed_forward.experts.{n}.{gate,up}_proj', gate_up_by_expert),
+        'h.{e}.ffn.c_proj': ('model.layers.{i}.feed_forward.experts.{n}.down_proj', by_expert),
+        'h.{m}.mixer.dt_norm': 'model.layers.{i}.mamba.dt_layernorm',
+        'h.{m}.mixer.b_norm': 'model.layers.{i}.mamba.b_layernorm',
+        'h.{m}.mixer.c_norm': 'model.layers.{i}.mamba.c_layernorm'},
+    mixers='am', read=read_jamba, write=write_jamba)

@@ -1,0 +1,490 @@
+"""
+Small random checkpoints, made by `transformers` itself, and what it computes with them.
+
+In every row of CASES norm weights are not one, biases are not zero, sizes are odd, and the text is longer
+than any window, chunk and original context. Each checkpoint has the config.json that transformers 5 writes
+and, in a second folder, one in the style that was published before.
+"""
+import copy
+import functools
+import json
+import math
+import os
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from model import GPT
+
+transformers = pytest.importorskip('transformers', reason='transformers is what the logits are compared with')
+safetensors_torch = pytest.importorskip('safetensors.torch', reason='checkpoints are safetensors files')
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+V, T, PROMPT, NEW = 61, 45, 13, 32
+TOLERANCE = 2e-4
+# what transformers' greedy choice must win by, so that a rounding cannot turn it
+MARGIN = 2e-3
+
+
+class Case(NamedTuple):
+    model_type: str
+    # what the config class is given beside SIZES
+    flags: dict = {}
+    # what `published` cannot know of the older config.json; None: that style cannot say this
+    old: dict | None = {}
+    # falcon's eager attention adds alibi twice: there sdpa is the reference
+    attention: str = 'eager'
+    # False: transformers chooses otherwise with its cache (frequencies that depend on the length; a finite
+    # time_step_limit, which its step does not apply)
+    cache: bool = True
+    # no checkpoint that people use asks for this: it may be refused, if the sentence names this key
+    rare: str = ''
+    # tensors that cannot matter: without rope, softmax does not see a bias of the keys
+    inert: str = 'none'
+
+
+# so large that another one shows
+EPS = 2e-3
+# each family takes those that its config class knows
+SIZES = dict(vocab_size=V, hidden_size=36, intermediate_size=51, num_hidden_layers=3, num_attention_heads=6,
+             num_key_value_heads=2, head_dim=10, max_position_embeddings=32, bos_token_id=None,
+             eos_token_id=None, pad_token_id=None, rms_norm_eps=EPS, layer_norm_eps=EPS,
+             layer_norm_epsilon=EPS, norm_epsilon=EPS)
+MHA = dict(num_key_value_heads=6, head_dim=6)
+FOUR, FIVE = dict(num_hidden_layers=4), dict(num_hidden_layers=5)
+WINDOW = dict(sliding_window=7)
+ABSENT = object()
+
+
+def rope(kind='default', theta=1000.0, **more):
+    return {'rope_parameters': {'rope_type': kind, 'rope_theta': theta, **more}}
+
+
+def layers(letters):
+    return [{'f': 'full_attention', 's': 'sliding_attention'}[letter] for letter in letters]
+
+
+LINEAR = rope('linear', factor=2.5)
+DYNAMIC = {**rope('dynamic', factor=3.0), 'max_position_embeddings': 16}
+BEFORE = dict(original_max_position_embeddings=11)
+# few pairs turn in a small head: this bends the ramp in their midst
+BENT = dict(beta_fast=0.6, beta_slow=0.14, **BEFORE)
+YARN = rope('yarn', 20.0, factor=4.0, **BENT)
+YARN_PLAIN = rope('yarn', 200.0, factor=3.0)
+YARN_FACTOR = rope('yarn', 90.0, factor=4.0, attention_factor=1.3, **BEFORE)
+YARN_MSCALE = rope('yarn', 20.0, factor=6.0, mscale=1.0, mscale_all_dim=0.6, **BENT)
+YARN_SAME = rope('yarn', 90.0, factor=6.0, mscale=0.8, mscale_all_dim=0.8, **BEFORE)
+YARN_HALF = rope('yarn', 20.0, factor=6.0, mscale_all_dim=0.8, **BENT)
+YARN_ONES = rope('yarn', 20.0, factor=6.0, mscale=1.0, mscale_all_dim=1.0, **BENT)
+LLAMA3 = rope('llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=3.0, **BEFORE)
+LONG = dict(short_factor=[1.0, 1.3, 2.5], long_factor=[1.2, 3.0, 7.5])
+EXPERTS = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=19)
+GEMMA = dict(**WINDOW, query_pre_attn_scalar=23)
+GEMMA3 = dict(**GEMMA, sliding_window_pattern=3)
+DEEPSEEK = dict(**MHA, **FOUR, kv_lora_rank=14, q_lora_rank=None, qk_nope_head_dim=7, qk_rope_head_dim=6,
+                v_head_dim=9, n_routed_experts=6, n_shared_experts=2, num_experts_per_tok=2,
+                moe_intermediate_size=19, first_k_dense_replace=1, routed_scaling_factor=1.7)
+# transformers' v2 views pairs as complex numbers, which needs even strides
+DEEPSEEK2 = {**DEEPSEEK, 'qk_nope_head_dim': 8}
+DEEPSEEK3 = dict(**DEEPSEEK, **rope(), n_group=3, topk_group=2)
+JAMBA = dict(**FIVE, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+             num_experts=4, mamba_d_state=7, mamba_d_conv=3, mamba_dt_rank=9)
+MAMBA = dict(state_size=5)
+MAMBA2 = dict(num_heads=9, head_dim=8, state_size=7, n_groups=1, chunk_size=8)
+NEOX = dict(num_attention_heads=3)
+HALF = rope(partial_rotary_factor=0.5)
+MPT = dict(d_model=35, n_heads=5)
+LLAMA4 = dict(**FIVE, num_local_experts=5, num_experts_per_tok=1, intermediate_size=19,
+              intermediate_size_mlp=51, interleave_moe_layer_step=2, attention_chunk_size=8, floor_scale=5,
+              attn_scale=0.4)
+OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
+OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
+
+CASES = {
+    'llama': Case('llama'),
+    'llama-mha-tied': Case('llama', {**MHA, **rope(theta=10000.0), 'tie_word_embeddings': True},
+                           old={'rope_theta': ABSENT, 'num_key_value_heads': ABSENT}),
+    'llama-mqa-biased': Case('llama', {'num_key_value_heads': 1, 'attention_bias': True, 'mlp_bias': True}),
+    'llama-attention-bias': Case('llama', {'attention_bias': True, 'tie_word_embeddings': True}),
+    'llama-mha-biased': Case('llama', {**MHA, 'attention_bias': True, 'mlp_bias': True}),
+    'llama-linear': Case('llama', LINEAR),
+    'llama-dynamic': Case('llama', DYNAMIC, cache=False),
+    'llama-yarn': Case('llama', YARN),
+    'llama-yarn-plain': Case('llama', YARN_PLAIN),
+    'llama-yarn-factor': Case('llama', YARN_FACTOR),
+    'llama-yarn-mscale': Case('llama', YARN_MSCALE),
+    'llama-llama3': Case('llama', LLAMA3),
+    'mistral': Case('mistral', WINDOW),
+    'mistral-full': Case('mistral', {'sliding_window': None, **rope(theta=1e6)}),
+    'mistral-null-head': Case('mistral', {**WINDOW, 'head_dim': None}, old={'head_dim': None}),
+    'mixtral': Case('mixtral', {'num_local_experts': 5, **rope(theta=1e6)}, old={'rope_theta': ABSENT}),
+    'mixtral-plain-head': Case('mixtral', {'num_local_experts': 3, 'head_dim': 6}),
+    'mixtral-window': Case('mixtral', {**WINDOW, 'num_local_experts': 4, 'num_experts_per_tok': 3}),
+    'qwen2': Case('qwen2', old={'sliding_window': 7, 'max_window_layers': 0}),
+    'qwen2-window': Case('qwen2', {**WINDOW, **FOUR, 'use_sliding_window': True, 'max_window_layers': 2}),
+    'qwen2-tied-yarn': Case('qwen2', {**YARN, 'tie_word_embeddings': True}),
+    'qwen2-layer-types': Case('qwen2', {**WINDOW, 'use_sliding_window': True, 'layer_types': layers('sfs')},
+                              old=None),
+    'qwen3': Case('qwen3', rope(theta=1e6)),
+    'qwen3-biased-tied': Case('qwen3', {'attention_bias': True, 'tie_word_embeddings': True}),
+    'qwen3-window-yarn': Case('qwen3', {**WINDOW, **YARN, 'use_sliding_window': True,
+                                        'max_window_layers': 1}),
+    'qwen2_moe': Case('qwen2_moe', {**EXPERTS, 'shared_expert_intermediate_size': 23}),
+    'qwen2_moe-dense-layers': Case('qwen2_moe', {**EXPERTS, **FIVE, 'shared_expert_intermediate_size': 23,
+                                                 'decoder_sparse_step': 2, 'mlp_only_layers': [1],
+                                                 'norm_topk_prob': True}),
+    'qwen2_moe-no-bias': Case('qwen2_moe', {**EXPERTS, 'shared_expert_intermediate_size': 19,
+                                            'qkv_bias': False, 'num_experts_per_tok': 3}),
+    'qwen3_moe': Case('qwen3_moe', {**EXPERTS, 'norm_topk_prob': True}),
+    'qwen3_moe-not-normed': Case('qwen3_moe', {**EXPERTS, 'tie_word_embeddings': True,
+                                               'attention_bias': True}, old={'norm_topk_prob': ABSENT}),
+    'qwen3_moe-dense-layers': Case('qwen3_moe', {**EXPERTS, **FOUR, 'norm_topk_prob': True, **YARN,
+                                                 'decoder_sparse_step': 2, 'mlp_only_layers': [3]}),
+    'gemma2': Case('gemma2', {**GEMMA, 'attn_logit_softcapping': 1.5, 'final_logit_softcapping': 4.0}),
+    'gemma2-no-caps': Case('gemma2', {**GEMMA, 'attn_logit_softcapping': None, 'num_key_value_heads': 3,
+                                      'final_logit_softcapping': None}),
+    'gemma2-one-cap': Case('gemma2', {**GEMMA, **FOUR, 'attn_logit_softcapping': None,
+                                      'final_logit_softcapping': 4.0}),
+    'gemma3': Case('gemma3_text', {**GEMMA3, **FOUR}),
+    'gemma3-default-pattern': Case('gemma3_text', {**GEMMA, 'num_hidden_layers': 7},
+                                   old={'sliding_window_pattern': ABSENT}),
+    'gemma3-scaled': Case('gemma3_text', {
+        **GEMMA3, **FIVE, 'final_logit_softcapping': 4.0, 'rope_parameters': {
+            'full_attention': {'rope_type': 'linear', 'rope_theta': 5000.0, 'factor': 4.0},
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 500.0}}}),
+    'gemma3-all-global': Case('gemma3_text', {**GEMMA, 'sliding_window_pattern': 1}),
+    'deepseek_v2': Case('deepseek_v2', {**DEEPSEEK2, 'topk_method': 'greedy'}),
+    'deepseek_v2-groups': Case('deepseek_v2', {**DEEPSEEK2, 'q_lora_rank': 11, 'n_group': 3, 'topk_group': 2,
+                                               'topk_method': 'group_limited_greedy',
+                                               'attention_bias': True}),
+    'deepseek_v2-yarn': Case('deepseek_v2', {**DEEPSEEK2, **YARN_MSCALE, 'q_lora_rank': 11,
+                                             'first_k_dense_replace': 0}),
+    'deepseek_v2-yarn-same': Case('deepseek_v2', {**DEEPSEEK2, **YARN_SAME, 'n_shared_experts': 1}),
+    'deepseek_v2-yarn-plain': Case('deepseek_v2', {**DEEPSEEK2, **YARN}),
+    'deepseek_v3': Case('deepseek_v3', {**DEEPSEEK3, 'q_lora_rank': 11}),
+    'deepseek_v3-no-norm': Case('deepseek_v3', {**DEEPSEEK3, 'norm_topk_prob': False, 'n_group': 1,
+                                                'topk_group': 1, 'n_shared_experts': 1}),
+    'deepseek_v3-yarn': Case('deepseek_v3', {**DEEPSEEK3, **YARN_MSCALE, 'q_lora_rank': 11}),
+    'deepseek_v3-yarn-same': Case('deepseek_v3', {**DEEPSEEK3, **YARN_SAME, 'first_k_dense_replace': 2}),
+    'deepseek_v3-yarn-ones': Case('deepseek_v3', {**DEEPSEEK3, **YARN_ONES}),
+    'deepseek_v3-half-split': Case('deepseek_v3', {**DEEPSEEK3, 'rope_interleave': False,
+                                                   'attention_bias': True, 'q_lora_rank': 11}),
+    'jamba': Case('jamba', JAMBA),
+    'jamba-dense': Case('jamba', {**JAMBA, 'num_experts': 1, 'num_experts_per_tok': 1,
+                                  'attn_layer_offset': 2, 'mamba_dt_rank': 'auto'}),
+    'jamba-tied': Case('jamba', {**JAMBA, **FOUR, 'attn_layer_period': 4, 'attn_layer_offset': 3,
+                                 'expert_layer_offset': 0, 'tie_word_embeddings': True}),
+    'mamba': Case('mamba', MAMBA),
+    'mamba-untied': Case('mamba', {**MAMBA, 'tie_word_embeddings': False, 'conv_kernel': 3, 'expand': 1,
+                                   'time_step_rank': 5}),
+    'mamba2': Case('mamba2', MAMBA2),
+    'mamba2-groups': Case('mamba2', {**MAMBA2, 'n_groups': 3, 'tie_word_embeddings': True, 'conv_kernel': 3}),
+    'mamba2-limit': Case('mamba2', {**MAMBA2, 'time_step_limit': (0.01, 0.2)}, cache=False),
+    'falcon-multi-query': Case('falcon'),
+    'falcon-new': Case('falcon', {'new_decoder_architecture': True, 'num_kv_heads': 2}),
+    'falcon-new-one-norm': Case('falcon', {'new_decoder_architecture': True, 'num_kv_heads': 3,
+                                           'num_ln_in_parallel_attn': 1, 'ffn_hidden_size': 50}),
+    'falcon-alibi': Case('falcon', {'alibi': True, 'multi_query': False, 'parallel_attn': False,
+                                    'bias': True}, attention='sdpa'),
+    'falcon-alibi-parallel': Case('falcon', {'alibi': True}, attention='sdpa'),
+    'falcon-sequential': Case('falcon', {'multi_query': False, 'parallel_attn': False}),
+    'falcon-per-head-biased': Case('falcon', {'multi_query': False, 'bias': True,
+                                              'tie_word_embeddings': False}),
+    'bloom': Case('bloom'),
+    'bloom-post-norm-residual': Case('bloom', {'num_attention_heads': 4,
+                                               'apply_residual_connection_post_layernorm': True}),
+    'mpt': Case('mpt', {**MPT, 'layer_norm_epsilon': 1e-5}, old={'layer_norm_epsilon': ABSENT}),
+    'mpt-clipped': Case('mpt', {**MPT, 'attn_config': {'clip_qkv': 0.8}}),
+    'mpt-scaled': Case('mpt', {'n_heads': 4, 'attn_config': {'softmax_scale': 0.8, 'clip_qkv': 1.2}}),
+    # a quarter of 18 coordinates are 4
+    'gpt_neox': Case('gpt_neox', {'num_attention_heads': 2, **rope(partial_rotary_factor=0.25)}),
+    'gpt_neox-half': Case('gpt_neox', {**NEOX, **HALF}),
+    'gpt_neox-sequential': Case('gpt_neox', {**NEOX, **HALF, 'use_parallel_residual': False}),
+    'gpt_neox-tied': Case('gpt_neox', {**NEOX, **rope(partial_rotary_factor=1.0), 'tie_word_embeddings': True,
+                                       'hidden_act': 'gelu_new'}),
+    'gpt_neox-linear': Case('gpt_neox', {**NEOX, **rope('linear', factor=2.0, partial_rotary_factor=0.5),
+                                         'attention_bias': False}),
+    'phi3': Case('phi3'),
+    'phi3-window': Case('phi3', {**WINDOW, 'num_key_value_heads': 6}),
+    'phi3-partial': Case('phi3', {'num_attention_heads': 3, 'num_key_value_heads': 1, **HALF}),
+    'phi3-short': Case('phi3', {**rope('longrope', **LONG), 'original_max_position_embeddings': 64,
+                                'max_position_embeddings': 256}),
+    'phi3-long': Case('phi3', {**rope('longrope', **LONG), 'original_max_position_embeddings': 16,
+                               'max_position_embeddings': 64, **WINDOW},
+                      old={'rope_scaling': {'type': 'longrope', **LONG}}, cache=False),
+    'phi3-long-partial': Case('phi3', {**rope('longrope', **LONG, partial_rotary_factor=0.5),
+                                       'original_max_position_embeddings': 8, 'num_attention_heads': 3,
+                                       'num_key_value_heads': 1, 'tie_word_embeddings': True}),
+    'olmo2': Case('olmo2'),
+    'olmo2-mha-biased': Case('olmo2', {'num_key_value_heads': 6, 'attention_bias': True, **rope(theta=5e5)}),
+    'llama4': Case('llama4_text', LLAMA4, old={'moe_layers': ABSENT, 'no_rope_layers': []}),
+    'llama4-all-experts': Case('llama4_text', {**LLAMA4, **LLAMA3, 'interleave_moe_layer_step': 1,
+                                               'no_rope_layer_interval': 2, 'num_experts_per_tok': 2},
+                               old={'moe_layers': ABSENT, 'no_rope_layers': ABSENT}),
+    'llama4-plain-attention': Case('llama4_text', {**LLAMA4, 'use_qk_norm': False,
+                                                   'attn_temperature_tuning': False, 'attention_bias': True},
+                                   inert=r'layers\.3\..*k_proj.bias'),
+    'llama4-listed-layers': Case('llama4_text', {**LLAMA4, 'moe_layers': [0, 3],
+                                                 'no_rope_layers': [0, 1, 1, 0, 1]}),
+    'llama4-dense': Case('llama4_text', {**LLAMA4, 'moe_layers': [], 'tie_word_embeddings': True}),
+    'gpt_oss': Case('gpt_oss', {**OSS, **OSS_YARN}, old={'experts_per_token': 2, 'swiglu_alpha': ABSENT}),
+    'gpt_oss-plain-rope': Case('gpt_oss', {**OSS, **FIVE, **rope(), 'swiglu_limit': 0.7,
+                                           'num_experts_per_tok': 3}, old=None),
+    'smollm3': Case('smollm3', {**FIVE, **rope(theta=2e6)}, old={'rope_theta': ABSENT,
+                                                                'no_rope_layers': ABSENT}),
+    'smollm3-listed-layers': Case('smollm3', {**FIVE, 'no_rope_layers': [1, 0, 1, 1, 0], 'mlp_bias': True,
+                                              'tie_word_embeddings': False, 'attention_bias': True},
+                                  inert=r'layers\.[14]\..*k_proj.bias'),
+    'smollm3-window': Case('smollm3', {**FIVE, **WINDOW, **YARN, 'no_rope_layer_interval': 2,
+                                       'use_sliding_window': True}, old={'no_rope_layers': ABSENT}),
+    'starcoder2': Case('starcoder2'),
+    'starcoder2-window': Case('starcoder2', {**WINDOW, 'use_bias': False, 'tie_word_embeddings': False}),
+    'granite': Case('granite', dict(embedding_multiplier=3.0, residual_multiplier=0.6, logits_scaling=0.7,
+                                    attention_multiplier=0.3)),
+    'granite-biased': Case('granite', dict(embedding_multiplier=4, residual_multiplier=0.7, logits_scaling=2,
+                                           attention_multiplier=0.5, attention_bias=True, mlp_bias=True,
+                                           tie_word_embeddings=True)),
+    'cohere': Case('cohere', {'logit_scale': 0.7}),
+    'cohere-qk-norm': Case('cohere', {'use_qk_norm': True, 'logit_scale': 0.7, 'attention_bias': True,
+                                      **rope(theta=500000.0)}, old={'rope_theta': ABSENT}),
+    'cohere-untied': Case('cohere', {'tie_word_embeddings': False, 'logit_scale': 1.0, **LLAMA3}),
+    'gpt2': Case('gpt2', {'n_positions': 48}, old={'n_ctx': 48}),
+    'gpt2-inner-relu': Case('gpt2', {'n_positions': 48, 'n_inner': 50, 'activation_function': 'relu',
+                                     'layer_norm_epsilon': 1e-3}),
+    'gpt2-gelu-untied': Case('gpt2', {'n_positions': 48, 'activation_function': 'gelu',
+                                      'tie_word_embeddings': False}),
+
+    # combinations at the edge of what a key can say
+    'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),
+    'mistral-yarn-by-one': Case('mistral', {**WINDOW, **rope('yarn', factor=1.0, mscale=0.7)}),
+    'smollm3-no-rope': Case('smollm3', {'no_rope_layers': [0, 0, 0]}, inert='k_proj.bias'),
+    'llama4-no-chunks': Case('llama4_text', {**LLAMA4, 'layer_types': layers('fffff')}, old=None),
+    'jamba-attention-alone': Case('jamba', {**JAMBA, 'attn_layer_period': 1, 'attn_layer_offset': 0}),
+    'deepseek_v2-dense': Case('deepseek_v2', {**DEEPSEEK2, **YARN_HALF, 'first_k_dense_replace': 4}),
+    'deepseek_v3-yarn-half': Case('deepseek_v3', {**DEEPSEEK3, **YARN_HALF, 'v_head_dim': 5}),
+    'qwen2_moe-no-experts': Case('qwen2_moe', {**EXPERTS, 'shared_expert_intermediate_size': 23,
+                                               'mlp_only_layers': [0, 1, 2]}),
+    'qwen2_moe-window-default': Case('qwen2_moe', {**EXPERTS, **WINDOW, 'use_sliding_window': True,
+                                                   'shared_expert_intermediate_size': 23}),
+
+    # rarely or never published
+    'llama-gelu': Case('llama', {'hidden_act': 'gelu'}, rare='hidden_act'),
+    'gemma2-erf': Case('gemma2', {**GEMMA, 'hidden_activation': 'gelu'}, rare='hidden_activation'),
+    'gemma2-biased': Case('gemma2', {**GEMMA, 'attention_bias': True}, rare='attention_bias'),
+    'qwen2_moe-window': Case('qwen2_moe', {**EXPERTS, **WINDOW, **FOUR, 'shared_expert_intermediate_size': 23,
+                                           'use_sliding_window': True, 'layer_types': layers('sfff')},
+                             old=None, rare='sliding_window'),
+    'qwen3_moe-window': Case('qwen3_moe', {**EXPERTS, **WINDOW, 'use_sliding_window': True},
+                             rare='sliding_window'),
+    'jamba-biased': Case('jamba', {**JAMBA, 'mamba_proj_bias': True}, rare='mamba_proj_bias'),
+    'jamba-no-conv-bias': Case('jamba', {**JAMBA, 'mamba_conv_bias': False}, rare='mamba_conv_bias'),
+    'mamba-biased': Case('mamba', {**MAMBA, 'use_bias': True}, rare='use_bias'),
+    'mamba-no-conv-bias': Case('mamba', {**MAMBA, 'use_conv_bias': False}, rare='use_conv_bias'),
+    'mamba2-biased': Case('mamba2', {**MAMBA2, 'use_bias': True}, rare='use_bias'),
+    'mamba2-no-conv-bias': Case('mamba2', {**MAMBA2, 'use_conv_bias': False}, rare='use_conv_bias'),
+    'gpt2-unscaled': Case('gpt2', {'n_positions': 48, 'scale_attn_weights': False},
+                          rare='scale_attn_weights'),
+    'gpt2-scaled-by-layer': Case('gpt2', {'n_positions': 48, 'scale_attn_by_inverse_layer_idx': True},
+                                 rare='scale_attn_by_inverse_layer_idx'),
+    'gpt_oss-alpha': Case('gpt_oss', {**OSS, **OSS_YARN, 'swiglu_alpha': 1.2}, rare='swiglu_alpha'),
+    'falcon-relu': Case('falcon', {'activation': 'relu'}, rare='activation'),
+    'starcoder2-erf': Case('starcoder2', {'hidden_act': 'gelu'}, rare='hidden_act'),
+    'gpt_neox-tanh': Case('gpt_neox', {**NEOX, **HALF, 'hidden_act': 'gelu_fast'}),
+}
+every_case = pytest.mark.parametrize('name', CASES)
+one_of_each = pytest.mark.parametrize('name', {case.model_type: name for name, case in reversed(CASES.items())
+                                               if not case.rare}.values())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints, made by transformers
+
+
+def config_of(case):
+    config_class = type(transformers.AutoConfig.for_model(case.model_type))
+    mapped = config_class.attribute_map
+    known = {field.name for field in fields(config_class)} | set(mapped)
+    sizes = {key: value for key, value in SIZES.items() if key in known and mapped.get(key) not in case.flags}
+    # transformers writes into the rope parameters it is given
+    return config_class(**copy.deepcopy(sizes | case.flags))
+
+
+@torch.no_grad()
+def redraw(model, seed=0):
+    """
+    Every tensor away from its start, and none so large that rounding grows from layer to layer.
+    A tied embedding is small, or every token would be followed by itself.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for name, p in model.state_dict().items():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.dim() == 1 or name.endswith('A_log'):
+            p.add_((0.1 if 'bias' in name else 0.25) * noise)
+        elif p.shape[0] == V:
+            p.copy_((0.1 if tied else 0.6 if 'embed' in name else 0.2) * noise)
+        else:
+            gain = 0.1 if 'mamba.out_proj' in name else 0.4 if 'mixer.out_proj' in name else 1.2
+            p.copy_(gain / math.sqrt(p.shape[-1]) * noise)
+    return model
+
+
+def load_reference(folder, case, **more):
+    # the fused experts want strides of 16 bytes, which odd sizes do not have
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=case.attention,
+        experts_implementation='eager', **more)
+
+
+# keys that transformers 5 renamed
+RENAMED = {
+    'bloom': {'hidden_size': 'n_embed', 'n_head': 'num_attention_heads'},
+    'gemma3_text': {'_sliding_window_pattern': 'sliding_window_pattern'},
+    'gpt_neox': {'rope_theta': 'rotary_emb_base', 'partial_rotary_factor': 'rotary_pct'},
+    'qwen3_moe': {'num_local_experts': 'num_experts'},
+}
+
+
+def published(config, case):
+    """config.json (a dict) as it was written before transformers 5."""
+    config = {**config, 'torch_dtype': config['dtype'], 'transformers_version': '4.41.2'}
+    for key in ('dtype', 'layer_types'):
+        config.pop(key, None)
+    parameters = config.pop('rope_parameters', None) or {}
+    if 'full_attention' in parameters:
+        config['rope_local_base_freq'] = parameters['sliding_attention']['rope_theta']
+        parameters = parameters['full_attention']
+    for key in ('rope_theta', 'partial_rotary_factor'):
+        if key in parameters:
+            config[key] = parameters[key]
+    scaling = {key: value for key, value in parameters.items() if key not in config and key != 'rope_type'}
+    if scaling:
+        # the key was `type` until 2024
+        word = 'type' if parameters['rope_type'] in ('dynamic', 'yarn') else 'rope_type'
+        config['rope_scaling'] = {word: parameters['rope_type'], **scaling}
+    elif parameters:
+        config['rope_scaling'] = None
+    # older files leave out what is the default, and the width of a head where it follows from the others
+    default = {key: getattr(type(config_of(case))(), key, None) for key in
+               ('attention_bias', 'mlp_bias', 'tie_word_embeddings', 'qkv_bias', 'num_experts_per_tok')}
+    if case.model_type in ('llama', 'qwen3_moe', 'olmo2'):
+        default['head_dim'] = config['hidden_size'] // config['num_attention_heads']
+    config = {key: value for key, value in config.items() if key not in default or default[key] != value}
+    renamed = RENAMED.get(case.model_type, {})
+    config = {renamed.get(key, key): value for key, value in config.items()} | case.old
+    return {key: value for key, value in config.items() if value is not ABSENT}
+
+
+def make(folder, name):
+    """Saves the checkpoint of a case, in both styles of config.json, and what transformers makes of it."""
+    case = CASES[name]
+    redraw(transformers.AutoModelForCausalLM.from_config(config_of(case))).save_pretrained(folder)
+    made = SimpleNamespace(case=case, folder=folder, old_folder=None)
+    if case.old is not None:
+        made.old_folder = folder / 'published'
+        made.old_folder.mkdir()
+        (made.old_folder / 'model.safetensors').symlink_to(folder / 'model.safetensors')
+        # transformers 5 writes {"__float__": "Infinity"}, older files a bare Infinity
+        config = json.loads((folder / 'config.json').read_text(),
+                            object_hook=lambda d: float(d['__float__']) if '__float__' in d else d)
+        (made.old_folder / 'config.json').write_text(json.dumps(published(config, case)))
+    made.model = load_reference(folder, case).eval()
+    for seed in range(40):
+        made.idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(seed))
+        if greedy(made):
+            return made
+    raise AssertionError(f'{name}: no prompt leads to a clear choice of all {NEW} tokens')
+
+
+@torch.no_grad()
+def greedy(made):
+    """Adds logits and greedy tokens to `made`; False where two are about as likely, or all the same."""
+    made.prompt = made.idx[:, :PROMPT]
+    out = made.model.generate(made.prompt, max_new_tokens=NEW, do_sample=False, use_cache=made.case.cache,
+                              return_dict_in_generate=True, output_logits=True)
+    made.tokens, new = out.sequences, out.sequences[:, PROMPT:]
+    made.logits = made.model(made.idx).logits
+    best = torch.stack(out.logits, 1).topk(2).values
+    if (best[..., 0] - best[..., 1]).min() < MARGIN or len(new.unique()) < 5:
+        return False
+    if made.case.cache:
+        whole = made.model(made.tokens).logits[:, PROMPT - 1:-1].argmax(-1)
+        assert torch.equal(whole, new), 'transformers chooses otherwise with its cache: cache must be False'
+    return True
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """made(name): the checkpoint of a case, made when it is first asked for."""
+    return functools.cache(lambda name: make(tmp_path_factory.mktemp(name), name))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ours, and changed files
+
+
+@pytest.fixture(scope='module')
+def ours(made):
+    """ours(name): the checkpoint of a case in our model; skips where a rare one is refused by its key."""
+    return functools.cache(lambda name: load(made(name).folder, made(name).case))
+
+
+def load(folder, case=None, **overrides):
+    try:
+        return GPT.from_pretrained(folder, **overrides).eval()
+    except ValueError as error:
+        if case and case.rare and case.rare in one_sentence(error):
+            pytest.skip(f'refused: {error}')
+        raise
+
+
+def one_sentence(error):
+    message = str(error)
+    assert message and '\n' not in message and len(message) < 400, message
+    return message
+
+
+@torch.no_grad()
+def assert_logits(got, want, what, bound=TOLERANCE):
+    got = got(want.idx)[0] if isinstance(got, GPT) else got(want.idx).logits
+    assert got.shape == want.logits.shape and got.dtype == torch.float32, f'{what}: {got.dtype} {got.shape}'
+    error = (got - want.logits).abs()
+    assert error.max() <= bound, (f'{what}: error {error.max():.1e} must be at most {bound:.0e}; it is '
+                                  f'{error.amax((0, 2)).tolist()} by position')
+
+
+def copy_of(made, folder, change=lambda config, tensors: None):
+    """The checkpoint once more in `folder`, after change(config, tensors), which may work in place."""
+    config = json.loads((made.folder / 'config.json').read_text())
+    tensors = safetensors_torch.load_file(made.folder / 'model.safetensors')
+    change(config, tensors)
+    (folder / 'config.json').write_text(json.dumps(config))
+    safetensors_torch.save_file(tensors, folder / 'model.safetensors')
+    return folder
+
+
+def shard(folder, count=2):
+    """Spread the tensors of a checkpoint over `count` files; returns the last."""
+    tensors = safetensors_torch.load_file(folder / 'model.safetensors')
+    names = {key: f'model-{number % count + 1}.safetensors' for number, key in enumerate(tensors)}
+    for file in set(names.values()):
+        of_file = {key: p for key, p in tensors.items() if names[key] == file}
+        safetensors_torch.save_file(of_file, folder / file)
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': names}))
+    return folder / f'model-{count}.safetensors'
+
+
+class Marker:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)

@@ -1,0 +1,360 @@
+"""Files of checkpoints: shards, 16 bits, pickles, damage, memory; and nanoGPT's ckpt.pt."""
+import copy
+import math
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import (
+    Marker,
+    V,
+    assert_logits,
+    copy_of,
+    layers,
+    load,
+    load_reference,
+    made,
+    one_sentence,
+    ours,
+    safetensors_torch,
+    shard,
+)
+from conftest import ROOT
+
+from model import GPT, GPTConfig
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups'])
+@torch.no_grad()
+def test_shards_read_as_one_file(made, ours, name, tmp_path):
+    made = made(name)
+    made.model.save_pretrained(tmp_path, max_shard_size='60KB')
+    assert len(list(tmp_path.glob('model-*.safetensors'))) > 2
+    # the vendor's own files lie beside them on the hub
+    safetensors_torch.save_file({'other': torch.zeros(1)}, tmp_path / 'consolidated.safetensors')
+    assert torch.equal(load(tmp_path)(made.idx)[0], ours(name)(made.idx)[0])
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba'])
+@torch.no_grad()
+def test_sixteen_bit_files_become_fp32(made, name, tmp_path):
+    made = made(name)
+    copy.deepcopy(made.model).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    theirs = load_reference(tmp_path, made.case)
+    assert_logits(model, SimpleNamespace(idx=made.idx, logits=theirs(made.idx).logits), name)
+
+
+@pytest.mark.parametrize('name, prefix', [('gpt2', 'transformer.'), ('bloom', 'transformer.')])
+def test_the_prefix_may_be_missing(made, name, prefix, tmp_path):
+    def drop(config, tensors):
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            tensors[key.removeprefix(prefix)] = tensors.pop(key)
+    assert_logits(load(copy_of(made(name), tmp_path, drop)), made(name), name)
+
+
+@pytest.mark.parametrize('name, strays', [
+    ('gpt2', {'transformer.h.0.attn.bias': (1, 1, 48, 48), 'transformer.h.0.attn.masked_bias': ()}),
+    ('gpt_neox', {'gpt_neox.layers.1.attention.bias': (1, 1, 32, 32),
+                  'gpt_neox.layers.1.attention.masked_bias': (),
+                  'gpt_neox.layers.1.attention.rotary_emb.inv_freq': (3,)}),
+    ('llama', {'model.layers.2.self_attn.rotary_emb.inv_freq': (5,)}),
+    # the layer after the last predicts a second token
+    ('deepseek_v3', {'model.layers.4.eh_proj.weight': (36, 72), 'model.layers.4.enorm.weight': (36,),
+                     'model.layers.4.shared_head.head.weight': (V, 36),
+                     'model.layers.4.embed_tokens.weight': (V, 36),
+                     'model.layers.4.self_attn.o_proj.weight': (36, 54)}),
+])
+def test_what_is_not_a_weight_is_ignored(made, name, strays, tmp_path):
+    def add(config, tensors):
+        tensors |= {key: torch.ones(shape) for key, shape in strays.items()}
+    assert_logits(load(copy_of(made(name), tmp_path, add)), made(name), name)
+
+
+@pytest.mark.parametrize('name', ['falcon-new', 'llama-mha-tied'])
+@pytest.mark.parametrize('factor', [1.0, 2.0])
+def test_a_head_in_the_file_is_used_though_the_config_ties_it(made, name, factor, tmp_path):
+    made = made(name)
+
+    def add(config, tensors):
+        embedding = next(p for key, p in tensors.items() if 'embed' in key and p.shape[0] == V)
+        tensors['lm_head.weight'] = factor * embedding
+    theirs = load_reference(copy_of(made, tmp_path, add), made.case)
+    assert_logits(load(tmp_path), SimpleNamespace(idx=made.idx, logits=theirs(made.idx).logits), name)
+
+
+def test_a_pickled_checkpoint_loads_and_runs_no_code(made, tmp_path):
+    made = made('llama')
+    tensors = safetensors_torch.load_file(copy_of(made, tmp_path) / 'model.safetensors')
+    (tmp_path / 'model.safetensors').unlink()
+    torch.save(tensors, tmp_path / 'pytorch_model.bin')
+    assert_logits(load(tmp_path), made, 'pytorch_model.bin')
+    torch.save(tensors | {'model.norm.weight': Marker(tmp_path / 'ran')}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(ValueError, match='pytorch_model.bin') as error:
+        GPT.from_pretrained(tmp_path)
+    one_sentence(error.value)
+    assert not (tmp_path / 'ran').exists()
+
+
+MEMORY = """
+import resource, sys
+import safetensors.torch, torch
+from model import GPT
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+before = peak()
+model = GPT.from_pretrained(sys.argv[1])
+print(peak() - before, sum(p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize('shards', [1, 3])
+def test_loading_holds_the_weights_once(tmp_path, shards):
+    sizes = dict(n_layer=4, n_embd=512, n_head=8, vocab_size=16000, tie=False, block_size=64)
+    model = GPT(GPTConfig(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, **sizes), seed=None)
+    for p in model.parameters():
+        p.data.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    if shards > 1:
+        shard(tmp_path, shards)
+    done = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path)], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    more, count = map(int, done.stdout.split())
+    assert count == sum(p.numel() for p in model.parameters()) > 20e6
+    assert more < 1.35 * 4 * count, f'{more / 4 / count:.2f} times the weights'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bad input: one sentence with the name at fault
+
+
+def setting(**keys):
+    return lambda config, tensors: config.update(keys)
+
+
+def rope_setting(**keys):
+    return lambda config, tensors: config['rope_parameters'].update(keys)
+
+
+def tensor(key, value):
+    return lambda config, tensors: tensors.pop(key) if value is None else tensors.update({key: value})
+
+
+def after(change):
+    """A change to the files themselves, after they are written."""
+    return SimpleNamespace(files=change)
+
+
+UP = 'model.layers.1.mlp.up_proj.weight'
+BAD = {
+    'no config': ('llama', after(lambda folder: (folder / 'config.json').unlink()), 'config.json'),
+    'config not json': ('llama', after(lambda folder: (folder / 'config.json').write_text('{"a":')),
+                        'config.json'),
+    'config a list': ('llama', after(lambda folder: (folder / 'config.json').write_text('[1]')),
+                      'config.json'),
+    'size of another type': ('llama', setting(hidden_size='36'), 'hidden_size|n_embd'),
+    'no weights': ('llama', after(lambda folder: (folder / 'model.safetensors').unlink()), 'safetensors'),
+    'truncated': ('llama', after(lambda folder: os.truncate(folder / 'model.safetensors', 50000)),
+                  'model.safetensors'),
+    'truncated header': ('llama', after(lambda folder: os.truncate(folder / 'model.safetensors', 40)),
+                         'model.safetensors'),
+    'not safetensors': ('llama', after(lambda folder: (folder / 'model.safetensors').write_text('version')),
+                        'model.safetensors'),
+    'missing shard': ('llama', after(lambda folder: shard(folder).unlink()), 'model-2.safetensors'),
+    'truncated shard': ('llama', after(lambda folder: os.truncate(shard(folder), 5000)),
+                        'model-2.safetensors'),
+    'index not json': ('llama', after(lambda folder: index(folder, '{"weight_map":')), 'index.json'),
+    'index without map': ('llama', after(lambda folder: index(folder, '{"metadata": {}}')), 'index.json'),
+    'no model_type': ('llama', lambda config, tensors: config.pop('model_type'), 'model_type'),
+    'unknown model_type': ('llama', setting(model_type='bert'), 'bert'),
+    'another shape': ('llama', tensor(UP, torch.zeros(51, 35)), UP),
+    'more dimensions': ('llama', tensor(UP, torch.zeros(1, 51, 36)), UP),
+    'shape of fused heads': ('phi3', tensor('model.layers.0.self_attn.qkv_proj.weight', torch.zeros(59, 36)),
+                             'model.layers.0.self_attn.qkv_proj.weight'),
+    'other vocabulary': ('llama', setting(vocab_size=62), 'embed_tokens'),
+    'missing tensor': ('llama', tensor(UP, None), UP),
+    'missing norm': ('llama', tensor('model.norm.weight', None), 'model.norm.weight'),
+    'missing head': ('llama', tensor('lm_head.weight', None), 'lm_head.weight'),
+    'missing expert': ('mixtral', tensor('model.layers.1.block_sparse_moe.experts.3.w3.weight', None),
+                       'model.layers.1.block_sparse_moe.experts.3.w3.weight'),
+    'missing bias': ('qwen2', tensor('model.layers.1.self_attn.k_proj.bias', None),
+                     'model.layers.1.self_attn.k_proj.bias'),
+    'extra tensor': ('llama', tensor('model.layers.0.mlp.extra.weight', torch.zeros(3)),
+                     'model.layers.0.mlp.extra.weight'),
+    'extra bias': ('llama', tensor('model.layers.0.mlp.up_proj.bias', torch.zeros(51)),
+                   'model.layers.0.mlp.up_proj.bias'),
+    'extra layer': ('llama', setting(num_hidden_layers=2), r'model.layers.2.'),
+    'extra expert': ('mixtral', setting(num_local_experts=4), r'block_sparse_moe'),
+    'quantised': ('llama', setting(quantization_config={'quant_method': 'fp8'}), 'quantization_config'),
+    'quantised mxfp4': ('gpt_oss', setting(quantization_config={'quant_method': 'mxfp4'}),
+                        'quantization_config'),
+    'multimodal gemma3': ('gemma3', lambda config, tensors: config.update(
+        {'model_type': 'gemma3', 'text_config': dict(config)}), 'gemma3|text_config'),
+    'multimodal llama4': ('llama4', lambda config, tensors: config.update(
+        {'model_type': 'llama4', 'text_config': dict(config)}), 'llama4|text_config'),
+    'unknown activation': ('llama', setting(hidden_act='mish'), 'hidden_act'),
+    'unknown activation of gpt2': ('gpt2', setting(activation_function='mish'), 'activation_function'),
+    'unknown rope': ('llama', rope_setting(rope_type='spiral'), 'spiral|rope_type'),
+    'unknown published rope': ('llama', lambda config, tensors: (
+        config.pop('rope_parameters'), config.update(rope_scaling={'type': 'spiral', 'factor': 2.0})),
+        'spiral|rope_scaling'),
+    'bidirectional': ('gemma3', setting(use_bidirectional_attention=True), 'use_bidirectional_attention'),
+    'unknown router': ('deepseek_v2', setting(topk_method='noaux_tc'), 'topk_method'),
+    'missing key': ('llama', lambda config, tensors: config.pop('hidden_size'), 'hidden_size'),
+    'missing layers': ('mamba', lambda config, tensors: config.pop('num_hidden_layers'), 'num_hidden_layers'),
+    'null size': ('llama', setting(hidden_size=None), 'hidden_size'),
+    'heads of another type': ('granite', setting(num_attention_heads='six'), 'config.json'),
+    'unknown layer type': ('qwen3', setting(layer_types=['full_attention', 'linear_attention',
+                                                         'full_attention']), 'layer_types'),
+    'too few layer types': ('gemma2', setting(layer_types=['full_attention']), 'layer_types'),
+    'no chunk': ('llama4', setting(attention_chunk_size=0), 'attention_chunk_size'),
+    'windows in llama4': ('llama4', setting(layer_types=layers('fsfff')), 'layer_types'),
+    'temperature without a layer': ('llama4', setting(no_rope_layers=[0] * 5, layer_types=layers('fffff')),
+                                    'no_rope_layers'),
+    'scaled local rope': ('gemma3', lambda config, tensors: config['rope_parameters'].update(
+        sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
+    'phi3 by yarn': ('phi3', rope_setting(rope_type='yarn', factor=2.0), 'short_factor'),
+    'phi3 by llama3': ('phi3', rope_setting(rope_type='llama3', factor=2.0), 'rope_type'),
+    'llama3 without its factors': ('llama', rope_setting(rope_type='llama3', factor=2.0), 'low_freq_factor'),
+    'shortened context': ('llama', rope_setting(rope_type='yarn', factor=0.5), 'factor'),
+    'sharpened unscaled': ('llama', rope_setting(rope_type='yarn', factor=1.0, attention_factor=1.2),
+                           'attention_factor'),
+    'odd part of a head': ('phi3', lambda config, tensors: (
+        config.update(partial_rotary_factor=0.5, num_attention_heads=6),
+        config['rope_parameters'].update(partial_rotary_factor=0.5)), 'partial_rotary_factor'),
+    'slow but exact': ('bloom', setting(slow_but_exact=True), 'slow_but_exact'),
+    'activation of a state space': ('jamba', setting(hidden_act='gelu'), 'hidden_act'),
+    'activation of mamba': ('mamba2', setting(hidden_act='gelu'), 'hidden_act'),
+    'half an expansion': ('mamba', setting(expand=1.5), 'expand'),
+    'other heads of a state space': ('mamba2', setting(num_heads=8), 'num_heads'),
+    'heads that cannot be shared': ('llama', setting(num_key_value_heads=4), 'num_key_value_heads'),
+    'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
+                           'num_experts_per_tok'),
+}
+
+
+def index(folder, text):
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model.safetensors.index.json').write_text(text)
+
+
+@pytest.mark.parametrize('name, change, word', BAD.values(), ids=BAD)
+def test_bad_checkpoints_are_refused_in_a_sentence(made, name, change, word, tmp_path):
+    if isinstance(change, SimpleNamespace):
+        change.files(copy_of(made(name), tmp_path))
+    else:
+        copy_of(made(name), tmp_path, change)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        GPT.from_pretrained(tmp_path)
+    assert re.search(word, one_sentence(error.value)), f'{word} is not in: {error.value}'
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match='nowhere') as error:
+        GPT.from_pretrained(tmp_path / 'nowhere')
+    one_sentence(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# nanoGPT's ckpt.pt
+
+
+def nanogpt(bias, seed=0):
+    """A checkpoint as nanoGPT's train.py writes it, with random weights."""
+    args = dict(n_layer=3, n_head=3, n_embd=36, block_size=32, bias=bias, vocab_size=V, dropout=0.1)
+    generator, C = torch.Generator().manual_seed(seed), 36
+    shapes = {'transformer.wte.weight': (V, C), 'transformer.wpe.weight': (32, C),
+              'transformer.ln_f.weight': (C,)}
+    for i in range(3):
+        shapes |= {f'transformer.h.{i}.{key}.weight': shape for key, shape in {
+            'ln_1': (C,), 'attn.c_attn': (3 * C, C), 'attn.c_proj': (C, C), 'ln_2': (C,),
+            'mlp.c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}.items()}
+    if bias:
+        shapes |= {key.replace('weight', 'bias'): shape[:1] for key, shape in shapes.items()
+                   if not re.search('wte|wpe', key)}
+    weights = {key: torch.randn(shape, generator=generator) * (0.2 if len(shape) > 1 else 0.1)
+               + ('ln_' in key and 'weight' in key) for key, shape in shapes.items()}
+    weights['lm_head.weight'] = weights['transformer.wte.weight']
+    return {'model': weights, 'optimizer': {'state': {}, 'param_groups': []}, 'model_args': args,
+            'iter_num': 5, 'best_val_loss': torch.tensor(1.5), 'config': {'dataset': 'openwebtext'}}
+
+
+def nanogpt_logits(weights, idx, n_head=3):
+    """Logits of every position, by nanoGPT's definition."""
+    def linear(x, key):
+        return F.linear(x, weights[key + '.weight'], weights.get(key + '.bias'))
+
+    def norm(x, key):
+        return F.layer_norm(x, x.shape[-1:], weights[key + '.weight'], weights.get(key + '.bias'), 1e-5)
+
+    B, T = idx.shape
+    x = weights['transformer.wte.weight'][idx] + weights['transformer.wpe.weight'][:T]
+    mask = torch.ones(T, T).tril().bool()
+    for i in range(3):
+        at = f'transformer.h.{i}.'
+        q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2)
+                   for part in linear(norm(x, at + 'ln_1'), at + 'attn.c_attn').chunk(3, dim=-1))
+        scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
+        x = x + linear(y, at + 'attn.c_proj')
+        hidden = linear(norm(x, at + 'ln_2'), at + 'mlp.c_fc')
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        x = x + linear(hidden, at + 'mlp.c_proj')
+    return norm(x, 'transformer.ln_f') @ weights['lm_head.weight'].T
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
+@torch.no_grad()
+def test_nanogpt_checkpoints_load(bias, prefix, tmp_path):
+    checkpoint = nanogpt(bias)
+    idx = torch.randint(V, (2, 32), generator=torch.Generator().manual_seed(3))
+    want = SimpleNamespace(idx=idx, logits=nanogpt_logits(checkpoint['model'], idx))
+    if not bias:  # a mask that nanoGPT keeps where torch has no fused attention
+        checkpoint['model']['transformer.h.0.attn.bias'] = torch.ones(1, 1, 32, 32)
+    checkpoint['model'] = {prefix + key: p for key, p in checkpoint['model'].items()}
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    for path in (tmp_path / 'ckpt.pt', tmp_path, str(tmp_path)):
+        model = load(path)
+        assert_logits(model, want, f'nanoGPT bias={bias} {prefix}')
+    assert model.generate(idx[:, :5], 4, temperature=0).shape == (2, 9)
+    assert model.config.block_size == 32 and model.config.tie
+
+
+def test_a_nanogpt_checkpoint_with_strange_weights_is_refused(tmp_path):
+    for key, p in (('transformer.h.1.mlp.c_fc.weight', torch.zeros(144, 35)), ('transformer.h.3.ln_1.weight',
+                   torch.ones(36)), ('transformer.h.1.mlp.c_fc.weight', None)):
+        checkpoint = nanogpt(True)
+        checkpoint['model'][key] = p
+        if p is None:
+            del checkpoint['model'][key]
+        torch.save(checkpoint, tmp_path / 'ckpt.pt')
+        with pytest.raises(ValueError, match=key) as error:
+            GPT.from_pretrained(tmp_path)
+        one_sentence(error.value)
+
+
+@pytest.mark.parametrize('fault', ['truncated', 'not torch', 'code', 'no model'])
+def test_a_damaged_nanogpt_checkpoint_is_refused(fault, tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint = nanogpt(True)
+    if fault == 'code':
+        checkpoint['model']['transformer.ln_f.weight'] = Marker(tmp_path / 'ran')
+    if fault == 'no model':
+        del checkpoint['model']
+    torch.save(checkpoint, path)
+    if fault == 'truncated':
+        os.truncate(path, 9000)
+    if fault == 'not torch':
+        path.write_text('version')
+    with pytest.raises(ValueError, match='ckpt.pt') as error:
+        GPT.from_pretrained(tmp_path)
+    one_sentence(error.value)
+    assert not (tmp_path / 'ran').exists()

@@ -1,0 +1,38 @@
+"""
+What must never change: the weights that a seed draws, which depend on parameter names and on nothing else, and
+the logits they give. Old runs would not be reproduced, and ablations would compare other models.
+
+promises.json holds one line per config file at toy size. A failure that is meant needs a new seed, not a new
+line; only a new config adds one, and the failure prints it.
+"""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build, families, tokens
+
+PROMISES = Path(__file__).with_name('promises.json')
+
+
+@torch.no_grad()
+def fingerprint(flags):
+    """A number that depends on every weight and its name, and the first logits: alike on all machines."""
+    model, total = build(flags), 0.0
+    for name, p in sorted(model.named_parameters()):
+        wave = torch.cos(torch.arange(p.numel(), dtype=torch.float64) + sum(name.encode()))
+        total += (p.double().flatten() * wave).sum().item()
+    return {'weights': total, 'logits': model(tokens(flags, 1, 9))[0][0, -1, :4].tolist()}
+
+
+@pytest.mark.parametrize('name', families())
+def test_a_seed_draws_the_weights_it_always_drew(name):
+    got = fingerprint(families()[name])
+    want = json.loads(PROMISES.read_text())
+    assert name in want, f'a new config: add "{name}": {json.dumps(got)}'
+    assert got['weights'] == pytest.approx(want[name]['weights'], rel=1e-6, abs=1e-6)
+    assert got['logits'] == pytest.approx(want[name]['logits'], rel=1e-3, abs=1e-5)
+
+
+def test_no_promise_is_dropped():
+    assert json.loads(PROMISES.read_text()).keys() == families().keys()
