@@ -19,6 +19,7 @@ from nanoblocks.decoding import quantize as quant
 from nanoblocks.decoding.decode import Decoder, Sampling
 from nanoblocks.experiments.timing import interleaved, print_table, timed
 from nanoblocks.files import ROOT
+from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
 PROMPT, NEW, TEXT = 128, 128, 512   # tokens of a prompt, generated after it, and of a text without a cache
@@ -118,7 +119,7 @@ def one_row(model, rounds, device):
     narrow = copy.deepcopy(model).bfloat16()
     models = {'float32': model, 'bfloat16': narrow,
               'int8': quant.quantize(copy.deepcopy(model if device == 'cpu' else narrow))}
-    print(f'{model.num_params() / 1e6:.0f}M parameters, {NEW} tokens after {PROMPT}, one row; cache '
+    print(f'{format_quantity(model.num_params())} parameters, {NEW} tokens after {PROMPT}, one row; cache '
           f'{kv_cache_bytes(config, PROMPT + NEW, 1, 4) / 1e6:.1f} MB in float32')
     runs = {(name, mode): generation(m, idx, NEW, mode == 'compiled')
             for name, m in models.items() for mode in ('eager', 'compiled')}
@@ -131,7 +132,7 @@ def one_row(model, rounds, device):
     size = min(bytes_per_step(model, None), 2 ** 30)
     found = interleaved(runs | {'bandwidth': lambda: read_bandwidth(size, device)}, rounds, warmup=0)
     speeds = found.pop('bandwidth')
-    print(f'{rounds} rounds, in which the machine read at most '
+    print('in each round, the machine read at most '
           + ', '.join(f'{speed / 1e9:.1f}' for speed in speeds) + ' GB/s; shares are of the highest')
     print_table(['', 'first token ms', 'a token ms', 'tokens/s', 'MB a token', 'of bandwidth'],
                 [[' '.join(key), *one_row_cells(models[key[0]], timings, max(speeds))]
@@ -205,7 +206,7 @@ def long_texts(device, count=240):
         early, late = token_times(decoders, count, device).values()
         rows.append([name, f'{early:.2f}', f'{late:.2f}', f'{late / early:.3f}x',
                      *(f'{cache_mb(decoder):.2f}' for decoder in decoders.values())])
-    print_table(['attention to', '1,000th token ms', '10,000th ms', 'ratio', 'cache MB', 'cache MB'], rows)
+    print_table(['layers', '1,000th token ms', '10,000th ms', 'ratio', 'cache MB', 'at the 10,000th'], rows)
 
 
 def latents(device, length=4096, count=60):
