@@ -266,7 +266,8 @@ def test_flags_of_a_model_give_what_its_config_does():
         base, _, flags = recipe.partition(' + ')
         base = {label: base for base, label in tables.BASES.items()}.get(base, 'gpt2_small')
         given = [f'--{flag}' for flag in flags.strip('`').split()]
-        made = configure({}, GPTConfig, [f'config/{base}.py', *given], skip=configurator.settings_of(ROOT / 'train.py'))
+        made = configure({}, GPTConfig, [f'config/{base}.py', *given],
+                         skip=configurator.settings_of(ROOT / 'train.py'))
         assert GPTConfig(**made) == GPTConfig(**tables.flags_of(name.strip('`'))), name
     assert len(models) > 20
 

@@ -21,7 +21,8 @@ BEGIN, END = '<!-- made by python -m nanoblocks.experiments.tables -->', '<!-- e
 
 def flags_of(name):
     """The model flags that config/<name>.py sets."""
-    return configure({}, GPTConfig, [str(ROOT / 'config' / f'{name}.py')], skip=settings_of(ROOT / 'train.py'))
+    path, others = ROOT / 'config' / f'{name}.py', settings_of(ROOT / 'train.py')
+    return configure({}, GPTConfig, [str(path)], skip=others)
 
 
 def difference(base, name):
