@@ -1,35 +1,23 @@
 """
-One block at a time: sweeps of train.py, and what their differences mean.
+What does one block contribute? Trains sweeps of arms over several seeds and reports paired differences.
 
     python ablate.py config/llama_small.py config/tiny.py --base=config/gpt2_small.py --seeds=3
     python ablate.py config/llama_small.py config/tiny.py --vary="norm=layernorm; ffn=gelu" --match=params
+    python ablate.py config/llama_small.py config/tiny.py --vary="Mamba: layer_pattern=m+pos=none"
     python ablate.py --report=out/ablate/llama_small
 
-With --base, the first file is the target, and each flag in which the two differ gets its arms: alone on the
-base, taken out of the target, and in its place of the ladder from one to the other. All other files and flags
-hold for both. With --vary, each value of each flag is an arm beside the files as they are. Flags that need
-each other change together when joined by +, and an arm may have a name:
---vary="Mamba: layer_pattern=m+pos=none".
+With --base, the sweep leads from that config to the first file given. Each flag in which the two differ is
+tried in three places: alone on the base, removed from the first file, and on the ladder from the base to the
+first file. All other files and flags hold for both.
 
-Every arm is an ordinary run of train.py in a folder of its own, and takes its settings. A sweep that was
-stopped goes on when the same command is given again.
+With --vary, each value of each flag is an arm, compared with the files as they are. Flags that need each
+other are joined by + and change together; an arm may be named in front of a colon.
+
+An arm is an ordinary run of train.py in a folder of its own, and takes train.py's settings and the model's
+flags. Give the same command again to continue a sweep that was stopped. The body of this script is
+nanoblocks/experiments/sweep.py.
 """
-import ast
-import functools
-import json
-import os
-import platform
-import re
-import shlex
-import signal
-import statistics
-import subprocess
 import sys
-import time
-from collections import deque
-from dataclasses import asdict
-from itertools import combinations
-from pathlib import Path
 
 import torch
 
@@ -668,15 +656,7 @@ def report_again(folder, results):
 
 
 if __name__ == '__main__':
-    argv = sys.argv[1:]
-    if '--report' in argv[:-1]:  # with a blank in place of the =
-        at = argv.index('--report')
-        argv[at:at + 2] = [f'--report={argv[at + 1]}']
-    if '--help' in argv or '-h' in argv:
+    if '--help' in sys.argv or '-h' in sys.argv:
         configure(globals(), GPTConfig, ['--help'])
     with errors_as_messages():
-        own = read_words(argv)[1]
-        if own['report']:
-            report_again(own['report'], own['results'])
-        else:
-            main(argv)
+        sweep.main(sys.argv[1:])
