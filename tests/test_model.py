@@ -79,7 +79,7 @@ def assert_gradients(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     model.train()
     # with projections that start at zero, what lies before them has its first gradient in the second step
-    for step in range(1 + c.zero_init):
+    for _ in range(1 + c.zero_init):
         optimizer.zero_grad(set_to_none=True)
         model(idx[:8], idx[1:])[1].backward()
         for name, p in model.named_parameters():

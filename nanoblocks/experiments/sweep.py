@@ -34,6 +34,7 @@ from nanoblocks.experiments.timing import interleaved
 from nanoblocks.files import ROOT
 from nanoblocks.hardware import synchronized_time
 from nanoblocks.training import checkpoint
+from nanoblocks.training.run_folder import RunFolder
 
 try:
     import fcntl
@@ -151,7 +152,7 @@ def command_of(run, folder):
     """The command line that starts or resumes a run."""
     out = os.path.join(folder, run['path'])
     start = [sys.executable, str(ROOT / 'train.py'), f'--out_dir={out}']
-    if checkpoint.can_resume(out):
+    if RunFolder(out).resumable():
         return [*start, '--init_from=resume']
     known = settings_of(ROOT / 'train.py') | MODEL
     flags = run['flags'] | {'wandb_run_name': run['path'].replace(os.sep, ' '), 'overwrite': True}
