@@ -28,7 +28,7 @@ from . import (
     selective_scan,
     ssd,
 )
-from .common import HAS_TRITON, INTERPRETED, at_least_fp32, runs_triton
+from .common import HAS_TRITON, INTERPRETED, at_least_fp32, runs_triton  # noqa: F401
 from .spans import spans  # noqa: F401
 
 

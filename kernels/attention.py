@@ -1,5 +1,5 @@
 """
-Attention: each query gets the mean of all values, weighted by the softmax of its scores with their keys.
+Attention: each query gets the mean of the values that it may see, weighted by the softmax of its scores.
 
     s_ij = cap tanh(scale <q_i, k_j> / cap) + bias(pos_i, pos_j)    where query i may see key j
     p_ij = exp s_ij / (sum over j of exp s_ij + exp sink)           y_i = sum over j of p_ij v_j
@@ -11,8 +11,9 @@ In order of reading: what positions decide (masks, ALiBi); the definition; the w
 it; the choice among those and two Triton kernels, which are in flash_attention.py (training, prefill) and
 decode_attention.py (a few queries, a long cache).
 
-A new pattern of attention is one more field of `Scoring` and one more line of `visible` or `score_bias`: it
-then runs everywhere by `by_position`. What is faster than that needs a condition in `attention`.
+A new pattern of attention is an argument of `attention`, a field of `Scoring` and a line of `visible` or
+`score_bias`, which `by_position` then computes on any device. In `attention`, the faster branches must leave
+the new pattern out until they support it.
 """
 from typing import NamedTuple
 
@@ -195,16 +196,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
               alibi_bf16: bool = False, dropout: float = 0.0) -> Tensor:
     """
     q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), H a multiple of K; integers pos (T,) or (B,T) and key_pos (S,) or
-    (B,S) -> (B,T,H,Dv). A query sees the keys at its own position and before, but none at a
-    negative position, which is padding; a query that sees no key gets finite numbers.
+    (B,S) -> (B,T,H,Dv). A query sees the keys at its own position and before, but no padding, which has
+    negative positions; a query that sees no key gets finite numbers.
 
     window      a query sees only its own position and the window - 1 before it; chunked: only positions of
                 its own chunk of `window`
-    softcap     scores are kept below it by a tanh (Gemma 2)
+    softcap     a tanh keeps scores between -softcap and softcap (Gemma 2)
     slopes      (H,) fp32, ALiBi; alibi_bf16: rounded as Falcon was trained
     sinks       (H,) learned, added to the denominator of the softmax: exp sink (gpt-oss)
     in_order    promises that pos and key_pos are both 0..T-1 in every row, so that they need not be read
-    dropout     of the weights
+    dropout     the share of weights that are dropped
     """
     T, scoring = q.shape[1], Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout)
     # PyTorch's fastest path, on any device

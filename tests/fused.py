@@ -115,7 +115,7 @@ def run(function, args, differentiate):
 
 def check(op, case, dtype, device='cpu'):
     """
-    What is wrong with a kernel, a list of sentences. The rule: its error, measured against float64, is at most
+    What is wrong with a kernel, a list of sentences. The rule: its error against float64 is at most
     twice the error of plain PyTorch in the same dtype, plus one rounding.
     """
     row, dtype = kernels.OPS[op], getattr(torch, dtype)

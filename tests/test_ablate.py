@@ -1,5 +1,5 @@
 """
-Ablations: the arms that two configs or a list of values come to, budgets, the guard, statistics against worked
+Ablations: the arms between two configs and of a list of values, budgets, the guard, statistics against worked
 numbers, a sweep of two arms as a user runs it, and its report.
 
 A sweep of toys is trained once; the tests that plant a fault do so in a copy of it.
@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import ablate
 from data.tokenizer import ByteTokenizer
 from data.writer import write_dataset
 from model import GPTConfig
-from nanoblocks.experiments import report
+from nanoblocks.experiments import figures, report, sweep
+from nanoblocks.experiments.arms import MODEL, arms_between, arms_of_vary, config_of, filled_in, read_flags
+from nanoblocks.experiments.budget import WIDTHS, cost, match_budgets
+from nanoblocks.experiments.runs import check_pair, progress, read_lines, recorded
+from nanoblocks.experiments.statistics import effect, seeds_needed, t_quantile, t_within
 
 SIZE = '''
 n_layer = 2
@@ -101,13 +104,13 @@ def change(path, **values):
 
 
 @functools.cache
-def words(*argv):
-    return ablate.read_words(list(argv))[0]
+def flags_of(*argv):
+    return read_flags(list(argv))[0]
 
 
-def between(base, target, kinds=('alone', 'removed', 'ladder')):
-    start, end = words(f'config/{base}.py', 'config/tiny.py'), words(f'config/{target}.py', 'config/tiny.py')
-    return start, end, *ablate.arms_between(start, end, base, target, kinds)
+def between(base, target, places=('alone', 'removed', 'ladder')):
+    start, end = (flags_of(f'config/{name}.py', 'config/tiny.py') for name in (base, target))
+    return start, end, *arms_between(start, end, base, target, places)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +119,7 @@ def in_the_root(monkeypatch):
 
 
 def differing(first, second):
-    first, second = (ablate.config_words(words) for words in (first, second))
+    first, second = (filled_in(flags) for flags in (first, second))
     return {name for a, b in zip(first, second) for name in a | b if a.get(name) != b.get(name)}
 
 
@@ -137,7 +140,7 @@ def test_every_arm_differs_in_its_flag_and_what_follows_from_it():
             assert set(pair['names']) == {pair['flag']} <= found, pair
             # what is left open follows, as a gated ffn has a width of its own; all else stays
             follows = found - {pair['flag']}
-            assert all(ablate.MODEL[name].default is None for name in follows), pair
+            assert all(MODEL[name].default is None for name in follows), pair
             assert (pair['flag'] == 'ffn') == ('ffn_width' in follows), pair
 
 
@@ -153,7 +156,7 @@ def test_flags_that_mean_nothing_alone_go_together(target, groups):
         # a family may add to what goes together, never to what stands alone
         assert any(group <= other if len(group) > 1 else group == other for other in found), found
     for arm in arms.values():
-        ablate.config_of(arm)
+        config_of(arm)
     assert ladder[-1] == target
 
 
@@ -169,8 +172,8 @@ def test_configs_that_are_the_same_are_refused():
 
 
 def test_values_are_arms_beside_the_files_as_they_are():
-    reference = words('config/llama_small.py', 'config/tiny.py')
-    arms, pairs = ablate.arms_of_vary(
+    reference = flags_of('config/llama_small.py', 'config/tiny.py')
+    arms, pairs = arms_of_vary(
         reference, 'llama_small', 'norm=layernorm,rmsnorm; n_kv_head=1,2,4; weight_decay=1e-1; '
         'Mamba: layer_pattern=m+pos=none+n_kv_head=None; ffn_pattern=e+n_expert=8')
     assert list(arms) == ['llama_small', 'norm=layernorm', 'n_kv_head=1', 'n_kv_head=4', 'weight_decay=1e-1',
@@ -178,20 +181,20 @@ def test_values_are_arms_beside_the_files_as_they_are():
     assert [set(pair['names']) for pair in pairs] == [
         {'norm'}, {'n_kv_head'}, {'n_kv_head'}, {'weight_decay'}, {'layer_pattern', 'pos', 'n_kv_head'},
         {'ffn_pattern', 'n_expert'}]
-    assert ablate.config_of(arms['Mamba']).layer_pattern == 'm'
+    assert config_of(arms['Mamba']).layer_pattern == 'm'
     assert arms['weight_decay=1e-1']['weight_decay'] == 0.1
 
 
 @pytest.mark.parametrize('text, sentence', [
     ('norm=layernorm,batchnorm', 'norm=batchnorm must be one of'), ('norm', 'must be flag=value'),
-    ('norn=layernorm', 'norn is no setting'), ('norm=rmsnorm', 'must hold a value'),
+    ('norn=layernorm', 'norn is no setting .* did you mean norm?'), ('norm=rmsnorm', 'must hold a value'),
     ('seed=1,2', 'seed must not differ'), ('block_size=64', 'block_size must not differ'),
     ('batch_size=4', 'batch_size must not differ'), ('layer_pattern=m', 'joined by'),
     ('n_kv_head=two', 'must be an int'), ('A: norm=layernorm,rmsnorm', 'must be flag=value'),
 ])
 def test_what_cannot_be_compared_is_refused_in_one_sentence(text, sentence):
     with pytest.raises((ValueError, SystemExit), match=sentence) as refusal:
-        ablate.arms_of_vary(words('config/llama_small.py', 'config/tiny.py'), 'llama_small', text)
+        arms_of_vary(flags_of('config/llama_small.py', 'config/tiny.py'), 'llama_small', text)
     assert '\n' not in str(refusal.value)
 
 
@@ -204,14 +207,14 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(text, sentence):
 ])
 def test_wrong_settings_are_refused_before_anything_is_trained(more, sentence):
     with pytest.raises((ValueError, SystemExit), match=sentence):
-        ablate.make_plan(['config/llama_small.py', 'config/tiny.py', *more])
+        sweep.make_plan(['config/llama_small.py', 'config/tiny.py', *more])
 
 
 def test_learning_rates_are_spread_around_the_given_one(place):
-    plan = ablate.make_plan(command(place, 'out/x', '--lr_sweep=3', '--seeds=1', '--min_lr=1e-4'))
-    runs = [run for run in ablate.runs_of(plan) if run['arm'] == 'llama_small']
-    assert [run['words']['learning_rate'] for run in runs] == pytest.approx([1.5e-3, 3e-3, 6e-3])
-    assert [run['words']['min_lr'] for run in runs] == pytest.approx([5e-5, 1e-4, 2e-4])
+    plan = sweep.make_plan(command(place, 'out/x', '--lr_sweep=3', '--seeds=1', '--min_lr=1e-4'))
+    runs = [run for run in sweep.runs_of(plan) if run['arm'] == 'llama_small']
+    assert [run['flags']['learning_rate'] for run in runs] == pytest.approx([1.5e-3, 3e-3, 6e-3])
+    assert [run['flags']['min_lr'] for run in runs] == pytest.approx([5e-5, 1e-4, 2e-4])
     assert len({run['path'] for run in runs}) == 3
 
 
@@ -225,31 +228,31 @@ def test_learning_rates_are_spread_around_the_given_one(place):
     dict(ffn_pattern='e', n_expert=8), dict(ffn_pattern='fe', n_expert=8, n_shared=1), dict(attn='mla'),
 ])
 def test_a_matched_budget_is_within_one_percent(kind, flags, place):
-    reference = words('config/gpt2_small.py', 'config/tiny.py') | {
+    reference = flags_of('config/gpt2_small.py', 'config/tiny.py') | {
         'dataset': str(place / 'data'), 'n_embd': 128}
     arm = reference | {'pos': 'rope'} | flags
-    held, notes = ablate.match_budgets({'reference': reference, 'arm': arm}, 'reference', kind)
+    held, notes = match_budgets({'reference': reference, 'arm': arm}, 'reference', kind)
     assert held['reference'] == reference
-    budget = ablate.cost(reference, kind)
-    assert abs(ablate.cost(held['arm'], kind) / budget - 1) <= 0.01
+    budget = cost(reference, kind)
+    assert abs(cost(held['arm'], kind) / budget - 1) <= 0.01
     # only widths moved, and only where the budget would have been missed
-    assert {name for name in held['arm'] if held['arm'].get(name) != arm.get(name)} <= set(ablate.WIDTHS)
-    missed = abs(ablate.cost(arm, kind) / budget - 1) > 0.01
+    assert {name for name in held['arm'] if held['arm'].get(name) != arm.get(name)} <= set(WIDTHS)
+    missed = abs(cost(arm, kind) / budget - 1) > 0.01
     assert missed == (held['arm'] != arm) == ('arm' in notes)
 
 
 def test_the_budget_counts_the_vocabulary_of_the_dataset(place):
-    small = words('config/gpt2_small.py', 'config/tiny.py') | {'dataset': str(place / 'data')}
-    config = ablate.config_of(small)
-    with_50k = ablate.cost(small | {'vocab_size': config.vocab_size}, 'params')
-    assert with_50k - ablate.cost(small, 'params') == (config.vocab_size - 257) * config.n_embd
+    small = flags_of('config/gpt2_small.py', 'config/tiny.py') | {'dataset': str(place / 'data')}
+    config = config_of(small)
+    with_50k = cost(small | {'vocab_size': config.vocab_size}, 'params')
+    assert with_50k - cost(small, 'params') == (config.vocab_size - 257) * config.n_embd
 
 
 def test_a_budget_that_no_width_can_hold_is_refused(place):
-    reference = words('config/llama_small.py', 'config/tiny.py') | {'dataset': str(place / 'data')}
+    reference = flags_of('config/llama_small.py', 'config/tiny.py') | {'dataset': str(place / 'data')}
     arms = {'a': reference, 'b': reference | {'ffn_pattern': '-', 'ffn': 'gelu'}}
     with pytest.raises(ValueError, match='b: match=params must have an ffn to resize'):
-        ablate.match_budgets(arms, 'a', 'params')
+        match_budgets(arms, 'a', 'params')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ def test_a_budget_that_no_width_can_hold_is_refused(place):
     (0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 3, 3.18245), (0.975, 4, 2.77645), (0.975, 9, 2.26216),
     (0.975, 30, 2.04227), (0.8, 5, 0.919544), (0.995, 2, 9.92484), (0.95, 120, 1.65765)])
 def test_t_quantiles_equal_the_printed_tables(p, df, t):
-    assert report.t_quantile(p, df) == pytest.approx(t, rel=1e-5)
+    assert t_quantile(p, df) == pytest.approx(t, rel=1e-5)
 
 
 def test_t_within_equals_a_sum_over_its_density():
@@ -268,42 +271,42 @@ def test_t_within_equals_a_sum_over_its_density():
         x = np.linspace(0, 1.7, 200001)
         density = (1 + x * x / df) ** (-(df + 1) / 2)
         scale = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
-        assert report.t_within(1.7, df) == pytest.approx(2 * scale * np.trapezoid(density, x), abs=1e-8)
+        assert t_within(1.7, df) == pytest.approx(2 * scale * np.trapezoid(density, x), abs=1e-8)
 
 
 def test_paired_interval_equals_worked_numbers():
     # mean -0.02, sd 0.01, n 3: 4.30265 * 0.01 / sqrt(3) = 0.024841
-    e = report.effect([-0.01, -0.02, -0.03])
+    e = effect([-0.01, -0.02, -0.03])
     assert (e.n, e.mean, e.sd, e.half) == pytest.approx((3, -0.02, 0.01, 0.024841), rel=1e-4)
     assert not e.resolved
     # the same scatter around -0.03 excludes zero
-    assert report.effect([-0.02, -0.03, -0.04]).resolved
-    assert not report.effect([-0.02]).resolved and math.isnan(report.effect([-0.02]).half)
+    assert effect([-0.02, -0.03, -0.04]).resolved
+    assert not effect([-0.02]).resolved and math.isnan(effect([-0.02]).half)
 
 
 def test_pairing_removes_what_the_seeds_have_in_common():
     noise = [0.5, -0.3, 0.1, 0.9]
-    e = report.effect([(2 + n - 0.01) - (2 + n) for n in noise])
+    e = effect([(2 + n - 0.01) - (2 + n) for n in noise])
     assert e.resolved and e.mean == pytest.approx(-0.01)
 
 
 def test_seeds_needed_resolve_four_times_out_of_five():
     # sd over difference 2: a t-test for d = 0.5 needs 34 pairs at 80 % power (Cohen 1988)
-    assert report.seeds_needed(0.5, 1.0) == 34
-    assert report.seeds_needed(1e-6, 1.0) is None
+    assert seeds_needed(0.5, 1.0) == 34
+    assert seeds_needed(1e-6, 1.0) is None
     rng = np.random.default_rng(0)
-    hits = sum(report.effect(list(rng.normal(0.5, 1.0, 34))).resolved for _ in range(1000))
+    hits = sum(effect(list(rng.normal(0.5, 1.0, 34))).resolved for _ in range(1000))
     assert 760 <= hits <= 850, hits
 
 
 def test_what_is_not_resolved_is_said_to_be_and_how_many_seeds_it_takes():
-    assert 'not resolved (-0.0200' in report.verdict(report.effect([-0.01, -0.02, -0.03]))
-    assert 'about 5 seeds would be needed' in report.verdict(report.effect([-0.01, -0.02, -0.03]))
-    assert report.verdict(report.effect([-0.02, -0.03, -0.04])).startswith('lowers the loss by 0.0300')
-    assert report.verdict(report.effect([0.02, 0.03, 0.04])).startswith('raises the loss by 0.0300')
-    assert 'no interval' in report.verdict(report.effect([0.1]))
-    assert report.verdict(report.effect([0.0, 0.0])) == 'no difference at all'
-    assert report.verdict(report.effect([0.1, math.nan])) == 'a run diverged'
+    assert 'not resolved (-0.0200' in report.verdict(effect([-0.01, -0.02, -0.03]))
+    assert 'about 5 seeds would be needed' in report.verdict(effect([-0.01, -0.02, -0.03]))
+    assert report.verdict(effect([-0.02, -0.03, -0.04])).startswith('lowers the loss by 0.0300')
+    assert report.verdict(effect([0.02, 0.03, 0.04])).startswith('raises the loss by 0.0300')
+    assert 'no interval' in report.verdict(effect([0.1]))
+    assert report.verdict(effect([0.0, 0.0])) == 'no difference at all'
+    assert report.verdict(effect([0.1, math.nan])) == 'a run diverged'
 
 
 def test_loss_at_a_step_lies_on_the_line_between_evaluations():
@@ -323,7 +326,7 @@ def test_a_sweep_trains_every_arm_on_every_seed_and_reports(swept):
         assert (swept / name).exists(), name
     for arm in ('llama_small', 'norm=layernorm'):
         for seed in SEEDS:
-            model, settings = ablate.recorded(swept / arm / f'seed{seed}')
+            model, settings = recorded(swept / arm / f'seed{seed}')
             assert settings['seed'] == seed and settings['eval_interval'] == 5
             assert model['norm'] == ('layernorm' if '=' in arm else 'rmsnorm')
 
@@ -332,10 +335,10 @@ def test_the_report_says_what_the_runs_measured(swept):
     finals = {}
     for arm in ('llama_small', 'norm=layernorm'):
         for seed in SEEDS:
-            lines = report.read_lines(swept / arm / f'seed{seed}' / 'metrics.jsonl')
+            lines = read_lines(swept / arm / f'seed{seed}' / 'metrics.jsonl')
             finals[arm, seed] = [line['val_loss'] for line in lines if 'val_loss' in line][-1]
     text = (swept / 'report.md').read_text()
-    e = report.effect([finals['norm=layernorm', seed] - finals['llama_small', seed] for seed in SEEDS])
+    e = effect([finals['norm=layernorm', seed] - finals['llama_small', seed] for seed in SEEDS])
     assert f'{e.mean:+.4f} | {report.interval(e)} | 2 |' in text
     mean = (finals['llama_small', 1337] + finals['llama_small', 1338]) / 2
     assert f'| llama_small | {mean:.4f} |' in text
@@ -356,7 +359,7 @@ def test_finished_runs_are_skipped_and_an_arm_without_effect_has_no_difference_a
 
 def cut(run, step):
     """Leave of a run what a kill at `step` leaves: its metrics up to there, and no checkpoint."""
-    lines = [line for line in report.read_lines(run / 'metrics.jsonl') if line['step'] <= step]
+    lines = [line for line in read_lines(run / 'metrics.jsonl') if line['step'] <= step]
     (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"step": 1')
     for path in run.glob('ckpt*.pt'):
         path.unlink()
@@ -364,19 +367,19 @@ def cut(run, step):
 
 def test_a_killed_run_is_trained_again_to_the_same_end(copy, place):
     run = copy / 'norm=layernorm' / 'seed1338'
-    want = ablate.progress(run)
+    want = progress(run)
     cut(run, 10)
-    assert ablate.progress(run)[0] == 10
+    assert progress(run)[0] == 10
     done = python('ablate.py', *command(place, copy))
     assert done.returncode == 0 and '4 runs, 3 of them finished' in done.stdout, done
-    assert ablate.progress(run) == want
+    assert progress(run) == want
 
 
 def test_an_unfinished_run_with_a_checkpoint_goes_on_from_it(swept):
     plan = plan_of(swept)
-    run = ablate.runs_of(plan)[0]
-    assert '--init_from=resume' in ablate.command_of(run, swept)
-    assert '--init_from=resume' not in ablate.command_of(run, swept / 'elsewhere')
+    run = sweep.runs_of(plan)[0]
+    assert '--init_from=resume' in sweep.command_of(run, swept)
+    assert '--init_from=resume' not in sweep.command_of(run, swept / 'elsewhere')
 
 
 def test_report_from_files_equals_the_one_of_the_sweep(copy):
@@ -388,20 +391,44 @@ def test_report_from_files_equals_the_one_of_the_sweep(copy):
     assert (copy / 'report.md').read_text() == want and (copy / 'differences.png').exists()
 
 
+def test_figures_are_drawn_again_from_the_tables_alone(copy, tmp_path):
+    for name in ('report.csv', 'differences.csv'):
+        shutil.copy(copy / name, tmp_path)
+    sweep.report_again(tmp_path, '')
+    assert (tmp_path / 'differences.png').exists() and not (tmp_path / 'curves.png').exists()
+
+
+def test_a_figure_of_a_ladder_says_that_each_row_is_compared_with_the_row_above():
+    _, _, _, pairs, ladder = between('gpt2_small', 'llama_small', ('ladder',))
+    rows, heading = figures.layout([(pair, effect([-0.1, -0.2])) for pair in pairs])
+    assert heading == 'Each row is compared with the row above it'
+    assert [text for _, text, _ in rows] == [
+        'the start: gpt2_small', '+ pos: learned \u2192 rope', '+ norm: layernorm \u2192 rmsnorm',
+        '+ ffn: gelu \u2192 swiglu', '+ bias: True \u2192 False', '+ n_kv_head: 4 \u2192 2',
+        'all together, compared with gpt2_small']
+    assert figures.arm_labels(ladder, pairs, ladder)['llama_small'] == '+ n_kv_head = llama_small'
+
+
+def test_a_row_of_the_report_names_the_arm_it_is_compared_with():
+    _, _, _, pairs, _ = between('gpt2_small', 'llama_small', ('ladder',))
+    table = report.differences_table([(pair, effect([-0.1, -0.2])) for pair in pairs])
+    assert '| norm layernorm -> rmsnorm | ladder2+norm | ladder1+pos | -0.1500 |' in table[4]
+
+
 def test_without_matplotlib_the_tables_stand_alone(copy, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(figures, 'have_matplotlib', lambda: False)
     for path in copy.glob('*.png'):
         path.unlink()
     plan = plan_of(copy)
-    report.write(plan, ablate.runs_of(plan), copy, copy)
+    report.write(plan, sweep.runs_of(plan), copy, copy)
     assert '.png' not in (copy / 'report.md').read_text() and not list(copy.glob('*.png'))
     assert '## Paired differences' in (copy / 'report.md').read_text()
 
 
 def test_learning_rates_are_compared_at_the_best_of_each_arm(tmp_path, place):
-    plan = ablate.make_plan(command(place, tmp_path, '--lr_sweep=3'))
+    plan = sweep.make_plan(command(place, tmp_path, '--lr_sweep=3'))
     best = {'llama_small': 1.0, 'norm=layernorm': 2.0}
-    for run in ablate.runs_of(plan):
+    for run in sweep.runs_of(plan):
         folder = tmp_path / run['path']
         folder.mkdir(parents=True)
         loss = 2.0 + 0.1 * abs(math.log2(run['rate'] / best[run['arm']])) + 0.01 * (run['seed'] - 1337)
@@ -409,9 +436,9 @@ def test_learning_rates_are_compared_at_the_best_of_each_arm(tmp_path, place):
                  for step in (5, 10, 15, 20)]
         (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
         (folder / 'config.json').write_text(json.dumps(
-            {'model': vars(ablate.config_of(run['words'])), 'settings': run['words']}))
-    ablate.guard(plan, tmp_path)
-    report.write(plan, ablate.runs_of(plan), tmp_path, tmp_path)
+            {'model': vars(config_of(run['flags'])), 'settings': run['flags']}))
+    sweep.guard(plan, tmp_path)
+    report.write(plan, sweep.runs_of(plan), tmp_path, tmp_path)
     text = (tmp_path / 'report.md').read_text()
     assert '| norm=layernorm | 2.2050 | 2.1050 | 2.0050 | x 2 |' in text
     assert 'wider sweep may favour them: norm=layernorm.' in text
@@ -424,7 +451,7 @@ def test_learning_rates_are_compared_at_the_best_of_each_arm(tmp_path, place):
 
 def refusal(copy):
     with pytest.raises((ValueError, OSError)) as error:
-        ablate.report_again(copy, '')
+        sweep.report_again(copy, '')
     assert '\n' not in str(error.value)
     return str(error.value)
 
@@ -434,24 +461,24 @@ def test_an_arm_whose_flag_was_not_applied_is_caught(copy):
     assert 'must hold a run with norm=layernorm, and its config.json says rmsnorm' in refusal(copy)
     # and by the recorded configs alone, whatever the plan says
     with pytest.raises(ValueError, match='norm must differ between .* the flag was not applied'):
-        ablate.check_pair(copy / 'llama_small' / 'seed1337', copy / 'norm=layernorm' / 'seed1337', ['norm'])
+        check_pair(copy / 'llama_small' / 'seed1337', copy / 'norm=layernorm' / 'seed1337', ['norm'])
 
 
 def test_an_arm_with_another_seed_is_caught(copy):
     change(copy / 'norm=layernorm' / 'seed1337' / 'config.json', seed=7)
     assert 'must hold a run with seed=1337, and its config.json says 7' in refusal(copy)
     with pytest.raises(ValueError, match=r'differ in seed too \(1337, 7\)'):
-        ablate.check_pair(copy / 'llama_small' / 'seed1337', copy / 'norm=layernorm' / 'seed1337', ['norm'])
+        check_pair(copy / 'llama_small' / 'seed1337', copy / 'norm=layernorm' / 'seed1337', ['norm'])
 
 
 @pytest.mark.parametrize('name, value', [('learning_rate', 1e-3), ('softcap', 30.0), ('ffn_width', 80),
                                          ('max_iters', 30), ('n_kv_head', 2), ('dropout', 0.1)])
 def test_an_arm_that_differs_in_something_else_is_caught(copy, name, value):
     runs = copy / 'llama_small' / 'seed1337', copy / 'norm=layernorm' / 'seed1337'
-    ablate.check_pair(*runs, ['norm'])
+    check_pair(*runs, ['norm'])
     change(runs[1] / 'config.json', **{name: value})
     with pytest.raises(ValueError, match=name):
-        ablate.check_pair(*runs, ['norm'])
+        check_pair(*runs, ['norm'])
     assert name in refusal(copy)
 
 
@@ -462,16 +489,16 @@ def test_what_follows_from_a_flag_may_differ_and_what_does_not_may_not(tmp_path)
         runs.append(tmp_path / ffn)
         model = vars(GPTConfig(n_layer=1, n_head=2, n_embd=32, ffn=ffn))
         (tmp_path / ffn / 'config.json').write_text(json.dumps({'model': model, 'settings': {'seed': 1}}))
-    ablate.check_pair(*runs, ['ffn'])
+    check_pair(*runs, ['ffn'])
     change(runs[1] / 'config.json', ffn_width=96)
     with pytest.raises(ValueError, match='ffn_width=96 in .* does not follow'):
-        ablate.check_pair(*runs, ['ffn'])
-    ablate.check_pair(*runs, ['ffn'], free=ablate.WIDTHS)
+        check_pair(*runs, ['ffn'])
+    check_pair(*runs, ['ffn'], free=WIDTHS)
 
 
 def test_an_arm_that_crashed_half_way_is_named_and_does_not_count(copy, capsys):
     cut(copy / 'norm=layernorm' / 'seed1338', 10)
-    ablate.report_again(copy, '')
+    sweep.report_again(copy, '')
     assert 'norm=layernorm/seed1338: step 10 of 20, NOT FINISHED' in capsys.readouterr().out
     text = (copy / 'report.md').read_text()
     assert '1 runs are not finished and do not count' in text and 'one seed only' in text
@@ -484,7 +511,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(copy, place):
     shutil.rmtree(copy / 'norm=layernorm' / 'seed1338')
     done = python('ablate.py', *command(place, copy))
     assert done.returncode == 1 and 'llama_small/seed1338 ended at step 10 of 20' in done.stderr, done
-    assert 'damaged' in done.stderr and ablate.progress(copy / 'norm=layernorm' / 'seed1338')[0] == 20
+    assert 'damaged' in done.stderr and progress(copy / 'norm=layernorm' / 'seed1338')[0] == 20
     assert 'llama_small/seed1338: step 10 of 20' in (copy / 'report.md').read_text()
 
 
@@ -495,11 +522,11 @@ def test_another_sweep_in_the_same_folder_is_refused(copy, place):
 
 def test_two_sweeps_at_once_in_one_folder_are_refused(copy):
     pytest.importorskip('fcntl')
-    lock = ablate.take(copy)
-    with pytest.raises(ValueError, match='must not be at work twice'):
-        ablate.take(copy)
+    lock = sweep.lock_folder(copy)
+    with pytest.raises(ValueError, match='must not be used by two sweeps'):
+        sweep.lock_folder(copy)
     os.close(lock)
-    os.close(ablate.take(copy))
+    os.close(sweep.lock_folder(copy))
 
 
 def test_report_of_a_folder_without_a_sweep_is_refused_in_one_sentence(tmp_path):

@@ -1,4 +1,5 @@
 """The model: every family at toy size, and every part against its definition or an independent library."""
+import inspect
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import assert_close, build, every_family, scaled, tokens, toy
 
+import kernels as ops
 import model as model_file
 from model import (
     FFN,
@@ -79,7 +81,7 @@ def assert_gradients(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     model.train()
     # with projections that start at zero, what lies before them has its first gradient in the second step
-    for step in range(1 + c.zero_init):
+    for _ in range(1 + c.zero_init):
         optimizer.zero_grad(set_to_none=True)
         model(idx[:8], idx[1:])[1].backward()
         for name, p in model.named_parameters():
@@ -383,7 +385,7 @@ def attend_by_loops(q, k, v, sees):
     return y
 
 
-def scores_by_loops(q, k, v, pos, key_pos, window=None, slopes=None, softcap=None, sinks=None):
+def attention_by_loops(q, k, v, pos, key_pos, window=None, slopes=None, softcap=None, sinks=None):
     """
     Attention from its definition, one number at a time.
     q (B,T,H,D), k and v (B,S,K,D), pos and key_pos (B,T|S)
@@ -406,33 +408,64 @@ def scores_by_loops(q, k, v, pos, key_pos, window=None, slopes=None, softcap=Non
 
 
 ALIBI_4 = [0.25, 0.0625, 0.015625, 0.00390625]  # of four heads, from the paper's rule
+SINKS_4 = [0.5, -1.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize('K', [1, 2, 4])
 @pytest.mark.parametrize('window', [None, 1, 2, 3])
-@pytest.mark.parametrize('more', [{}, {'pos': 'alibi'}, {'softcap': 0.7}, {'sinks': True},
-                                  {'pos': 'alibi', 'softcap': 0.7, 'sinks': True}], ids=str)
-def test_scores_equal_their_definition(K, window, more):
+@pytest.mark.parametrize('more', [{}, {'slopes': ALIBI_4}, {'softcap': 0.7}, {'sinks': SINKS_4},
+                                  {'slopes': ALIBI_4, 'softcap': 0.7, 'sinks': SINKS_4}], ids=str)
+def test_attention_equals_its_definition_number_by_number(K, window, more):
     B, T, H, D = 2, 9, 4, 6
-    config = GPTConfig(**toy(n_kv_head=K, **more))
-    scores = Scores(config, H, D ** -0.5, LayerSpan(window))
-    sinks = None
-    if config.sinks:
-        sinks = [0.5, -1.0, 2.0, 0.0]
-        scores.sinks.data = torch.tensor(sinks)
-    parts = dict(window=window, slopes=ALIBI_4 if config.pos == 'alibi' else None, softcap=config.softcap,
-                 sinks=sinks)
+
+    def attend(q, pos, key_pos, in_order):
+        tensors = {name: torch.tensor(value) for name, value in more.items() if name != 'softcap'}
+        return ops.attention(q, k, v, pos, key_pos, D ** -0.5, window, in_order=in_order, **more | tensors)
     q, k, v = randn(B, T, H, D, seed=1), randn(B, T, K, D, seed=2), randn(B, T, K, D, seed=3)
     # tokens 0..T-1: the triangle, and blocks where the window is short
     pos = torch.arange(T)
-    want = scores_by_loops(q, k, v, pos.expand(B, T), pos.expand(B, T), **parts)
-    for causal in (True, False):
-        assert_close(scores(q, k, v, Context(pos, causal, None), pos), want, 1e-5, f'causal={causal}')
+    want = attention_by_loops(q, k, v, pos.expand(B, T), pos.expand(B, T), window, **more)
+    assert_close(attend(q, pos, pos, True), want, 1e-5, 'in order')
+    assert_close(attend(q, pos, pos, False), want, 1e-5, 'by positions')
     # slots in any order, empty ones, another row at another place
     key_pos = torch.tensor([[4, 5, -1, 3, 0, 1, 2, -1, 6], [-1, -1, 0, 1, 2, 3, 4, 5, 6]])
     pos = torch.tensor([[5, 6], [2, 3]])
-    want = scores_by_loops(q[:, :2], k, v, pos, key_pos, **parts)
-    assert_close(scores(q[:, :2], k, v, Context(pos, False, None), key_pos), want, 1e-5, 'slots')
+    want = attention_by_loops(q[:, :2], k, v, pos, key_pos, window, **more)
+    assert_close(attend(q[:, :2], pos, key_pos, False), want, 1e-5, 'slots')
+
+
+@pytest.mark.parametrize('flags, want', [
+    ({'layer_pattern': 'w', 'window': 3}, {'window': 3}),
+    ({'layer_pattern': 'c', 'window': 3}, {'window': 3, 'chunked': True}),
+    ({'softcap': 0.7}, {'softcap': 0.7}),
+    ({'attn_scale': 0.3}, {'scale': 0.3}),
+    ({'pos': 'alibi'}, {'slopes': ALIBI_4}),
+    ({'pos': 'alibi_bf16'}, {'slopes': ALIBI_4, 'alibi_bf16': True}),
+    ({'sinks': True}, {'sinks': SINKS_4}),
+    ({'dropout': 0.5}, {'dropout': 0.5}),
+    ({'attn': 'mla', 'kv_rank': 12, 'rope_head_dim': 6, 'pos': 'rope'}, {'scale': 14 ** -0.5}),
+], ids=str)
+def test_flags_reach_attention_and_nothing_else_does(flags, want, monkeypatch):
+    model, called, attention = build(toy(n_layer=1, **flags)), [], ops.attention
+    if 'sinks' in flags:
+        dict(model.named_parameters())['h.0.mixer.scores.sinks'].data = torch.tensor(SINKS_4)
+
+    def recorded(*args, **options):
+        bound = inspect.signature(attention).bind(*args, **options)
+        bound.apply_defaults()
+        called.append(bound.arguments)
+        return attention(*args, **options)
+    monkeypatch.setattr(ops, 'attention', recorded)
+    for training in (True, False):
+        model.train(training)(tokens(toy(), 1, 7))
+        got = {name: value.tolist() if isinstance(value, torch.Tensor) else value
+               for name, value in called.pop().items() if name not in ('q', 'k', 'v', 'pos', 'key_pos')}
+        plain = dict(scale=8 ** -0.5, window=None, chunked=False, softcap=None, slopes=None, alibi_bf16=False,
+                     sinks=None, in_order=True, dropout=0.0)
+        assert got == plain | want | ({} if training else {'dropout': 0.0}), f'training={training}'
+    # whoever names positions may have padding among them
+    model(tokens(toy(), 1, 7), pos=torch.arange(7))
+    assert not called.pop()['in_order'] and not called
 
 
 @pytest.mark.parametrize('n_head, slopes', [

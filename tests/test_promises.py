@@ -1,6 +1,6 @@
 """
-What must never change: the weights that a seed draws, which depend on parameter names and on nothing else, and
-the logits they give. Old runs would not be reproduced, and ablations would compare other models.
+What must never change: the weights that a seed draws, which depend on parameter names and on nothing else,
+and the logits they give. Otherwise old runs could not be reproduced.
 
 promises.json holds one line per config file at toy size. A failure that is meant needs a new seed, not a new
 line; only a new config adds one, and the failure prints it.

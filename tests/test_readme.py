@@ -16,11 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import ablate  # noqa: E402
 import configurator  # noqa: E402
 from configurator import configure  # noqa: E402
 from model import GPTConfig  # noqa: E402
-from nanoblocks.experiments import tables  # noqa: E402
+from nanoblocks.experiments import sweep, tables  # noqa: E402
 
 PATHS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md']
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in PATHS}
@@ -114,8 +113,8 @@ def check(words):
     settings, takes_model_flags, topics = known
     if script == 'ablate.py':
         # budgets would need the dataset
-        if not ablate.read_words(args)[1]['report']:
-            ablate.make_plan([*args, '--match=none'])
+        if not sweep.read_flags(args)[1]['report']:
+            sweep.make_plan([*args, '--match=none'])
         return
     if topics:
         assert args and args[0] in topics, f'{script} has no topic {args[:1]}'

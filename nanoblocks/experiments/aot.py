@@ -1,6 +1,8 @@
 """
-Kernels compiled for GPUs that are not here: registers, shared memory and spills of every launch that an
+Kernels compiled for GPUs that this machine lacks: registers, shared memory and spills of every launch that an
 operation makes, forward and backward, from the assembler that comes with Triton.
+
+    python -m nanoblocks.experiments.aot [every]        without the word, one example for each operation
 """
 import os
 import re
@@ -31,7 +33,7 @@ class Compiled(NamedTuple):
 
 
 def launches(run, arch):
-    """The launches that run() makes for an arch, each once: none is made, and memory stays as it was."""
+    """The distinct launches of run() for an arch, recorded instead of executed."""
     kernel.record, kernel.target = [], arch
     try:
         run()
@@ -41,7 +43,7 @@ def launches(run, arch):
 
 
 def describe(made, args, options):
-    """What Triton tells apart: (a string, signature, constants, attributes, options) of a launch."""
+    """By what Triton distinguishes launches: (a key, signature, constants, attributes, options)."""
     made = made.make()
     signature, constants, attributes = {}, {}, {}
     for n, (param, value) in enumerate(zip(made.params, args)):
@@ -61,7 +63,7 @@ def describe(made, args, options):
 
 
 def compile_for(arch, launch):
-    """A recorded launch compiled for sm_<arch> -> Compiled. Raises what Triton raises where it cannot be."""
+    """Compile a recorded launch for sm_<arch> -> Compiled. Triton's exceptions pass through."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -75,7 +77,7 @@ def compile_for(arch, launch):
         f.flush()
         report = subprocess.run([os.path.join(tools, 'cuobjdump'), '-res-usage', f.name],
                                 capture_output=True, text=True, check=True)
-    # the stack of a kernel without arrays is what did not fit in registers
+    # a kernel without arrays has on its stack only values that did not fit in registers
     registers, spilled = re.search(r'REG:(\d+) STACK:(\d+)', report.stdout + report.stderr).groups()
     name = f'{launch[0].function.__module__.removeprefix("kernels.")}{made.__name__}'.removesuffix('_kernel')
     return Compiled(name, arch, result.metadata.num_warps, int(registers), int(spilled),
@@ -83,13 +85,13 @@ def compile_for(arch, launch):
 
 
 def report(archs=ARCHS, every=True):
-    """Compiled, of every kernel at every example's sizes, or at those of one example for each operation."""
+    """Yield (example, Compiled) of every distinct kernel; every=False: of one example for each operation."""
     for arch in archs:
         done = set()
         for example in EXAMPLES:
             if not every and not example.hard:
                 continue
-            # products are made by PyTorch, and so on this machine: few tokens where they are large
+            # PyTorch computes the matrix products, and here on the CPU: few tokens where they are large
             n = 64 if example.op == 'linear_cross_entropy' else 4096
             args = example.make(n, 'cpu')
             for launch in launches(lambda: forward_and_backward(example.op, args), arch):
@@ -100,7 +102,7 @@ def report(archs=ARCHS, every=True):
 
 
 def print_report(archs=ARCHS, every=True):
-    """A table; whether every kernel fits in registers and shared memory."""
+    """Print a table -> whether every kernel fits in registers and shared memory"""
     fine = True
     print(f'{"kernel":36} {"sm":>4} {"warps":>6} {"registers":>10} {"spilled":>8} {"shared":>8}')
     for what, c in report(archs, every):
@@ -112,5 +114,4 @@ def print_report(archs=ARCHS, every=True):
 
 
 if __name__ == '__main__':
-    # python -m kernels.aot [every]: without the word, one example for each operation
     raise SystemExit(0 if print_report(every='every' in sys.argv[1:]) else 1)

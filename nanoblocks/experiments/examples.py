@@ -1,6 +1,6 @@
 """
-Every operation at the sizes of real models, for measurements: `n` tokens of GPT-2 small and of a model with
-4096 wide layers.
+Example arguments of every operation, for measurements: `n` tokens at the sizes of GPT-2 small and of a model
+4096 wide.
 """
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ def _attention(n, device, H, K, D, T, window=None, softcap=None, alibi=False):
 
 
 def _chunk(n, device, H, K, D):
-    """Queries behind as many tokens in a cache, which holds them at any place."""
+    """n queries after n tokens of a cache, whose slots are in random order."""
     q, k, v = (_randn(1, size, heads, D, device=device) for size, heads in ((n, H), (2 * n, K), (2 * n, K)))
     pos, key_pos = torch.arange(n, 2 * n, device=device), torch.randperm(2 * n, device=device)
     return q, k, v, pos, key_pos, D ** -0.5
@@ -64,8 +64,8 @@ def _chunk(n, device, H, K, D):
 
 def _decode(n, device, B, H, K, D, DV=None):
     """
-    One token for each of B sequences, that have n tokens together in a full cache. DV: values are the first
-    coordinates of the keys.
+    One query for each of B sequences, whose full caches hold n tokens together. DV: the values are the first
+    DV coordinates of the keys, as in MLA.
     """
     made = dict(device=device, grad=False)
     q, k = _randn(B, 1, H, D, **made), _randn(B, n // B, K, D, **made)
@@ -75,7 +75,7 @@ def _decode(n, device, B, H, K, D, DV=None):
 
 
 def _experts(n, device, E, n_in, n_out):
-    """As many rows for each expert."""
+    """The same number of rows for each expert."""
     return (_randn(n, n_in, device=device), (_randn(E, n_out, n_in, device=device, grad=False) / n_in ** 0.5)
             .requires_grad_(), None, torch.full((E,), n // E, device=device))
 
@@ -87,13 +87,12 @@ def _ssd(n, device, batch, H, P, G, N):
     return x, dt, A, *(_randn(batch, T, G, N, device=device) for _ in range(2)), D
 
 
-
 # ----------------------------------------------------------------------------------------------------------
-# Floating-point operations of the matrix products, forward and backward
+# FLOPs of the matrix products: (forward, backward)
 
 
 def _head_flops(x, weight, targets, softcap):
-    # the gradients are made in the forward pass
+    # the forward pass computes the gradients too
     return 6 * x.numel() * weight.shape[0], 0
 
 
@@ -110,7 +109,7 @@ def _experts_flops(x, weight, bias, counts):
 
 
 def _ssd_flops(x, dt, A, B, C, D):
-    # as the recurrence is defined: what is written to the state, and what is read from it
+    # of the recurrence as defined: the writes to the state and the reads from it
     return 4 * x.numel() * B.shape[-1], 8 * x.numel() * B.shape[-1]
 
 
@@ -119,8 +118,8 @@ class Example(NamedTuple):
     what: str
     make: object                # (n, device) -> arguments, in bf16 and differentiable
     n: int                      # tokens of a measurement
-    flops: object = None        # (*arguments) -> those of the matrix products, forward and backward
-    hard: bool = False          # the one of its operation that takes most registers
+    flops: object = None        # (*arguments) -> (forward, backward) FLOPs of the matrix products
+    hard: bool = False          # the example of its operation that takes most registers
 
 
 EXAMPLES = [
@@ -167,7 +166,7 @@ EXAMPLES = [
 
 
 def outputs(function, args):
-    """The tensors that an operation returns, as a tuple."""
+    """The result of an operation, as a tuple of tensors."""
     out = function(*args)
     return out if isinstance(out, tuple) else (out,)
 
@@ -177,7 +176,7 @@ def leaves(args):
 
 
 def forward_and_backward(op, args):
-    """The kernels of an operation, once in each direction."""
+    """Run the kernels of an operation, once in each direction."""
     row = kernels.OPS[op]
     assert row.ok(*args), f'the kernels of {op} refuse their example'
     out = [y for y in outputs(row.fused, args) if y.requires_grad]

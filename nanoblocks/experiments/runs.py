@@ -1,0 +1,133 @@
+"""Runs of train.py: what they left in their folders, and whether they are the runs that were asked for."""
+import json
+import math
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from model import GPTConfig
+from nanoblocks.experiments.arms import MODEL, NOT_IDENTIFYING, split
+from nanoblocks.files import ROOT
+
+
+def run_script(script, *words):
+    """Run a script of this repository -> what it prints; SystemExit with its last line when it fails."""
+    words = [str(word) for word in words]
+    done = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or 'no output').splitlines()[-1]
+        raise SystemExit(f'{script} {" ".join(words)}: {last}')
+    return done.stdout
+
+
+class Run(NamedTuple):
+    """The measurements of one run."""
+    steps: int          # at its last evaluation
+    finished: bool
+    curve: list         # (step, validation loss)
+    bpb: float          # bits per byte at the last evaluation
+    rate: float         # median tokens per second
+    memory: float       # peak memory in bytes, of the process or on the GPU
+    seconds: float      # from start to end, with evaluations
+
+    @property
+    def loss(self):
+        """Validation loss at the last evaluation."""
+        return self.curve[-1][1]
+
+
+def read_lines(path):
+    """The lines of a metrics.jsonl, up to one that a kill cut short."""
+    lines = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def read_run(folder, max_iters):
+    """The Run in a folder; None when it has not begun."""
+    path = Path(folder) / 'metrics.jsonl'
+    if not path.exists():
+        return None
+    lines = read_lines(path)
+    evaluations = [line for line in lines if line.get('val_loss') is not None]
+    rates = [line['tokens_per_s'] for line in lines if line.get('tokens_per_s')]
+    memory = [1e9 * line['memory_gb'] for line in lines if line.get('memory_gb')]
+    steps = evaluations[-1]['step'] if evaluations else 0
+    return Run(steps, steps == max_iters, [(line['step'], line['val_loss']) for line in evaluations],
+               evaluations[-1]['val_bpb'] if evaluations else math.nan,
+               statistics.median(rates) if rates else math.nan, max(memory, default=math.nan),
+               lines[-1]['seconds'] if lines else 0.0)
+
+
+def progress(folder):
+    """(step, validation loss) of a run's last evaluation, (0, None) when there is none."""
+    path, last = Path(folder) / 'metrics.jsonl', (0, None)
+    if path.exists():
+        for line in read_lines(path):
+            if 'val_loss' in line:
+                last = line['step'], line['val_loss']
+    return last
+
+
+def recorded(folder):
+    """(model flags, settings) that a run recorded in its config.json."""
+    path = Path(folder) / 'config.json'
+    try:
+        run = json.loads(path.read_text())
+        return run['model'], run['settings']
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path} does not exist: that run has not begun') from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{path} is no config of a run: remove that folder and train it again') from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The guard: compared runs differ in the flags of their comparison, and in nothing else
+
+
+def check_run(folder, flags):
+    """ValueError when the run in a folder was not trained with these flags."""
+    model, settings = recorded(folder)
+    wanted_model, wanted = split(flags)
+    # train.py takes the vocabulary size from the dataset, which is a setting
+    wanted_model = asdict(GPTConfig(**({'vocab_size': model.get('vocab_size')} | wanted_model)))
+    for wish, found in ((wanted_model, model), (wanted, settings)):
+        for name in wish:
+            if name not in NOT_IDENTIFYING and (name not in found or found[name] != wish[name]):
+                raise ValueError(f'{folder} must hold a run with {name}={wish[name]}, and its config.json '
+                                 f'says {found.get(name)}: remove that folder, or choose another --out_dir')
+
+
+def check_pair(first, second, names, free=()):
+    """
+    ValueError unless the runs in two folders differ in all of `names` and in nothing else, apart from values
+    that GPTConfig derives from them. `free`: names that --match or --lr_sweep sets, which may differ too.
+    """
+    runs = [recorded(folder) for folder in (first, second)]
+    both = [model | {name: value for name, value in settings.items() if name not in NOT_IDENTIFYING}
+            for model, settings in runs]
+    differ = [name for name in both[0] | both[1] if both[0].get(name) != both[1].get(name)]
+    for name in names:
+        if name not in differ:
+            raise ValueError(f'{name} must differ between {first} and {second}, and is '
+                             f'{both[0].get(name)} in both: the flag was not applied')
+    extra = [name for name in differ if name not in names and name not in free]
+    derived = [name for name in extra if name in MODEL and MODEL[name].default is None]
+    for name in extra:
+        if name not in derived:
+            raise ValueError(f'{first} and {second} must differ in {", ".join(names)} alone, and differ in '
+                             f'{name} too ({both[0].get(name)}, {both[1].get(name)})')
+    # a flag left at None must have been filled in with the value that follows from the others
+    for folder, (model, _) in zip((first, second), runs):
+        follows = asdict(GPTConfig(**(model | dict.fromkeys(derived))))
+        wrong = [name for name in derived if follows[name] != model[name]]
+        if wrong:
+            raise ValueError(f'{first} and {second} must differ in {", ".join(names)} alone, and '
+                             f'{wrong[0]}={model[wrong[0]]} in {folder} does not follow from that')

@@ -1,0 +1,74 @@
+"""
+Interleaved timing: variants that are compared run in one process, in rounds, and medians are reported.
+
+The clock rate of a machine and the load on it drift. Each round runs every variant once, and every other
+round runs them in reverse order, so drift reaches all variants about equally.
+"""
+import statistics
+
+import torch
+
+from nanoblocks.hardware import synchronized_time
+
+
+def interleaved(runs, rounds, warmup=3):
+    """
+    runs {name: function without arguments} -> {name: [what it returned in each round]}.
+    The first `warmup` rounds compile and allocate, and are not kept.
+    """
+    results = {name: [] for name in runs}
+    for n in range(-warmup, rounds):
+        for name in (list(runs) if n % 2 else reversed(runs)):
+            result = runs[name]()
+            if n >= 0:
+                results[name].append(result)
+    return results
+
+
+def timed(run, device):
+    """A function that runs `run`, waits for the device, and returns the milliseconds that took."""
+    def milliseconds():
+        began = synchronized_time(device)
+        run()
+        return (synchronized_time(device) - began) * 1e3
+    return milliseconds
+
+
+def times(runs, rounds, device, warmup=3):
+    """{name: function} -> {name: [milliseconds of each round]}, interleaved."""
+    return interleaved({name: timed(run, device) for name, run in runs.items()}, rounds, warmup)
+
+
+def medians(runs, rounds, device, warmup=3):
+    """{name: function} -> {name: median milliseconds}, interleaved."""
+    return {name: statistics.median(ms) for name, ms in times(runs, rounds, device, warmup).items()}
+
+
+def cold_time(run, device, budget=0.15):
+    """
+    Median milliseconds of run() on a GPU, whose L2 cache is overwritten before every call; repeated 5 to 50
+    times, as the budget in seconds allows. On a CPU, and beyond the budget, the time of one call.
+    """
+    run()
+    once = timed(run, device)()
+    if device == 'cpu' or once > budget * 1e3:
+        return once
+    flush = torch.empty(2**28, dtype=torch.int8, device=device)
+    n = min(50, max(5, int(budget * 1e3 / once)))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+    for start, stop in events:
+        flush.zero_()
+        start.record()
+        run()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+
+
+def print_table(heads, rows):
+    """Print columns as wide as their widest cell; the first to the left, all others to the right."""
+    rows = [[str(cell) for cell in row] for row in [heads, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
+        print('  '.join(cells).rstrip(), flush=True)
