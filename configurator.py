@@ -9,8 +9,8 @@ A setting is a plain global of the script, a model flag is a field of the datacl
 Names in capitals and names that begin with _ belong to the script alone.
 
 Arguments apply in order, and later ones win. `--key value` means `--key=value`, and dashes in a key mean
-underscores. Every flag takes a value. Behind a blank, a word that begins with -- or ends in .py is never a
-value: the first is the next flag, the second a config file, so write --key=value there.
+underscores. Every flag takes a value. After a blank, a word that begins with -- is read as the next flag and
+a word that ends in .py as a config file, never as the value; for those values write --key=value.
 
 A config file is Python. It may compute, and may read every setting and model flag as it stands when the
 file's turn comes. A mistake ends the script with a one-line message.
@@ -255,7 +255,7 @@ def convert(value, setting, label, is_flag):
         raise SystemExit(f'{label} needs a value; write {label}={True if bool in types else "VALUE"}')
     if is_flag:
         value = parse(value, types)
-    # types are compared with `is`, because to isinstance True is an int
+    # type(value), because isinstance takes True for an int
     if type(value) is int and int not in types and float in types:
         value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if type(value) is float and float not in types and int in types:
