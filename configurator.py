@@ -355,7 +355,9 @@ def full_meaning(f, meaning):
     """A flag's comment, with the words of its table where the comment leaves some out, and its condition."""
     table, (_, own) = f.metadata['table'], f.metadata['when']
     parts = [meaning] if meaning else []
-    if table and not f.name.endswith('_pattern') and not all(str(word) in meaning for word in table):
+    if table and f.name.endswith('_pattern'):
+        parts.append(legend(table))
+    elif table and not all(str(word) in meaning for word in table):
         parts.append(f'one of {", ".join(map(str, table))}')
     if own:
         parts.append(only_when(own))
@@ -440,9 +442,8 @@ def flags(**when):
     def group(cls):
         for name in cls.__annotations__:
             f = vars(cls).get(name)
-            if not hasattr(f, 'metadata'):
-                f = flag(f)
-                setattr(cls, name, f)
+            f = f if hasattr(f, 'metadata') else flag(f)
+            setattr(cls, name, f)
             f.metadata = {**f.metadata, 'when': (when, f.metadata['when'])}
         cls.when = when
         return dataclass(cls)
@@ -458,9 +459,10 @@ class Flags:
         for f in fields(self):
             if getattr(self, f.name) != f.default and (missing := self.missing(f.name)):
                 self._must(f.name, False, f'be left out unless {missing}')
-        for group in type(self).__mro__:
+        groups = [group for group in type(self).__mro__ if self._applies(group)]
+        for group in groups:
             self._fill(group)
-        for group in type(self).__mro__:
+        for group in groups:
             for name, ok, must in vars(group)['rules'](self) if 'rules' in vars(group) else ():
                 self._must(name, ok, must)
 
@@ -490,6 +492,10 @@ class Flags:
             return value != self.__dataclass_fields__[other].default, in_words(other, wanted)
         return value in (wanted if isinstance(wanted, tuple) else (wanted,)), in_words(other, wanted)
 
+    def _applies(self, group):
+        """Whether the flags of a group mean anything beside the others."""
+        return all(self._condition(*pair)[0] for pair in vars(group).get('when', {}).items())
+
     def _fill(self, group):
         """Replace the Nones that stand for a value, where the flag means something."""
         values = vars(group)['fill'](self) if 'fill' in vars(group) else {}
@@ -518,7 +524,7 @@ class Flags:
             value = tuple(map(float, value))
         setattr(self, f.name, value)
         if f.name.endswith('_pattern'):
-            self._must(f.name, value and set(value) <= table.keys(), f"be letters of {''.join(table)}")
+            self._must(f.name, value and set(value) <= table.keys(), f'be letters of {legend(table)}')
         elif table:
             self._must(f.name, value in table, f"be one of {', '.join(map(str, table))}")
         for x in value if type(value) is tuple else (value,):
@@ -537,11 +543,18 @@ def types_of(f):
     return get_args(f.type) or (f.type,)
 
 
+def legend(table):
+    """The letters of a pattern and what they stand for."""
+    return ', '.join(f'{letter} ({entry.meaning})' if hasattr(entry, 'meaning') else letter
+                     for letter, entry in table.items())
+
+
 def in_words(other, wanted):
     """A condition as a sentence says it."""
     if wanted is SET:
         return f'{other} is set'
     if other.endswith('_pattern'):
-        article = 'an' if wanted[0] in 'aefmn' else 'a'
-        return f'{other} has {article} ' + ' or '.join(map(repr, wanted))
+        if len(wanted) > 1:
+            return f'{other} has one of {", ".join(wanted)}'
+        return f'{other} has {"an" if wanted in "aefmn" else "a"} {wanted!r}'
     return f'{other} is {" or ".join(wanted)}' if isinstance(wanted, tuple) else f'{other}={wanted}'

@@ -8,17 +8,18 @@ GPT-2, Llama and the blocks of newer language models, each switched on by a flag
     Part III  The model                         tables, GPTConfig, GPT
 
 Read Part I and Part III: that is a complete decoder, GPT-2 or Llama. A chapter of Part II holds all about one
-block, its flags and its classes. A word such as ffn='swiglu' is looked up once, in a table of Part III, while
-a layer is built; so no forward asks which model this is.
+block, its flags and its classes. A word such as ffn='swiglu' is looked up in a table once, when a layer is
+built; no forward compares words.
 
-Every block has two branches, x + mixer(norm(x)) and x + ffn(norm(x)), with one signature each: mixer(x, ctx,
+Every block has two branches, x + mixer(norm(x)) and x + ffn(norm(x)), both (B,T,C) -> (B,T,C): mixer(x, ctx,
 cache) mixes tokens (attention, a state space), ffn(x, ctx) works on each token alone.
 
 Shapes, in comments like (B,T,C):
     B batch             T tokens of this call       S keys, or slots of a cache     C n_embd
     H query heads       K key/value heads           D head_dim                      V vocabulary
     I inner width of a feed-forward or state space  E experts                       G groups
-    R width of a latent     P channels of a Mamba-2 head    N numbers in a state, or tokens of all sequences
+    R width of a latent     Dn, Dr, Dv coordinates of an MLA head that do not rotate, that do, of a value
+    P channels of a head, N state size, W taps (state spaces); N tokens of all sequences (experts)
 
 The papers' letters, and ours:
     Vaswani et al.   d_model C, h H, d_k = d_v D, d_ff ffn_width
@@ -49,7 +50,7 @@ ops = own_module('kernels')     # import kernels as ops, even where PyPI's packa
 # from a generator of its own, seeded by its name: a flag that adds a tensor leaves all others as they are.
 
 def param(*shape, init):
-    """A parameter of this shape, to be set to init(shape, generator)."""
+    """A parameter that GPT.init_weights sets to init(shape, generator)."""
     p = nn.Parameter(torch.empty(shape))
     p.init = init
     return p
@@ -66,8 +67,8 @@ def uniform(shape, generator, bound):
     return bound * (2 * torch.rand(shape, generator=generator) - 1)
 
 class Linear(nn.Linear):
-    """nn.Linear, drawn by name. std: of its initial weight."""
-    group = 'matrix'    # of the weight, for optimizers: matrix, experts or embedding; all else is a vector
+    """nn.Linear, drawn by name: its weight from a normal distribution."""
+    group = 'matrix'    # kind of the weight, for optimizers: GPT.param_kinds
 
     def __init__(self, n_in, n_out, bias, std=0.02):
         super().__init__(n_in, n_out, bias)
@@ -79,7 +80,7 @@ class Linear(nn.Linear):
         pass  # nn.Linear's own draw would cost time and move the global generator
 
 def out_std(c):
-    """GPT-2 shrinks what writes to the residual stream, so that 2 n_layer branches sum to variance one."""
+    """GPT-2 scales by 1 / sqrt(2 n_layer), so that the sum of 2 n_layer branches does not grow with depth."""
     return 0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer)
 
 def out_proj(c, n_in, bias):
@@ -132,15 +133,15 @@ class RMSNorm(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Positions. No layer counts tokens: masks, rotations and biases are functions of the tensor `pos`, so the
-# same lines serve training, a prompt and one new token.
+# Positions. No layer counts tokens: masks, rotations and biases are functions of the tensor `pos`, so one
+# code path serves training, prefill and decoding.
 
 class Context(NamedTuple):
     """What all layers of one forward pass share."""
-    pos: torch.Tensor   # (T,) or (B,T) int64: where the tokens belong; negative: padding, which nobody sees
-    causal: bool        # these are tokens 0..T-1 and nothing is cached, so the mask is the plain triangle
-    rope: tuple | None  # (cos, sin) of each token's angles, (T,D/2) or (B,T,D/2) fp32; a second pair for
-                        # windowed layers, which may rotate at another base
+    pos: torch.Tensor   # (T,) or (B,T) int64: positions of the tokens; negative: padding, never attended to
+    in_order: bool      # they are 0..T-1, and nothing is cached: no padding, the mask is a triangle
+    rope: tuple | None  # two (cos, sin) pairs of angles, each (T,D/2) or (B,T,D/2) fp32: for all layers, and
+                        # for windowed ones, which may rotate at another base
     embedding: torch.Tensor | None = None   # embed_skip: the embedding (B,T,C), which blocks mix back in
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
     losses: list | None = None              # what routers add to the training loss
@@ -148,9 +149,7 @@ class Context(NamedTuple):
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""
     max_tokens = None       # longest text, None: no limit
-    longest = math.inf      # longest text whose rotation does not depend on its length
-    needs_attention = False     # acts on queries and keys, so some layer has to attend
-    alibi_bf16 = False
+    longest = math.inf      # longest text that rotates at the same frequencies as a shorter one
 
     def __init__(self, c):
         super().__init__()
@@ -187,18 +186,16 @@ class LearnedPositions(Positions):
 class RopeFlags:
     """Rotary positions"""
     rope_theta: float = flag(10000.0, above=1)  # base: pair j of D/2 rotates by theta^(-2j/D) per token
-    # base of windowed layers (Gemma 3); None: rope_theta
-    rope_local_theta: float | None = flag(None, above=1, layer_pattern='w')
-    rope_fraction: float = flag(1.0, above=0, most=1)   # share of a head's coordinates that rotate
+    rope_local_theta: float | None = flag(None, above=1, layer_pattern='w')     # theta of w layers (Gemma 3)
+    rope_fraction: float = flag(1.0, above=0, most=1)   # fraction of head_dim that rotates
 
     def rules(c):
-        if c.rotates():
-            part = 'rope_fraction' if c.rope_fraction < 1 else 'head_dim'
-            yield ('rope_head_dim' if c.attn == 'mla' else part, rope_width(c) > 0 and rope_width(c) % 2 == 0,
-                   f'leave an even number of coordinates to rotate when pos=rope, and not {rope_width(c)}')
+        width = rope_width(c)
+        name = 'rope_head_dim' if c.attn == 'mla' else 'rope_fraction' if c.rope_fraction < 1 else 'head_dim'
+        yield name, width and width % 2 == 0, f'leave an even number of coordinates to rotate, not {width}'
 
 class Frequencies(nn.Module):
-    """A frequency for each pair of coordinates, kept in fp32 whatever the model is cast to."""
+    """One frequency per pair of coordinates; stays fp32 when the model is cast."""
 
     def __init__(self, freq):
         super().__init__()
@@ -211,10 +208,9 @@ class Frequencies(nn.Module):
 
 class RotaryPositions(Positions):
     """
-    Rotates pairs of coordinates of queries and keys by angles proportional to the position, so that q.k
-    depends on the distance alone (Su et al. 2021). The rotation itself is ops.rope; this makes the angles.
+    RoPE (Su et al. 2021): the angles by which ops.rope rotates pairs of coordinates of queries and keys,
+    proportional to the position, so that q.k depends on the distance alone.
     """
-    needs_attention = True
 
     def __init__(self, c):
         super().__init__(c)
@@ -250,54 +246,44 @@ def rope_plain(c, length, theta=None):
 
 class TokenCache:
     """
-    What one attention layer remembers of past tokens: S slots, each with the position it holds (-1: none) and
-    a row of each tensor, (B,S,*width). The mask is computed from those positions, so a token may lie in any
-    slot; it lies in pos % S, which makes a ring buffer of a window.
+    What one attention layer remembers of past tokens: S slots, each with a position (-1: empty) and a row of
+    each tensor, (B,S,*width). The mask is computed from those positions, so a token may lie in any slot; it
+    lies in pos % S, which makes a ring buffer of a window.
 
-    The caller owns the clock: it says where tokens belong, and the positions of one call must be consecutive.
-    To roll back, write the same positions again: later tokens are not seen, and overwritten in their turn.
+    The caller gives the positions, consecutive ones in each call. To roll back up to `spare` tokens of a
+    ring (any number otherwise), write their positions again: the mask hides the stale ones.
     """
 
     def __init__(self, batch_size, slots, widths, dtype, device, max_tokens=math.inf, spare=0):
-        """spare: slots of a ring beyond its window, by which it can be rolled back."""
-        self.max_tokens = max_tokens  # of a sequence; more would push out tokens that should be seen
-        # largest chunk that can be written before attending without overwriting a key it still needs
-        self.at_once = max_tokens if slots >= max_tokens else 1 + spare
+        self.max_tokens = max_tokens  # longest sequence; one more would overwrite a token it must see
+        # longest chunk that can be written before attending, and overwrites no key that it still needs
+        self.max_chunk = max_tokens if slots >= max_tokens else 1 + spare
         self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)
         self.rows = [torch.zeros(batch_size, slots, *w, dtype=dtype, device=device) for w in widths]
         self.empty = True
 
     def update(self, pos, *new):
-        """
-        Store `new`, tensors (B,T,...) that belong at pos (T,) or (B,T). Returns (positions, tensors) of all
-        that these tokens may attend to: the slots, or on a first call the new tensors themselves, so that a
-        prompt takes the path of training.
-        """
+        """Store `new`, tensors (B,T,...) at pos (T,) or (B,T) -> (positions, tensors) of all they may see."""
         if new[0].shape[1] > self.max_tokens:
             raise ValueError(f'{new[0].shape[1]} tokens must be at most the {self.max_tokens} that this '
                              'cache was made for: make a larger one')
         new = [n.to(r.dtype) for n, r in zip(new, self.rows)]
         pos_BT = pos.to(torch.int32).expand(new[0].shape[:2])
-        if self.empty and pos_BT.shape[1] > 1:
+        if self.empty and pos_BT.shape[1] > 1:  # prefill takes the path of training
             seen = (pos_BT, *new)
-        elif pos_BT.shape[1] <= self.at_once:
+        elif pos_BT.shape[1] <= self.max_chunk:
             seen = (self.pos, *self.rows)
         else:
             # copy the old slots before they are overwritten; a replaced position must not be seen twice
             old = torch.where(self.pos >= pos_BT[:, :1], -1, self.pos)
             seen = (torch.cat((old, pos_BT), 1), *(torch.cat((r, n), 1) for r, n in zip(self.rows, new)))
-        self._write(pos_BT, new)
-        return seen[0], seen[1:]
-
-    def _write(self, pos_BT, new):
         slots = self.pos.shape[1]
-        pos_BT, new = pos_BT[:, -slots:], [n[:, -slots:] for n in new]
-        slot = pos_BT.long() % slots
+        slot = pos_BT[:, -slots:].long() % slots
         row = torch.arange(slot.shape[0], device=slot.device).unsqueeze(1)
-        self.pos[row, slot] = pos_BT
-        for r, n in zip(self.rows, new):
-            r[row, slot] = n
+        for held, n in zip((self.pos, *self.rows), (pos_BT, *new)):
+            held[row, slot] = n[:, -slots:]
         self.empty = False
+        return seen[0], seen[1:]
 
     def reset(self):
         """Forget everything, keep the memory."""
@@ -310,7 +296,7 @@ class TokenCache:
         self.rows = [r.repeat_interleave(n, 0) for r in self.rows]
 
     def snapshot(self):
-        """What `restore` needs to roll back: nothing, as positions are written again."""
+        """What `restore` needs to roll back: nothing, as tokens roll back by being written again."""
 
     def restore(self, snapshot):
         pass
@@ -329,47 +315,47 @@ class AttentionFlags:
     n_kv_head: int | None = flag(None, like='n_head')   # key/value heads: n_head (None) MHA, fewer GQA, 1 MQA
     head_dim: int | None = None                         # width of a head; None: n_embd / n_head
     attn_scale: float | None = None                     # factor on the scores; None: 1 / sqrt(width of a key)
-    window: int | None = flag(None, layer_pattern='wvc')    # tokens seen by w and v layers; chunk of c layers
+    window: int | None = flag(None, layer_pattern='wvc')    # window of w and v layers, chunk of c layers
     qkv_bias: bool | None = flag(None, like='bias')     # bias of the q, k, v projections; None: as bias
     proj_bias: bool | None = flag(None, like='bias')    # bias of the output projection; None: as bias
 
     def fill(c):
-        if not c.attends():
-            return {}
         c._must('n_embd', c.head_dim or c.n_embd % c.n_head == 0,
                 f'be a multiple of n_head={c.n_head}, or head_dim must be set')
         return {'head_dim': c.n_embd // c.n_head}
 
     def rules(c):
-        if c.attends():
-            yield 'n_kv_head', c.n_head % c.n_kv_head == 0, f'divide n_head={c.n_head}'
-            yield 'window', c.window or c.missing('window'), "be set when layer_pattern has a 'w', 'v' or 'c'"
+        yield 'n_kv_head', c.n_head % c.n_kv_head == 0, f'divide n_head={c.n_head}'
+        yield 'window', c.window or c.missing('window'), "be set when layer_pattern has a 'w', 'v' or 'c'"
 
 class LayerSpan(NamedTuple):
     """What a letter of layer_pattern decides about attention: how far it sees, and whether it rotates."""
     window: int | None = None   # tokens seen, the newest included; None: all
-    chunked: bool = False       # the window is a chunk: tokens see back to where their own chunk begins
-    rotary: bool = True         # queries and keys rotate, when pos=rope
-    local: bool = False         # at the base of windowed layers (rope_local_theta)
+    chunked: bool = False       # see only the own chunk of `window` tokens
+    rotary: bool = True         # rotate queries and keys, when pos=rope
+    local: bool = False         # rotate at rope_local_theta
 
-class Scores(nn.Module):
-    """softmax(scale q k^T) v over the keys that each query may see: the arguments of ops.attention."""
+class SoftmaxAttention(nn.Module):
+    """softmax(scale q k^T) v over the keys that each query may see: a layer's arguments of ops.attention."""
 
     def __init__(self, c, n_head, scale, span):
         super().__init__()
         self.options = dict(scale=scale, window=span.window, chunked=span.chunked, softcap=c.softcap,
-                            alibi_bf16=POSITIONS[c.pos].alibi_bf16)
+                            alibi_bf16=c.pos == 'alibi_bf16')
         slopes = POSITIONS[c.pos].slopes(n_head)
-        # kept as integers for the reason that Frequencies has
+        # as integers, like the bits of Frequencies
         self.register_buffer('slopes', None if slopes is None else slopes.view(torch.int32), persistent=False)
         self.sinks = param(n_head, init=normal) if c.sinks else None
         self.dropout = c.dropout
 
     def forward(self, q, k, v, ctx, key_pos):
-        """q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), key_pos (S,) or (B,S) -> (B,T,H,Dv)"""
+        """
+        q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), key_pos (S,) or (B,S) -> (B,T,H,Dv). Query head h reads
+        key/value head h // (H / K); nothing is repeated in memory.
+        """
         slopes = None if self.slopes is None else self.slopes.view(torch.float32)
         return ops.attention(q, k, v, ctx.pos, key_pos, **self.options, slopes=slopes, sinks=self.sinks,
-                             in_order=ctx.causal, dropout=self.dropout if self.training else 0.0)
+                             in_order=ctx.in_order, dropout=self.dropout if self.training else 0.0)
 
 # n_kv_head = n_head: MHA      fewer: GQA        1: MQA
 #   v  v  v  v                   v     v             v         The cache holds k and v,
@@ -377,32 +363,47 @@ class Scores(nn.Module):
 #   |  |  |  |                  / \   / \         / / \ \
 #   q  q  q  q                 q   q q   q       q  q  q  q
 
-class Attention(nn.Module):
+class CachedAttention(nn.Module):
+    """What Attention and MLA share. They set `cached`, the widths of what one token leaves in the cache."""
+
+    def __init__(self, c, span):
+        super().__init__()
+        self.window, self.rotary, self.local = span.window, span.rotary and c.pos == 'rope', span.local
+
+    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
+        slots = min(max_tokens, self.window + spare if self.window else max_tokens)
+        return TokenCache(batch_size, slots, self.cached, dtype, device, max_tokens, spare)
+
+    def flops(self, T):
+        """Floating-point operations per token, forward and backward, of the scores and the weighted sum."""
+        return 6 * self.products * min(T, self.window or T)
+
+class Attention(CachedAttention):
     """Causal self-attention: MHA (Vaswani et al. 2017), GQA (Ainslie et al. 2023), MQA (Shazeer 2019)."""
-    n_maps = 1  # attention maps of one output head
+    n_maps = 1  # attention maps of one output head; DiffAttention has two
 
     def __init__(self, c, layer, span):
-        super().__init__()
-        self.heads, self.head_dim, self.window = (c.n_head, c.n_kv_head, c.n_kv_head), c.head_dim, span.window
+        super().__init__(c, span)
+        self.heads, self.head_dim = (c.n_head, c.n_kv_head, c.n_kv_head), c.head_dim    # of q, k, v
+        self.cached = [(c.n_kv_head, c.head_dim)] * 2
+        self.products = c.n_head * (1 + self.n_maps) * c.head_dim   # per key: the scores, the weighted sum
         self.c_attn = Linear(c.n_embd, sum(self.heads) * c.head_dim, c.qkv_bias)
         self.c_proj = out_proj(c, c.n_head * c.head_dim, c.proj_bias)
         self.q_norm, self.k_norm = (QK_NORM[c.qk_norm](c, n) for n in (c.n_head, c.n_kv_head))
-        self.rotary, self.local = span.rotary and c.pos == 'rope', span.local
         self.norm_in_rope = self.rotary and c.qk_norm is True
-        self.extras = attention_extras(self, c)
-        self.scores = Scores(c, c.n_head // self.n_maps, attention_scale(c, c.head_dim), span)
+        self.extras = tuple(attention_extras(self, c))
+        self.scores = SoftmaxAttention(c, c.n_head // self.n_maps, c.attn_scale or c.head_dim ** -0.5, span)
         self.clip = c.qkv_clip
 
     def forward(self, x, ctx, cache=None):
-        """x (B,T,C) -> (B,T,C)"""
-        # 1. queries, keys and values, side by side in one product
+        # 1. queries, keys and values in one product
         x = self.c_attn(x)
         if self.clip is not None:
             x = x.clamp(-self.clip, self.clip)
         q, k, v = x.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)      # (B,T,H|K|K,D)
-        # 2. norms, and the rotation that tells positions apart
+        # 2. QK norm, then the rotation by position
         q, k = self.rotate(q, k, ctx)
-        # 3. what single families add; in most models nothing
+        # 3. additions of single families (Part II); usually none
         for extra in self.extras:
             q, k, v = extra(self, q, k, v, ctx)
         # 4. past tokens
@@ -413,7 +414,7 @@ class Attention(nn.Module):
         return self.c_proj(self.attend(q, k, v, ctx, key_pos).flatten(2))
 
     def rotate(self, q, k, ctx):
-        if self.norm_in_rope:  # one operation does both
+        if self.norm_in_rope:  # fused
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
             return ops.rope_qk(q, k, *ctx.rope[self.local], *norms)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -421,18 +422,6 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, ctx, key_pos):
         return self.scores(q, k, v, ctx, key_pos)
-
-    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
-        widths = [(self.heads[1], self.head_dim)] * 2
-        slots = min(max_tokens, self.window + spare if self.window else max_tokens)
-        return TokenCache(batch_size, slots, widths, dtype, device, max_tokens, spare)
-
-    def flops(self, T):
-        """Floating-point operations per token, forward and backward, of the scores and the weighted sum."""
-        return 6 * self.heads[0] * (1 + self.n_maps) * self.head_dim * min(T, self.window or T)
-
-def attention_scale(c, width):
-    return width ** -0.5 if c.attn_scale is None else c.attn_scale
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -445,44 +434,28 @@ class FFNFlags:
     ffn_bias: bool | None = flag(None, like='bias')     # bias of feed-forwards and experts; None: as bias
 
     def fill(c):
-        return {} if c.missing('ffn_width') else {'ffn_width': FFN[c.ffn][0].default_width(c.n_embd)}
+        if not issubclass(FFN[c.ffn][0], GatedMLP):
+            return {'ffn_width': 4 * c.n_embd}
+        # three matrices instead of two: 8/3 n_embd, to within 1 %, in a multiple of up to 64
+        multiple = 2 ** min(6, max(0, int(math.log2(c.n_embd / 16))))
+        return {'ffn_width': max(1, round(8 * c.n_embd / 3 / multiple)) * multiple}
 
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
+    n_inner = 1     # what c_fc computes: the hidden layer
 
     def __init__(self, c, act, width):
         super().__init__()
-        self.c_fc = Linear(c.n_embd, self.fan_out(width), c.ffn_bias)
+        self.c_fc = Linear(c.n_embd, self.n_inner * width, c.ffn_bias)
         self.c_proj = out_proj(c, width, c.ffn_bias)
         self.act = act
 
     def forward(self, x, ctx):
-        """x (B,T,C) -> (B,T,C)"""
         return self.c_proj(self.act(self.c_fc(x)))
 
-    @staticmethod
-    def fan_out(width):
-        return width
-
-    @staticmethod
-    def default_width(n_embd):
-        return 4 * n_embd
-
 class GatedMLP(MLP):
-    """
-    One half of the hidden layer gates the other (Shazeer 2020): SwiGLU, GEGLU. Three matrices in place of
-    two, so 8/3 as wide for the same parameters.
-    """
-
-    @staticmethod
-    def fan_out(width):
-        return 2 * width  # gate and up, side by side
-
-    @staticmethod
-    def default_width(n_embd):
-        # a multiple that hardware likes, within 1 % of 8/3
-        multiple = 2 ** min(6, max(0, int(math.log2(n_embd / 16))))
-        return max(1, round(8 * n_embd / 3 / multiple)) * multiple
+    """A gate multiplies the hidden layer (Shazeer 2020): SwiGLU, GEGLU."""
+    n_inner = 2     # what c_fc computes: gate and hidden layer, side by side
 
 def dense(c, width):
     """The feed-forward that c.ffn names, `width` wide."""
@@ -496,15 +469,15 @@ def dense(c, width):
 @flags()
 class BlockFlags:
     """Residual stream"""
-    residual_scale: float = 1.0     # factor on what every branch adds to the residual stream (Granite)
+    residual_scale: float = 1.0     # factor on the output of every branch (Granite)
     embed_scale: bool | float = False   # factor on the token embedding: a number, or True for sqrt(n_embd)
     embed_norm: bool = False        # a norm on the embedding (BLOOM)
-    embed_skip: bool = False        # later blocks mix the embedding back in, by two learned numbers each
+    embed_skip: bool = False        # later blocks read a x + b embedding, with learned a and b
 
     def rules(c):
         yield 'embed_skip', not c.embed_skip or c.n_layer > 1, 'be False when n_layer=1'
 
-#           a norm before the branch, on its output, on the sum: x = sum(x + output(branch(before(x))))
+#           norms: before a branch, on its output, on the sum
 NORM_AT = {
     'pre':      (True, False, False),
     'post':     (False, False, True),
@@ -516,10 +489,7 @@ def norm_if(wanted, c):
     return NORMS[c.norm](c.n_embd, c) if wanted else nn.Identity()
 
 class Block(nn.Module):
-    """
-    Two branches on the residual stream: the mixer, then the feed-forward. NORM_AT says which of the three
-    norms of a branch exist; the others are nn.Identity.
-    """
+    """Two branches, mixer and feed-forward, with the norms that NORM_AT lists; others are nn.Identity."""
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__()
@@ -528,26 +498,26 @@ class Block(nn.Module):
         if self.ffn is not None:
             self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(wanted, c) for wanted in NORM_AT[c.norm_at])
         self.drop, self.scale = nn.Dropout(c.dropout), c.residual_scale
-        # the first block reads the embedding anyway
+        # in the first block, x is the embedding
         skips = c.embed_skip and layer > 0
         self.skip = param(2, init=partial(constant, values=(1.0, 0.0))) if skips else None
 
     def forward(self, x, ctx, cache=None):
-        """x (B,T,C) -> (B,T,C)"""
         if self.skip is not None:
             x = self.skip[0] * x + self.skip[1] * ctx.embedding
         return self.branches(x, ctx, cache)
 
     def branches(self, x, ctx, cache):
-        y = self.ln_1_out(self.mixer(self.ln_1(x), ctx, cache))
-        x = self.ln_1_sum(x + self.scaled(y))
-        if self.ffn is None:
-            return x
-        y = self.ln_2_out(self.ffn(self.ln_2(x), ctx))
-        return self.ln_2_sum(x + self.scaled(y))
+        x = self.ln_1_sum(x + self.mix(self.ln_1(x), ctx, cache))
+        return x if self.ffn is None else self.ln_2_sum(x + self.feed(self.ln_2(x), ctx))
+
+    def mix(self, x, ctx, cache):
+        return self.scaled(self.ln_1_out(self.mixer(x, ctx, cache)))
+
+    def feed(self, x, ctx):
+        return self.scaled(self.ln_2_out(self.ffn(x, ctx)))
 
     def scaled(self, y):
-        """What a branch adds to the residual stream."""
         return self.drop(y) if self.scale == 1 else self.drop(y) * self.scale
 
 
@@ -572,18 +542,13 @@ class SinusoidalPositions(Positions):
 
 class AlibiPositions(Positions):
     """A bias on the scores that falls linearly with distance (Press et al. 2022), in ops.attention."""
-    needs_attention = True
 
     @staticmethod
     def slopes(n_head):
-        """2^(-8/n), 2^(-16/n), ... for n heads, a power of two; the rest are every other one for 2n heads."""
+        """2^(-8i/n), i = 1..n, for the power of two n <= n_head; then every other slope of 2n heads."""
         n = 2 ** int(math.log2(n_head))
         slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
         return torch.tensor(slopes + [2 ** (-4 * (2 * i + 1) / n) for i in range(n_head - n)])
-
-class Bf16AlibiPositions(AlibiPositions):
-    """ALiBi rounded to bf16 and scaled with the scores, as Falcon was trained."""
-    alibi_bf16 = True
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -594,15 +559,15 @@ def rope_linear(c, length):
     return rope_plain(c, length) / c.rope_factor
 
 def rope_ntk(c, length, factor=None):
-    """NTK-aware (bloc97 2023): a larger base, so the slowest pair is stretched and the fastest is kept."""
+    """NTK-aware (bloc97 2023): a larger base, which interpolates the slow pairs and keeps the fast ones."""
     width = rope_width(c)
     stretch = (factor or c.rope_factor) ** (width / max(1, width - 2))
     return rope_plain(c, length, c.rope_theta * stretch)
 
 def rope_dynamic(c, length):
     """
-    NTK-aware with the factor that this length needs, none up to rope_context. All keys must rotate at the
-    same frequencies, so with a cache `length` is the one that the cache was made for.
+    NTK-aware with the factor that this length needs, 1 up to rope_context. All keys must rotate at the same
+    frequencies, so with a cache `length` is the one that the cache was made for.
     """
     over = max(1.0, length / c.rope_context)
     return rope_ntk(c, length, c.rope_factor * over - (c.rope_factor - 1))
@@ -631,12 +596,12 @@ def rope_llama3(c, length):
     return freq * keep + freq / c.rope_factor * (1 - keep)
 
 def rope_longrope(c, length):
-    """LongRoPE (Ding et al. 2024): a searched divisor for each pair, other ones beyond rope_context."""
+    """LongRoPE (Ding et al. 2024): one tuned divisor per pair, and a second set beyond rope_context."""
     divisors = c.rope_long if length > c.rope_context else c.rope_short
     return rope_plain(c, length) / torch.tensor(divisors, dtype=torch.float64)
 
 def rope_magnitude(c):
-    """The factor on cos and sin, which sharpens the scores of longer texts."""
+    """The factor on cos and sin, which sharpens the scores of longer texts: an attention temperature."""
     if c.rope_attention_factor is not None:
         return c.rope_attention_factor
     if c.rope_scaling == 'longrope':
@@ -645,6 +610,7 @@ def rope_magnitude(c):
     return yarn_sharpness(c) if c.attn != 'mla' else 1.0
 
 def yarn_sharpness(c):
+    """YaRN's factor on queries and on keys."""
     return 0.1 * math.log(c.rope_factor) + 1 if c.rope_scaling == 'yarn' else 1.0
 
 ROPE_SCALING = {
@@ -658,19 +624,19 @@ ROPE_BY_LENGTH = ('dynamic', 'longrope')
 @flags(pos='rope', layer_pattern='awc')
 class RopeScalingFlags:
     """Rotary positions beyond the trained context"""
-    rope_scaling: str = flag('none', ROPE_SCALING)              # how frequencies change for longer texts
-    rope_factor: float = flag(1.0, least=1, rope_scaling=SET)   # longer context over trained context
+    rope_scaling: str = flag('none', ROPE_SCALING)              # change of frequencies for longer texts
+    rope_factor: float = flag(1.0, least=1, rope_scaling=SET)   # extended context / trained context
     # trained context; None: block_size
     rope_context: int | None = flag(None, like='block_size', rope_scaling=ROPE_CONTEXT)
-    rope_beta_fast: float = flag(32.0, rope_scaling='yarn')     # pairs of more turns than this are kept
-    rope_beta_slow: float = flag(1.0, rope_scaling='yarn')      # pairs of fewer turns are stretched
+    rope_beta_fast: float = flag(32.0, rope_scaling='yarn')     # pairs with more turns than this are kept
+    rope_beta_slow: float = flag(1.0, rope_scaling='yarn')      # pairs with fewer turns are interpolated
     rope_truncate: bool = flag(True, rope_scaling='yarn')       # round the ends of the ramp to whole pairs
     # factor on cos and sin; None: as in the paper
     rope_attention_factor: float | None = flag(None, rope_scaling=('yarn', 'longrope'))
-    rope_low_freq: float = flag(1.0, rope_scaling='llama3')     # pairs of fewer turns than this are stretched
-    rope_high_freq: float = flag(4.0, rope_scaling='llama3')    # pairs of more turns than this are kept
-    rope_short: tuple | None = flag(None, rope_scaling='longrope')  # divisors up to rope_context, one a pair
-    rope_long: tuple | None = flag(None, rope_scaling='longrope')   # divisors beyond rope_context, one a pair
+    rope_low_freq: float = flag(1.0, rope_scaling='llama3')     # pairs with fewer turns are interpolated
+    rope_high_freq: float = flag(4.0, rope_scaling='llama3')    # pairs with more turns than this are kept
+    rope_short: tuple | None = flag(None, rope_scaling='longrope')  # divisor of each pair up to rope_context
+    rope_long: tuple | None = flag(None, rope_scaling='longrope')   # divisor of each pair beyond rope_context
 
     def rules(c):
         yield ('rope_factor', c.rope_scaling in ('none', *ROPE_BY_LENGTH) or c.rope_factor > 1,
@@ -690,12 +656,11 @@ class RopeScalingFlags:
 class AttentionExtraFlags:
     """Additions to attention"""
     softcap: float | None = None        # caps the scores smoothly: cap * tanh(score / cap) (Gemma 2)
-    sinks: bool = False                 # a learned score per head that takes weight from all tokens (gpt-oss)
-    qkv_clip: float | None = None       # clamps q, k and v to this size (MPT)
-    # growth of the queries with the log of their position (Llama 4)
-    temp_scale: float | None = flag(None, layer_pattern='nv')
-    temp_floor: int = flag(8192, temp_scale=SET)    # tokens in one step of the growth by temp_scale
-    value_embed: bool = False           # adds a second token embedding, times a learned number, to the values
+    sinks: bool = False                 # attention sink: a learned score per head (gpt-oss)
+    qkv_clip: float | None = None       # clamps q, k and v to at most this size (MPT)
+    temp_scale: float | None = flag(None, layer_pattern='nv')   # queries grow with log position (Llama 4)
+    temp_floor: int = flag(8192, temp_scale=SET)    # tokens per step of the growth by temp_scale
+    value_embed: bool = False           # adds a second token embedding, times a learned scalar, to the values
 
     def rules(c):
         for name, default in (('value_embed', False), ('qkv_clip', None), ('temp_scale', None)):
@@ -728,14 +693,13 @@ QK_NORM = {
     'unit': lambda c, n: nn.Identity(),  # after they rotate: unit_norm
 }
 
-def unit_norm(attention, q, k, v, ctx):
+def unit_norm(attention, q, k, v, ctx, eps):
     """RMS norm without a weight, after the rotation (Llama 4)."""
-    q, k = (F.rms_norm(x, x.shape[-1:], eps=attention.eps) for x in (q, k))
+    q, k = (F.rms_norm(x, x.shape[-1:], eps=eps) for x in (q, k))
     return q, k, v
 
-def temperature(attention, q, k, v, ctx):
+def temperature(attention, q, k, v, ctx, scale, floor):
     """Queries grow by the log of their position, in steps of temp_floor tokens (Llama 4)."""
-    scale, floor = attention.temperature
     steps = ((ctx.pos.clamp(min=0) + 1) / floor).floor()                            # (T,) or (B,T)
     return q * (1 + scale * torch.log1p(steps)).to(q.dtype).unsqueeze(-1).unsqueeze(-1), k, v
 
@@ -745,17 +709,13 @@ def value_embedding(attention, q, k, v, ctx):
 
 def attention_extras(attention, c):
     """The functions above that a layer applies, (attention, q, k, v, ctx) -> (q, k, v)."""
-    extras = []
     if c.qk_norm == 'unit' and attention.rotary:
-        attention.eps = c.norm_eps
-        extras.append(unit_norm)
+        yield partial(unit_norm, eps=c.norm_eps)
     if c.temp_scale is not None and not attention.rotary:
-        attention.temperature = c.temp_scale, c.temp_floor
-        extras.append(temperature)
+        yield partial(temperature, scale=c.temp_scale, floor=c.temp_floor)
     if c.value_embed:
         attention.value_scale = param(1, init=partial(constant, values=0.5))
-        extras.append(value_embedding)
-    return extras
+        yield value_embedding
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -772,7 +732,7 @@ class DiffAttention(Attention):
     def __init__(self, c, layer, span):
         super().__init__(c, layer, span)
         # the paper's schedule over depth, from layer 0
-        self.start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
         self.lambdas = param(4, c.head_dim, init=partial(normal, std=0.1))  # q1, k1, q2, k2
         self.head_norm = RMSNorm(2 * c.head_dim, c)
 
@@ -780,12 +740,9 @@ class DiffAttention(Attention):
         """q (B,T,H,D), k and v (B,S,K,D) -> (B,T,H/2,2D)"""
         v = v.unflatten(2, (-1, 2)).flatten(-2)                                     # (B,S,K/2,2D)
         first, second = (self.scores(q[:, :, i::2], k[:, :, i::2], v, ctx, key_pos) for i in (0, 1))
-        return self.head_norm(first - self.weight().to(first.dtype) * second) * (1 - self.start)
-
-    def weight(self):
-        """lambda = exp(q1 . k1) - exp(q2 . k2) + its start"""
         q1, k1, q2, k2 = ops.at_least_fp32(self.lambdas)
-        return (q1 @ k1).exp() - (q2 @ k2).exp() + self.start
+        lambda_ = (q1 @ k1).exp() - (q2 @ k2).exp() + self.lambda_init
+        return self.head_norm(first - lambda_.to(first.dtype) * second) * (1 - self.lambda_init)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -795,43 +752,42 @@ class DiffAttention(Attention):
 class LatentFlags:
     """Latent attention"""
     kv_rank: int | None = None          # width of the cached latent; None: n_embd / 4
-    q_rank: int | None = None           # width of the queries' latent; None: queries come straight from x
+    q_rank: int | None = None           # width of the queries' latent; None: queries are not compressed
     rope_head_dim: int | None = None    # width of the rotated key that all heads share; None: head_dim / 2
     v_head_dim: int | None = flag(None, like='head_dim')    # width of a value head; None: head_dim
-    latent_eps: float | None = flag(None, like='norm_eps')  # norm_eps of the latents; None: norm_eps
+    latent_eps: float | None = flag(None, like='norm_eps')  # epsilon of the latents' norms; None: norm_eps
 
     def fill(c):
-        return {'kv_rank': max(1, c.n_embd // 4), 'rope_head_dim': c.head_dim // 2} if c.attn == 'mla' else {}
+        return {'kv_rank': max(1, c.n_embd // 4), 'rope_head_dim': c.head_dim // 2}
 
     def rules(c):
-        if c.attn == 'mla':
-            yield 'pos', c.pos in ('rope', 'none'), 'be rope or none when attn=mla'
-            yield 'qk_norm', not c.qk_norm, 'be False when attn=mla'
-            yield 'rope_fraction', c.rope_fraction == 1, 'be 1.0 when attn=mla'
-            yield 'n_kv_head', c.n_kv_head == c.n_head, 'be left out when attn=mla, which caches no heads'
+        yield 'pos', c.pos in ('rope', 'none'), 'be rope or none when attn=mla'
+        yield 'qk_norm', not c.qk_norm, 'be False when attn=mla'
+        yield 'rope_fraction', c.rope_fraction == 1, 'be 1.0 when attn=mla'
+        yield 'n_kv_head', c.n_kv_head == c.n_head, 'be left out when attn=mla, which caches no heads'
 
 # x ---kv_down---> latent (R) ---kv_up---> keys (H,Dn) and values (H,Dv) of all heads
 #  \------------> rotated key (Dr), one for all heads           The cache holds latent and rotated key.
 #  \---q_down, q_up------------------------> queries (H,Dn+Dr)
 
-class MLA(nn.Module):
+class MLA(CachedAttention):
     """
     Multi-head latent attention (DeepSeek V2, https://arxiv.org/abs/2405.04434): the keys and values of all
-    heads are expanded from one latent per token. The cache holds that latent and a rotated key that all
-    heads share: kv_rank + rope_head_dim numbers, however many heads there are.
+    heads are expanded from one latent per token, which the cache holds beside one rotated key.
 
-    Tokens that see only each other (training, a prompt) expand the latent. Tokens that read the cache absorb
-    the expansion into query and output instead, q . (W_k latent) = (W_k^T q) . latent: all heads then attend
-    to one shared key of R + Dr numbers, whose first R are the value as well.
+    Training and the first prefill expand the latent. Calls that read the cache absorb the expansion into
+    query and output instead, q . (W_k latent) = (W_k^T q) . latent, so that all heads read one key of R + Dr
+    coordinates, as in MQA; its first R are the value as well.
     """
 
     def __init__(self, c, layer, span):
-        super().__init__()
-        self.n_head, self.window = c.n_head, span.window
-        self.rotary, self.local = span.rotary and c.pos == 'rope', span.local
-        self.widths = c.head_dim, c.rope_head_dim  # Dn coordinates that do not rotate, Dr that do
-        self.rank, self.v_head_dim = c.kv_rank, c.v_head_dim
-        width = sum(self.widths)
+        super().__init__(c, span)
+        self.n_head, width = c.n_head, c.head_dim + c.rope_head_dim
+        self.q_widths = c.head_dim, c.rope_head_dim         # Dn coordinates that do not rotate, Dr that do
+        self.shared_widths = c.kv_rank, c.rope_head_dim     # R of the latent, Dr of the rotated key
+        self.kv_widths = c.head_dim, c.v_head_dim           # Dn and Dv of a head, expanded from the latent
+        self.cached = [(sum(self.shared_widths),)]
+        self.products = c.n_head * (width + c.v_head_dim)   # per key: the scores, the weighted sum
         self.q_down = Linear(c.n_embd, c.q_rank, c.qkv_bias) if c.q_rank else nn.Identity()
         self.q_norm = RMSNorm(c.q_rank, c, c.latent_eps) if c.q_rank else nn.Identity()
         self.q_up = Linear(c.q_rank or c.n_embd, c.n_head * width, bias=False)
@@ -839,67 +795,55 @@ class MLA(nn.Module):
         self.kv_norm = RMSNorm(c.kv_rank, c, c.latent_eps)
         self.kv_up = Linear(c.kv_rank, c.n_head * (c.head_dim + c.v_head_dim), bias=False)
         self.c_proj = out_proj(c, c.n_head * c.v_head_dim, c.proj_bias)
-        scale = attention_scale(c, width)
+        scale = c.attn_scale or width ** -0.5
         if c.rope_attention_factor is None and c.attn_scale is None:
-            scale *= yarn_sharpness(c) ** 2
-        self.scores = Scores(c, c.n_head, scale, span)
+            scale *= yarn_sharpness(c) ** 2     # elsewhere a factor on q and on k: rope_magnitude
+        self.scores = SoftmaxAttention(c, c.n_head, scale, span)
 
     def forward(self, x, ctx, cache=None):
-        """x (B,T,C) -> (B,T,C)"""
         # 1. queries, through a latent of their own where q_rank is set
         q = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_head, -1))
-        q, q_rot = q.split(self.widths, dim=-1)                                     # (B,T,H,Dn|Dr)
-        # 2. the latent of keys and values, and the key that rotates
-        latent, k_rot = self.kv_down(x).split((self.rank, self.widths[1]), dim=-1)  # (B,T,R|Dr)
-        latent, k_rot = self.kv_norm(latent), k_rot.unsqueeze(2)                    # (B,T,R), (B,T,1,Dr)
-        # 3. rotate
+        q, q_rot = q.split(self.q_widths, dim=-1)                                   # (B,T,H,Dn|Dr)
+        # 2. one latent and one rotated key, from which the keys and values of all heads are made
+        latent, k_rot = self.kv_down(x).split(self.shared_widths, dim=-1)           # (B,T,R|Dr)
         if self.rotary:
-            q_rot, k_rot = (ops.rope(t, *ctx.rope[self.local]) for t in (q_rot, k_rot))
-        # 4. past tokens
-        shared, key_pos = torch.cat((latent, k_rot.squeeze(2)), dim=-1), ctx.pos    # (B,T,R+Dr)
+            q_rot, k_rot = (ops.rope(t, *ctx.rope[self.local]) for t in (q_rot, k_rot.unsqueeze(2)))
+        shared = torch.cat((self.kv_norm(latent), k_rot.flatten(2)), dim=-1)        # (B,T,R+Dr)
+        # 3. past tokens
+        key_pos = ctx.pos
         if cache is not None:
             key_pos, (shared,) = cache.update(ctx.pos, shared)                      # (B,S,R+Dr)
-        # 5. attend, and project back to the residual stream
-        attend = self.expanded if cache is None or ctx.causal else self.absorbed
+        # 4. attend, and project back; on a first call, update returned the new rows themselves
+        attend = self.expanded if cache is None or ctx.in_order else self.absorbed
         return self.c_proj(attend(q, q_rot, shared, ctx, key_pos).flatten(2))
 
     def expanded(self, q, q_rot, shared, ctx, key_pos):
         """q (B,T,H,Dn), q_rot (B,T,H,Dr), shared (B,S,R+Dr) -> (B,T,H,Dv)"""
-        latent, k_rot = shared.split((self.rank, self.widths[1]), dim=-1)
-        k, v = self.kv_up(latent).unflatten(-1, (self.n_head, -1)).split(
-            (self.widths[0], self.v_head_dim), dim=-1)                              # (B,S,H,Dn|Dv)
+        latent, k_rot = shared.split(self.shared_widths, dim=-1)
+        kv = self.kv_up(latent).unflatten(-1, (self.n_head, -1))
+        k, v = kv.split(self.kv_widths, dim=-1)                                     # (B,S,H,Dn|Dv)
         k = torch.cat((k, k_rot.unsqueeze(2).expand(-1, -1, self.n_head, -1)), dim=-1)
         return self.scores(torch.cat((q, q_rot), dim=-1), k, v, ctx, key_pos)
 
     def absorbed(self, q, q_rot, shared, ctx, key_pos):
         """The same from the cached latents alone: one key for all heads, whose first part is the value."""
-        up_k, up_v = self.kv_up.weight.view(self.n_head, -1, self.rank).split(
-            (self.widths[0], self.v_head_dim), dim=1)                               # (H,Dn|Dv,R)
+        rank = self.shared_widths[0]
+        up_k, up_v = self.kv_up.weight.view(self.n_head, -1, rank).split(self.kv_widths, dim=1)  # (H,Dn|Dv,R)
         q = torch.cat((torch.einsum('bthd,hdr->bthr', q, up_k), q_rot), dim=-1)     # (B,T,H,R+Dr)
         key = shared.unsqueeze(2)                                                   # (B,S,1,R+Dr)
-        y = self.scores(q, key, key[..., :self.rank], ctx, key_pos)                 # (B,T,H,R)
+        y = self.scores(q, key, key[..., :rank], ctx, key_pos)                      # (B,T,H,R)
         return torch.einsum('bthr,hdr->bthd', y, up_v)
-
-    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
-        slots = min(max_tokens, self.window + spare if self.window else max_tokens)
-        widths = [(self.rank + self.widths[1],)]
-        return TokenCache(batch_size, slots, widths, dtype, device, max_tokens, spare)
-
-    def flops(self, T):
-        """As Attention.flops, for keys of Dn + Dr and values of Dv."""
-        return 6 * self.n_head * (sum(self.widths) + self.v_head_dim) * min(T, self.window or T)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# State spaces: what they remember
+# State spaces: Mamba and Mamba-2
 
 class StateCache:
     """
-    What one recurrent layer remembers of past tokens, as much for one as for a million: the last inputs of
-    its convolution, and its state. The state is fp32 or fp64: it is a sum over all tokens, and bf16 would
-    round late ones away.
+    What one recurrent layer remembers of past tokens, of one size however long the text: the last inputs of
+    its convolution, and its state, in fp32 or fp64 as bf16 would lose small late terms of the sum.
     """
-    max_tokens = 0      # no limit that depends on a length
+    max_tokens = math.inf   # no limit
 
     def __init__(self, batch_size, tail, state, dtype, device):
         state_dtype = torch.promote_types(dtype, torch.float32)
@@ -937,10 +881,6 @@ class StateCache:
         """Bytes allocated."""
         return self.tail.nbytes + self.state.nbytes
 
-
-# ----------------------------------------------------------------------------------------------------------
-# State spaces: Mamba and Mamba-2
-
 def close_gap(tail, x, pos):
     """
     Moves the tail (B,W-1,I) of past inputs up to the first token of x (B,T,I), where x begins with padding.
@@ -955,12 +895,12 @@ def close_gap(tail, x, pos):
     return both.gather(1, source.unsqueeze(-1).expand_as(both)).split(sizes, dim=1)
 
 def step_size(dt, ctx, limits=(0.0, None)):
-    """dt (B,T,...) through softplus, in fp32. Padding takes steps of size 0, which leave the state alone."""
+    """softplus of dt (B,T,...), in fp32. Padding gets a step of 0, which leaves the state unchanged."""
     dt = F.softplus(ops.at_least_fp32(dt)).clamp(*limits)
-    return dt if ctx.causal else dt.masked_fill((ctx.pos < 0).unsqueeze(-1), 0)
+    return dt if ctx.in_order else dt.masked_fill((ctx.pos < 0).unsqueeze(-1), 0)
 
 def step_bias(shape, generator):
-    """The bias whose softplus is spread evenly in log from 0.001 to 0.1 (Gu and Dao 2023, section 3.6)."""
+    """softplus(bias) is log-uniform in [0.001, 0.1] (Gu and Dao 2023, section 3.6)."""
     dt = 1e-3 * 100 ** torch.rand(shape, generator=generator)
     return dt + torch.log(-torch.expm1(-dt))
 
@@ -969,14 +909,14 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels, c):
         super().__init__()
-        # as nn.Conv1d draws it: a std of 0.02 would all but silence the channels
+        # nn.Conv1d's own: a std of 0.02 would all but silence the channels
         init = partial(uniform, bound=c.ssm_conv ** -0.5)
         self.weight = param(channels, c.ssm_conv, init=init)
         self.bias = param(channels, init=init) if c.conv_bias else None
 
     def forward(self, x, ctx, tail):
         """x (B,T,I), tail (B,W-1,I) or None -> (B,T,I) and the new tail"""
-        if not ctx.causal:
+        if not ctx.in_order:
             if tail is None:
                 tail = x.new_zeros(x.shape[0], self.weight.shape[1] - 1, x.shape[2])
             tail, x = close_gap(tail, x, ctx.pos)
@@ -984,7 +924,7 @@ class CausalConv(nn.Module):
         return F.silu(y), tail
 
 class StepProjection(Linear):
-    """Mamba's projection of a few numbers per token to a step size per channel."""
+    """Mamba's projection of ssm_dt_rank numbers per token to a step size dt per channel."""
 
     def __init__(self, rank, channels):
         super().__init__(rank, channels, bias=True)
@@ -996,7 +936,7 @@ class StepProjection(Linear):
         return ops.at_least_fp32(F.linear(x, self.weight)) + ops.at_least_fp32(self.bias)
 
 def s4d_real(shape, generator):
-    """Decay rates 1..N in every channel (S4D-Real), as their logarithm."""
+    """The log of the decay rates 1..N of every channel (S4D-Real)."""
     return torch.arange(1.0, shape[1] + 1).log().expand(shape)
 
 class StateSpace(nn.Module):
@@ -1006,41 +946,37 @@ class StateSpace(nn.Module):
         return StateCache(batch_size, *self.cache_shapes, dtype, device)
 
     def flops(self, T):
-        """
-        Floating-point operations per token, forward and backward, outside of Linear: `work` for each number
-        of the state, and 2 for each tap of the convolution. Pointwise functions do not count.
-        """
+        """As for attention: `work` operations per number of the state, and 2 per tap of the convolution."""
         return 3 * (self.work * math.prod(self.cache_shapes[1]) + 2 * self.conv1d.weight.numel())
 
 class Mamba1(StateSpace):
     """
     Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752): convolution, selective scan, gate. Each channel
-    has a state of N numbers that decay at N rates; step size dt, input B and read-out C come from the token.
+    has a state of N numbers that decay at N rates; the step dt, B (input) and C (output) depend on the token.
     """
     default_state = 16
-    work = 6    # dt A, decay, input, sum, read-out and its sum
+    work = 6    # operations per number of state: dt A, decay, B x, add, C h, add
 
     def __init__(self, c):
         super().__init__()
         inner, N, rank = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_dt_rank
-        self.sizes, self.cache_shapes = (rank, N, N), ((c.ssm_conv - 1, inner), (inner, N))
+        self.widths, self.cache_shapes = (rank, N, N), ((c.ssm_conv - 1, inner), (inner, N))
         self.in_proj = Linear(c.n_embd, 2 * inner, c.ssm_bias)      # the input and its gate, side by side
         self.conv1d = CausalConv(inner, c)
-        self.x_proj = Linear(inner, sum(self.sizes), bias=False)    # dt, B and C
+        self.x_proj = Linear(inner, sum(self.widths), bias=False)    # dt, B and C
         self.dt_proj = StepProjection(rank, inner)
         self.A_log = param(inner, N, init=s4d_real)
-        self.D = param(inner, init=ones)                            # passes the input through
+        self.D = param(inner, init=ones)                            # skip connection
         self.c_proj = out_proj(c, inner, c.ssm_bias)
         # Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887) keeps large models stable with these
         self.dt_norm, self.b_norm, self.c_norm = (
-            RMSNorm(size, c) if c.ssm_norm else nn.Identity() for size in self.sizes)
+            RMSNorm(size, c) if c.ssm_norm else nn.Identity() for size in self.widths)
 
     def forward(self, x, ctx, cache=None):
-        """x (B,T,C) -> (B,T,C)"""
         tail, state = (None, None) if cache is None else cache.read()
         x, gate = self.in_proj(x).chunk(2, dim=-1)                  # (B,T,I)
         x, tail = self.conv1d(x, ctx, tail)
-        dt, B, C = self.x_proj(x).split(self.sizes, dim=-1)         # (B,T,R|N|N)
+        dt, B, C = self.x_proj(x).split(self.widths, dim=-1)         # (B,T,R|N|N)
         dt = step_size(self.dt_proj(self.dt_norm(dt)), ctx)         # (B,T,I)
         A = -torch.exp(ops.at_least_fp32(self.A_log))
         y, state = ops.selective_scan(x, dt, A, self.b_norm(B), self.c_norm(C), self.D, state)
@@ -1060,7 +996,7 @@ class GatedRMSNorm(RMSNorm):
         return F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight
 
 def mamba2_decay(shape, generator):
-    """Decay rates drawn from 1 to 16, as their logarithm."""
+    """The log of decay rates drawn from 1 to 16."""
     return torch.log(1 + 15 * torch.rand(shape, generator=generator))
 
 class Mamba2(StateSpace):
@@ -1070,17 +1006,17 @@ class Mamba2(StateSpace):
     beside x, and pass the convolution with it; the heads of a group share them, as queries share keys in GQA.
     """
     default_state = 128
-    work = 5    # decay, input, sum, read-out and its sum; computed in chunks of 64, about as many
+    work = 5    # operations per number of state: decay, B x, add, C h, add
 
     def __init__(self, c):
         super().__init__()
         inner, N, G, P = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_groups, c.ssm_head_dim
         heads = inner // P
-        self.state, self.groups, self.limits = (heads, P, N), G, (c.ssm_dt_min, c.ssm_dt_max)
-        self.split = (inner, G * N, G * N)
-        self.cache_shapes = (c.ssm_conv - 1, sum(self.split)), self.state
-        self.in_proj = Linear(c.n_embd, inner + sum(self.split) + heads, c.ssm_bias)    # gate, (x, B, C), dt
-        self.conv1d = CausalConv(sum(self.split), c)
+        self.state_shape, self.groups, self.limits = (heads, P, N), G, (c.ssm_dt_min, c.ssm_dt_max)
+        self.widths = (inner, G * N, G * N)
+        self.cache_shapes = (c.ssm_conv - 1, sum(self.widths)), self.state_shape
+        self.in_proj = Linear(c.n_embd, inner + sum(self.widths) + heads, c.ssm_bias)    # gate, (x, B, C), dt
+        self.conv1d = CausalConv(sum(self.widths), c)
         self.dt_bias = param(heads, init=step_bias)
         self.A_log = param(heads, init=mamba2_decay)
         self.D = param(heads, init=ones)
@@ -1088,12 +1024,11 @@ class Mamba2(StateSpace):
         self.c_proj = out_proj(c, inner, c.ssm_bias)
 
     def forward(self, x, ctx, cache=None):
-        """x (B,T,C) -> (B,T,C)"""
-        (H, P, N), G = self.state, self.groups
+        (H, P, N), G = self.state_shape, self.groups
         tail, state = (None, None) if cache is None else cache.read()
-        gate, x, dt = self.in_proj(x).split((H * P, sum(self.split), H), dim=-1)    # (B,T,I|I+2GN|H)
+        gate, x, dt = self.in_proj(x).split((H * P, sum(self.widths), H), dim=-1)    # (B,T,I|I+2GN|H)
         x, tail = self.conv1d(x, ctx, tail)
-        x, B, C = x.split(self.split, dim=-1)                                       # (B,T,I|GN|GN)
+        x, B, C = x.split(self.widths, dim=-1)                                       # (B,T,I|GN|GN)
         dt = step_size(ops.at_least_fp32(dt) + ops.at_least_fp32(self.dt_bias), ctx, self.limits)   # (B,T,H)
         A = -torch.exp(ops.at_least_fp32(self.A_log))
         x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
@@ -1111,23 +1046,21 @@ class SSMFlags:
     ssm_state: int | None = None                            # state per channel; None: mamba1 16, mamba2 128
     ssm_expand: int = 2                                     # inner width over n_embd
     ssm_conv: int = 4                                       # taps of the causal convolution
-    ssm_head_dim: int = flag(64, ssm='mamba2')              # channels that share one decay
+    ssm_head_dim: int = flag(64, ssm='mamba2')              # channels of a head, which share one decay
     ssm_groups: int = flag(1, ssm='mamba2')                 # groups of heads that share B and C
     ssm_dt_min: float = flag(0.0, least=0, ssm='mamba2')    # smallest step size
     ssm_dt_max: float | None = flag(None, ssm='mamba2')     # largest step size; None: no limit
-    ssm_dt_rank: int | None = flag(None, ssm='mamba1')      # rank of the step size; None: n_embd / 16
+    ssm_dt_rank: int | None = flag(None, ssm='mamba1')      # rank of the projection to dt; None: n_embd / 16
     ssm_norm: bool = flag(False, ssm='mamba1')              # RMS norms on the step size, B and C (Jamba)
-    ssm_bias: bool | None = flag(None, like='bias')         # bias of the two projections; None: as bias
+    ssm_bias: bool | None = flag(None, like='bias')         # bias of its two projections; None: as bias
     conv_bias: bool = True                                  # bias of the convolution (not governed by bias)
 
     def fill(c):
-        if 'm' not in c.mixers():
-            return {}
         rank = {'ssm_dt_rank': math.ceil(c.n_embd / 16)} if c.ssm == 'mamba1' else {}
         return rank | {'ssm_state': SSM[c.ssm].default_state}
 
     def rules(c):
-        if 'm' in c.mixers() and c.ssm == 'mamba2':
+        if c.ssm == 'mamba2':
             heads, odd = divmod(c.ssm_expand * c.n_embd, c.ssm_head_dim)
             yield 'ssm_head_dim', odd == 0, f'divide the inner width {c.ssm_expand * c.n_embd}'
             yield 'ssm_groups', heads % c.ssm_groups == 0, f'divide the {heads} heads of the state space'
@@ -1138,19 +1071,15 @@ class SSMFlags:
 # ----------------------------------------------------------------------------------------------------------
 # Experts
 
-def softmax_scores(logits):
-    return logits.softmax(-1)
-
-ROUTER = {'softmax': softmax_scores, 'sigmoid': torch.sigmoid}
-#           a balancing loss, a bias on the choice
-BALANCE = {'none': (False, False), 'aux': (True, False), 'bias': (False, True), 'both': (True, True)}
+ROUTER = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
+BALANCE = ('none', 'aux', 'bias', 'both')
 
 @flags(ffn_pattern='e')
 class MoEFlags:
     """Experts"""
     n_expert: int | None = None             # experts in a layer
-    n_expert_used: int = 2                  # experts that each token passes through
-    # hidden width of an expert; a float: share of ffn_width; None: ffn_width over the experts a token uses
+    n_expert_used: int = 2                  # experts per token (top-k)
+    # hidden width of an expert; a float: fraction of ffn_width; None: ffn_width / experts per token
     expert_width: int | float | None = None
     n_shared: int = flag(0, least=0)        # shared experts, used by every token
     # hidden width of the shared experts together; None: n_shared * expert_width
@@ -1161,18 +1090,15 @@ class MoEFlags:
     router_norm: bool = True                # normalise the chosen experts' weights to sum to 1
     router_scale: float = 1.0               # factor on the experts' weights
     router_input: bool = False              # weight an expert's input instead of its output (Llama 4)
-    n_group: int = 1                        # groups of experts, of which a token first chooses the best
+    n_group: int = 1                        # groups of experts; a token first picks the best (DeepSeek)
     n_group_used: int = flag(1, n_group=SET)    # groups whose experts a token chooses among
-    group_top: int = flag(2, n_group=SET)   # a group's score is the sum of its group_top best (V2: 1, V3: 2)
-    # keeps experts equally busy: by a loss (aux, Switch) or by a bias on their choice (DeepSeek V3)
-    balance: str = flag('aux', BALANCE)
+    group_top: int = flag(2, n_group=SET)   # a group's score is the sum of its group_top best experts
+    balance: str = flag('aux', BALANCE)     # load balancing: none, aux (a loss), bias (DeepSeek V3), both
     aux_weight: float = flag(0.01, least=0, balance=('aux', 'both'))    # weight of the balancing loss
-    bias_rate: float = flag(0.001, least=0, balance=('bias', 'both'))   # change of the router's bias per step
+    bias_rate: float = flag(0.001, least=0, balance=('bias', 'both'))   # change of the balancing bias a step
     z_weight: float = flag(0.0, least=0)    # weight of the router's z-loss: keeps its logits small (ST-MoE)
 
     def fill(c):
-        if 'e' not in c.ffns():
-            return {}
         if isinstance(c.expert_width, float):
             c.expert_width = max(1, round(c.expert_width * c.ffn_width))
         if c.expert_width is None:
@@ -1181,22 +1107,18 @@ class MoEFlags:
         return {'shared_width': c.n_shared * c.expert_width} if c.n_shared else {}
 
     def rules(c):
-        if 'e' in c.ffns():
-            yield 'n_expert', c.n_expert, "be set when ffn_pattern has an 'e'"
-            yield 'n_group', c.n_expert % c.n_group == 0, f'divide n_expert={c.n_expert}'
-            yield ('n_group_used', c.n_group_used < c.n_group or c.n_group == 1,
-                   f'be below n_group={c.n_group}, or groups make no difference')
-            most = c.n_expert // c.n_group * c.n_group_used
-            yield 'n_expert_used', c.n_expert_used <= most, f'be at most the {most} experts to choose from'
+        yield 'n_expert', c.n_expert, "be set when ffn_pattern has an 'e'"
+        yield 'n_group', c.n_expert % c.n_group == 0, f'divide n_expert={c.n_expert}'
+        yield ('n_group_used', c.n_group_used < c.n_group or c.n_group == 1,
+               f'be below n_group={c.n_group}, or groups make no difference')
+        most = c.n_expert // c.n_group * c.n_group_used
+        yield 'n_expert_used', c.n_expert_used <= most, f'be at most the {most} experts to choose from'
 
 class MoE(nn.Module):
     """
     Mixture of experts (Shazeer et al. 2017): every token passes through the n_expert_used experts that a
-    router scores highest, weighted by their scores. Tokens are sorted by expert, and none is dropped.
-
-    balance=aux adds a loss that is least when all experts are equally busy (Switch, Fedus et al. 2021); bias
-    adds to the scores, for the choice alone, a bias that rises for idle experts (DeepSeek V3, arXiv
-    2412.19437) and moves once per optimizer step, in `balance`.
+    router scores highest, weighted by their scores. None is dropped. They are kept equally busy by a loss
+    (Switch, Fedus et al. 2021), or by a bias on the choice alone (DeepSeek V3, arXiv 2412.19437).
     """
 
     def __init__(self, c):
@@ -1204,20 +1126,19 @@ class MoE(nn.Module):
         E, I, (ffn, act) = c.n_expert, c.expert_width, FFN[c.ffn]
         self.c, self.act, self.score = c, act(c), ROUTER[c.router]
         self.router = Linear(c.n_embd, E, c.router_bias)
-        self.c_fc = ExpertLinear(E, c.n_embd, ffn.fan_out(I), c.ffn_bias, 0.02)
+        self.c_fc = ExpertLinear(E, c.n_embd, ffn.n_inner * I, c.ffn_bias, 0.02)
         self.c_proj = ExpertLinear(E, I, c.n_embd, c.ffn_bias, out_std(c))
         self.shared = dense(c, c.shared_width) if c.n_shared else None
         self.shared_gate = Linear(c.n_embd, 1, bias=False) if c.shared_gate else None
-        self.aux, self.biased = BALANCE[c.balance]
+        self.aux, self.biased = c.balance in ('aux', 'both'), c.balance in ('bias', 'both')
         if self.biased:
             self.register_buffer('choice_bias', torch.zeros(E))
         # tokens that each expert took since the last optimizer step
         self.register_buffer('load', torch.zeros(E), persistent=False)
 
     def forward(self, x, ctx):
-        """x (B,T,C) -> (B,T,C)"""
         x_NC = x.flatten(0, 1)
-        # 1. score the experts, in fp32 because close scores decide who works
+        # 1. score the experts, in fp32 because near ties decide the choice
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.router.bias is None else ops.at_least_fp32(self.router.bias)
             logits_NE = F.linear(ops.at_least_fp32(x_NC), ops.at_least_fp32(self.router.weight), bias)
@@ -1232,9 +1153,15 @@ class MoE(nn.Module):
         counts_E = flat.new_zeros(self.c.n_expert).scatter_add_(0, flat, torch.ones_like(flat))
         if self.training:
             self.account(logits_NE, scores_NE, counts_E, ctx)
-        # 4. run them
-        y_NC = self.experts(x_NC, expert_NK, (weight_NK * self.c.router_scale).to(x.dtype), counts_E)
-        y = y_NC.view(x.shape)
+        # 4. run them on the pairs (token, choice), sorted by expert
+        order = flat.argsort(stable=True)
+        token = order // self.c.n_expert_used
+        weight = (weight_NK * self.c.router_scale).to(x.dtype).flatten()[order].unsqueeze(-1)
+        rows = x_NC[token] * weight if self.c.router_input else x_NC[token]
+        rows = self.c_proj(self.act(self.c_fc(rows, counts_E)), counts_E)
+        rows = rows if self.c.router_input else rows * weight
+        y = torch.zeros_like(x_NC, dtype=rows.dtype).index_add(0, token, rows).view(x.shape)
+        # 5. add the shared experts, which every token passes through
         if self.shared is None:
             return y
         shared = self.shared(x, ctx)
@@ -1252,32 +1179,15 @@ class MoE(nn.Module):
             scores_NE = groups_NGE.masked_fill(out_NG.unsqueeze(-1), -torch.inf).flatten(-2)
         return scores_NE.topk(self.c.n_expert_used, dim=-1).indices
 
-    def experts(self, x_NC, expert_NK, weight_NK, counts_E):
-        """The weighted sum over each token's experts, (N,C)."""
-        K = expert_NK.shape[1]
-        order = expert_NK.flatten().argsort(stable=True)  # pairs of token and choice, sorted by expert
-        x, weight = x_NC[order // K], weight_NK.flatten()[order].unsqueeze(-1)
-        if self.c.router_input:
-            y = self.c_proj(self.act(self.c_fc(x * weight, counts_E)), counts_E)
-        else:
-            y = self.c_proj(self.act(self.c_fc(x, counts_E)), counts_E) * weight
-        return torch.zeros_like(x_NC, dtype=y.dtype).index_add(0, order // K, y)
-
     def account(self, logits_NE, scores_NE, counts_E, ctx):
         """Count the tokens of each expert, and add the router's losses to the training loss."""
         self.load += counts_E
         if self.aux:
             wanted_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).mean(0)
-            balance = self.c.n_expert * (counts_E / counts_E.sum() * wanted_E).sum()
-            ctx.losses.append(self.c.aux_weight * balance)
+            aux_loss = self.c.n_expert * (counts_E / counts_E.sum() * wanted_E).sum()
+            ctx.losses.append(self.c.aux_weight * aux_loss)
         if self.c.z_weight:
             ctx.losses.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
-
-    def rebalance(self, share_E, moves=1):
-        """Move the bias against the share of tokens that each expert took, unless `moves` is 0."""
-        if self.biased:
-            self.choice_bias += moves * self.c.bias_rate * torch.sign(share_E.mean() - share_E)
-        self.load.zero_()
 
     def idle(self):
         """Parameters that one token does not pass through."""
@@ -1300,8 +1210,10 @@ def balance(moes, moves):
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(loads)
     shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
-    for moe, share in zip(moes, shares):
-        moe.rebalance(share, moves)
+    for moe, share_E in zip(moes, shares):
+        if moe.biased:
+            moe.choice_bias += moves * moe.c.bias_rate * torch.sign(share_E.mean() - share_E)
+        moe.load.zero_()
     entropy = -(shares * shares.clamp(min=1e-12).log()).sum(-1) / math.log(max(2, shares.shape[-1]))
     return {'expert_entropy': entropy.mean(), 'expert_max': shares.max(), 'expert_load': shares}
 
@@ -1352,8 +1264,7 @@ class ParallelBlock(Block):
     """Mixer and feed-forward read the same x, each through its own norm (GPT-NeoX)."""
 
     def branches(self, x, ctx, cache):
-        y = x + self.scaled(self.ln_1_out(self.mixer(self.ln_1(x), ctx, cache)))
-        return y + self.scaled(self.ln_2_out(self.ffn(self.ln_2(x), ctx)))
+        return x + self.mix(self.ln_1(x), ctx, cache) + self.feed(self.ln_2(x), ctx)
 
 class SharedBlock(Block):
     """Mixer and feed-forward read the same norm of the same x (GPT-J, PaLM, Falcon, Cohere)."""
@@ -1364,16 +1275,15 @@ class SharedBlock(Block):
 
     def branches(self, x, ctx, cache):
         normed = self.ln_1(x)
-        y, z = self.ln_1_out(self.mixer(normed, ctx, cache)), self.ln_2_out(self.ffn(normed, ctx))
-        return x + self.scaled(y) + self.scaled(z)
+        return x + self.mix(normed, ctx, cache) + self.feed(normed, ctx)
 
 class NormedBlock(Block):
     """Each branch is added to the norm that it reads, not to the stream before it (an option of BLOOM)."""
 
     def branches(self, x, ctx, cache):
         x = self.ln_1(x)
-        x = self.ln_2(x + self.scaled(self.ln_1_out(self.mixer(x, ctx, cache))))
-        return x + self.scaled(self.ln_2_out(self.ffn(x, ctx)))
+        x = self.ln_2(x + self.mix(x, ctx, cache))
+        return x + self.feed(x, ctx)
 
 
 # ==========================================================================================================
@@ -1384,33 +1294,31 @@ class NormedBlock(Block):
 # Tables: what the words and letters of GPTConfig stand for
 
 class Letter(NamedTuple):
-    meaning: str
-    build: Callable     # of a mixer: (c, layer), of a feed-forward: (c)
+    """A letter of layer_pattern or ffn_pattern."""
+    meaning: str        # as --help and errors print it
+    build: Callable     # (c, layer) -> a mixer, (c) -> a feed-forward
 
-def attention(span):
-    """Builds a layer of c.attn that sees `span`, a function of the config."""
-    return lambda c, layer: ATTN[c.attn](c, layer, span(c))
+def attention(windowed=False, **span):
+    """A function (c, layer) -> an attention layer with this LayerSpan."""
+    return lambda c, layer: ATTN[c.attn](c, layer, LayerSpan(c.window if windowed else None, **span))
 
 POSITIONS = {
     'learned': LearnedPositions, 'sinusoidal': SinusoidalPositions, 'rope': RotaryPositions,
-    'alibi': AlibiPositions, 'alibi_bf16': Bf16AlibiPositions, 'none': Positions,
+    'alibi': AlibiPositions, 'alibi_bf16': AlibiPositions, 'none': Positions,  # bf16: rounded as in Falcon
 }
 NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
 RESIDUAL = {'serial': Block, 'parallel': ParallelBlock, 'shared': SharedBlock, 'normed': NormedBlock}
 ATTN = {'standard': Attention, 'mla': MLA, 'diff': DiffAttention}
 MIXERS = {
-    'a': Letter('attention', attention(lambda c: LayerSpan())),
-    'w': Letter('attention within a window', attention(lambda c: LayerSpan(c.window, local=True))),
-    'c': Letter('attention within chunks', attention(lambda c: LayerSpan(c.window, chunked=True))),
-    'n': Letter('a without rope', attention(lambda c: LayerSpan(rotary=False))),
-    'v': Letter('w without rope', attention(lambda c: LayerSpan(c.window, rotary=False))),
+    'a': Letter('attention', attention()),
+    'w': Letter('attention within a window', attention(windowed=True, local=True)),
+    'c': Letter('attention within chunks', attention(windowed=True, chunked=True)),
+    'n': Letter('a without rope', attention(rotary=False)),
+    'v': Letter('w without rope', attention(windowed=True, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
 }
-FFNS = {
-    'f': Letter('dense', lambda c: dense(c, c.ffn_width)),
-    'e': Letter('experts', MoE),
-    '-': Letter('none', lambda c: None),
-}
+FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
+        '-': Letter('none', lambda c: None)}
 # the class, and the activation for a config
 FFN = {
     'relu': (MLP, lambda c: F.relu),
@@ -1437,18 +1345,20 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
     n_layer: int = 12               # blocks
     n_head: int = 12                # query heads
     n_embd: int = 768               # width of the residual stream
-    layer_pattern: str = flag('a', MIXERS)      # mixer of each layer, a letter each, repeated
-    ffn_pattern: str = flag('f', FFNS)          # feed-forward after each mixer, a letter each, repeated
-    pos: str = flag('learned', POSITIONS)       # how positions reach the model
-    norm: str = flag('layernorm', NORMS)        # which norm, everywhere
-    norm_at: str = flag('pre', NORM_AT)         # where norms stand: GPT-2, 2017, OLMo 2, Gemma 2
-    residual: str = flag('serial', RESIDUAL)    # mixer, then feed-forward; or both beside each other
-    attn: str = flag('standard', ATTN, layer_pattern='awcnv')   # standard: MHA, GQA, MQA
-    qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnv')   # norm of queries and keys
-    ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation of the feed-forward, and whether it is gated
+    layer_pattern: str = flag('a', MIXERS)      # mixer of each layer, one letter per layer, repeated
+    ffn_pattern: str = flag('f', FFNS)          # feed-forward of each layer, one letter per layer, repeated
+    pos: str = flag('learned', POSITIONS)       # learned, sinusoidal, rope, alibi, alibi_bf16 (Falcon), none
+    norm: str = flag('layernorm', NORMS)        # layernorm, rmsnorm
+    norm_at: str = flag('pre', NORM_AT)     # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
+    # serial (mixer, then feed-forward), parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM)
+    residual: str = flag('serial', RESIDUAL)
+    attn: str = flag('standard', ATTN, layer_pattern='awcnv')   # standard, mla (DeepSeek), diff
+    # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), unit (Llama 4)
+    qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnv')
+    ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation; words with glu and clip are gated
     bias: bool = True               # biases of linear layers and layer norms; default of the *_bias flags
     tie: bool = True                # the output head shares its weight with the token embedding
-    dropout: float = flag(0.0, least=0, below=1)    # on the embedding, the attention weights and every branch
+    dropout: float = flag(0.0, least=0, below=1)    # rate, on the embedding, attention weights and branches
     zero_init: bool = False         # projections back to the residual stream start at zero
     logit_scale: float = 1.0        # factor on the logits
     logit_softcap: float | None = None  # caps the logits smoothly: cap * tanh(logits / cap)
@@ -1457,9 +1367,9 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
 
     def rules(c):
         yield 'n_embd', c.pos != 'sinusoidal' or c.n_embd % 2 == 0, 'be even when pos=sinusoidal'
-        yield ('pos', c.attends() or not POSITIONS[c.pos].needs_attention,
+        yield ('pos', c.attends() or c.pos in ('learned', 'sinusoidal', 'none'),
                'be learned, sinusoidal or none when no layer attends')
-        yield ('pos', c.pos != 'rope' or c.rotates(),
+        yield ('pos', c.pos != 'rope' or c.mixers() & set('awc'),
                "be none when every layer that attends is an 'n' or 'v', which do not rotate")
         yield ('layer_pattern', c.pos == 'rope' or not c.mixers() & set('nv'),
                f"have 'a' for 'n' and 'w' for 'v' when pos={c.pos}, as rotation is all that tells them apart")
@@ -1474,8 +1384,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
 
     def plan(self):
         """One (mixer letter, feed-forward letter) pair per layer."""
-        return [(self.layer_pattern[i % len(self.layer_pattern)], self.ffn_pattern[i % len(self.ffn_pattern)])
-                for i in range(self.n_layer)]
+        return list(zip(self.layer_pattern * self.n_layer, self.ffn_pattern * self.n_layer))[:self.n_layer]
 
     def mixers(self):
         """The letters of layer_pattern that have a layer."""
@@ -1486,9 +1395,6 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
 
     def attends(self):
         return bool(self.mixers() - {'m'})
-
-    def rotates(self):
-        return self.pos == 'rope' and bool(self.mixers() & set('awc'))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1511,7 +1417,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(c.dropout)
         block, plan = RESIDUAL[c.residual], c.plan()
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(plan))
-        # multi-token prediction (Gloeckle et al. 2024): block k predicts k tokens further on
+        # multi-token prediction (Gloeckle et al. 2024): block k predicts the k-th token after the next
         self.further = nn.ModuleList(block(c, *plan[-1], c.n_layer + k) for k in range(c.n_predict - 1))
         self.vte = Embedding(c.vocab_size, c.n_kv_head * c.head_dim) if c.value_embed else None
         self.ln_f = norm_if(c.norm_at != 'post', c)  # post-norm blocks have normalised already
@@ -1532,9 +1438,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, pos=None, last_only=False, z_loss=0.0, parts=False):
         """
-        idx (B,T) int64. pos (T,) or (B,T) int64 says where the tokens belong: consecutive, negative for
-        padding in front of a row, below block_size where positions are learned; None: 0..T-1. cache: from
-        new_cache; then pos may be None on its first call only.
+        idx (B,T) int64. pos (T,) or (B,T) int64: their positions, consecutive, negative for padding in front
+        of a row, below block_size where positions are learned; None: 0..T-1. cache: from new_cache; then pos
+        may be None on its first call only.
 
         Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where
         there is none -> (None, mean cross entropy in nats); the logits are never stored. In training the loss
@@ -1562,11 +1468,11 @@ class GPT(nn.Module):
             if self.wpe.max_tokens is not None and T > self.wpe.max_tokens:
                 raise ValueError(f'{T} tokens must be at most block_size={self.wpe.max_tokens}, where '
                                  'learned positions end; cut the text or train with pos=rope')
-        # one token may be all there is to attend to, but its slot is one of many
-        causal = pos is None and (cache is None or T > 1)
+        # a first call of one token attends to all slots of the cache
+        in_order = pos is None and (cache is None or T > 1)
         pos = torch.arange(T, device=idx.device) if pos is None else pos
-        length = T if cache is None else max(T, *(entry.max_tokens for entry in cache))
-        return Context(pos, causal, self.wpe.rope(pos, length))
+        length = T if cache is None else min(entry.max_tokens for entry in cache)
+        return Context(pos, in_order, self.wpe.rope(pos, length))
 
     def read_out(self, x):
         """The last block's output (B,T,C) -> the input of the head"""
@@ -1599,8 +1505,8 @@ class GPT(nn.Module):
         dtype. Tokens beyond max_tokens push out the oldest. spare: how many tokens may be rolled back.
         """
         weight = self.wte.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return [block.mixer.new_cache(batch_size, max_tokens, dtype, weight.device, spare)
                 for block in self.h]
 
@@ -1630,7 +1536,7 @@ class GPT(nn.Module):
     def param_kinds(self) -> dict[str, str]:
         """
         {parameter name: 'matrix', 'experts', 'embedding' or 'vector'}, for optimizers: `group` of the module
-        that owns a weight. All else is a vector, whatever its shape: Mamba's A_log must not decay.
+        that owns a weight. All else is a vector: Mamba's A_log, a matrix, must not decay.
         """
         kinds = {}
         for name, _ in self.named_parameters():
@@ -1640,13 +1546,13 @@ class GPT(nn.Module):
             kinds[name] = kind if leaf == 'weight' else 'vector'
         return kinds
 
-    # -- doors to nanoblocks, imported when they are used
+    # -- in nanoblocks/, imported on use
 
     @classmethod
     def from_pretrained(cls, name: str, **overrides) -> 'GPT':
         """
         The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint, in fp32.
-        overrides: flags to change; whatever fits of the weights is kept.
+        overrides: flags to change; weights that still fit are kept.
         """
         from nanoblocks import pretrained
         return pretrained.from_pretrained(name, **overrides)
@@ -1657,7 +1563,7 @@ class GPT(nn.Module):
         pretrained.save_pretrained(self, folder)
 
     def generate(self, idx, max_new_tokens: int, *args, **options) -> torch.Tensor:
-        """idx (B,T) int64, continued -> (B,T+new) int64, samples side by side. Options: decode.stream."""
+        """Continue idx (B,T) int64 -> (B,T+new) int64. Options: nanoblocks.decoding.decode.stream."""
         from nanoblocks.decoding import decode
         return decode.generate(self, idx, max_new_tokens, *args, **options)
 
@@ -1671,9 +1577,8 @@ def kv_cache_bytes(config: GPTConfig, seq_len: int, batch_size: int, dtype_bytes
     dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     if dtype_bytes not in dtypes:
         raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
-    letters = [mixer for mixer, _ in config.plan()]
     with torch.device('meta'):
-        mixers = {letter: MIXERS[letter].build(config, 0) for letter in set(letters)}
+        mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
                 for letter, mixer in mixers.items()}
-    return sum(size[letter] for letter in letters)
+    return sum(size[letter] for letter, _ in config.plan())

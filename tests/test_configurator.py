@@ -5,7 +5,7 @@ import sys
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import pytest
 
@@ -550,10 +550,17 @@ def test_help_wraps_long_meanings(capsys):
 ATTN, BALANCE = ('standard', 'mla'), ('none', 'aux', 'both')
 
 
+class Letter(NamedTuple):
+    meaning: str
+
+
+MIXERS = {'a': Letter('attention'), 'm': Letter('state space'), 'w': Letter('window')}
+
+
 @flags()
 class SizeFlags:
     n_layer: int = 12                               # blocks
-    layer_pattern: str = flag('a', {'a': 0, 'm': 1, 'w': 2})           # one letter per layer
+    layer_pattern: str = flag('a', MIXERS)          # one letter per layer
 
 
 @flags(layer_pattern='aw')
@@ -590,9 +597,9 @@ model flags:
 
   Size
     --n_layer=12                         blocks
-    --layer_pattern='a'                  one letter per layer
+    --layer_pattern='a'                  one letter per layer; a (attention), m (state space), w (window)
 
-  Attention: which tokens see which (only when layer_pattern has an 'a' or 'w')
+  Attention: which tokens see which (only when layer_pattern has one of a, w)
     --attn='standard'                    standard, mla
 
   windows

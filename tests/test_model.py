@@ -24,7 +24,7 @@ from model import (
     Context,
     GPTConfig,
     LayerSpan,
-    Scores,
+    SoftmaxAttention,
     dense,
 )
 from nanoblocks.decoding.decode import Sampling, key
