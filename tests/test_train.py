@@ -291,6 +291,18 @@ def test_resume_refuses_contradictions(run_copy, flag, was, now):
     assert files(run_copy) == before
 
 
+def test_resume_takes_a_checkpoint_from_before_a_flag_existed(run_copy):
+    """The flag then has its default, and cannot change any more than the others can."""
+    state = load(run_copy)
+    for flag in ('norm_bias', 'logit_softcap'):
+        del state['config'][flag]
+    checkpoint.save(str(run_copy / 'ckpt.pt'), state)
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, logit_softcap=3.0))
+    assert_refused(done, 'logit_softcap (checkpoint None, now 3.0')
+    assert 'override' not in resume(run_copy, max_iters=65)
+    assert load(run_copy)['step'] == 65
+
+
 def test_resume_lists_all_contradictions(run_copy):
     done = python('train.py', *flags(init_from='resume', out_dir=run_copy, n_layer=3, batch_size=4))
     assert_refused(done, 'n_layer (checkpoint 2, now 3', 'batch_size (checkpoint 8, now 4')
@@ -460,7 +472,7 @@ def test_every_parameter_is_optimized_once_and_vectors_do_not_decay(optimizer):
 
 
 def test_weight_decay_shrinks_matrices_alone():
-    """With a gradient clipped away decay is all that moves: by 1 - rate * decay a step, but for vectors."""
+    """With the gradient clipped to nothing, a step multiplies matrices by 1 - rate * decay, vectors by 1."""
     settings = dict(max_iters=20, grad_clip=1e-20, decay_lr=False, warmup_iters=0, learning_rate=0.01)
     still = load(trained(weight_decay=0.0, **settings))['model']
     decayed = load(trained(weight_decay=1.0, **settings))['model']
