@@ -210,6 +210,29 @@ parallel.start, parallel.end = counted, stop'''
     assert counts[0] == counts[1], counts
 
 
+FULL_DISK = '''
+from nanoblocks.training import checkpoint
+save, calls = checkpoint.save, []
+def fails_twice(*args, **kwargs):
+    calls.append(args)
+    if len(calls) < 3:
+        raise OSError(28, 'No space left on device')
+    save(*args, **kwargs)
+checkpoint.save = fails_twice'''
+
+
+@pytest.mark.parametrize('shard', [False, True], ids=['ddp', 'fsdp'])
+def test_all_processes_repeat_a_save_that_failed_in_the_first(tmp_path, shard):
+    """Saving gathers tensors of all processes: one that took it for done would not take part in the next."""
+    settings = SMALL | dict(shard=shard)
+    results = pair(*toy(tmp_path / 'run', **settings), before_rank={0: FULL_DISK})
+    succeed(results)
+    assert results[0].out.count('could not be written (No space left on device)') == 2, results
+    assert 'step 8: saved' in results[0].out, results
+    succeed(pair(*toy(tmp_path / 'undisturbed', **settings)))
+    assert_same_run(tmp_path / 'run', tmp_path / 'undisturbed')
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Stopping together
 

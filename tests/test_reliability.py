@@ -41,6 +41,8 @@ from runs import (
 
 from model import GPT, GPTConfig
 from nanoblocks.training import checkpoint, debug, stopping
+from nanoblocks.training.logbook import Logbook
+from nanoblocks.training.run_folder import RunFolder
 
 # ----------------------------------------------------------------------------------------------------------
 # Killed
@@ -146,6 +148,31 @@ def broken_save(monkeypatch, how):
         monkeypatch.setattr(torch, 'save', half)
     else:
         monkeypatch.setattr(os, {'at the end': 'replace', 'on flushing': 'fsync'}[how], full)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='the names of open files are read from it')
+def test_what_a_checkpoint_needs_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    """After a power cut, ckpt.pt has all its bytes, and metrics.jsonl the lines of its steps."""
+    fsync, replace, done = os.fsync, os.replace, []
+
+    def recorded_fsync(fd):
+        done.append('fsync ' + os.path.basename(os.readlink(f'/proc/self/fd/{fd}')))
+        fsync(fd)
+
+    def recorded_replace(source, target):
+        done.append('name ' + os.path.basename(target))
+        replace(source, target)
+
+    folder = RunFolder(tmp_path / 'run')
+    folder.create()
+    log = Logbook(folder, False, 0, 10)
+    monkeypatch.setattr(os, 'fsync', recorded_fsync)
+    monkeypatch.setattr(os, 'replace', recorded_replace)
+    for step in (1, 2):
+        log.record({'step': step})
+        assert folder.save(folder.newest, {'step': step}, log)
+    first = ['fsync metrics.jsonl', 'fsync ckpt.pt.part', 'name ckpt.pt', 'fsync run']
+    assert done == [*first, *first[:2], 'name ckpt.prev.pt', *first[2:]]
 
 
 @pytest.mark.parametrize('how', ['while writing', 'on flushing', 'at the end'])
@@ -254,7 +281,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_copy, kind):
     assert done.code == 0 and 'resuming at step 40' in done.out, done
     warning = done.err.strip().splitlines()
     assert len(warning) == 2 and str(run_copy / 'ckpt.pt') in warning[0] and 'ckpt.prev.pt' in warning[1]
-    assert 'weights_only' not in done.err, 'it must not tell the user to run what is in there'
+    assert 'weights_only' not in done.err, 'the user must not be told to run the code in the file'
     assert not (run_copy / 'bomb').exists()
     assert_same_run(run_copy, trained())
 
@@ -474,7 +501,7 @@ torch.save = hit'''
 
 
 def test_a_signal_in_an_update_waits_for_its_end(tmp_path):
-    """When weights are those of the next step, and the number of the step is not yet."""
+    """The weights are updated already, and the number of steps is not."""
     done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before='''
 import os, model
 balance, calls = model.GPT.balance_experts, []
