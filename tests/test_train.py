@@ -260,7 +260,7 @@ def test_resume_of_a_finished_run_changes_nothing(run_copy):
 
 
 def test_resume_takes_a_moved_run_and_repeated_flags(run_copy):
-    """Flags that say what the checkpoint says are no contradiction, nor are those that may change."""
+    """A flag that repeats the value of the checkpoint is no contradiction, and some settings may change."""
     changed = dict(max_iters=65, eval_interval=65, learning_rate=1e-3)
     done = python('train.py', *toy(run_copy, init_from='resume', **changed))
     assert done.code == 0, done
@@ -268,7 +268,7 @@ def test_resume_takes_a_moved_run_and_repeated_flags(run_copy):
 
 
 def test_resume_takes_new_optimizer_settings(run_copy):
-    """An optimizer that is loaded brings its old settings with it: they must not win."""
+    """Loading the state of an optimizer must not restore its old settings."""
     resume(run_copy, max_iters=65, weight_decay=0.5, beta1=0.8, beta2=0.9, learning_rate=1e-3)
     state, = load(run_copy)['optimizers']
     assert {group['weight_decay'] for group in state['param_groups']} == {0.5, 0.0}
@@ -331,7 +331,7 @@ def test_resume_refuses_a_dataset_prepared_anew(tmp_path):
 
 
 def test_accumulation_equals_a_larger_batch():
-    """And the validation loss is a mean over tokens: seven windows are 7, 4 + 3 or 3 + 3 + 1."""
+    """The validation loss too, because it is a mean over tokens: seven windows are 7, 4 + 3 or 3 + 3 + 1."""
     settings = dict(eval_tokens=7 * 32 + 5, eval_iters=1, eval_interval=10, max_iters=20, log_interval=1)
     whole = trained(batch_size=12, **settings)
     for batch_size, micro_batches in ((4, 3), (3, 4)):
