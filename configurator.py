@@ -100,7 +100,7 @@ def nearest(name: str, names: Iterable[str], prefix: str = '', remedy: str = 'se
 
 def own_module(name: str) -> ModuleType:
     """
-    import_module(name) for the folders beside this file, whatever else is called kernels or data.
+    import_module(name) for a folder beside this file, even if another package has its name.
 
     PyPI has a package `kernels`, and many projects have a `data`. Where `import` would find one of those,
     ours is loaded as nanoblocks_kernels or nanoblocks_data, and theirs stays as it is.
@@ -134,10 +134,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(path: str | os.PathLike) -> dict[str, Setting]:
-    """
-    {name: Setting} of a script, read from its source without running it: the plain values that it assigns
-    at the top level, up to its call of `configure`.
-    """
+    """{name: Setting} of a script, read but not run: the plain values that it assigns before `configure`."""
     source, found = Path(path).read_text(encoding='utf-8'), {}
     for name, node, meaning, group in assignments(source):
         try:
@@ -208,7 +205,7 @@ def run_file(path, known, now):
     """[(name, value, place)] of a config file. Modules, functions and names that begin with _ are its own."""
     if not os.path.isfile(path):
         raise SystemExit(no_file(path, known))
-    # what is known so far goes to the builtins: the file can read it, and what it assigns stays apart
+    # as builtins, the current values can be read by the file and are not mistaken for its assignments
     names = {'__file__': path, '__builtins__': vars(builtins) | now}
     try:
         tree = ast.parse(Path(path).read_bytes(), path)
@@ -327,10 +324,7 @@ def section(title, settings):
 
 
 def describe(settings, source, heading=''):
-    """
-    The settings with the meanings and groups of the source; names that it does not assign are left out.
-    heading: of the first group.
-    """
+    """The settings that a source assigns, with its meanings and groups; heading: the first group's."""
     found = {}
     for name, _, meaning, group in assignments(source):
         if name in settings and name not in found:
@@ -407,9 +401,9 @@ def assignments(source):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Flags in groups. A group is a dataclass that stands in the chapter of its block. One line of it says all
-# about a flag: its default, its meaning (the comment), its range, its table of words, and the other flags
-# beside which it means anything. The config inherits the groups, and refuses what cannot be meant.
+# Flags in groups. A group is a dataclass in the chapter of its block. One line says everything about a flag:
+# default, meaning (the comment), range, table of words, and the other flags beside which it means anything.
+# The config inherits the groups, and refuses a flag that would be ignored.
 #
 #     @flags(attn='mla')                                 # the group means something only when attn is mla
 #     class LatentFlags:
@@ -451,7 +445,7 @@ def flags(**when):
 
 
 class Flags:
-    """What a config inherits after its groups, whose fill and rules are called in their order."""
+    """The last parent of a config, after its groups: checks each flag, then calls their fill and rules."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -468,33 +462,32 @@ class Flags:
 
     @classmethod
     def unchecked(cls, **values):
-        """A config as it is given, nothing checked or filled in: to ask `missing` of it."""
+        """A config of these values, neither checked nor filled in; `missing` can be asked of it."""
         config = object.__new__(cls)
         vars(config).update({f.name: f.default for f in fields(cls)} | values)
         return config
 
     def missing(self, name):
-        """What `name` needs beside it and has not, in words; '' where it means something."""
+        """What the flag `name` lacks beside it, in words; '' where it means something."""
         for when in self.__dataclass_fields__[name].metadata['when']:
             for other, wanted in when.items():
-                ok, words = self._condition(other, wanted)
-                missing = self.missing(other) if ok else words
+                missing = self.missing(other) if self._holds(other, wanted) else in_words(other, wanted)
                 if missing:
                     return missing
         return ''
 
-    def _condition(self, other, wanted):
-        """Whether a condition holds, and the condition in words."""
+    def _holds(self, other, wanted):
+        """Whether the flag `other` has a value that a condition wants."""
         value = getattr(self, other)
         if other.endswith('_pattern'):
-            return set(value[:self.n_layer]) & set(wanted), in_words(other, wanted)
+            return bool(set(value[:self.n_layer]) & set(wanted))
         if wanted is SET:
-            return value != self.__dataclass_fields__[other].default, in_words(other, wanted)
-        return value in (wanted if isinstance(wanted, tuple) else (wanted,)), in_words(other, wanted)
+            return value != self.__dataclass_fields__[other].default
+        return value in (wanted if isinstance(wanted, tuple) else (wanted,))
 
     def _applies(self, group):
         """Whether the flags of a group mean anything beside the others."""
-        return all(self._condition(*pair)[0] for pair in vars(group).get('when', {}).items())
+        return all(self._holds(*condition) for condition in vars(group).get('when', {}).items())
 
     def _fill(self, group):
         """Replace the Nones that stand for a value, where the flag means something."""
@@ -535,8 +528,13 @@ class Flags:
         self._must(f.name, math.isfinite(x), 'be a finite number')
         a_count = type(x) is int and float not in types_of(f)
         limits = f.metadata['limits'] or ({'least': 1} if a_count else {'above': 0})
-        self._must(f.name, all(LIMITS[name][1](x, limit) for name, limit in limits.items()),
-                   'be ' + ' and '.join(f'{LIMITS[name][0]} {limit}' for name, limit in limits.items()))
+        self._must(f.name, *within(x, limits))
+
+
+def within(x, limits):
+    """Whether x keeps its limits, such as {'least': 0, 'below': 1}, and the rule in words."""
+    ok = all(LIMITS[name][1](x, limit) for name, limit in limits.items())
+    return ok, 'be ' + ' and '.join(f'{LIMITS[name][0]} {limit}' for name, limit in limits.items())
 
 
 def types_of(f):

@@ -44,7 +44,7 @@ max_iters = 600000                  # optimizer steps of the run
 log_interval = 10                   # steps between log lines
 eval_interval = 2000                # steps between evaluations, each of which saves a checkpoint
 eval_iters = 200                    # batches per evaluation, unless eval_tokens is set
-eval_tokens: int | None = None      # tokens per evaluation, whatever the batch size; None: eval_iters batches
+eval_tokens: int | None = None      # tokens per evaluation at any batch size; None: eval_iters batches
 eval_only = False                   # evaluate once, write nothing and exit
 always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only if the loss is a new best
 bad_step_limit = 20                 # skipped steps in a row (loss or gradient not finite) that end the run
@@ -71,7 +71,7 @@ cautious_decay = False              # Muon: decay a weight only where the update
 beta1 = 0.9                         # AdamW: decay of the first moment
 beta2 = 0.95                        # AdamW: decay of the second moment
 grad_clip = 1.0                     # largest norm of the gradient; 0: no clipping
-z_loss = 0.0                        # weight of the squared log-sum-exp of the logits, which keeps them small
+z_loss = 0.0                        # penalty on large logits: weight of their squared log-sum-exp
 ema = 0.0                           # decay of averaged weights, for evaluations and best.pt; 0: no average
 # learning rate schedule
 decay_lr = True                     # follow schedule and warmup_iters; False: a constant rate without warmup
@@ -90,7 +90,7 @@ activation_checkpointing = False    # save memory: recompute a block's activatio
 shard = False                       # FSDP: shard weights, gradients and moments over the processes
 backend = 'nccl'                    # torch.distributed on GPUs: nccl or gloo; CPUs always use gloo
 
-given = {}                          # {name: the file or flag that set it} of the command line
+given = {}                          # what the command line set: {name: the flag or file that set it}
 model_args = configure(globals(), GPTConfig, given=given)
 settings = plain_settings(globals())
 
@@ -134,7 +134,7 @@ if device_type == 'cuda':
 failure_watch = parallel.start(device_type, backend) if world > 1 else None
 torch.set_float32_matmul_precision('high')
 checkpoint.seed_generators(seed)
-pin = device_type == 'cuda'  # memory from which a GPU can copy while it computes
+pin = device_type == 'cuda'  # batches in pinned memory, which a GPU copies while it computes
 if prefetch is None:
     prefetch = 4 if device_type == 'cuda' else 0
 
@@ -170,11 +170,11 @@ with errors_as_messages():
     optim.refuse_unused(rates, model)
     if check_data is not False and local_rank == 0:
         check_hashes(data_folder, None if check_data else 4e9)
+    if loaded and is_main and not pretrained.same_tokenizer(init_from, meta['tokenizer']):
+        print(f'warning: dataset={dataset} was not prepared with the tokenizer of {init_from}, so its token '
+              f'numbers have other meanings: prepare it with --tokenizer={init_from}')
     if writes:
         folder.create()
-if loaded and is_main and not pretrained.same_tokenizer(init_from, meta['tokenizer']):
-    print(f'warning: dataset={dataset} was not prepared with the tokenizer of {init_from}, so its token '
-          f'numbers have other meanings: prepare it with --tokenizer={init_from}')
 
 if dtype == 'auto':
     dtype = hardware.training_dtype(device, config.n_embd)
@@ -230,15 +230,15 @@ def micro_batch(number):
 
 
 def losses_of(model, x, y, number):
-    """The parts of the loss of a micro-batch."""
-    # dropout is seeded by the micro-batch, so that it does not depend on what was drawn before
+    """The loss of a micro-batch and its parts: {'loss', 'cross_entropy', ...}, scalars."""
+    # dropout is seeded by the micro-batch: a resumed run draws the same masks
     torch.manual_seed(zlib.crc32(f'{seed} {number}'.encode()))
     with autocast:
         return model(x, y, z_loss=z_loss, parts=True)[1]
 
 
 def recomputed_losses():
-    """The losses of the last step once more, to find out which tensor is not finite."""
+    """Yields the losses of the last step, computed once more, to find the tensor that is not finite."""
     for number in numbers:
         x, y = micro_batch(number)
         losses = losses_of(raw_model, x.to(device), y.to(device), number)
@@ -275,14 +275,14 @@ def record(**numbers):
 
 
 def save(path, best_val_loss, **more):
-    """Write a checkpoint; without `more`, for sampling only. Returns whether it worked."""
+    """Write a checkpoint; without `more`, one for sampling only. Returns whether that worked."""
     state = checkpoint.contents(raw_model, keep=is_main, settings=settings, meta=meta, step=step,
                                 best_val_loss=best_val_loss, **more)
     return folder.save(path, state, log)
 
 
 def save_newest():
-    """Write a checkpoint to resume from. Returns whether it worked, or was not wanted."""
+    """Write a checkpoint to resume from, or none if eval_only. Returns False if that failed."""
     with progress.paused():
         return eval_only or save(
             folder.newest, best_val_loss, micro_done=micro_done, evaluated=evaluated, wandb_id=wandb_id,
@@ -290,13 +290,13 @@ def save_newest():
 
 
 def save_best(val_loss):
-    """Write best.pt, with the averaged weights if there are any. Returns the lowest loss that is saved."""
+    """Write best.pt, with the averaged weights if there are any. Returns the loss of the best.pt on disk."""
     with progress.paused(), optimizers.averaged():
         return val_loss if save(folder.best, val_loss) else best_val_loss
 
 
 def preview():
-    """Texts of the model. Every process makes them: FSDP needs all, and otherwise they would wait."""
+    """Sample texts. Every process draws them: FSDP needs all of them, and with DDP the others would wait."""
     with progress.paused(), optimizers.averaged():
         return sample_texts(raw_model, meta, wandb_samples)
 
@@ -327,7 +327,7 @@ try:
         if step >= max_iters:
             break
 
-        # forward and backward; a signal may interrupt here, because the weights have not changed yet
+        # forward and backward; a signal may interrupt here, because no weight has changed yet
         numbers, count = micro_batches.mine(step, micro_done), micro_batches.count(step)
         with signals.interruptible():
             for number in numbers:

@@ -6,7 +6,7 @@ out_dir = 'out-shakespeare-char'
 eval_interval = 250  # often, because it overfits
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # for the same reason, keep only the best checkpoint
+always_save_checkpoint = False  # it overfits, so the newest checkpoint is saved only if it is the best
 
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'

@@ -11,7 +11,6 @@ So there is no generator and no cursor to save: a resumed run continues with the
 evaluation cannot disturb the order of training, and rows can be dealt to micro-batches and processes in any
 way. The files are mapped into memory, and only the rows asked for are read.
 """
-import hashlib
 import json
 import math
 import mmap
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .writer import DTYPES
+from .writer import DTYPES, sha256_of
 
 try:
     import fcntl
@@ -75,14 +74,9 @@ def check_hashes(folder, most_bytes=None):
     if most_bytes is not None and size > most_bytes:
         return
     for split, digest in meta.get('sha256', {}).items():
-        found = hashlib.sha256()
-        for path in paths[split]:
-            with open(path, 'rb') as file:
-                while piece := file.read(1 << 20):
-                    found.update(piece)
-        if found.hexdigest() != digest:
-            raise ValueError(f'{" ".join(map(str, paths[split]))} must have the hash that is in meta.json: '
-                             f'it was damaged since; run {prepare_command(folder)} again')
+        if sha256_of(paths[split]) != digest:
+            raise ValueError(f'{" ".join(map(str, paths[split]))} must have the checksum in meta.json, but '
+                             f'was damaged: run {prepare_command(folder)} again')
 
 
 def ensure_prepared(folder):
@@ -181,8 +175,8 @@ class Dataset:
     def eval_batches(self, batch_size, max_tokens, rank=0, world=1, full=False):
         """Yields x and y of windows spread evenly over the validation split, without overlap.
 
-        There is at least one window, and no more than `max_tokens` tokens hold; None: all. The windows do not
-        depend on batch_size and world: process `rank` takes every world-th of them, which may be none.
+        There are as many windows as fit into `max_tokens`, at least one; None: all. They do not depend on
+        batch_size and world: process `rank` takes every world-th of them, which may be none.
         full=True adds rows with targets of -1, so that all batches have the same size and every process has
         the same number of batches.
         """

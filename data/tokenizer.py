@@ -168,11 +168,7 @@ def train_bpe(texts, n_merges):
     regex = need('regex', 'tokenizer=bpe')
     words = Counter(word for text in texts for word in regex.findall(SPLIT, text))
     words, counts = [[bytes([byte]) for byte in utf8(word)] for word in words], list(words.values())
-    pairs, where = Counter(), defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += counts[i]
-            where[pair].add(i)
+    pairs, where = count_pairs(words, counts)
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
 
@@ -199,6 +195,16 @@ def train_bpe(texts, n_merges):
         for new in changed:
             heapq.heappush(heap, (-pairs[new], new))
     return [token.decode('latin-1') for token in tokens]
+
+
+def count_pairs(words, counts):
+    """({pair of neighbours: occurrences}, {pair: indices of the words that hold it})"""
+    pairs, where = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    return pairs, where
 
 
 def merge(word, pair):

@@ -83,6 +83,7 @@ class SplitWriter:
             self.file.seek(0, os.SEEK_END)
 
     def add(self, ids, n_bytes):
+        """Append a document: its token ids, and the number of bytes of its text."""
         files = self.state['files']
         last = list(files)[-1] if files else None
         if last is None or self.shard_tokens and files[last] >= self.shard_tokens:
@@ -96,6 +97,7 @@ class SplitWriter:
         self.state['documents'] += 1
 
     def save(self):
+        """Bring everything to the disk. Returns the state that a resume needs."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -109,12 +111,7 @@ class SplitWriter:
 
     def sha256(self):
         """The checksum of the tokens of the split, which does not depend on the files they are in."""
-        digest = hashlib.sha256()
-        for name in self.state['files']:
-            with open(temporary(self.folder / name), 'rb') as file:
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
-        return digest.hexdigest()
+        return sha256_of([temporary(self.folder / name) for name in self.state['files']])
 
 
 def publish(folder, settings, splits):
@@ -159,6 +156,16 @@ def load_progress(folder, settings):
                 return None
     print(f'resuming in {folder} after {sum(split["tokens"] for split in saved["splits"].values()):,} tokens')
     return saved
+
+
+def sha256_of(paths):
+    """The checksum of the bytes of several files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, 'rb') as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def temporary(path):

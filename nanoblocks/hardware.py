@@ -71,13 +71,14 @@ def can_compile(device):
 
 
 def use_deterministic_algorithms():
-    """The same bits every time; call it before the first matrix product."""
+    """Make results the same bits in every run; call it before the first matrix product."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def card_name(device):
+    """The name of a GPU, such as 'NVIDIA H100 80GB HBM3'; for another device, the device: 'cpu', 'mps'."""
     return torch.cuda.get_device_name(device) if device.startswith('cuda') else device
 
 

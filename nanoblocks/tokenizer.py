@@ -1,4 +1,4 @@
-"""data/tokenizer.py, also where a user has a package of his own that is named data."""
+"""data/tokenizer.py, even if Python would find another package named data first."""
 import sys
 
 from configurator import own_module

@@ -1,7 +1,7 @@
 """
 What the tests share: every file of config/ at toy size, and one row for each flag of the model.
 
-A new config file is tested unasked. A new field of GPTConfig needs a row in FIELDS.
+A new config file is tested without further work. A new field of GPTConfig needs a row in FIELDS.
 """
 import functools
 import os
@@ -36,7 +36,7 @@ class Field(NamedTuple):
     values: tuple
     # refused, whatever the other flags say
     bad: tuple = ()
-    # what a config file says, and all that it says -> what it says at toy size
+    # (value in a config file, all flags of that file) -> the value at toy size
     toy: Callable = lambda value, flags: value
 
 
@@ -50,7 +50,7 @@ FIELDS = {
     'n_layer': Field((2, 1, 3), (0,), lambda value, flags: shortest(flags)),
     'n_head': Field((4, 2, 8), (0, -1), same_for_all(4)),
     'n_embd': Field((32, 48), (0,), same_for_all(32)),
-    # multi-head, grouped and multi-query stay what they are
+    # multi-head, grouped and multi-query attention remain so
     'n_kv_head': Field((None, 1, 2), (0, -2), lambda value, flags: (
         {None: None, 1: 1, flags.get('n_head', 12): 4}.get(value, 2))),
     'head_dim': Field((None, 6, 20), (0,), lambda value, flags: None if value is None else 12),
@@ -143,12 +143,12 @@ FIELDS = {
     'n_predict': Field((1, 3), (0,)),
     'predict_weight': Field((0.3, 1.0), (-0.1,)),
 }
-# what every toy model says, with and without a config file
+# flags that every toy model sets, with and without a config file
 TOY = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
 
 
 def shortest(flags):
-    """Layers until every letter of every pattern has had its turn, and at least two."""
+    """The smallest number of layers, at least two, in which every letter of every pattern occurs."""
     patterns = [value for name, value in flags.items() if name.endswith('_pattern') and value]
     return max([2] + [1 + max(map(pattern.index, pattern)) for pattern in patterns])
 
@@ -163,7 +163,7 @@ def defaults():
 
 
 def toy(**flags):
-    """Flags at toy size: sizes of a toy, then these, which are left as they are."""
+    """The sizes of a toy, and these flags as they are given."""
     return {name: FIELDS[name].values[0] for name in TOY} | flags
 
 
@@ -204,16 +204,16 @@ def every_family(test):
 
 
 def fit(flags):
-    """The same flags, with what they need beside them and without what means nothing beside them."""
+    """The flags without those that mean nothing beside the others, and with those that the others need."""
     flags = dict(flags)
-    for _ in range(3):  # one flag may call for another, as softmax scores for attention
+    for _ in range(3):  # without one flag another may mean nothing
         now = GPTConfig.unchecked(**flags)
         flags = {name: value for name, value in flags.items() if name not in FIELDS or not now.missing(name)}
     now = GPTConfig.unchecked(**flags)
     if now.mixers() & set('wvc') and now.window is None:
         flags['window'] = 5
     if now.rope_scaling == 'longrope':
-        # as many as there are pairs, starting with those of FIELDS
+        # one factor per pair of channels, the first ones from FIELDS
         for name in ('rope_short', 'rope_long'):
             width = now.rope_head_dim or 4 if now.attn == 'mla' else now.head_dim or now.n_embd // now.n_head
             given = flags.get(name) or FIELDS[name].values[0]
@@ -230,7 +230,7 @@ def fit(flags):
 
 
 def flipped(flags, name, value):
-    """`flags` with another value for `name`, and what that asks for; None where it cannot be."""
+    """`flags` with another value for `name` and the flags that it needs; None where that is not legal."""
     other = fit(flags | {name: value})
     kept = other.get(name, defaults().get(name)) == value and type(other.get(name, value)) is type(value)
     return other if kept and legal(other) else None
@@ -249,7 +249,7 @@ def combinations(count, seed):
     """Different legal flags: a family with half of its fields redrawn, in any order, where that is legal."""
     rng, found = random.Random(seed), []
     missing = {(name, value) for name, field in FIELDS.items() for value in field.values}
-    # no family scales its rope or has so many groups, and only few random steps lead there
+    # no family scales its rope or has four groups of experts, and random steps seldom lead there
     scaled = [fit(toy(pos='rope', rope_scaling=name, rope_factor=4.0))
               for name in ('yarn', 'llama3', 'longrope')] + [toy(ffn_pattern='e', n_expert=8, n_group=4)]
     while len(found) < count:
@@ -258,7 +258,7 @@ def combinations(count, seed):
             redrawn = flipped(flags, name, rng.choice(FIELDS[name].values))
             if rng.random() < 0.5 and redrawn:
                 flags = redrawn
-        # values that few random steps lead to
+        # then one value that no combination has had yet
         for name, value in sorted(missing, key=str):
             if redrawn := flipped(flags, name, value):
                 flags = redrawn

@@ -435,7 +435,8 @@ def test_a_run_can_be_evaluated_at_another_length_and_scaling(tmp_path):
     flags = {'block_size': 96, 'rope_scaling': 'yarn', 'rope_factor': 4.0}
     longer = checkpoint.build(state, 'ckpt.pt', flags)
     changed = checkpoint.overrides(state['config'], longer.config)
-    assert changed == {'block_size': 96, 'rope_scaling': 'yarn', 'rope_factor': 4.0, 'rope_context': 24}
+    assert changed == {'block_size': (24, 96), 'rope_scaling': ('none', 'yarn'), 'rope_factor': (1.0, 4.0),
+                       'rope_context': (None, 24)}
     assert longer(tokens(toy(), 1, 96))[0].shape == (1, 96, 61)
     with pytest.raises(ValueError, match='do not fit its config'):
         checkpoint.build(state, 'ckpt.pt', {'n_layer': 3})

@@ -1,4 +1,4 @@
-"""The command line: what is taken, what is refused and in which words, and what --help says."""
+"""The command line: which arguments are accepted, the words in which others are refused, and --help."""
 import re
 import subprocess
 import sys

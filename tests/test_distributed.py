@@ -46,7 +46,7 @@ def test_two_processes_equal_one(tmp_path):
     for key, count in (('train_loss', 10), ('val_loss', 2)):
         assert len(losses(one, key)) == count
         assert losses(tmp_path, key) == pytest.approx(losses(one, key), rel=1e-5)
-    # one of them speaks
+    # only one of them prints
     assert done.out.count('step 20: val loss') == 1 and '2 x cpu' in done.out
     for name, weight in load(one)['model'].items():
         torch.testing.assert_close(load(tmp_path)['model'][name], weight, rtol=1e-3, atol=1e-4)
@@ -85,7 +85,7 @@ EXPERTS = dict(ffn_pattern='fe', n_expert=4, balance='both', bias_rate=0.01, opt
 
 
 def assert_close_runs(a, b, weights=2e-4):
-    """The same run but for the order of sums."""
+    """The same run, up to rounding from another order of sums."""
     assert curve(a, 'step', 'tokens', 'lr', 'skipped') == curve(b, 'step', 'tokens', 'lr', 'skipped')
     for key in ('train_loss', 'val_loss', 'grad_norm'):
         assert losses(a, key) == pytest.approx(losses(b, key), rel=2e-4), key
@@ -119,7 +119,7 @@ def test_many_processes_equal_one(tmp_path, settings, world):
 
 @pytest.mark.parametrize('shard', [False, True], ids=['ddp', 'fsdp'])
 def test_a_run_of_two_processes_resumes_with_four_and_then_with_one(tmp_path, shard):
-    """Sharded or not, and back: the file is the same."""
+    """Checkpoints have the same form whether the model was sharded or not."""
     settings = dict(EXPERTS, ema=0.5)
     first = SMALL | settings | dict(max_iters=4, shard=shard, eval_interval=4)
     succeed(several(2, *toy(tmp_path / 'run', **first)))
@@ -153,7 +153,7 @@ def test_compiled_processes_learn_as_one_eager_process_does(tmp_path, settings):
 
 @pytest.mark.parametrize('settings', [dict(), dict(EXPERTS, dropout=0.2), dict(shard=True)], ids=str)
 def test_recomputing_activations_changes_nothing(tmp_path, settings):
-    """Not the experts' count of their tokens either, nor what dropout drops."""
+    """Nor does it change the experts' token counts or the masks of dropout."""
     run = pair if 'shard' in settings else lambda *args: [python('train.py', *args)]
     for name, flag in (('with', True), ('without', False)):
         succeed(run(*toy(tmp_path / name, **SMALL, **settings, activation_checkpointing=flag)))
@@ -176,7 +176,7 @@ def test_experts_count_their_tokens_once_when_activations_are_recomputed():
 
 
 def test_gradients_are_exchanged_once_a_step(tmp_path):
-    """Whatever the number of micro-batches: counted are the collectives of gradients."""
+    """The collectives of gradients are counted, for two numbers of micro-batches."""
     count = '''
 import atexit, torch.distributed as dist, torch, sys
 from torch.profiler import profile
@@ -210,13 +210,36 @@ parallel.start, parallel.end = counted, stop'''
     assert counts[0] == counts[1], counts
 
 
+FULL_DISK = '''
+from nanoblocks.training import checkpoint
+save, calls = checkpoint.save, []
+def fails_twice(*args, **kwargs):
+    calls.append(args)
+    if len(calls) < 3:
+        raise OSError(28, 'No space left on device')
+    save(*args, **kwargs)
+checkpoint.save = fails_twice'''
+
+
+@pytest.mark.parametrize('shard', [False, True], ids=['ddp', 'fsdp'])
+def test_all_processes_repeat_a_save_that_failed_in_the_first(tmp_path, shard):
+    """Saving needs all of them: a process that took the save for done would not take part in the next one."""
+    settings = SMALL | dict(shard=shard)
+    results = pair(*toy(tmp_path / 'run', **settings), before_rank={0: FULL_DISK})
+    succeed(results)
+    assert results[0].out.count('could not be written (No space left on device)') == 2, results
+    assert 'step 8: saved' in results[0].out, results
+    succeed(pair(*toy(tmp_path / 'undisturbed', **settings)))
+    assert_same_run(tmp_path / 'run', tmp_path / 'undisturbed')
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Stopping together
 
 
 @pytest.mark.parametrize('shard', [False, True], ids=['ddp', 'fsdp'])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, shard):
-    """In the middle of step 8, so that 7 are done; two micro-batches later all know."""
+    """It comes in the middle of step 8, when 7 are done; two micro-batches later all processes know."""
     settings = SMALL | dict(gradient_accumulation_steps=8, shard=shard)
     hit = at_step(4 * 7 + 1, 'os.kill(os.getpid(), 15)')
     results = pair(*toy(tmp_path / 'run', **settings), before_rank={1: hit})
@@ -228,7 +251,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, shard):
 
 
 def test_a_signal_in_an_evaluation_stops_all(tmp_path):
-    """Even in the process that has no windows left."""
+    """Even one that has no windows left to evaluate."""
     hit = '''
 import os, data.loader
 get = data.loader.Dataset.eval_batches
@@ -249,7 +272,7 @@ data.loader.Dataset.eval_batches = eval_batches'''
 
 
 def test_torchrun_that_is_stopped_leaves_a_checkpoint(tmp_path):
-    """It passes the signal on to its processes, which all get it, and then waits for them."""
+    """torchrun forwards the signal to all of its processes, and waits for them."""
     process = subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py',
          *toy(tmp_path / 'run', **SMALL | dict(max_iters=10**6, lr_decay_iters=12, eval_interval=10**6))],
@@ -271,7 +294,7 @@ FAIL = at_step(5, "raise RuntimeError('a planted fault')")
 
 @pytest.mark.parametrize('failing', [0, 1])
 def test_when_one_process_fails_all_leave_and_say_which(tmp_path, failing):
-    """Started by hand or by SLURM, so that nobody but they themselves can end the others."""
+    """Without torchrun, as by hand or under SLURM: the processes have to end each other."""
     (tmp_path / 'run.py').write_text(f"""
 import os, runpy, sys
 sys.path.insert(0, '.')

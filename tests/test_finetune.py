@@ -50,6 +50,14 @@ def test_training_begins_with_the_weights_of_a_folder(tmp_path):
     assert done.code == 0 and metrics(tmp_path / 'run')[-1]['step'] == 14, done
 
 
+def test_a_broken_tokenizer_is_answered_with_one_sentence(tmp_path):
+    pytest.importorskip('tokenizers', reason='the tokenizers of published checkpoints need it')
+    published(tmp_path / 'hf')
+    (tmp_path / 'hf' / 'tokenizer.json').write_text('oops')
+    done = python('train.py', *settings(tmp_path, init_from=tmp_path / 'hf', block_size=32))
+    assert_refused(done, 'tokenizer.json is not understood')
+
+
 def test_context_is_not_longer_than_is_asked_for(tmp_path):
     published(tmp_path / 'hf', LLAMA | {'block_size': 4096})
     done = python('train.py', *settings(tmp_path, init_from=tmp_path / 'hf', max_iters=1, batch_size=1))

@@ -26,7 +26,7 @@ def records(path):
         _, size, kind = struct.unpack('<IHB', data[at:at + 7])
         parts += data[at + 7:at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or the last part of one
             record = Record()
             record.ParseFromString(parts)
             parts = b''
@@ -49,7 +49,7 @@ def wandb_files(out_dir):
 
 
 def test_a_run_and_its_resume_are_one_run_of_wandb(tmp_path):
-    """Stopped in step 36, as a scheduler does it."""
+    """A scheduler stops the run in step 36, and starts it again."""
     settings = dict(wandb_log=True, wandb_run_name='mine', wandb_samples=1, ffn_pattern='e', n_expert=2)
     hit = at_step(36, 'os.kill(os.getpid(), 15)')
     done = python('train.py', *toy(tmp_path / 'run', **settings), env=OFFLINE, before=hit)
@@ -92,7 +92,7 @@ def test_a_server_out_of_reach_is_done_without(tmp_path, env):
 
 
 def test_a_wandb_that_breaks_does_not_stop_training(tmp_path):
-    """When it begins, or in the middle."""
+    """When the run begins, or later."""
     for name, fault in (('begin', 'wandb.init = broken'), ('middle', 'wandb.sdk.wandb_run.Run.log = broken')):
         done = python('train.py', *toy(tmp_path / name, wandb_log=True), env=OFFLINE, before=f'''
 import wandb
@@ -104,7 +104,7 @@ def broken(*args, **kwargs):
 
 
 def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch):
-    """Whole, once, and in their order; a half of one is taken back."""
+    """Each line once, complete and in order; half a line is removed again."""
     log = Logbook(RunFolder(tmp_path), False, 0, 10)
     log.record({'step': 1, 'loss': float('nan')})
     real = open

@@ -42,7 +42,7 @@ def group(params, **more):
 
 
 def test_muon_is_that_of_torch():
-    """Which computes in bfloat16 and one matrix at a time."""
+    """torch.optim.Muon computes in bfloat16, one matrix at a time."""
     ours, theirs = weights(), weights()
     a = optim.Muon(group(ours), lr=0.02, weight_decay=0.1, dtype=torch.bfloat16)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
@@ -106,7 +106,7 @@ def test_a_step_with_found_inf_moves_nothing(make):
 
 
 def test_rates_by_kind_and_by_name():
-    """The last rule that fits wins, and the printed rates are the used ones."""
+    """The last rule that fits wins, and the rates that are printed are those in use."""
     settings = dict(optimizer='muon', group_lr='vector=1e-3, h.1.*=5e-3,h.1.ffn.c_fc.weight=0.04', tie=False,
                     max_iters=5, eval_interval=5, decay_lr=False)
     state = load(trained(**settings))
@@ -211,7 +211,7 @@ def test_batch_tokens_works_out_the_accumulation(tmp_path):
 
 @pytest.mark.parametrize('softcap', [None, 3.0])
 def test_z_loss_and_its_gradient(softcap):
-    """Against autograd through all logits; and it is what its name says."""
+    """Against autograd through all logits, and against the definition."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (20, 11))
     targets = torch.randint(-1, 11, (20,), generator=generator)
@@ -229,7 +229,7 @@ def test_z_loss_and_its_gradient(softcap):
 
 
 def test_z_loss_is_for_training_alone():
-    """It keeps the logits' sum near 1, and is no part of the validation loss."""
+    """The training loss includes it, and the validation loss does not."""
     plain, kept = trained(max_iters=20), trained(max_iters=20, z_loss=0.1)
     assert losses(kept)[0] > losses(plain)[0] + 1
     assert abs(losses(kept, 'val_loss')[-1] - losses(plain, 'val_loss')[-1]) < 0.5
@@ -238,7 +238,7 @@ def test_z_loss_is_for_training_alone():
 
 
 def test_averaged_weights_are_the_average_and_become_the_best(tmp_path):
-    """Of the weights after every step, here saved each; the newest checkpoint holds both kinds."""
+    """The average of the weights after each step, all saved here; ckpt.pt holds both."""
     settings = dict(max_iters=12, eval_interval=1, ema=0.8)
     done = python('train.py', *toy(tmp_path / 'run', **settings), before="""
 import shutil

@@ -41,6 +41,8 @@ from runs import (
 
 from model import GPT, GPTConfig
 from nanoblocks.training import checkpoint, debug, stopping
+from nanoblocks.training.logbook import Logbook
+from nanoblocks.training.run_folder import RunFolder
 
 # ----------------------------------------------------------------------------------------------------------
 # Killed
@@ -60,7 +62,7 @@ sys.setprofile(event)'''
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     """
     A moment is a call or a return of any function, of Python or C: in a step, an evaluation, while a
-    checkpoint is written, renamed, or read. A run that is asked for again and again gets through.
+    checkpoint is written, renamed, or read. A run that is started often enough gets to its end.
     """
     settings = dict(max_iters=40, log_interval=3, eval_interval=8, eval_tokens=256, dropout=0.1, n_layer=1,
                     optimizer='muon', ema=0.9)
@@ -82,7 +84,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
 
 @pytest.mark.parametrize('seed', range(3))
 def test_a_kill_in_the_middle_of_writing_a_checkpoint_changes_nothing(tmp_path, seed):
-    """At a random byte: the system ends a process that writes more than its limit."""
+    """At a random byte: the system kills a process whose file grows beyond a limit."""
     settings = dict(log_interval=1)
     size = (trained(**settings) / 'ckpt.pt').stat().st_size
     byte = random.Random(seed).randrange(50_000, size)
@@ -110,7 +112,7 @@ def test_auto_starts_a_new_run_or_resumes(tmp_path):
 
 
 def test_compiled_training_resumes_bit_by_bit(tmp_path):
-    """By the real compiler, with two threads, whose sums would come in any order."""
+    """With the real compiler and two threads, which could otherwise add in any order."""
     settings = dict(compile=True, n_layer=1, max_iters=12, log_interval=1, eval_interval=6, eval_tokens=256,
                     lr_decay_iters=12, norm='rmsnorm', pos='none', ffn='relu2', bias=False)
     # the second and third process find in the cache what the first has compiled
@@ -134,7 +136,7 @@ def test_compiled_training_resumes_bit_by_bit(tmp_path):
 
 
 def broken_save(monkeypatch, how):
-    """Fails like a full disk, at some point of writing a checkpoint."""
+    """Make checkpoint.save fail like a full disk, while writing, on flushing or at the end."""
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
@@ -163,6 +165,31 @@ def test_a_failed_write_leaves_the_old_checkpoint(monkeypatch, tmp_path, how):
     assert checkpoint.load(path)['step'] == 2
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='the names of open files are read from it')
+def test_what_a_checkpoint_needs_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    """After a power cut, ckpt.pt has all its bytes, and metrics.jsonl the lines of its steps."""
+    fsync, replace, done = os.fsync, os.replace, []
+
+    def recorded_fsync(fd):
+        done.append('fsync ' + os.path.basename(os.readlink(f'/proc/self/fd/{fd}')))
+        fsync(fd)
+
+    def recorded_replace(source, target):
+        done.append('name ' + os.path.basename(target))
+        replace(source, target)
+
+    folder = RunFolder(tmp_path / 'run')
+    folder.create()
+    log = Logbook(folder, False, 0, 10)
+    monkeypatch.setattr(os, 'fsync', recorded_fsync)
+    monkeypatch.setattr(os, 'replace', recorded_replace)
+    for step in (1, 2):
+        log.record({'step': step})
+        assert folder.save(folder.newest, {'step': step}, log)
+    first = ['fsync metrics.jsonl', 'fsync ckpt.pt.part', 'name ckpt.pt', 'fsync run']
+    assert done == [*first, *first[:2], 'name ckpt.prev.pt', *first[2:]]
+
+
 def flipped(data, bit):
     data = bytearray(data)
     data[bit // 8] ^= 1 << bit % 8
@@ -170,7 +197,7 @@ def flipped(data, bit):
 
 
 def test_no_flipped_bit_goes_unseen(tmp_path):
-    """Wherever it is: the checkpoint is refused, or holds what was written."""
+    """For every bit: the checkpoint is refused, or loads with the values that were written."""
     path = tmp_path / 'ckpt.pt'
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=50))
     state = checkpoint.contents(model, settings={'seed': 1}, meta={'vocab_size': 50}, step=7)
@@ -202,7 +229,7 @@ class Bomb:
 
 
 def damage(path, kind):
-    """Put something else in place of a checkpoint."""
+    """Replace a checkpoint by a damaged one."""
     data = path.read_bytes()
     if kind == 'missing':
         path.unlink()
@@ -254,7 +281,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_copy, kind):
     assert done.code == 0 and 'resuming at step 40' in done.out, done
     warning = done.err.strip().splitlines()
     assert len(warning) == 2 and str(run_copy / 'ckpt.pt') in warning[0] and 'ckpt.prev.pt' in warning[1]
-    assert 'weights_only' not in done.err, 'it must not tell the user to run what is in there'
+    assert 'weights_only' not in done.err, 'the user must not be told to run the code in the file'
     assert not (run_copy / 'bomb').exists()
     assert_same_run(run_copy, trained())
 
@@ -315,7 +342,7 @@ def test_a_moved_dataset_is_the_same(tmp_path):
 
 
 def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path):
-    """No file may grow beyond 60 kB from step 25 to 46, so the checkpoint of step 40 fails, and others."""
+    """From step 25 to 46 no file may grow beyond 60 kB, so the checkpoints of step 40 and 45 fail."""
     before = at_step(25, '''
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))''') + at_step(47, '''
@@ -332,7 +359,7 @@ def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path)
 
 
 def test_a_small_disk_that_is_really_full(tmp_path):
-    """Also metrics.jsonl has no room then: its lines wait."""
+    """metrics.jsonl has no room either: its lines are kept in memory and written later."""
     disk = tmp_path / 'disk'
     disk.mkdir()
     mount = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk]
@@ -373,7 +400,7 @@ MICRO = dict(gradient_accumulation_steps=4, batch_size=2, log_interval=3)
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_within_a_micro_batch(tmp_path, number):
-    """The 98th micro-batch is the second of step 25, which is then done again; of a 99th nothing is read."""
+    """The 98th micro-batch is the second of step 25, which the resumed run repeats; a 99th is never read."""
     count = at_step(99, "print('one more')")
     done = python('train.py', *toy(tmp_path / 'run', **MICRO), before=at_step(98, hit(number)) + count)
     assert done.code == stopping.STOPPED and not done.err, done
@@ -397,7 +424,7 @@ data.loader.Dataset.eval_batches = eval_batches'''
 
 
 def test_a_signal_in_an_evaluation_saves_and_leaves_at_once(tmp_path):
-    """In the second one, after step 40, which the resumed run makes up for."""
+    """In the second evaluation, after step 40, which the resumed run repeats."""
     done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before=IN_EVALUATION)
     assert done.code == stopping.STOPPED and 'after the signal' not in done.out, done
     state = load(tmp_path / 'run')
@@ -423,7 +450,7 @@ optim.Average.swap = hit_swap'''
 
 
 def test_a_signal_waits_until_the_averaged_weights_are_in_place(tmp_path):
-    """Or a checkpoint would have some averaged weights and some others."""
+    """Otherwise the checkpoint would mix averaged weights with others."""
     done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before=IN_SWAP)
     assert done.code == stopping.STOPPED and load(tmp_path / 'run')['step'] == 20, done
     resume(tmp_path / 'run')
@@ -474,7 +501,7 @@ torch.save = hit'''
 
 
 def test_a_signal_in_an_update_waits_for_its_end(tmp_path):
-    """When weights are those of the next step, and the number of the step is not yet."""
+    """The signal comes when the weights are updated and the number of steps is not."""
     done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before='''
 import os, model
 balance, calls = model.GPT.balance_experts, []
@@ -564,7 +591,7 @@ def test_skipped_steps_are_counted_across_a_resume(tmp_path):
 
 
 def test_too_many_bad_steps_end_the_run_and_name_the_first_tensor(tmp_path):
-    """A weight whose gradient explodes by the hand of this test; the checkpoint stays from before."""
+    """The test makes the gradient of one weight infinite; ckpt.pt stays the one from before that."""
     before = '''
 import torch, model
 forward = model.MLP.forward
@@ -586,7 +613,7 @@ model.MLP.forward = bad'''
 
 
 def test_the_first_tensor_that_is_not_finite_is_found():
-    """In a weight, in an output of finite weights, or in a gradient alone."""
+    """It is a weight, an output of finite weights, or a gradient where all else is finite."""
     x = torch.arange(8).view(1, 8)
 
     def model():

@@ -260,7 +260,7 @@ def test_resume_of_a_finished_run_changes_nothing(run_copy):
 
 
 def test_resume_takes_a_moved_run_and_repeated_flags(run_copy):
-    """Flags that say what the checkpoint says are no contradiction, nor are those that may change."""
+    """A flag that repeats the value of the checkpoint is no contradiction, and some settings may change."""
     changed = dict(max_iters=65, eval_interval=65, learning_rate=1e-3)
     done = python('train.py', *toy(run_copy, init_from='resume', **changed))
     assert done.code == 0, done
@@ -268,7 +268,7 @@ def test_resume_takes_a_moved_run_and_repeated_flags(run_copy):
 
 
 def test_resume_takes_new_optimizer_settings(run_copy):
-    """An optimizer that is loaded brings its old settings with it: they must not win."""
+    """Loading the state of an optimizer must not restore its old settings."""
     resume(run_copy, max_iters=65, weight_decay=0.5, beta1=0.8, beta2=0.9, learning_rate=1e-3)
     state, = load(run_copy)['optimizers']
     assert {group['weight_decay'] for group in state['param_groups']} == {0.5, 0.0}
@@ -289,6 +289,18 @@ def test_resume_refuses_contradictions(run_copy, flag, was, now):
     done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80, **{flag: now}))
     assert_refused(done, flag, str(was), str(now))
     assert files(run_copy) == before
+
+
+def test_resume_takes_a_checkpoint_from_before_a_flag_existed(run_copy):
+    """The flag then has its default, and cannot change any more than the others can."""
+    state = load(run_copy)
+    for flag in ('norm_bias', 'logit_softcap'):
+        del state['config'][flag]
+    checkpoint.save(str(run_copy / 'ckpt.pt'), state)
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, logit_softcap=3.0))
+    assert_refused(done, 'logit_softcap (checkpoint None, now 3.0')
+    assert 'override' not in resume(run_copy, max_iters=65)
+    assert load(run_copy)['step'] == 65
 
 
 def test_resume_lists_all_contradictions(run_copy):
@@ -319,7 +331,7 @@ def test_resume_refuses_a_dataset_prepared_anew(tmp_path):
 
 
 def test_accumulation_equals_a_larger_batch():
-    """And the validation loss is a mean over tokens: seven windows are 7, 4 + 3 or 3 + 3 + 1."""
+    """The validation loss too, because it is a mean over tokens: seven windows are 7, 4 + 3 or 3 + 3 + 1."""
     settings = dict(eval_tokens=7 * 32 + 5, eval_iters=1, eval_interval=10, max_iters=20, log_interval=1)
     whole = trained(batch_size=12, **settings)
     for batch_size, micro_batches in ((4, 3), (3, 4)):
@@ -460,7 +472,7 @@ def test_every_parameter_is_optimized_once_and_vectors_do_not_decay(optimizer):
 
 
 def test_weight_decay_shrinks_matrices_alone():
-    """With a gradient clipped away decay is all that moves: by 1 - rate * decay a step, but for vectors."""
+    """With the gradient clipped to nothing, a step multiplies matrices by 1 - rate * decay, vectors by 1."""
     settings = dict(max_iters=20, grad_clip=1e-20, decay_lr=False, warmup_iters=0, learning_rate=0.01)
     still = load(trained(weight_decay=0.0, **settings))['model']
     decayed = load(trained(weight_decay=1.0, **settings))['model']

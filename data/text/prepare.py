@@ -29,7 +29,7 @@ out = ''                            # folder to write to; empty: data/NAME
 tokenizer = 'bpe'                   # bytes, chars, bpe, gpt2, cl100k_base, ..., or the folder of a checkpoint
 vocab_size = 2048                   # bpe: tokens in the vocabulary
 column = 'text'                     # column of .jsonl and .parquet that holds the text
-val_fraction = 0.1                  # share for validation
+val_fraction = 0.1                  # share of the text for validation
 
 
 def documents(root, column):

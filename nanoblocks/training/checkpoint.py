@@ -88,9 +88,11 @@ class HashedFile:
             while left > 2:
                 left -= len(piece := f.read(min(left - 2, 1 << 20)))
                 digest.update(piece)
+            # the length of the comment: it was zero when the bytes were hashed
             digest.update(bytes(2))
             length, comment = f.read(left), f.read()
         if comment != cls.mark + digest.hexdigest().encode():
+            # a plain archive ends with a record of 22 bytes, the last two of which say: no comment
             end = (length + comment)[-22:]
             if end[:4] != b'PK\5\6' or end[-2:] != bytes(2):
                 raise ValueError('checksum mismatch')
@@ -154,18 +156,19 @@ def build(state: dict, path: str, flags=()) -> GPT:
         flags = {'rope_context': trained['rope_context'] or trained['block_size']} | flags
     model = GPT(GPTConfig(**(trained | flags)), seed=None)
     ours, theirs = model.state_dict(), state['model']
-    odd = [name for name in ours.keys() | theirs.keys()
-           if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]
-    if odd:
-        raise ValueError(f'{path} has weights that do not fit its config ({min(odd)} differs): '
+    misfits = [name for name in ours.keys() | theirs.keys()
+               if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]
+    if misfits:
+        raise ValueError(f'{path} has weights that do not fit its config ({min(misfits)} differs): '
                          'use another checkpoint')
     model.load_state_dict(theirs)
     return model
 
 
 def overrides(trained: dict, config: GPTConfig) -> dict:
-    """{name: value} of the flags of `config` that differ from the flags a model was trained with."""
-    return {name: value for name, value in asdict(config).items() if value != trained[name]}
+    """{name: (old, new)} of the flags of `config` that differ from the flags a model was trained with."""
+    trained = asdict(GPTConfig(**trained))  # an older checkpoint lacks the flags that came after it
+    return {name: (trained[name], value) for name, value in asdict(config).items() if value != trained[name]}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -173,13 +176,14 @@ def overrides(trained: dict, config: GPTConfig) -> dict:
 
 
 def seed_generators(seed):
+    """Seed the random generators of torch (on every device), numpy and Python."""
     torch.manual_seed(zlib.crc32(f'{seed}'.encode()))
     np.random.seed(zlib.crc32(f'{seed}'.encode()))
     random.seed(seed)
 
 
 def generator_states():
-    """The states of all random generators, as plain values and tensors."""
+    """The states of the same generators, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state()
     states = {'torch': torch.get_rng_state(), 'python': random.getstate(),
               'numpy': (kind, torch.from_numpy(keys.copy()), *rest)}

@@ -26,7 +26,7 @@ class Logbook:
 
     def __init__(self, folder, prints, step, max_iters):
         self.folder, self.prints = folder, prints
-        self.run = None     # of W&B
+        self.wandb_run = None
         self.pending = b''  # lines that could not be written yet
         self.bar = tqdm(total=max_iters, initial=step, disable=not (prints and sys.stdout.isatty()),
                         dynamic_ncols=True, file=sys.stdout)
@@ -60,8 +60,8 @@ class Logbook:
         except OSError:
             pass  # the next checkpoint will fail too, and print why
         # a resumed run logs some steps to W&B again, with the same numbers bit for bit
-        if self.run:
-            self.to_wandb(lambda: self.run.log(line, step=line['step']))
+        if self.wandb_run:
+            self.to_wandb(lambda: self.wandb_run.log(line, step=line['step']))
 
     def flush(self, to_disk=False):
         """Write the pending lines. On OSError metrics.jsonl still ends with a complete line."""
@@ -81,33 +81,35 @@ class Logbook:
 
     def start_wandb(self, project, name, run_id, config):
         """
-        Log to W&B too, in the run of this id if one is given; without a name it is called like its folder.
-        Returns the id of the run, None if there is none.
+        Log to W&B too, continuing the run `run_id` unless that is None. An empty name stands for the name of
+        the folder. Returns the id of the W&B run, or run_id if wandb fails.
         """
         folder, config = self.folder.path, config | {'git': git_commit()}
         name = name or os.path.basename(os.path.normpath(folder))
-        self.run = start_wandb(project, name, run_id, folder, config, self.print)
-        return self.run.id if self.run else run_id
+        self.wandb_run = start_wandb(project, name, run_id, folder, config, self.print)
+        return self.wandb_run.id if self.wandb_run else run_id
 
     def samples(self, step, texts):
         """Show texts of the model as a table in W&B."""
-        if self.run:
+        if self.wandb_run:
             import wandb
             rows = [[step, text] for text in texts]
-            self.to_wandb(lambda: self.run.log({'samples': wandb.Table(['step', 'text'], rows)}, step=step))
+            self.to_wandb(lambda: self.wandb_run.log({'samples': wandb.Table(['step', 'text'], rows)},
+                                                     step=step))
 
     def to_wandb(self, action):
+        """Call action(), a call of wandb. If it fails, the run continues without W&B."""
         try:
             action()
         except Exception as error:
-            self.run = None
+            self.wandb_run = None
             self.print(f'wandb     stopped working ({type(error).__name__}: {first_line(error)}): training '
                        f'continues without it, all numbers are in {self.folder.metrics}')
 
     def close(self, exit_code=0):
         self.bar.close()
-        if self.run:
-            self.to_wandb(lambda: self.run.finish(exit_code=exit_code))
+        if self.wandb_run:
+            self.to_wandb(lambda: self.wandb_run.finish(exit_code=exit_code))
 
 
 def describe_run(log, model, meta, settings, optimizers, resumed, machine):
@@ -125,8 +127,8 @@ def describe_run(log, model, meta, settings, optimizers, resumed, machine):
     for line in optimizers.lines():
         log.print(f'optimizer {line}')
     log.print(f'run       {s["out_dir"]}' + (f', resuming at step {resumed["step"]}' if resumed else ''))
-    for name, value in overrides(resumed['config'], model.config).items() if resumed else ():
-        log.print(f'override  {name}={value}, trained with {resumed["config"][name]}')
+    for name, (old, new) in overrides(resumed['config'], model.config).items() if resumed else ():
+        log.print(f'override  {name}={new}, trained with {old}')
     if s['decay_lr'] and s['warmup_iters'] >= s['max_iters']:
         log.print(f'warning: warmup_iters={s["warmup_iters"]} is not below max_iters={s["max_iters"]}: '
                   'learning_rate is never reached')
@@ -141,8 +143,8 @@ def describe_run(log, model, meta, settings, optimizers, resumed, machine):
 
 def start_wandb(project, name, run_id, folder, config, log):
     """
-    A new W&B run, or the run of this id continued; None if wandb fails. Offline if WANDB_MODE says so, or if
-    the server cannot be reached, which log(sentence) then reports.
+    A new W&B run, or the run `run_id` continued; None if wandb fails. Offline if WANDB_MODE says so, or if
+    the server cannot be reached; log(line) prints such a failure.
     """
     import wandb
     mode = os.environ.get('WANDB_MODE', 'online')
@@ -152,7 +154,7 @@ def start_wandb(project, name, run_id, folder, config, log):
     # versions of wandb differ in the settings they know
     known = {key: value for key, value in settings.items() if hasattr(wandb.Settings(), key)}
     os.makedirs(folder, exist_ok=True)
-    modes = ([mode] if reason is None else []) + ['offline'] * (mode == 'online')
+    modes = ['offline'] if reason else ['online', 'offline'] if mode == 'online' else [mode]
     for mode in modes:
         if reason:
             log(f'wandb     cannot be reached ({reason}): logging offline; to upload later: wandb sync '

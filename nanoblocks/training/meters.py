@@ -1,4 +1,4 @@
-"""How a run is going: losses, skipped steps, spikes, tokens per second, MFU, the time that is left."""
+"""How a run is going: losses, skipped steps, spikes, tokens per second, MFU, time left."""
 import statistics
 import time
 from collections import deque
@@ -13,8 +13,8 @@ from nanoblocks.hardware import card_name, peak_flops, synchronized_time
 
 class Progress:
     """
-    Measures the steps between two log lines and prints the results. Evaluations and checkpoints belong into
-    `paused()`, which does not count as training time.
+    Measures the steps between two log lines and prints the results. Run evaluations and write checkpoints
+    within `paused()`, so that they do not count as training time.
 
     log                 the Logbook that prints
     flops_per_token     of a training step, for MFU
@@ -35,6 +35,7 @@ class Progress:
         return {'tally': self.meter.state(), 'losses': list(self.spikes.history), 'seconds': self.seconds()}
 
     def load(self, saved):
+        """Continue from `saved`, a checkpoint that has the keys of state()."""
         self.meter.load(saved['tally'])
         self.skipped = int(saved['tally']['skipped'])
         self.spikes = SpikeDetector(saved['losses'])
@@ -53,6 +54,7 @@ class Progress:
 
     @contextmanager
     def paused(self):
+        """A context whose seconds do not count as training time."""
         began = synchronized_time(self.device)  # or a GPU's unfinished steps would count as pause
         try:
             yield
@@ -132,8 +134,8 @@ class StepMeter:
 
     def read(self):
         """
-        (mean loss or None, largest loss, steps skipped in the run, in a row), of all processes. Losses then
-        start anew.
+        (mean loss, largest loss, steps skipped in the run, steps skipped in a row) of all processes. The mean
+        is None if every step since the last call was skipped. Clears the losses.
         """
         recent = self.gathered()
         mean = (recent[:, 0].mean() / recent[0, 1]).item() if recent[0, 1] else None

@@ -55,7 +55,7 @@ class Optimizers:
     def step(self, step: int) -> torch.Tensor:
         """
         Update the weights, unless a gradient is not finite, and clear the gradients. Returns the norm of the
-        gradient before clipping, a tensor: on CUDA nothing here waits for the device. The first step is 0.
+        gradient before clipping, a tensor: on CUDA nothing here waits for the device. `step` counts from 0.
         """
         for opt in self.each:
             self.scaler.unscale_(opt)
@@ -293,8 +293,8 @@ SCHEDULES = {
 def lr_fraction(step, schedule, warmup, last, end, wsd_decay):
     """
     The learning rate of a step (the first is 0) as a fraction of its peak: it rises for `warmup` steps, then
-    falls to `end` at step `last`. With wsd it falls in the last steps only, which are the fraction
-    `wsd_decay` of all.
+    falls to `end` at step `last`. With wsd it stays at the peak in between, and falls only in the last
+    `wsd_decay * last` steps.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -19,12 +19,12 @@ def ranks() -> tuple[int, int, int]:
     (rank, number of processes, rank on this machine) from the environment that torchrun sets; (0, 1, 0) for a
     single process.
     """
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    env = os.environ
+    return int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1)), int(env.get('LOCAL_RANK', 0))
 
 
 def start(device_type: str, backend: str) -> FailureWatch:
-    """Meet the other processes. Returns the FailureWatch over them."""
+    """Meet the processes that torchrun has started. Returns the FailureWatch over them."""
     store, rank, world = next(dist.rendezvous('env://'))
     failure_watch = FailureWatch(store, rank, world)
     dist.init_process_group('gloo' if device_type == 'cpu' else backend, store=store, rank=rank,
@@ -39,7 +39,7 @@ def end(failure_watch: FailureWatch) -> None:
 
 
 def from_main(value):
-    """Send any object from the main process to the others, and return it. Every process must call it."""
+    """The main process's `value`, any object, in every process. Every process must call it."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)
@@ -70,7 +70,7 @@ class MicroBatches:
         return range(done + self.rank, done + self.count(step), self.world)
 
     def mine_until(self, last_step, step, done):
-        """The same for all steps from `step` up to, not including, `last_step`."""
+        """Yields mine() of the steps from `step` on, up to but not including `last_step`."""
         for later in range(step, last_step):
             yield from self.mine(later, done)
             done += self.count(later)
@@ -83,7 +83,7 @@ class MicroBatches:
 def wrap(model, dtype, compiled, recompute, sharded):
     """
     (fast_model, model): the compiled model, and the DDP or FSDP wrapper, which exchanges gradients between
-    processes. Where one is not asked for, the model itself. `recompute` is activation checkpointing.
+    processes; each is the model itself if not asked for. `recompute` is activation checkpointing.
     """
     fast_model = model
     if compiled and not (sharded or recompute):
@@ -187,7 +187,7 @@ def gather(value, keep=True):
 
 
 def gather_like(x, p):
-    """The full tensor of which x is this process's shard, cut as p is. Every process must call it."""
+    """The full tensor of x, this process's shard of a tensor cut as p is. Every process must call it."""
     if not is_sharded(p):
         return x
     from torch.distributed.tensor import DTensor

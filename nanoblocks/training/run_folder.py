@@ -87,8 +87,8 @@ class RunFolder:
 
     def begin(self, loaded: str | None, step: int, config: dict) -> None:
         """
-        Make the folder ready for a run that was resumed at `step` from the path `loaded`, or, if `loaded` is
-        None, for a new run, which replaces the old one. Writes config.json.
+        Prepare the folder for a run, and write config.json. A resumed run was loaded from the path `loaded`
+        and continues at `step`; if `loaded` is None, a new run replaces the one in the folder.
         """
         if loaded:
             self.repair(loaded, step)

@@ -4,26 +4,25 @@ import os
 import re
 from dataclasses import asdict
 
+from configurator import within
 from model import GPTConfig
 from nanoblocks.training.optim import SCHEDULES
 
 CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES),
            'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
-TESTS = {'at least': lambda x, limit: x >= limit, 'above': lambda x, limit: x > limit,
-         'below': lambda x, limit: x < limit, 'at most': lambda x, limit: x <= limit}
 LIMITS = {
-    'max_iters': {'at least': 1}, 'bad_step_limit': {'at least': 1},
-    'log_interval': {'at least': 1}, 'eval_interval': {'at least': 1},
-    'eval_iters': {'at least': 1}, 'eval_tokens': {'at least': 1},
-    'batch_size': {'at least': 1}, 'gradient_accumulation_steps': {'at least': 1},
-    'batch_tokens': {'at least': 1}, 'batch_warmup_iters': {'at least': 0},
-    'learning_rate': {'above': 0}, 'muon_lr': {'at least': 0}, 'min_lr': {'at least': 0},
-    'warmup_iters': {'at least': 0}, 'lr_decay_iters': {'at least': 1},
-    'wsd_decay': {'at least': 0, 'at most': 1},
-    'weight_decay': {'at least': 0}, 'grad_clip': {'at least': 0}, 'z_loss': {'at least': 0},
-    'beta1': {'at least': 0, 'below': 1}, 'beta2': {'at least': 0, 'below': 1},
-    'ema': {'at least': 0, 'below': 1},
-    'prefetch': {'at least': 0}, 'wandb_samples': {'at least': 0},
+    'max_iters': {'least': 1}, 'bad_step_limit': {'least': 1},
+    'log_interval': {'least': 1}, 'eval_interval': {'least': 1},
+    'eval_iters': {'least': 1}, 'eval_tokens': {'least': 1},
+    'batch_size': {'least': 1}, 'gradient_accumulation_steps': {'least': 1},
+    'batch_tokens': {'least': 1}, 'batch_warmup_iters': {'least': 0},
+    'learning_rate': {'above': 0}, 'muon_lr': {'least': 0}, 'min_lr': {'least': 0},
+    'warmup_iters': {'least': 0}, 'lr_decay_iters': {'least': 1},
+    'wsd_decay': {'least': 0, 'most': 1},
+    'weight_decay': {'least': 0}, 'grad_clip': {'least': 0}, 'z_loss': {'least': 0},
+    'beta1': {'least': 0, 'below': 1}, 'beta2': {'least': 0, 'below': 1},
+    'ema': {'least': 0, 'below': 1},
+    'prefetch': {'least': 0}, 'wandb_samples': {'least': 0},
 }
 # values of init_from that do not name a checkpoint
 STARTS = ('scratch', 'resume', 'auto')
@@ -35,39 +34,39 @@ FIXED = ('seed', 'batch_size', 'gradient_accumulation_steps', 'batch_tokens', 'b
 def check_settings(s, world, done=0):
     """ValueError if the settings s, a dict, cannot work in `world` processes, after `done` steps."""
     must = rule_of(s)
-    must('init_from', 'be scratch, resume or auto, or a checkpoint: a folder, a file or a repository of the '
-         'hub', s['init_from'] in STARTS or is_checkpoint(s['init_from']))
+    must('init_from', s['init_from'] in STARTS or is_checkpoint(s['init_from']),
+         'be scratch, resume or auto, or a checkpoint: a folder, a file or a repository of the hub')
     for name, words in CHOICES.items():
-        must(name, f'be one of {", ".join(words)}', s[name] in words)
+        must(name, s[name] in words, f'be one of {", ".join(words)}')
     for name, limits in LIMITS.items():
-        must(name, 'be ' + ' and '.join(f'{word} {limit}' for word, limit in limits.items()),
-             s[name] is None or all(TESTS[word](s[name], limit) for word, limit in limits.items()))
-    must('max_iters', f'be at least {done}, the steps that the run has made', s['max_iters'] >= done)
-    must('min_lr', f'be at most learning_rate={s["learning_rate"]}',
-         not s['decay_lr'] or s['min_lr'] is None or s['min_lr'] <= s['learning_rate'])
-    must('gradient_accumulation_steps',
-         f'be a multiple of the {world} processes that share the micro-batches',
-         s['batch_tokens'] or s['gradient_accumulation_steps'] % world == 0)
-    must('shard', 'have several processes to shard over: start it with torchrun', world > 1 or not s['shard'])
-    must('dtype', 'not be used with shard=True: choose --dtype=bfloat16',
-         s['dtype'] != 'float16' or not s['shard'])
-    must('cautious_decay', 'be used with optimizer=muon', s['optimizer'] == 'muon' or not s['cautious_decay'])
-    must('wandb_log', 'find wandb: pip install wandb, or leave it out',
-         not s['wandb_log'] or importlib.util.find_spec('wandb'))
+        if s[name] is not None:
+            must(name, *within(s[name], limits))
+    must('max_iters', s['max_iters'] >= done, f'be at least {done}, the steps that the run has made')
+    must('min_lr', not s['decay_lr'] or s['min_lr'] is None or s['min_lr'] <= s['learning_rate'],
+         f'be at most learning_rate={s["learning_rate"]}')
+    must('gradient_accumulation_steps', s['batch_tokens'] or s['gradient_accumulation_steps'] % world == 0,
+         f'be a multiple of the {world} processes that share the micro-batches')
+    must('shard', world > 1 or not s['shard'], 'have several processes to shard over: start it with torchrun')
+    must('dtype', s['dtype'] != 'float16' or not s['shard'],
+         'not be used with shard=True: choose --dtype=bfloat16')
+    must('cautious_decay', s['optimizer'] == 'muon' or not s['cautious_decay'], 'be used with optimizer=muon')
+    must('wandb_log', not s['wandb_log'] or importlib.util.find_spec('wandb'),
+         'find wandb: pip install wandb, or leave it out')
 
 
 def check_lengths(s, world, block_size):
     """ValueError if the settings s do not fit the model's context."""
     must = rule_of(s)
-    must('eval_tokens', f'be at least block_size={block_size}',
-         s['eval_tokens'] is None or s['eval_tokens'] >= block_size)
+    must('eval_tokens', s['eval_tokens'] is None or s['eval_tokens'] >= block_size,
+         f'be at least block_size={block_size}')
     tokens = s['batch_size'] * block_size * world
-    must('batch_tokens', f'be a multiple of {tokens}: batch_size * block_size tokens in each of {world} '
-         'processes', s['eval_only'] or not (s['batch_tokens'] or 0) % tokens)
+    must('batch_tokens', s['eval_only'] or not (s['batch_tokens'] or 0) % tokens,
+         f'be a multiple of {tokens}: batch_size * block_size tokens in each of {world} processes')
 
 
 def rule_of(settings):
-    def must(name, rule, ok):
+    """must(name, ok, rule) raises a ValueError unless ok."""
+    def must(name, ok, rule):
         if not ok:
             raise ValueError(f'{name}={settings[name]} must {rule}')
     return must
@@ -89,8 +88,10 @@ def refuse_contradictions(resumed, path, model_args, settings, given, meta):
     given       {name: the flag or file that set it}
     meta        of the dataset
     """
-    before = {name: resumed['settings'].get(name) for name in FIXED} | resumed['config']
-    flags = resumed['config'] | model_args
+    # an older checkpoint lacks the flags that came after it: they had their defaults
+    trained = asdict(GPTConfig(**resumed['config']))
+    before = {name: resumed['settings'].get(name) for name in FIXED} | trained
+    flags = trained | model_args
     try:
         flags = asdict(GPTConfig(**flags))
     except ValueError:

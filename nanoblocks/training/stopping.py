@@ -57,6 +57,7 @@ class Signals:
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
+        """The signal handler: remember what is asked for, and raise Stop if nothing is changing."""
         if number == SIGUSR1:
             self.pending[1] = 1
             self.save_requested |= not self.distributed
@@ -83,6 +84,7 @@ class Signals:
         self.can_raise = False
 
     def poll(self):
+        """Exchange requests with the other processes; raises Stop if one of them was told to stop."""
         if not self.distributed:
             return
         if self.exchange is not None:
@@ -158,6 +160,7 @@ class FailureWatch(threading.Thread):
         os._exit(1)
 
     def run(self):
+        """Look for a note every second; called in the thread."""
         unreachable = False
         while not self.closed.wait(5 if unreachable else 1):
             try:
@@ -170,4 +173,5 @@ class FailureWatch(threading.Thread):
                 unreachable = True
 
     def close(self):
+        """Stop watching, because this process ends normally."""
         self.closed.set()
