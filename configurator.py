@@ -49,8 +49,6 @@ def configure(settings: dict, config_class: type | None = None, argv: list[str] 
 
     given   a dict that receives {name: the file or flag that set it last}
     skip    names to ignore: a config file may set names of another script too (see settings_of)
-
-    A mistake raises SystemExit with a one-line message, which Python prints before it exits with code 1.
     """
     argv = sys.argv[1:] if argv is None else argv
     own, model = setting_flags(settings), model_flags(config_class)
@@ -253,8 +251,7 @@ def convert(value, setting, label, is_flag):
     if is_flag:
         value = parse(value, types)
     # type(value), because isinstance takes True for an int
-    if type(value) is int and int not in types and float in types:
-        value = float(value) if abs(value) <= sys.float_info.max else math.inf
+    value = int_as_float(value, types)
     if type(value) is float and float not in types and int in types:
         # beyond 2**53 a float no longer tells which integer was written
         value = int(value) if value.is_integer() and abs(value) <= 2**53 else value
@@ -265,6 +262,13 @@ def convert(value, setting, label, is_flag):
         return value
     default = 'no default' if setting.default is MISSING else f'default {setting.default!r}'
     raise SystemExit(f'{label}={written} must be {rule} ({default})')
+
+
+def int_as_float(value, types):
+    """An int where only a float is taken, as a float: inf if it is too large for one."""
+    if type(value) is int and int not in types and float in types:
+        return float(value) if abs(value) <= sys.float_info.max else math.inf
+    return value
 
 
 def parse(text, types):
@@ -448,9 +452,10 @@ class Flags:
     """The last parent of a config, after its groups: checks each flag, then calls their fill and rules."""
 
     def __post_init__(self):
-        for f in fields(self):
+        flags = [f for f in fields(self) if f.metadata]  # a subclass may have plain fields beside them
+        for f in flags:
             self._check_value(f)
-        for f in fields(self):
+        for f in flags:
             if getattr(self, f.name) != f.default and (missing := self.missing(f.name)):
                 self._must(f.name, False, f'be left out unless {missing}')
         groups = [group for group in type(self).__mro__ if self._applies(group)]
@@ -469,7 +474,7 @@ class Flags:
 
     def missing(self, name):
         """What the flag `name` lacks beside it, in words; '' where it means something."""
-        for when in self.__dataclass_fields__[name].metadata['when']:
+        for when in self.__dataclass_fields__[name].metadata.get('when', ()):
             for other, wanted in when.items():
                 missing = self.missing(other) if self._holds(other, wanted) else in_words(other, wanted)
                 if missing:
@@ -494,7 +499,7 @@ class Flags:
         values = vars(group)['fill'](self) if 'fill' in vars(group) else {}
         for name in vars(group).get('__annotations__', ()):
             f = self.__dataclass_fields__[name]
-            if f.metadata['like'] and not self.missing(name):
+            if f.metadata.get('like') and not self.missing(name):
                 values[name] = getattr(self, f.metadata['like'])
         for name, value in values.items():
             if getattr(self, name) is None:
@@ -509,12 +514,11 @@ class Flags:
         value, types, table = getattr(self, f.name), types_of(f), f.metadata['table']
         if tuple in types and type(value) is list:  # as JSON has them
             value = tuple(value)
-        if type(value) is int and int not in types and float in types:
-            value = float(value)
+        value = int_as_float(value, types)
         self._must(f.name, type(value) in types, f'be {" or ".join(RULES.get(t, t.__name__) for t in types)}')
         if tuple in types and type(value) is tuple:
             self._must(f.name, all(type(x) in (int, float) for x in value), 'hold numbers')
-            value = tuple(map(float, value))
+            value = tuple(int_as_float(x, (float,)) for x in value)
         setattr(self, f.name, value)
         if f.name.endswith('_pattern'):
             self._must(f.name, value and set(value) <= table.keys(), f'be letters of {legend(table)}')
@@ -525,7 +529,7 @@ class Flags:
                 self._check_range(f, x)
 
     def _check_range(self, f, x):
-        self._must(f.name, math.isfinite(x), 'be a finite number')
+        self._must(f.name, type(x) is int or math.isfinite(x), 'be a finite number')
         a_count = type(x) is int and float not in types_of(f)
         limits = f.metadata['limits'] or ({'least': 1} if a_count else {'above': 0})
         self._must(f.name, *within(x, limits))
@@ -552,7 +556,6 @@ def in_words(other, wanted):
     if wanted is SET:
         return f'{other} is set'
     if other.endswith('_pattern'):
-        if len(wanted) > 1:
-            return f'{other} has one of {", ".join(wanted)}'
-        return f'{other} has {"an" if wanted in "aefmn" else "a"} {wanted!r}'
+        article = 'an' if wanted in 'aefmn' else 'a'
+        return f'{other} has ' + (f'one of {", ".join(wanted)}' if wanted[1:] else f'{article} {wanted!r}')
     return f'{other} is {" or ".join(wanted)}' if isinstance(wanted, tuple) else f'{other}={wanted}'

@@ -2,7 +2,7 @@
 import itertools
 import re
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import conftest
 import pytest
@@ -225,6 +225,27 @@ def test_unknown_word_is_answered_by_the_known_ones(name):
 def test_field_without_a_meaning_is_refused():
     with pytest.raises(TypeError, match='n_heads'):
         GPTConfig(n_heads=4)
+
+
+@pytest.mark.parametrize('name', ['n_layer', 'norm_eps', 'rope_long', 'embed_scale'])
+def test_number_beyond_all_floats_is_refused_or_an_int(name):
+    flags = toy(pos='rope', rope_scaling='longrope', rope_long=(1.0,) * 4, rope_short=(1.0,) * 4)
+    if name == 'n_layer':
+        assert GPTConfig(**flags | {name: 10**400}).n_layer == 10**400
+        return
+    value = (10**400,) * 4 if name == 'rope_long' else 10**400
+    with pytest.raises(ValueError, match=f'{name}=.*inf.* must be a finite number'):
+        GPTConfig(**flags | {name: value})
+
+
+def test_subclass_may_add_plain_fields():
+    @dataclass
+    class Mine(GPTConfig):
+        extra: int = 3
+    c = Mine(**toy(), extra=-4)
+    assert (c.extra, c.missing('extra'), c.n_kv_head, Mine.unchecked().extra) == (-4, '', 4, 3)
+    with pytest.raises(ValueError, match='n_layer=0 must be at least 1'):
+        Mine(n_layer=0)
 
 
 def test_none_is_filled_in():
