@@ -271,7 +271,7 @@ def load_draft(out_dir, ckpt, tokenizer):
 
 
 def prepare(model, tokenizer, device, dtype):
-    """Move the model to its device, and drop the rows of its head beyond the vocabulary."""
+    """Move the model to its device, and drop the rows of the head that only round up the vocabulary."""
     model.eval().to(device, dtype)
     head = model.lm_head.weight[:tokenizer.vocab_size]
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)

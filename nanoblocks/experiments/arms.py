@@ -15,7 +15,7 @@ from model import GPTConfig
 from nanoblocks.files import ROOT
 
 MODEL = model_flags(GPTConfig)
-# settings that two runs must share to see the same tokens and be measured alike
+# settings that two runs must share to see the same tokens and be measured in the same way
 PAIRED = ('seed', 'dataset', 'block_size', 'vocab_size', 'batch_size', 'gradient_accumulation_steps',
           'max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'eval_only', 'device',
           'batch_tokens', 'batch_warmup_iters')
@@ -42,7 +42,7 @@ def read_flags(argv):
         '__annotations__': {name: setting.type for name, setting in known.items()}}
     flags = configure(settings, GPTConfig, argv, given)
     flags = {name: settings[name] for name in train if name not in own} | flags
-    # flags that were given come last, in the order in which they were given: that of the ladder
+    # flags that were given come last, in the order in which they were given: the order of the ladder
     flags = {name: flags[name] for name in flags if name not in given} | {
         name: flags[name] for name in given if name in flags}
     return flags, {name: settings[name] for name in own}, given
@@ -92,7 +92,7 @@ def refuse_unpaired(names, source):
     for name in names:
         if name in PAIRED + NOT_IDENTIFYING:
             raise ValueError(f'{name} must not differ between the arms ({source}): they would not be '
-                             'trained on the same tokens and measured alike')
+                             'trained on the same tokens and measured in the same way')
 
 
 # ----------------------------------------------------------------------------------------------------------

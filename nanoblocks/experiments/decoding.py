@@ -3,8 +3,8 @@ What sampling costs. GPT-2 124M (or other flags) with random weights for one row
 this machine, against transformers and against no cache; the 10,000th token of long texts against the 1,000th;
 what latents save; and on a GPU, Llama 1B for 1, 8 and 64 rows.
 
-Variants that are compared run interleaved, in one process. The time of a token is that of every token but the
-first, sampling included.
+Variants that are compared run interleaved, in one process. The time of a token is the median over all tokens
+but the first, sampling included.
 """
 import copy
 import tempfile

@@ -45,6 +45,7 @@ class Arm(NamedTuple):
 
 
 def read_arm(plan, runs, folder, name):
+    """The Arm of this name, from the folders of its runs."""
     runs = [run for run in runs if run['arm'] == name]
     found = {(run['rate'], run['seed']): read_run(Path(folder) / run['path'], run['flags']['max_iters'])
              for run in runs}
@@ -60,7 +61,7 @@ def read_arm(plan, runs, folder, name):
 
 
 def diverged_last(loss):
-    """A loss to sort by: that of a run that diverged is nan, and comes last."""
+    """A loss to sort by: nan, the loss of a run that diverged, comes last."""
     return math.inf if math.isnan(loss) else loss
 
 
@@ -113,6 +114,7 @@ def measures(arms, measured):
 
 
 def measures_of(arm, measured):
+    """The numbers of one arm: losses, sizes, FLOPs, seconds, tokens per second, bytes."""
     model, T, runs = arm.model(), arm.config.block_size, list(arm.runs.values())
     speed, losses = median(run.rate for run in runs), [run.loss for run in runs]
     steps = arm.flags['max_iters']

@@ -121,7 +121,7 @@ def ffns(rounds, device, figures):
     print('their losses: python ablate.py config/llama_small.py config/study.py '
           '--vary="GELU 4x: ffn=gelu; SwiGLU 4x: ffn_width=512"')
     fig, axes = panels(9.5, 3.2, columns=3)
-    texts = 'parameters', 'forward and backward (ms)', 'kept for the backward pass / input'
+    texts = 'parameters', 'forward and backward (ms)', 'bytes kept for backward / bytes of input'
     for ax, values, text in zip(axes, (size, times, kept), texts):
         ax.bar(list(values), list(values.values()), color=COLORS[:3])
         ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value) if value else '0')
@@ -223,6 +223,7 @@ def draw_rope(built, T, figures):
         text = f'pair {pair}: {format_quantity(wavelength(pair, BASES["10K"]))} tokens'
         left.annotate(text, (259, -2.5 * i), fontsize=8, va='center', annotation_clip=False, color=COLORS[i])
     left.set_yticks([])
+    left.set_ylim(-2.5 * 5 - 1.2, 1.2)
     left.set_xlabel('position (tokens)')
     title(left, 'cosine of the angle, base 10K, with wavelengths: fast pairs tell\nneighbours apart, slow '
                 'pairs tell far from near')
@@ -409,7 +410,7 @@ def reach(device, figures):
     ax.grid(visible=False)
     ax.set_xlabel('distance from the last token (white: layers x (window - 1))')
     ax.set_ylabel('layers')
-    title(ax, f'influence on the last token, relative to the influence of itself; window {window}')
+    title(ax, f"influence on the last token, as a share of the token's own; window of {window} tokens")
     fig.colorbar(shown, ax=ax, label='influence')
     save_and_say(fig, figures, 'reach')
 

@@ -26,7 +26,7 @@ def flags_of(name):
 
 
 def difference(base, name):
-    """['flag=value', ...]: what the model of one config sets otherwise than that of another, its base."""
+    """['flag=value', ...]: the flags in which the config `name` differs from the config `base`."""
     default, before, after = {f.name: f.default for f in fields(GPTConfig)}, flags_of(base), flags_of(name)
     values = {flag: after.get(flag, default[flag]) for flag in after | before}
     return [f'{flag}={value}' for flag, value in values.items() if value != before.get(flag, default[flag])]

@@ -122,7 +122,7 @@ def mla_latent(p, c):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Feed-forwards and experts: c_fc has the rows of the gate above those of the up projection
+# Feed-forwards and experts: in c_fc, the rows of the gate come before the rows of the up projection
 
 
 def gate_up(p, c):
