@@ -48,6 +48,12 @@ def read_flags(argv):
     return flags, {name: settings[name] for name in own}, given
 
 
+def flags_of_config(name):
+    """The model flags that config/<name>.py sets."""
+    path = str(ROOT / 'config' / f'{name}.py')
+    return configure({}, GPTConfig, [path], skip=settings_of(ROOT / 'train.py'))
+
+
 def read_value(name, text):
     """The value of a flag or setting from its text, refused as train.py would."""
     known = settings_of(ROOT / 'train.py') | MODEL

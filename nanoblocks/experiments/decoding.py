@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import configure, settings_of
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.decoding import quantize as quant
 from nanoblocks.decoding.decode import Decoder, Sampling
+from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.timing import interleaved, print_table, timed
-from nanoblocks.files import ROOT
 from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
@@ -226,8 +225,7 @@ def latents(device, length=4096, count=60):
 
 def many_rows(device):
     """Llama 1B in bf16, compiled and captured as a CUDA graph."""
-    path, settings = str(ROOT / 'config' / 'llama_1b.py'), settings_of(ROOT / 'train.py')
-    config = GPTConfig(**configure({}, GPTConfig, [path], skip=settings))
+    config = GPTConfig(**flags_of_config('llama_1b'))
     model, table = random_model(config, device, torch.bfloat16), []
     for rows in (1, 8, 64):
         run = generation(model, torch.randint(config.vocab_size, (rows, PROMPT), device=device), NEW, True)
