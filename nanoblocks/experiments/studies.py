@@ -326,6 +326,7 @@ def lengths(device, figures, budget=60.0):
         ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value))
         ax.set_xlabel('tokens')
         ax.set_ylabel(text)
+    title(axes[0], f'one layer of width {flags["n_embd"]}, one sequence')
     axes[0].legend(frameon=False, fontsize=9)
     save_and_say(fig, figures, 'lengths')
 
