@@ -33,6 +33,7 @@ from .spans import spans  # noqa: F401
 
 
 class Op(NamedTuple):
+    """One operation in its two forms."""
     plain: Callable         # plain PyTorch
     fused: Callable         # Triton: same arguments, same results
     ok: Callable            # (same arguments) -> whether `fused` takes them

@@ -73,6 +73,7 @@ def config_of(flags):
 
 
 def legal(flags):
+    """Whether GPTConfig accepts the model flags."""
     try:
         config_of(flags)
     except ValueError:
@@ -95,6 +96,7 @@ def switched(flags, other, names):
 
 
 def refuse_unpaired(names, source):
+    """ValueError for a name that changes the data, the seed or the measurement. source: where it was given."""
     for name in names:
         if name in PAIRED + NOT_IDENTIFYING:
             raise ValueError(f'{name} must not differ between the arms ({source}): they would not be '

@@ -140,6 +140,7 @@ def one_row(model, rounds, device):
 
 
 def one_row_cells(model, timings, bandwidth):
+    """Cells of one row's table: first token, other tokens, tokens/s, MB per token, share of the bandwidth."""
     token = median(seconds for timing in timings for seconds in timing.tokens)
     read = bytes_per_step(model, model.new_cache(1, PROMPT + NEW))
     first = median(timing.first for timing in timings)
@@ -192,6 +193,7 @@ def cache_mb(decoder):
 
 
 def long_texts(device, count=240):
+    """A token late in a long text against an early one: time and cache of four kinds of layers."""
     choices = {'window 256': dict(pos='rope', layer_pattern='w', window=256),
                'Mamba': dict(pos='none', layer_pattern='m', ffn_pattern='-', ssm='mamba1'),
                'Mamba-2': dict(pos='none', layer_pattern='m', ffn_pattern='-'),
@@ -209,6 +211,7 @@ def long_texts(device, count=240):
 
 
 def latents(device, length=4096, count=60):
+    """A token after 4,096 others with MHA, GQA and MLA: its time, and the cache against kv_cache_bytes."""
     choices = {'MHA': {}, 'GQA-2': dict(n_kv_head=2),
                'MLA 128 + 32': dict(attn='mla', kv_rank=128, rope_head_dim=32)}
     decoders = {}

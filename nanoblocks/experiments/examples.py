@@ -114,6 +114,7 @@ def _ssd_flops(x, dt, A, B, C, D):
 
 
 class Example(NamedTuple):
+    """One set of arguments for one operation."""
     op: str
     what: str
     make: object                # (n, device) -> arguments, in bf16 and differentiable

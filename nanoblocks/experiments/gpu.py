@@ -137,6 +137,7 @@ def items(m):
 
 
 def environment(m):
+    """Versions of the software, and the card."""
     found = {'torch': torch.__version__, 'python': sys.version.split()[0], 'dry': m.dry}
     try:
         import triton

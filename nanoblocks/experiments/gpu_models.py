@@ -61,6 +61,7 @@ def train(m, name, choice, batch, full_logits=False):
 
 
 def train_once(m, name, batch, steps, full_logits):
+    """The measurements of `train` at one batch size; OutOfMemoryError where it does not fit."""
     config = config_of(m, name, **({'bias': False} if full_logits else {}))
     model = GPT(config, seed=1).to(m.device)
     T, V = config.block_size, config.vocab_size
@@ -100,6 +101,7 @@ def step_on(loss_fn, model, optimizer, device):
 
 
 def seconds_of(m, step, count):
+    """Seconds of `count` steps together, until the device has finished them."""
     began = time.perf_counter()
     for _ in range(count):
         step()

@@ -88,6 +88,7 @@ def run(module, x):
 
 
 def norm_of(cls, width):
+    """A norm of this class and width, its weight one and its bias zero."""
     norm = cls(width, GPTConfig(n_embd=width, n_head=1))
     for name, p in norm.named_parameters():
         p.data.fill_(name == 'weight')
@@ -216,6 +217,9 @@ def print_offsets(angles):
 
 
 def draw_rope(built, T, figures):
+    """
+    built {base: RotaryPositions} -> left the cosines of base 10K, right q.k over the offset of two tokens.
+    """
     fig, (left, right) = panels(11.5, 4.2, columns=2)
     pos = torch.arange(0, 256)
     for i, pair in enumerate((0, 4, 8, 12, 16, 24)):

@@ -124,6 +124,7 @@ def flags_of(hf, family):
 
 
 def read_key(name, key, hf):
+    """The value that a key of config.json gives to its flags."""
     try:
         return key.read(hf[name], hf)
     except ValueError as error:

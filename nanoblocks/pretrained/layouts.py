@@ -17,12 +17,14 @@ class Piece(NamedTuple):
     plus: float = 0.0       # our values are theirs plus this
 
     def load(self, theirs):
+        """Copy their tensor into the views of ours."""
         for ours, part in self.parts:
             ours.copy_(part(theirs).view(ours.shape))
             if self.plus:
                 ours.add_(self.plus)
 
     def save(self):
+        """Their tensor, in fp32, made from the views of ours."""
         theirs = torch.empty(self.shape)
         for ours, part in self.parts:
             part(theirs).view(ours.shape).copy_(ours - self.plus)
