@@ -96,7 +96,7 @@ def switched(flags, other, names):
 
 
 def refuse_unpaired(names, source):
-    """ValueError for a name that changes the data, the seed or the measurement. source: where it was given."""
+    """ValueError for a name that changes data, seed or measurement. source: where the name was given."""
     for name in names:
         if name in PAIRED + NOT_IDENTIFYING:
             raise ValueError(f'{name} must not differ between the arms ({source}): they would not be '
