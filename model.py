@@ -357,12 +357,6 @@ class SoftmaxAttention(nn.Module):
         return ops.attention(q, k, v, ctx.pos, key_pos, **self.options, slopes=slopes, sinks=self.sinks,
                              in_order=ctx.in_order, dropout=self.dropout if self.training else 0.0)
 
-# n_kv_head = n_head: MHA      fewer: GQA        1: MQA
-#   v  v  v  v                   v     v             v         The cache holds k and v,
-#   k  k  k  k                   k     k             k         so it shrinks to n_kv_head / n_head.
-#   |  |  |  |                  / \   / \         / / \ \
-#   q  q  q  q                 q   q q   q       q  q  q  q
-
 class CachedAttention(nn.Module):
     """What Attention and MLA share. They set `cached`, the widths of what one token leaves in the cache."""
 
@@ -377,6 +371,12 @@ class CachedAttention(nn.Module):
     def flops(self, T):
         """Floating-point operations per token, forward and backward, of the scores and the weighted sum."""
         return 6 * self.products * min(T, self.window or T)
+
+# n_kv_head = n_head: MHA      fewer: GQA        1: MQA
+#   v  v  v  v                   v     v             v         The cache holds k and v,
+#   k  k  k  k                   k     k             k         so it shrinks to n_kv_head / n_head.
+#   |  |  |  |                  / \   / \         / / \ \
+#   q  q  q  q                 q   q q   q       q  q  q  q
 
 class Attention(CachedAttention):
     """Causal self-attention: MHA (Vaswani et al. 2017), GQA (Ainslie et al. 2023), MQA (Shazeer 2019)."""

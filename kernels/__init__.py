@@ -92,4 +92,4 @@ def _dispatch(name):
 
 
 globals().update({name: _dispatch(name) for name in OPS} | {'attention': attention.attention})
-__all__ = sorted([*OPS, 'at_least_fp32', 'spans'])
+__all__ = sorted([*OPS, 'spans'])
