@@ -197,7 +197,7 @@ def arms_between(start, end, start_name, end_name, places):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Values beside one config
+# One config, and other values of its flags
 
 
 def arms_of_vary(reference, name, text):

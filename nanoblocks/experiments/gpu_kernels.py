@@ -1,4 +1,4 @@
-"""Kernels on a GPU, for gpu.py: are they right, and how fast beside PyTorch's own."""
+"""Kernels on a GPU, for gpu.py: whether they are right, and how fast compared with PyTorch's own."""
 import json
 import os
 import subprocess
