@@ -44,7 +44,7 @@ figure = 'curves.png'               # plot: file for the figure
 
 # ----------------------------------------------------------------------------------------------------------
 # Topics. A topic is a function; its parameters are the settings it reads, and `flags` (the model's),
-# `argv` (everything behind the topic) and `folders` (the arguments that are no flags).
+# `argv` (everything after the topic) and `folders` (the arguments that are not flags).
 
 TOPICS = {
     'step': speed.step, 'window': speed.window, 'optimizers': speed.optimizers, 'families': speed.families,

@@ -69,6 +69,9 @@ with errors_as_messages():
         given = ' and '.join(name for name in modes if modes[name])
         raise ValueError(f'{given} must not be set together: each says what to do')
 
+    # read before the model is loaded, so that a wrong path is refused at once
+    text = text_or_file(score or start)
+    texts = read_prompts(prompts) if prompts else []
     session = Session.load(
         init_from, out_dir, ckpt, draft=draft, device=device, dtype=dtype, kernels=kernels,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty), stop=stop, seed=seed,
@@ -77,10 +80,10 @@ with errors_as_messages():
     console = Console(session, out, quant)
 
     if score:
-        console.score(text_or_file(score))
+        console.score(text)
     elif interactive:
         console.interactive()
     elif prompts:
-        console.samples(read_prompts(prompts), prompts)
+        console.samples(texts, prompts)
     else:
-        console.samples([text_or_file(start) or session.default_prompt])
+        console.samples([text or session.default_prompt])

@@ -33,6 +33,7 @@ from .spans import spans  # noqa: F401
 
 
 class Op(NamedTuple):
+    """One operation in its two forms."""
     plain: Callable         # plain PyTorch
     fused: Callable         # Triton: same arguments, same results
     ok: Callable            # (same arguments) -> whether `fused` takes them
@@ -79,18 +80,14 @@ def use_kernels(choice, device='cuda'):
     common.backend = choice
 
 
-def is_fused(name, *args, **options):
-    """Whether an operation runs Triton for these arguments."""
-    op = OPS[name]
-    return runs_triton(args[0], op.compiles) and op.ok(*args, **options)
-
-
 def _dispatch(name):
+    """The operation: Triton where it runs for these arguments, otherwise plain PyTorch."""
     op = OPS[name]
 
     @functools.wraps(op.plain)
     def run(*args, **options):
-        return (op.fused if is_fused(name, *args, **options) else op.plain)(*args, **options)
+        fused = runs_triton(args[0], op.compiles) and op.ok(*args, **options)
+        return (op.fused if fused else op.plain)(*args, **options)
     return run
 
 

@@ -178,7 +178,7 @@ def blockwise(q, k, v, scoring):
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
     pos = torch.arange(T + pad, device=q.device).view(-1, size)
-    # before the first token, positions are negative and nobody sees them
+    # before the first token, positions are negative and no query sees them
     key_pos = torch.cat([pos - i * size for i in range(back, -1, -1)], dim=1)
     q = q.unflatten(1, (-1, size)).flatten(0, 1)                            # (B n,size,H,D), n blocks a row
     k, v = spans(k, size, back), spans(v, size, back)                       # (B n,(back+1) size,K,D)

@@ -11,7 +11,7 @@ backward pass: x behind its tail, and the weight. On a CPU, W products of shifte
 time of F.conv1d with a group per channel, which wants time innermost, and less than half of what autograd
 makes of the same products.
 
-The Triton kernels read x where it lies, without putting the tail in front of it. The sums over tokens are
+The Triton kernels read x in place, without putting the tail in front of it. The sums over tokens are
 made per tile and then added up, in an order that never changes. Not measured on a GPU yet.
 """
 import torch
@@ -69,7 +69,7 @@ def causal_conv(x, weight, bias=None, tail=None):
     compiler fuses the caller's, and eager it costs a fraction of the rest.
     """
     B, T, I = x.shape
-    if T == 1:  # generating: nothing to gain from whole views
+    if T == 1:  # generating: shifted views gain nothing
         return causal_conv_reference(x, weight, bias, tail)
     tail = x.new_zeros(B, weight.shape[1] - 1, I) if tail is None else tail.to(x.dtype)
     x = torch.cat((tail, x), dim=1)
@@ -82,7 +82,7 @@ def causal_conv(x, weight, bias=None, tail=None):
 
 @jit
 def _inputs(x_ptr, tail_ptr, s, i, T, I, x_stride_t, TAPS: tl.constexpr, HAS_TAIL: tl.constexpr):
-    """The inputs at positions s of channels i, those of the tail where s is negative: fp32."""
+    """The inputs of channels i at positions s, from the tail where s is negative: fp32."""
     channel = i[None, :] < I
     x = tl.load(x_ptr + s[:, None] * x_stride_t + i[None, :],
                 mask=(s[:, None] >= 0) & (s[:, None] < T) & channel, other=0.0).to(tl.float32)

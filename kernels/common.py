@@ -17,8 +17,8 @@ backend = 'auto'
 
 def runs_triton(x, compiles=False):
     """
-    Whether operations on x run Triton, as far as their kernels take the arguments. compiles: torch.compile
-    makes one kernel of the plain operation as well, and fuses it with its neighbours.
+    Whether operations on x run Triton, if their kernels take the arguments. compiles: torch.compile makes one
+    kernel of the plain operation as well, and fuses it with its neighbours.
     """
     here = HAS_TRITON and (x.is_cuda or (INTERPRETED and backend == 'triton'))
     left = backend == 'torch' or (backend == 'auto' and compiles and torch.compiler.is_compiling())
@@ -26,7 +26,7 @@ def runs_triton(x, compiles=False):
 
 
 class _Language:
-    """Stands for triton.language until a launch: before that, Python reads nothing of it but annotations."""
+    """Takes the place of triton.language until a launch: before that, Python reads only its annotations."""
     constexpr = 'constexpr'
 
 
@@ -40,7 +40,10 @@ class jit:
         self.function, self.made = function, None
 
     def make(self):
-        """The function as Triton has it, and the module it stands in ready for Triton to read."""
+        """
+        The function in Triton's form. In its module, `tl` becomes triton.language, and every jit function
+        takes the form of Triton as well.
+        """
         if self.made is None:
             import triton
             import triton.language
@@ -55,12 +58,12 @@ class jit:
 
 class kernel(jit):
     """
-    A Triton kernel: kernel[grid](*args, num_warps=.., num_stages=..). No autotuner: what it picks depends on
-    the noise of a measurement, and a run that is resumed must compute what it computed before.
+    A Triton kernel: kernel[grid](*args, num_warps=.., num_stages=..). No autotuner: its choice depends on the
+    noise of a measurement, and a resumed run must compute the same as before.
     """
-    # a list: launches are recorded in it instead of made, to compile them for a GPU that is not here
+    # a list: launches are recorded in it instead of executed, to compile them for a GPU that is not here
     record = None
-    # the architecture to launch for where there is no GPU: sm_90
+    # the architecture to compile for where there is no GPU: sm_90
     target = 90
 
     def __getitem__(self, grid):
@@ -79,9 +82,9 @@ class kernel(jit):
 def check(op, **arguments):
     """
     Raises ValueError unless all tensors are on one device and have the shapes written beside them:
-    check('rms_norm', x=(x, '... C'), weight=(weight, 'C')). A letter or word is the same size wherever it
-    stands, a number stands for itself, '... ' for any leading dimensions; 'int' in front asks for integers,
-    otherwise numbers must be floating-point. A tensor may be None, which always passes.
+    check('rms_norm', x=(x, '... C'), weight=(weight, 'C')). A letter or word is one size in all shapes, a
+    number is that size, '...' any leading dimensions; 'int' in front asks for integers, otherwise the dtype
+    must be floating-point. A tensor may be None, which always passes.
     """
     sizes, first = {}, None
     for name, (tensor, words) in arguments.items():

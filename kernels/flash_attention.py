@@ -55,6 +55,7 @@ def positions(ptr, index, size, IN_ORDER: tl.constexpr):
 
 @jit
 def visible(query, key, window, WINDOW: tl.constexpr):
+    """Whether a query at one position may see a key at another."""
     mask = (key <= query) & (key >= 0)
     if WINDOW:
         mask = mask & (key > query - window)
@@ -269,6 +270,7 @@ def _shapes(q, k, v):
 
 
 def check_shapes(op, q, k, v, pos, key_pos, slopes, sinks):
+    """ValueError where the shapes or dtypes of the arguments do not fit together."""
     check(op, q=(q, 'B T H D'), k=(k, 'B S K D'), v=(v, 'B S K E'), slopes=(slopes, 'H'), sinks=(sinks, 'H'),
           pos=(pos, 'int B T' if pos.dim() == 2 else 'int T'),
           key_pos=(key_pos, 'int B S' if key_pos.dim() == 2 else 'int S'))

@@ -3,12 +3,12 @@ One linear layer per expert, over rows that are sorted by expert: rows of expert
 
     dx = dy W_e        dW_e = dy_e^T x_e        db_e = sum of dy_e
 
-No row is padded or dropped: every expert takes as many as there are.
+No row is padded or dropped: every expert takes all rows that are given to it.
 Saved for the backward pass: x, W and the counts.
 
-On a GPU no count is read by the host: the shapes are those of all rows together, and each program finds its
-expert from the counts. F.grouped_mm does it where it can, 16-bit brain floats on Hopper and later; elsewhere
-Triton kernels do, one for y and dx and one for dW. Not measured on a GPU yet.
+On a GPU the host reads no count: shapes are of all rows together, and each program finds its expert from the
+counts. F.grouped_mm computes the products where it can, in bf16 on Hopper and later; elsewhere Triton kernels
+do, one for y and dx and one for dW. Not measured on a GPU yet.
 """
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,8 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 def grouped_linear(x, weight, bias, counts):
     """
     x (M,in) sorted by expert, weight (E,out,in), bias (E,out) or None, counts (E,) int64:
-    how many rows are of each expert, M together -> (M,out). Under autocast the products
-    are made in its dtype, as those of F.linear.
+    the rows of each expert, M together -> (M,out). Under autocast the products are in its
+    dtype, as in F.linear.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):

@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from .common import cdiv, check, clamp, fits, kernel, pow2, randint, randn, tanh, tl
 
-# Below this many logits a chunk is not worth a loop; above it, eight chunks are enough to forget the memory
-# and few enough for a compiler to unroll.
+# Chunks have about CHUNK_NUMEL logits, which makes them worth a loop. More than MAX_CHUNKS would save little
+# memory, and be too many for a compiler to unroll.
 CHUNK_NUMEL, MAX_CHUNKS = 2**24, 8
 
 
@@ -86,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx.append(dxs)
                 # summed in fp32 whatever the products' dtype, or late chunks would be rounded away
                 dw = dw + dws.to(part.dtype)
-        # the count divides here and not within dz, where fp16 would lose what is small
+        # divided by the count here, not in dz, where fp16 would lose small numbers
         mean = 1 / (targets >= 0).sum().clamp(min=1).to(loss.dtype)
         if grads:
             ctx.save_for_backward((torch.cat(dx) * mean).to(x.dtype), (dw * mean).to(weight.dtype))
@@ -177,7 +177,7 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
     """(loss, dx, dW), the gradients empty unless they are asked for"""
     check('linear_cross_entropy', x=(x, 'N C'), weight=(weight, 'V C'), targets=(targets, 'int N'))
     N, V = x.shape[0], weight.shape[0]
-    # one product kernel does not fit all: rows of logits on multiples of 16 bytes
+    # rows of logits begin on multiples of 16 bytes, which the products need to be fast
     width = cdiv(V, 16) * 16
     n = clamp(FUSED_NUMEL // width, 1, max(1, N))
     n = cdiv(max(1, N), cdiv(max(1, N), n))  # chunks of one size
@@ -187,7 +187,7 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
     targets = targets.contiguous()
     count = (targets >= 0).sum().clamp(min=1)
     block = clamp(pow2(V), 64, 4096)
-    # products are in the dtype they are given, whatever autocast the caller is under
+    # products in the dtype of their inputs, under any autocast of the caller
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, N, n):
             part = slice(start, min(start + n, N))
@@ -199,7 +199,7 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
                 torch.mm(z, weight, out=dx[part])
                 _accumulate(dw, z.T, x[part])
         if grads:
-            # the count divides here and not within dz, where fp16 would lose what is small
+            # divided by the count here, not in dz, where fp16 would lose small numbers
             dx, dw = (dx / count).to(x.dtype), (dw / count).to(weight.dtype)
     return losses.sum() / count, dx, dw
 

@@ -8,7 +8,7 @@ and the same behind a residual sum, x = a + b, which is returned as well: da = d
 Saved for the backward pass: x (or the sum), w and r (one number a row).
 
 The Triton kernels read each row once and write it once, forward and backward; the sum over rows for dw is
-made in as many parts as there are programs, in an order that never changes. Not measured on a GPU yet.
+made in one part for each program, in an order that never changes. Not measured on a GPU yet.
 """
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ def _autograd(ctx, dy, d_sum, _):
     dx, dw = _backward(dy, d_sum if ctx.has_residual else None, x, weight, r)
     if not ctx.has_residual:
         return dx, None, dw, None
-    # two tensors, because whoever adds to one of them may do so in place
+    # two tensors, because autograd may add to one of them in place
     return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1], copy=True), dw, None
 
 
@@ -217,5 +217,5 @@ def cases():
 
 def cases_add():
     made = {name: (x, randn(*x.shape, seed=2), weight, eps) for name, (x, weight, eps) in cases().items()}
-    # under autocast the sum is fp32 and what is added to it is not
+    # under autocast the residual is fp32 and the branch added to it is not
     return made | {'a sum of fp32': (leaf(5, 20), randn(5, 20, seed=1), leaf(20, seed=2), 1e-5)}

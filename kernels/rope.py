@@ -4,8 +4,8 @@ GPT-NeoX and Llama: coordinate j turns together with coordinate j + R/2, by the 
 
 Every pair is rotated as (a, b) -> (a cos - b sin, b cos + a sin). The backward pass is the opposite rotation.
 
-The Triton kernel takes queries and keys together, where they lie in the buffer of the projection, and norms
-each head first when it is given weights (QK-norm: kernels/rms_norm.py has the formulas). Saved for the
+The Triton kernel takes queries and keys together, in place in the buffer of the projection, and norms each
+head first when it is given weights (QK-norm: kernels/rms_norm.py has the formulas). Saved for the
 backward pass: the angles, and with a norm the inputs. Not measured on a GPU yet.
 """
 import torch
@@ -72,7 +72,7 @@ def _rope_kernel(x_ptr, g_ptr, w_ptr, cos_ptr, sin_ptr, y_ptr, dw_ptr, M, T, H, 
                  BACKWARD: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
                  BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr, ROWS: tl.constexpr):
     """
-    ROWS tokens of one head. Forward x -> y; backward g, the gradient of the output, -> y, that of the input.
+    ROWS tokens of one head. Forward: x -> y. Backward: g, the output's gradient -> y, the input's gradient.
     M = B * T tokens, D = 2 HALF + REST.
     """
     D: tl.constexpr = 2 * HALF + REST

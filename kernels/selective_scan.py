@@ -13,8 +13,8 @@ Backward, from the last token to the first, with g_t = dL/ds_t and q_t = dL/d(dt
 Saved for the backward pass: the inputs, and the state in front of every CHUNK tokens. The states between are
 computed again, chunk by chunk: all of them at once are N times as large as x, those kept are N / CHUNK times.
 
-The loop runs over tokens, on (N,I) per sequence: the channels innermost, as they are many, and time
-outermost, so that a token's states are one piece of memory. On a CPU this beats the parallel scans, which
+The loop runs over tokens, on (N,I) per sequence: channels innermost, because they are many, and time
+outermost, so that a token's states are contiguous in memory. On a CPU this beats the parallel scans, which
 move more memory. On a GPU it is right and slow, at a launch for each token.
 
 The Triton kernels give each program some channels of one sequence, whose states stay in registers from the
@@ -79,7 +79,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     y = x.new_empty(x.shape)
     starts = x.new_empty(-(-x.shape[1] // CHUNK), *s.shape, dtype=wide)
     decay, states = x.new_empty(2, min(CHUNK, x.shape[1]), *s.shape, dtype=wide)
-    # an op keeps the autocast of its caller, which would round the products to bf16
+    # the caller's autocast reaches into an op, and would round the products to bf16
     with torch.autocast(x.device.type, enabled=False):
         for t, start in zip(range(0, x.shape[1], CHUNK), starts):
             start.copy_(s)

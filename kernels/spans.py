@@ -19,6 +19,7 @@ def spans_reference(x, size, back):
 
 
 class Spans(torch.autograd.Function):
+    """spans_reference with its own backward pass, which adds up the copies of each block."""
 
     @staticmethod
     def forward(ctx, x, size, back):

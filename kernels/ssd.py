@@ -194,8 +194,8 @@ def _state_grads_kernel(dy_ptr, dt_ptr, A_ptr, C_ptr, starts_ptr, d_end_ptr, end
                         T, H, G, chunks, C_stride_b, C_stride_t, P: tl.constexpr, N: tl.constexpr,
                         L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """
-    Z, the gradient of the state behind every chunk (B,chunks,H,P,N), that of the state in front of all
-    (B,H,P,N), and the part of <Z, exp(c_L) S> that is this program's (B,chunks,H,blocks of P).
+    Z, the gradient of the state behind every chunk (B,chunks,H,P,N); the gradient of the first state
+    (B,H,P,N); and this program's part of <Z, exp(c_L) S> (B,chunks,H,blocks of P).
     """
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
@@ -236,18 +236,18 @@ def _head_grads_kernel(dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts
     B = _tokens(B_ptr, b, t, group, B_stride_b, B_stride_t, T, N, n)
     C = _tokens(C_ptr, b, t, group, C_stride_b, C_stride_t, T, N, n)
     scores = tl.dot(C, tl.trans(B)) * _decay(total, step)
-    # what is within a chunk: a token's own part does not decay
+    # 1. within the chunk: a token's own part does not decay
     q = tl.dot(dy, tl.trans(x)) * scores * dt[None, :]
     q = tl.where(step[:, None] > step[None, :], q, 0.0)
     crossing = tl.sum(q, 1) - tl.sum(q, 0)
     du = tl.dot(tl.trans(scores.to(x.dtype)), dy)
-    # what goes into the state
+    # 2. through the state that the chunk leaves
     at, inside = _state(ends_ptr, number, p, n, P, N)
     written = tl.dot(B, tl.trans(tl.load(at, mask=inside, other=0.0))) * tl.exp(last - total)[:, None]
     x = x.to(tl.float32)
     into = dt * tl.sum(x * written, 1)
     du += written
-    # what comes from the state
+    # 3. through the state in front of the chunk
     at, inside = _state(starts_ptr, number, p, n, P, N)
     found = tl.dot(C, tl.trans(tl.load(at, mask=inside, other=0.0)))
     dy = dy.to(tl.float32)
@@ -257,7 +257,7 @@ def _head_grads_kernel(dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts
     d_decay = tl.cumsum(crossing, 0, reverse=True) + tl.cumsum(into, 0) - into + kept
     A = tl.load(A_ptr + h).to(tl.float32)
     D = tl.load(D_ptr + h).to(tl.float32)
-    # where nothing is left to cross, what is left of large sums must not count
+    # where a token forgets everything, only the rounding of large sums is left: drop it
     d_decay = tl.where(dt * A > -30.0, d_decay, 0.0)
     tl.store(d_dt_ptr + (b * T + t) * H + h, (A * d_decay + tl.sum(x * du, 1)).to(d_dt_ptr.dtype.element_ty),
              mask=t < T)

@@ -413,8 +413,8 @@ def greedy(made):
     if (best[..., 0] - best[..., 1]).min() < MARGIN or len(new.unique()) < 5:
         return False
     if made.case.cache:
-        whole = made.model(made.tokens).logits[:, PROMPT - 1:-1].argmax(-1)
-        assert torch.equal(whole, new), 'transformers chooses otherwise with its cache: cache must be False'
+        plain = made.model(made.tokens).logits[:, PROMPT - 1:-1].argmax(-1)
+        assert torch.equal(plain, new), 'transformers chooses otherwise with its cache: cache must be False'
     return True
 
 

@@ -153,7 +153,7 @@ def test_flags_that_mean_nothing_alone_go_together(target, groups):
     _, _, arms, pairs, ladder = between('gpt2_small', target)
     found = {frozenset(pair['flag'].split('+')) for pair in pairs}
     for group in map(frozenset, (group.split('+') for group in groups)):
-        # a family may add to what goes together, never to what stands alone
+        # a family may add to a group of several flags, never to a flag that works alone
         assert any(group <= other if len(group) > 1 else group == other for other in found), found
     for arm in arms.values():
         config_of(arm)

@@ -4,6 +4,9 @@ speculative decoding against the exact distribution, 8-bit weights against the w
 """
 import itertools
 import math
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -548,6 +551,36 @@ def test_special_tokens():
     for tokenizer, name in ((ByteTokenizer(), '<|im_end|>'), (CharTokenizer('ab'), '<|endoftext|>')):
         with pytest.raises(ValueError, match='must be a text or a special token'):
             special_token(tokenizer, name)
+
+
+@pytest.mark.parametrize('flags', [
+    toy(layer_pattern='w', window=5, pos='rope'), toy(layer_pattern='ma', pos='none', ssm_head_dim=8),
+    toy(pos='learned', block_size=11)], ids=['window', 'states', 'learned positions to their end'])
+def test_warming_up_a_cuda_graph_changes_no_token(flags, monkeypatch):
+    """On a CPU, whose graph runs the step again; a capture records the step and does not run it."""
+    model, idx = scaled(build(flags), 5), tokens(flags, 2, 9)
+
+    def new_decoder():
+        return Decoder(model, idx, 2, Sampling(repetition_penalty=1.2), seed=3, logprobs=True)
+    want, captured = drawn(new_decoder()), new_decoder()
+    recording, ran = [], []
+
+    def step():
+        if not recording:
+            ran.append(1)
+            captured.step()
+
+    @contextmanager
+    def record(graph):
+        recording.append(1)
+        yield
+        recording.clear()
+    monkeypatch.setattr(torch, 'cuda', MagicMock(
+        stream=lambda stream: nullcontext(), graph=record, CUDAGraph=lambda: SimpleNamespace(replay=step)))
+    monkeypatch.setattr(captured, 'ready_step', lambda: captured.captured(step))
+    got = drawn(captured)
+    assert len(ran) == 3 + 1, 'three steps to warm up, and one after the first token'
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 # ----------------------------------------------------------------------------------------------------------

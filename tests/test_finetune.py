@@ -45,7 +45,7 @@ def test_training_begins_with_the_weights_of_a_folder(tmp_path):
     run = losses(tmp_path / 'run')
     assert math.isclose(run[0], first_loss(model, 32), rel_tol=1e-5)
     assert run[-1] < run[0] - 0.3, run
-    # and goes on as any run does
+    # and continues as any run does
     done = python('train.py', *flags(init_from='resume', out_dir=tmp_path / 'run', max_iters=14))
     assert done.code == 0 and metrics(tmp_path / 'run')[-1]['step'] == 14, done
 

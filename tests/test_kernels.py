@@ -131,7 +131,7 @@ def strided(x):
 
 
 def turned(B, T, H, D, rows):
-    """x and the angles of its tokens, for all rows alike or for each."""
+    """x and the angles of its tokens, shared by all rows or one set for each."""
     angle = 3 * randn(*((B, T) if rows else (T,)), D // 2, seed=1)
     return randn(B, T, H, D), Wide(angle.cos(), False), Wide(angle.sin(), False)
 
@@ -264,7 +264,7 @@ def run(function, args):
 
 
 def assert_follows_the_rule(function, op, case, dtype, autocast=False):
-    """An error of at most twice that of plain PyTorch in the same dtype, and one rounding."""
+    """An error of at most twice the error of plain PyTorch in the same dtype, plus one rounding."""
     # the largest error of one small tensor is a matter of luck on either side: mean squares of some draws
     totals, draws = {}, 6
     definition, plain = OPS[op]
@@ -289,7 +289,7 @@ def assert_follows_the_rule(function, op, case, dtype, autocast=False):
 
 @EVERY_CASE
 def test_values_and_gradients_in_float64(op, case, chunks):
-    # two orders of the same sums: 1e-11 of the largest is far above their rounding, far below that of fp32
+    # two orders of the same sums: 1e-11 of the largest is far above fp64's rounding and far below fp32's
     got, truth = (run(f, arguments(op, case, torch.float64)) for f in (getattr(kernels, op), OPS[op][0]))
     for name, want in truth.items():
         assert got[name].dtype == torch.float64, f'{name} must be float64 like the input'
@@ -310,7 +310,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(op, case, dtype, autocast,
     assert_follows_the_rule(getattr(kernels, op), op, case, dtype, autocast)
 
 
-# the plain functions that stand beside an operation in its file
+# the plain functions beside an operation in its file
 FILES = [module for name, module in sys.modules.items() if name.startswith('kernels.')]
 REFERENCES = {op: getattr(file, f'{op}_reference') for op in OPS for file in FILES
               if hasattr(file, f'{op}_reference')}
@@ -448,7 +448,7 @@ def test_gradients_of_fp16_keep_what_is_small(chunks):
 
 
 def test_gradient_sums_of_bf16_do_not_lose_late_chunks(monkeypatch):
-    # 512 chunks of one row that say nearly the same: a running sum in bf16 would stand still from 256 on
+    # 512 chunks of one row with nearly the same gradient: a running sum in bf16 would stop growing at 256
     module = importlib.import_module('kernels.linear_cross_entropy')
     monkeypatch.setattr(module, 'CHUNK_NUMEL', 1)
     monkeypatch.setattr(module, 'MAX_CHUNKS', 512)
@@ -568,7 +568,7 @@ def test_gradients_of_attention_equal_those_of_the_definition(case):
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = [['check', op, case, dtype] for op, row in kernels.OPS.items() for case in row.cases()
-        # products of fp32 are left to PyTorch, those of attention and experts not in the interpreter
+        # products of fp32 are left to PyTorch; in the interpreter, attention and experts run them too
         for dtype in (('float16', 'bfloat16') if op == 'ssd' else ('float32', 'bfloat16'))]
 MODELS = {
     'gemma2_small': {'attention_backward', 'gated_backward', 'rope_backward', 'decode_attention'},

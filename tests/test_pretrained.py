@@ -179,7 +179,7 @@ def test_keys_that_are_left_out_mean_their_defaults(made, name, tmp_path):
 @one_of_each
 @torch.no_grad()
 def test_absent_keys_mean_what_they_mean_in_transformers(name):
-    """The defaults of an entry are those of the config class, where that has a plain one."""
+    """The defaults of an entry equal the config class's, where the class has a plain one."""
     config_class = type(transformers.AutoConfig.for_model(CASES[name].model_type))
     plain = {field.name: field.default for field in fields(config_class) if field.default is not MISSING}
     theta = config_class.default_theta

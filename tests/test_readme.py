@@ -125,7 +125,7 @@ def check(words):
     model_args = configure(settings, GPTConfig if takes_model_flags else None, args, skip=skip)
     if takes_model_flags and settings.get('init_from') == 'resume':
         # the other flags are those of the run, which is named after its config
-        model_args = tables.flags_of(Path(settings['out_dir']).name) | model_args
+        model_args = tables.flags_of_config(Path(settings['out_dir']).name) | model_args
     if takes_model_flags:
         GPTConfig(**model_args)
 
@@ -268,7 +268,7 @@ def test_flags_of_a_model_give_what_its_config_does():
         base = {label: base for base, label in tables.BASES.items()}.get(base, 'gpt2_small')
         given = [f'--{flag}' for flag in flags.strip('`').split()]
         made = configure({}, GPTConfig, [f'config/{base}.py', *given], skip=train_settings)
-        assert GPTConfig(**made) == GPTConfig(**tables.flags_of(name.strip('`'))), name
+        assert GPTConfig(**made) == GPTConfig(**tables.flags_of_config(name.strip('`'))), name
     assert len(models) > 20
 
 

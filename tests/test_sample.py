@@ -411,6 +411,12 @@ def test_a_prompt_that_is_no_text_is_refused(tmp_path):
     assert_refused(done, str(tmp_path / 'prompt'), 'UTF-8')
 
 
+@pytest.mark.parametrize('setting', ['prompts=', 'start=FILE:', 'score=FILE:'])
+def test_a_text_that_is_not_there_is_refused_before_the_model_is_loaded(tmp_path, setting):
+    done = python('sample.py', f'--out_dir={tmp_path / "no run"}', f'--{setting}{tmp_path / "no text"}')
+    assert_refused(done, str(tmp_path / 'no text'))
+
+
 @pytest.mark.parametrize('before, words', [
     ("import sys; sys.modules['tiktoken'] = None", ['pip install tiktoken']),
     ('''

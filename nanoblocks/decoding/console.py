@@ -12,7 +12,8 @@ class Console:
     def __init__(self, session, out='', quant='none'):
         """out: a file for JSON lines, one per sample; quant: 'int8' rounds the weights beforehand"""
         self.session, self.out, self.quant = session, out, quant
-        self.file = self.last = None
+        self.file = None                # the open file, while `running`
+        self.last = None                # the Generation shown last
         self.hit_limit = False          # whether learned positions ended a sample
 
     def samples(self, texts, path=None):
@@ -70,7 +71,8 @@ class Console:
             print(f'--------------- {len(sample.tokens)} tokens, the first after '
                   f'{sample.seconds_to_first:.3f} s, then {sample.tokens_per_s:.1f} tokens/s')
             self.write(prompt=sample.prompt, text=sample.text, tokens=sample.tokens, logprobs=sample.logprobs)
-        self.last, room = generation, generation.decoder.max_new_tokens
+        self.last = generation
+        room = generation.decoder.max_new_tokens
         self.hit_limit |= generation.steps + 1 == room < self.session.max_new_tokens
 
     def write(self, **row):

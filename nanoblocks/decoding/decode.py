@@ -270,7 +270,7 @@ class Decoder:
         return self.captured(step)
 
     def captured(self, step):
-        """The replay of a CUDA graph of `step`. The steps that warm it up are undone."""
+        """The replay of a CUDA graph of `step`."""
         tensors = [t for t in (self.token, self.pos, self.number, self.done, self.logprob, self.seen)
                    if t is not None]
         before, snapshots = [t.clone() for t in tensors], [entry.snapshot() for entry in self.cache]
@@ -279,14 +279,16 @@ class Decoder:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 step()
+                # undone at once: a second step would overwrite a key in the ring buffer of a window that the
+                # first one sees, and might lie beyond the last learned position
+                for t, old in zip(tensors, before):
+                    t.copy_(old)
+                for entry, old in zip(self.cache, snapshots):
+                    entry.restore(old)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
-        for t, old in zip(tensors, before):
-            t.copy_(old)
-        for entry, old in zip(self.cache, snapshots):
-            entry.restore(old)
+            step()  # recorded, not run
         return graph.replay
 
 

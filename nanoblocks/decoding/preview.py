@@ -1,4 +1,4 @@
-"""Sample texts of a model in training, to look at beside its loss."""
+"""Sample texts of a model in training, to read as well as its loss."""
 import torch
 
 from nanoblocks.tokenizer import from_meta

@@ -39,7 +39,7 @@ def _(x, weight):
 
 def int8_linear(x, weight, scale, bias):
     """x (M,I), weight (N,I) int8, scale (N,), bias (N,) or None -> (M,N) in x's dtype"""
-    # the kernel reads whole vectors of 64 weights
+    # the kernel reads vectors of 64 weights
     if x.device.type == 'cpu' and len(x) <= MAX_KERNEL_ROWS and x.shape[1] % 64 == 0:
         y = int8_rows(x.bfloat16(), weight)
     else:

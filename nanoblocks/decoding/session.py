@@ -201,6 +201,7 @@ class Session:
         return self.score_tokens(self.tokens_to_score(text))
 
     def tokens_to_score(self, text: str) -> list[int]:
+        """The tokens of a text, after the token that begins a document; ValueError for fewer than two."""
         tokens = self.tokenizer.encode(text)
         if self.tokenizer.eot is not None:          # so that the first token of the text is scored too
             tokens = [self.tokenizer.eot, *tokens]
@@ -209,6 +210,7 @@ class Session:
         return tokens
 
     def score_tokens(self, tokens: list[int]) -> Score:
+        """How likely the tokens are, each but the first given those before it within block_size."""
         window = min(self.model.config.block_size, self.model.wpe.max_tokens or math.inf)
         logprobs = token_logprobs(self.model, torch.tensor(tokens, device=self.device), window)
         return Score(tokens, logprobs.tolist(), logprobs.sum().item(),
@@ -271,7 +273,7 @@ def load_draft(out_dir, ckpt, tokenizer):
 
 
 def prepare(model, tokenizer, device, dtype):
-    """Move the model to its device, and drop the rows of its head beyond the vocabulary."""
+    """Move the model to its device, and drop the rows of the head that only round up the vocabulary."""
     model.eval().to(device, dtype)
     head = model.lm_head.weight[:tokenizer.vocab_size]
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)

@@ -28,7 +28,7 @@ def acceptance(p, q, drafted):
     accept = (p[:-1].gather(-1, drawn) / q.gather(-1, drawn).clamp(min=1e-38)).clamp(max=1).squeeze(-1)
     residual = (p[:-1] - q).clamp(min=0)
     total = residual.sum(-1, keepdim=True)
-    # where p = q up to rounding nothing is left of p, and the token is as good as always accepted
+    # where p = q up to rounding, the residual is zero, and a token is almost never rejected
     residual = torch.where(total > 0, residual / total.clamp(min=1e-38), p[:-1])
     return accept, torch.cat((residual, p[-1:]))
 
@@ -88,7 +88,7 @@ class CachedModel:
 
 
 def check_pair(model, draft, idx, max_new_tokens):
-    """ValueError where `draft` cannot draft for `model` behind idx."""
+    """ValueError where `draft` cannot draft for `model` after the prompt idx."""
     T, (size, draft_size) = idx.shape[1], [m.lm_head.weight.shape[0] for m in (model, draft)]
     if idx.shape[0] != 1 or T == 0:
         raise ValueError(f'idx of shape {tuple(idx.shape)} must be one row of at least one token: '

@@ -24,6 +24,7 @@ NAMES = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16', t
 
 
 class Compiled(NamedTuple):
+    """What one launch takes on one architecture."""
     name: str
     arch: int
     warps: int

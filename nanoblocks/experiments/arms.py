@@ -15,7 +15,7 @@ from model import GPTConfig
 from nanoblocks.files import ROOT
 
 MODEL = model_flags(GPTConfig)
-# settings that two runs must share to see the same tokens and be measured alike
+# settings that two runs must share to see the same tokens and be measured in the same way
 PAIRED = ('seed', 'dataset', 'block_size', 'vocab_size', 'batch_size', 'gradient_accumulation_steps',
           'max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'eval_only', 'device',
           'batch_tokens', 'batch_warmup_iters')
@@ -42,10 +42,16 @@ def read_flags(argv):
         '__annotations__': {name: setting.type for name, setting in known.items()}}
     flags = configure(settings, GPTConfig, argv, given)
     flags = {name: settings[name] for name in train if name not in own} | flags
-    # flags that were given come last, in the order in which they were given: that of the ladder
+    # flags that were given come last, in the order in which they were given: the order of the ladder
     flags = {name: flags[name] for name in flags if name not in given} | {
         name: flags[name] for name in given if name in flags}
     return flags, {name: settings[name] for name in own}, given
+
+
+def flags_of_config(name):
+    """The model flags that config/<name>.py sets."""
+    path = str(ROOT / 'config' / f'{name}.py')
+    return configure({}, GPTConfig, [path], skip=settings_of(ROOT / 'train.py'))
 
 
 def read_value(name, text):
@@ -67,6 +73,7 @@ def config_of(flags):
 
 
 def legal(flags):
+    """Whether GPTConfig accepts the model flags."""
     try:
         config_of(flags)
     except ValueError:
@@ -89,10 +96,11 @@ def switched(flags, other, names):
 
 
 def refuse_unpaired(names, source):
+    """ValueError for a name that changes data, seed or measurement. source: where the name was given."""
     for name in names:
         if name in PAIRED + NOT_IDENTIFYING:
             raise ValueError(f'{name} must not differ between the arms ({source}): they would not be '
-                             'trained on the same tokens and measured alike')
+                             'trained on the same tokens and measured in the same way')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -189,7 +197,7 @@ def arms_between(start, end, start_name, end_name, places):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Values beside one config
+# One config, and other values of its flags
 
 
 def arms_of_vary(reference, name, text):

@@ -7,6 +7,7 @@ import torch
 from model import GPT, GPTConfig
 from nanoblocks.experiments.figures import COLORS, LOSS, panels, save, title
 from nanoblocks.experiments.runs import read_lines
+from nanoblocks.formats import format_quantity
 
 SCALES = {'step': 'training step', 'tokens': 'training tokens', 'seconds': 'training time (s)',
           'FLOPs': 'training compute (FLOPs)'}
@@ -51,6 +52,8 @@ def draw(runs, path):
                 if points:
                     ax.plot(*zip(*points), color=COLORS[color % len(COLORS)], **style)
         ax.set_xlabel(label, fontsize=9)
+        if scale in ('tokens', 'FLOPs'):
+            ax.xaxis.set_major_formatter(lambda value, _: format_quantity(value))
     for ax in axes[::2]:
         ax.set_ylabel(LOSS.replace('validation ', ''), fontsize=9)
     title(axes[0], 'dots: validation loss; thin lines: training loss')

@@ -3,8 +3,8 @@ What sampling costs. GPT-2 124M (or other flags) with random weights for one row
 this machine, against transformers and against no cache; the 10,000th token of long texts against the 1,000th;
 what latents save; and on a GPU, Llama 1B for 1, 8 and 64 rows.
 
-Variants that are compared run interleaved, in one process. The time of a token is that of every token but the
-first, sampling included.
+Variants that are compared run interleaved, in one process. The time of a token is the median over all tokens
+but the first, sampling included.
 """
 import copy
 import tempfile
@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import configure, settings_of
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.decoding import quantize as quant
 from nanoblocks.decoding.decode import Decoder, Sampling
+from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.timing import interleaved, print_table, timed
-from nanoblocks.files import ROOT
 from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
@@ -141,6 +140,7 @@ def one_row(model, rounds, device):
 
 
 def one_row_cells(model, timings, bandwidth):
+    """Cells of one row's table: first token, other tokens, tokens/s, MB per token, share of the bandwidth."""
     token = median(seconds for timing in timings for seconds in timing.tokens)
     read = bytes_per_step(model, model.new_cache(1, PROMPT + NEW))
     first = median(timing.first for timing in timings)
@@ -193,6 +193,7 @@ def cache_mb(decoder):
 
 
 def long_texts(device, count=240):
+    """A token late in a long text against an early one: time and cache of four kinds of layers."""
     choices = {'window 256': dict(pos='rope', layer_pattern='w', window=256),
                'Mamba': dict(pos='none', layer_pattern='m', ffn_pattern='-', ssm='mamba1'),
                'Mamba-2': dict(pos='none', layer_pattern='m', ffn_pattern='-'),
@@ -210,6 +211,7 @@ def long_texts(device, count=240):
 
 
 def latents(device, length=4096, count=60):
+    """A token after 4,096 others with MHA, GQA and MLA: its time, and the cache against kv_cache_bytes."""
     choices = {'MHA': {}, 'GQA-2': dict(n_kv_head=2),
                'MLA 128 + 32': dict(attn='mla', kv_rank=128, rope_head_dim=32)}
     decoders = {}
@@ -226,8 +228,7 @@ def latents(device, length=4096, count=60):
 
 def many_rows(device):
     """Llama 1B in bf16, compiled and captured as a CUDA graph."""
-    path, settings = str(ROOT / 'config' / 'llama_1b.py'), settings_of(ROOT / 'train.py')
-    config = GPTConfig(**configure({}, GPTConfig, [path], skip=settings))
+    config = GPTConfig(**flags_of_config('llama_1b'))
     model, table = random_model(config, device, torch.bfloat16), []
     for rows in (1, 8, 64):
         run = generation(model, torch.randint(config.vocab_size, (rows, PROMPT), device=device), NEW, True)

@@ -114,12 +114,13 @@ def _ssd_flops(x, dt, A, B, C, D):
 
 
 class Example(NamedTuple):
+    """One set of arguments for one operation."""
     op: str
     what: str
     make: object                # (n, device) -> arguments, in bf16 and differentiable
     n: int                      # tokens of a measurement
     flops: object = None        # (*arguments) -> (forward, backward) FLOPs of the matrix products
-    hard: bool = False          # the example of its operation that takes most registers
+    hard: bool = False          # takes the most registers of all examples of its operation
 
 
 EXAMPLES = [
@@ -148,7 +149,7 @@ EXAMPLES = [
             _attention_flops, hard=True),
     Example('attention', 'soft-capped', lambda n, d: _attention(n, d, 32, 8, 128, 4096, softcap=50.0), 16384,
             _attention_flops),
-    Example('attention', 'by position, behind a cache', lambda n, d: _chunk(n, d, 32, 8, 128), 4096,
+    Example('attention', 'by position, after a cache', lambda n, d: _chunk(n, d, 32, 8, 128), 4096,
             _attention_flops),
     Example('attention', 'ALiBi, 12 heads of 64', lambda n, d: _attention(n, d, 12, 12, 64, 1024, alibi=True),
             16384, _attention_flops),

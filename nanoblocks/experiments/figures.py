@@ -89,7 +89,7 @@ def layout(shown):
         return ladder_layout(shown), 'Each row is compared with the row above it'
     rows, y, previous = [], 0.0, None
     for pair, e in shown:
-        # the rows of one flag stand together
+        # the rows of one flag are close together
         y -= 0.0 if previous is None else 1.0 if pair['flag'] == previous else 1.5
         previous = pair['flag']
         rows.append((y, label(pair), e))

@@ -61,7 +61,8 @@ def kernel_table(aot, out, seconds, dry):
 def prepare(dry):
     """Refuse what this machine cannot do; for a dry run, switch Triton to its interpreter."""
     if not dry and not torch.cuda.is_available():
-        raise ValueError('bench.py gpu needs a GPU: to try it without one, --dry=True')
+        raise ValueError('bench.py gpu and bench.py kernels need a GPU: to try them without one, --dry=True, '
+                         'or for kernels --aot=True')
     if dry and importlib.util.find_spec('triton') is None:
         raise ValueError('dry=True runs the kernels in the interpreter of Triton: pip install triton')
     if dry:
@@ -113,7 +114,7 @@ class Measurement:
 
 def too_long(m):
     m.end = 0
-    raise TimeoutError('this took longer than all the time that was left')
+    raise TimeoutError('this item took longer than the time that was left')
 
 
 def items(m):
@@ -136,6 +137,7 @@ def items(m):
 
 
 def environment(m):
+    """Versions of the software, and the card."""
     found = {'torch': torch.__version__, 'python': sys.version.split()[0], 'dry': m.dry}
     try:
         import triton

@@ -1,4 +1,4 @@
-"""Kernels on a GPU, for gpu.py: are they right, and how fast beside PyTorch's own."""
+"""Kernels on a GPU, for gpu.py: whether they are right, and how fast compared with PyTorch's own."""
 import json
 import os
 import subprocess
@@ -17,7 +17,7 @@ NARROW = ('attention', 'decode_attention', 'grouped_linear', 'ssd')
 
 
 def checks(m, processes=8):
-    """The checks of tests/fused.py on this GPU -> how many were made, and what is wrong where they fail"""
+    """The checks of tests/fused.py on this GPU -> their number, {failed check: what is wrong}, and errors"""
     jobs = [['check', op, case, dtype] for op, row in kernels.OPS.items() for case in row.cases()
             for dtype in (('float32', 'bfloat16') if op not in NARROW else ('float16', 'bfloat16'))]
     jobs = [['check', 'rms_norm', 'odd width', 'bfloat16']] if m.dry else jobs
@@ -70,7 +70,7 @@ def compare(m, example):
 def variants(m, example, row, args):
     """{name: function} of everything that computes the same as a kernel."""
     found = {'fused': row.fused, 'eager': row.plain}
-    if example.op != 'selective_scan':  # whose plain form is one operator to a compiler, too
+    if example.op != 'selective_scan':  # its plain form is one operator to a compiler as well
         found['compiled'] = m.compile(row.plain)
     if example.op == 'attention' and len(args) > 10 and not m.dry:  # causal
         found['flex'] = m.compile(flex(*args))
@@ -80,6 +80,7 @@ def variants(m, example, row, args):
 
 
 def times_of(m, function, args, has_backward):
+    """{'forward': ms, 'both': ms, 'bytes': peak memory} of one function."""
     inputs = leaves(args)
 
     def forward():

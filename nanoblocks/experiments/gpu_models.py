@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from configurator import configure, settings_of
 from model import GPT, GPTConfig
+from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.speed import optimizer_steps
-from nanoblocks.files import ROOT
 from nanoblocks.hardware import peak_flops
 
 # (config, --kernels, sequences in a batch), the most telling ones first
@@ -27,9 +26,7 @@ TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64)
 
 def config_of(m, name, **more):
     """The GPTConfig of config/<name>.py with more flags; at toy size in a dry run."""
-    path, settings = str(ROOT / 'config' / f'{name}.py'), settings_of(ROOT / 'train.py')
-    flags = configure({}, GPTConfig, [path], skip=settings)
-    flags |= {'vocab_size': 50304} | more
+    flags = flags_of_config(name) | {'vocab_size': 50304} | more
     if m.dry:
         flags |= TOY | dict.fromkeys(('n_kv_head', 'head_dim', 'ffn_width'))
         flags |= {'window': 8} if 'window' in flags else {}
@@ -64,6 +61,7 @@ def train(m, name, choice, batch, full_logits=False):
 
 
 def train_once(m, name, batch, steps, full_logits):
+    """The measurements of `train` at one batch size; OutOfMemoryError where it does not fit."""
     config = config_of(m, name, **({'bias': False} if full_logits else {}))
     model = GPT(config, seed=1).to(m.device)
     T, V = config.block_size, config.vocab_size
@@ -103,6 +101,7 @@ def step_on(loss_fn, model, optimizer, device):
 
 
 def seconds_of(m, step, count):
+    """Seconds of `count` steps together, until the device has finished them."""
     began = time.perf_counter()
     for _ in range(count):
         step()

@@ -45,6 +45,7 @@ class Arm(NamedTuple):
 
 
 def read_arm(plan, runs, folder, name):
+    """The Arm of this name, from the folders of its runs."""
     runs = [run for run in runs if run['arm'] == name]
     found = {(run['rate'], run['seed']): read_run(Path(folder) / run['path'], run['flags']['max_iters'])
              for run in runs}
@@ -60,7 +61,7 @@ def read_arm(plan, runs, folder, name):
 
 
 def diverged_last(loss):
-    """A loss to sort by: that of a run that diverged is nan, and comes last."""
+    """A loss to sort by: nan, the loss of a run that diverged, comes last."""
     return math.inf if math.isnan(loss) else loss
 
 
@@ -113,6 +114,7 @@ def measures(arms, measured):
 
 
 def measures_of(arm, measured):
+    """The numbers of one arm: losses, sizes, FLOPs, seconds, tokens per second, bytes."""
     model, T, runs = arm.model(), arm.config.block_size, list(arm.runs.values())
     speed, losses = median(run.rate for run in runs), [run.loss for run in runs]
     steps = arm.flags['max_iters']
@@ -212,6 +214,7 @@ def table(heads, rows):
 
 
 def arms_table(rows):
+    """rows {arm: {column: number}} -> lines of Markdown, a row per arm."""
     budgets, short = next(iter(rows.values())), format_quantity
     heads = ['arm', 'loss', 'sd', 'bits per byte', f'loss at {short(budgets["flops_budget"])} FLOPs',
              f'loss at {budgets["seconds_budget"]:.3g} s', 'parameters', 'active', 'FLOPs per token',
@@ -224,6 +227,7 @@ def arms_table(rows):
 
 
 def differences_table(comparisons):
+    """comparisons [(pair, Effect)] -> lines of Markdown, a row per comparison."""
     body = [[pair['flag'] if pair['how'] == 'all' else pair['change'], pair['with'], pair['without'],
              '-' if math.isnan(e.mean) else f'{e.mean:+.4f}', interval(e) if e.n > 1 else '-', str(e.n),
              'resolved' if e.resolved else 'not resolved'] for pair, e in comparisons]
@@ -286,6 +290,7 @@ def picture(name, text, drawn):
 
 
 def markdown(plan, arms, comparisons, rows, missing, drawn):
+    """The text of report.md. missing: lines about unfinished runs; drawn: names of the figures."""
     lines = [f'# Ablation: {plan["name"]}', '']
     if rows:
         lines += about(plan, arms, arms[next(iter(rows))].config)
@@ -320,6 +325,7 @@ def compared_with(plan):
 
 
 def caveats(plan, comparisons):
+    """What the intervals do not cover."""
     lines, by_chance = [], round(0.05 * len(comparisons))
     if by_chance:
         lines += ['', f'At 95 % each, about {by_chance} of {len(comparisons)} comparisons would look '

@@ -99,7 +99,7 @@ def optimizer_steps(model):
         p.grad = torch.randn_like(p) * 1e-3
     adamw = {name: torch.optim.AdamW(params.values(), lr=1e-4, **flags) for name, flags in (
         ('AdamW foreach', {'foreach': True}), ('AdamW fused', {'fused': True}))}
-    # a learning rate that is a float would be compiled into the graph, and every change compiled anew
+    # a float learning rate would be compiled into the graph, and every change would compile it again
     compiled = torch.optim.AdamW(params.values(), lr=torch.tensor(1e-4))
     return {name: opt.step for name, opt in adamw.items()} | {
         'AdamW compiled': torch.compile(compiled.step),

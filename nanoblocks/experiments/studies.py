@@ -88,6 +88,7 @@ def run(module, x):
 
 
 def norm_of(cls, width):
+    """A norm of this class and width, its weight one and its bias zero."""
     norm = cls(width, GPTConfig(n_embd=width, n_head=1))
     for name, p in norm.named_parameters():
         p.data.fill_(name == 'weight')
@@ -121,7 +122,7 @@ def ffns(rounds, device, figures):
     print('their losses: python ablate.py config/llama_small.py config/study.py '
           '--vary="GELU 4x: ffn=gelu; SwiGLU 4x: ffn_width=512"')
     fig, axes = panels(9.5, 3.2, columns=3)
-    texts = 'parameters', 'forward and backward (ms)', 'kept for the backward pass / input'
+    texts = 'parameters', 'forward and backward (ms)', 'bytes kept for backward / bytes of input'
     for ax, values, text in zip(axes, (size, times, kept), texts):
         ax.bar(list(values), list(values.values()), color=COLORS[:3])
         ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value) if value else '0')
@@ -216,6 +217,9 @@ def print_offsets(angles):
 
 
 def draw_rope(built, T, figures):
+    """
+    built {base: RotaryPositions} -> left the cosines of base 10K, right q.k over the offset of two tokens.
+    """
     fig, (left, right) = panels(11.5, 4.2, columns=2)
     pos = torch.arange(0, 256)
     for i, pair in enumerate((0, 4, 8, 12, 16, 24)):
@@ -223,6 +227,7 @@ def draw_rope(built, T, figures):
         text = f'pair {pair}: {format_quantity(wavelength(pair, BASES["10K"]))} tokens'
         left.annotate(text, (259, -2.5 * i), fontsize=8, va='center', annotation_clip=False, color=COLORS[i])
     left.set_yticks([])
+    left.set_ylim(-2.5 * 5 - 1.2, 1.2)
     left.set_xlabel('position (tokens)')
     title(left, 'cosine of the angle, base 10K, with wavelengths: fast pairs tell\nneighbours apart, slow '
                 'pairs tell far from near')
@@ -325,6 +330,7 @@ def lengths(device, figures, budget=60.0):
         ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value))
         ax.set_xlabel('tokens')
         ax.set_ylabel(text)
+    title(axes[0], f'one layer of width {flags["n_embd"]}, one sequence')
     axes[0].legend(frameon=False, fontsize=9)
     save_and_say(fig, figures, 'lengths')
 
@@ -409,7 +415,7 @@ def reach(device, figures):
     ax.grid(visible=False)
     ax.set_xlabel('distance from the last token (white: layers x (window - 1))')
     ax.set_ylabel('layers')
-    title(ax, f'influence on the last token, relative to the influence of itself; window {window}')
+    title(ax, f"influence on the last token, as a share of the token's own; window of {window} tokens")
     fig.colorbar(shown, ax=ax, label='influence')
     save_and_say(fig, figures, 'reach')
 

@@ -77,6 +77,7 @@ def make_plan(argv):
 
 
 def check_settings(files, own, flags):
+    """Refuse a command line that describes no sweep."""
     if not files:
         raise ValueError('the first argument must be a config file, or --report=FOLDER: see --help')
     if bool(own['base']) == bool(own['vary']):
@@ -177,6 +178,9 @@ def threads(plan):
 
 
 def start_run(plan, run, slot, lock):
+    """
+    Start or resume a run as a process that writes to log.txt in its folder. slot: its number among the jobs.
+    """
     out = os.path.join(plan['folder'], run['path'])
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, 'log.txt'), 'a') as log:

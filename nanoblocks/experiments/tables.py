@@ -9,8 +9,8 @@ from dataclasses import fields
 
 import torch
 
-from configurator import configure, settings_of
 from model import GPT, GPTConfig
+from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.files import ROOT
 from nanoblocks.formats import format_quantity
 
@@ -19,15 +19,10 @@ BASES = {'gpt2_small': 'GPT-2', 'llama_small': 'Llama'}
 BEGIN, END = '<!-- made by python -m nanoblocks.experiments.tables -->', '<!-- end of the table -->'
 
 
-def flags_of(name):
-    """The model flags that config/<name>.py sets."""
-    path = str(ROOT / 'config' / f'{name}.py')
-    return configure({}, GPTConfig, [path], skip=settings_of(ROOT / 'train.py'))
-
-
 def difference(base, name):
-    """['flag=value', ...]: what the model of one config sets otherwise than that of another, its base."""
-    default, before, after = {f.name: f.default for f in fields(GPTConfig)}, flags_of(base), flags_of(name)
+    """['flag=value', ...]: the flags in which the config `name` differs from the config `base`."""
+    default = {f.name: f.default for f in fields(GPTConfig)}
+    before, after = flags_of_config(base), flags_of_config(name)
     values = {flag: after.get(flag, default[flag]) for flag in after | before}
     return [f'{flag}={value}' for flag, value in values.items() if value != before.get(flag, default[flag])]
 
@@ -48,7 +43,7 @@ def row(name):
     docstring = ast.get_docstring(ast.parse((ROOT / 'config' / f'{name}.py').read_text(encoding='utf-8')))
     # every docstring begins with the model and where it was published: Mistral 7B (Jiang et al. 2023, ...
     model, year = re.match(r'(.+?) \(\D*?(\d{4})\b', docstring).groups()
-    config = GPTConfig(**flags_of(name))
+    config = GPTConfig(**flags_of_config(name))
     with torch.device('meta'):
         gpt = GPT(config, seed=None)
     total, active = (format_quantity(gpt.num_params(active)).replace('G', 'B') for active in (False, True))

@@ -1,8 +1,8 @@
 """
 From a folder in Hugging Face format to a GPT, and back.
 
-config.json becomes flags and flags become config.json; then each tensor of the model is matched with those of
-the file. What differs from family to family is in families/.
+config.json becomes flags and flags become config.json; then each tensor of the model is matched with tensors
+of the file. What differs from family to family is in families/.
 """
 import json
 import math
@@ -124,6 +124,7 @@ def flags_of(hf, family):
 
 
 def read_key(name, key, hf):
+    """The value that a key of config.json gives to its flags."""
     try:
         return key.read(hf[name], hf)
     except ValueError as error:
@@ -131,7 +132,7 @@ def read_key(name, key, hf):
 
 
 def meaningful(flags):
-    """The flags without those that mean nothing beside the others, such as a dense model's expert_width."""
+    """The flags that mean something beside the others: not a dense model's expert_width, for example."""
     config = GPTConfig.unchecked(**flags)
     kept = {name: value for name, value in flags.items() if not config.missing(name)}
     return kept if 'f' in config.ffns() else without(kept, 'ffn_width')
@@ -175,7 +176,7 @@ def matches(family, c, hf, ours):
 
 
 def expanded(theirs, layer, n_expert):
-    """The names that one of theirs stands for: of this layer, of every expert, of every alternative."""
+    """The names that one of their names stands for, with layer, experts and alternatives filled in."""
     names = [theirs.replace('{i}', str(layer))]
     if '{n}' in theirs:
         names = [name.replace('{n}', str(n)) for n in range(n_expert) for name in names]
@@ -225,7 +226,7 @@ def copy_tensors(model, family, hf, files, theirs):
 # ----------------------------------------------------------------------------------------------------------
 # flags -> config.json
 
-# flags that no config.json holds: those of training, and `bias`, which other flags spell out
+# flags that no config.json holds: flags of training, and `bias`, which other flags spell out
 NOT_STORED = ('dropout', 'aux_weight', 'bias_rate', 'z_weight', 'n_predict', 'predict_weight', 'zero_init',
               'bias')
 

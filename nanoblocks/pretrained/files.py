@@ -45,6 +45,7 @@ class TensorFiles:
                                     'and its shards')
 
     def read_index(self, path):
+        """{tensor: its file} from an index, checked against what the files hold."""
         where = read_json(path).get('weight_map')
         if not isinstance(where, dict):
             raise ValueError(f'{path} must have a weight_map, the file of every tensor: download it again')
@@ -57,6 +58,7 @@ class TensorFiles:
         return where
 
     def unpickle(self, path):
+        """The tensors of pytorch_model.bin, memory-mapped; files with code are refused."""
         try:
             self.pickled = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         except Exception:  # damaged, or with code: many classes
@@ -65,6 +67,7 @@ class TensorFiles:
         return self.pickled
 
     def open(self, name):
+        """Open a safetensors file of the folder, and close the one before."""
         from safetensors import safe_open
         path = os.path.join(self.folder, name)
         if not os.path.exists(path):

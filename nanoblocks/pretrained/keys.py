@@ -1,9 +1,9 @@
 """
 Keys of config.json and the flags of GPTConfig that they set, in both directions.
 
-In a family's `keys` a key stands beside the name of a flag, beside the names of several flags that all get
-its value, or beside a Key that converts the value. The second half is about layers that differ: the lists and
-periods of config.json are the letters of layer_pattern and ffn_pattern.
+A family's `keys` map a key to the name of a flag, to the names of several flags that all get its value, or to
+a Key that converts the value. The second half is about layers that differ: lists and periods in config.json
+become the letters of layer_pattern and ffn_pattern.
 """
 import math
 from collections.abc import Callable

@@ -17,12 +17,14 @@ class Piece(NamedTuple):
     plus: float = 0.0       # our values are theirs plus this
 
     def load(self, theirs):
+        """Copy their tensor into the views of ours."""
         for ours, part in self.parts:
             ours.copy_(part(theirs).view(ours.shape))
             if self.plus:
                 ours.add_(self.plus)
 
     def save(self):
+        """Their tensor, in fp32, made from the views of ours."""
         theirs = torch.empty(self.shape)
         for ours, part in self.parts:
             part(theirs).view(ours.shape).copy_(ours - self.plus)
@@ -122,7 +124,7 @@ def mla_latent(p, c):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Feed-forwards and experts: c_fc has the rows of the gate above those of the up projection
+# Feed-forwards and experts: in c_fc, the rows of the gate come before the rows of the up projection
 
 
 def gate_up(p, c):

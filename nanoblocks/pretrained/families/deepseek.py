@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3: latent attention, experts in groups behind the first dense layers."""
+"""DeepSeek V2 and V3: latent attention, experts in groups after the first dense layers."""
 import math
 
 from nanoblocks.pretrained.families.family import Family
@@ -74,7 +74,7 @@ def write_deepseek(c):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# V3: sigmoid scores, and a bias that balances them. It stands before V2, because a model without experts fits
+# V3: sigmoid scores, and a bias that balances them. It comes before V2, because a model without experts fits
 # both, and transformers' V2 does not take all widths.
 
 

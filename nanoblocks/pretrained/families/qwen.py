@@ -47,7 +47,7 @@ FAMILIES['qwen3'] = Family(
     mixers='aw', read=read_qwen, write=write_qwen)
 
 # ----------------------------------------------------------------------------------------------------------
-# With experts in every decoder_sparse_step-th layer but those of mlp_only_layers
+# With experts in every decoder_sparse_step-th layer, except in mlp_only_layers
 
 QWEN_MOE_KEYS = WINDOW_KEYS | {
     'num_experts': 'n_expert', 'num_experts_per_tok': 'n_expert_used',
