@@ -456,8 +456,8 @@ class Flags:
         for f in flags:
             self._check_value(f)
         for f in flags:
-            if getattr(self, f.name) != f.default and (missing := self.missing(f.name)):
-                self._must(f.name, False, f'be left out unless {missing}')
+            missing = getattr(self, f.name) != f.default and self.missing(f.name)
+            self._must(f.name, not missing, f'be left out unless {missing}')
         groups = [group for group in type(self).__mro__ if self._applies(group)]
         for group in groups:
             self._fill(group)
