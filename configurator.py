@@ -415,7 +415,6 @@ def assignments(source):
 #         z_weight: float = flag(0.0, least=0)           # unless the flag says otherwise
 #         v_head_dim: int | None = flag(None, like='head_dim')   # None stands for the value of head_dim
 #         ffn_limit: float = flag(7.0, ffn='swiglu_clip')       # means something only when ffn is swiglu_clip
-#
 #         def fill(c): ...        # returns {flag: the value that its None stands for}
 #         def rules(c): ...       # yields (flag, whether all is well, what it must)
 
