@@ -5,15 +5,13 @@ The command line: config files and --key=value, onto the globals of a script and
 
     model_args = configure(globals(), GPTConfig)    # in train.py, right below its settings
 
-A setting is a plain global of the script, a model flag is a field of the dataclass; neither is listed here.
-Names in capitals and names that begin with _ belong to the script alone.
+A setting is a global of the script, not in CAPITALS, no leading _; a model flag is a field of the dataclass.
 
 Arguments apply in order, and later ones win. `--key value` means `--key=value`, and dashes in a key mean
-underscores. Every flag takes a value. After a blank, a word that begins with -- is read as the next flag and
-a word that ends in .py as a config file, never as the value; for those values write --key=value.
+underscores. After a blank, a word that begins with -- is the next flag and a word that ends in .py a config
+file, never a value; write --key=value for those.
 
-A config file is Python. It may compute, and may read every setting and model flag as it stands when the
-file's turn comes. A mistake ends the script with a one-line message.
+A config file is Python. It may compute, and may read every setting and model flag as it stands by then.
 """
 import ast
 import builtins
@@ -201,6 +199,8 @@ def split_arguments(argv):
 
 def run_file(path, known, now):
     """[(name, value, place)] of a config file. Modules, functions and names that begin with _ are its own."""
+    if 'input' in known:  # a script that reads files of other kinds: data/*/prepare.py
+        raise SystemExit(f'{path} is no flag; did you mean --input={path}?')
     if not os.path.isfile(path):
         raise SystemExit(no_file(path, known))
     # as builtins, the current values can be read by the file and are not mistaken for its assignments
@@ -443,7 +443,7 @@ def flags(**when):
             setattr(cls, name, f)
             f.metadata = {**f.metadata, 'when': (when, f.metadata['when'])}
         cls.when = when
-        return dataclass(cls)
+        return dataclass(kw_only=True)(cls)
     return group
 
 

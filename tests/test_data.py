@@ -806,3 +806,10 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     assert prepare(monkeypatch, 'openwebtext', f'--out={tmp_path}', '--tokenizer=bytes') == (
         'repo=Skylion007/openwebtext needs datasets: pip install datasets')
+
+
+def test_a_file_given_without_its_flag_is_not_run_as_a_config(tmp_path):
+    (tmp_path / 'mine.py').write_text("raise SystemExit('this ran')")
+    done = subprocess.run([sys.executable, ROOT / 'data' / 'text' / 'prepare.py', 'mine.py'], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip() == 'mine.py is no flag; did you mean --input=mine.py?'
