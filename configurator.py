@@ -296,7 +296,7 @@ WIDTH = 110
 
 def help_text(script, settings, config_class, own, model):
     about = (settings.get('__doc__') or '').strip()
-    lines = [f'usage: python {script} [config/FILE.py ...] [--key=value ...]',
+    lines = [f'usage: python {script}{"" if "input" in own else " [config/FILE.py ...]"} [--key=value ...]',
              '       --key value means --key=value; arguments apply in order, and later ones win']
     lines += ['', about] if about else []
     if '__file__' in settings:

@@ -23,7 +23,8 @@ Shapes, in comments like (B,T,C):
 
 The papers' letters, and ours:
     Vaswani et al.   d_model C, h H, d_k = d_v D, d_ff ffn_width
-    DeepSeek (MLA)   d_c kv_rank (R), d_c' q_rank, d_h^R rope_head_dim, W^DKV kv_down, W^UK and W^UV kv_up
+    DeepSeek (MLA)   d_c kv_rank (R), d_c' q_rank, d_h head_dim (Dn), d_h^R rope_head_dim (Dr); W^DQ q_down,
+                     W^UQ and W^QR q_up, W^DKV and W^KR kv_down, W^UK and W^UV kv_up
     Mamba            D I (ssm_expand * n_embd), N ssm_state, R ssm_dt_rank, Delta dt; Mamba-2: P ssm_head_dim
     experts          N or E n_expert, k n_expert_used
 """
@@ -313,7 +314,7 @@ class TokenCache:
 class AttentionFlags:
     """Attention"""
     n_kv_head: int | None = flag(None, like='n_head')   # key/value heads: n_head (None) MHA, fewer GQA, 1 MQA
-    head_dim: int | None = None                         # width of a head; None: n_embd / n_head
+    head_dim: int | None = None     # width of a head (mla: of the part without rope); None: n_embd / n_head
     attn_scale: float | None = None                     # factor on the scores; None: 1 / sqrt(width of a key)
     window: int | None = flag(None, layer_pattern='wvc')    # window of w and v layers, chunk of c layers
     qkv_bias: bool | None = flag(None, like='bias')     # bias of the q, k, v projections; None: as bias
