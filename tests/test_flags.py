@@ -116,8 +116,8 @@ def test_flag_leaves_other_weights_bit_identical(name):
             if name in RESCALE and tensor.endswith(RESCALE[name]) and not torch.equal(a, b):
                 assert_close(b * a.norm(), a * b.norm(), 1e-5, f'{tensor} must differ by a factor alone')
             else:
-                assert torch.equal(a, b), (f'{tensor} differs between {flags} and {flipped}; if {name} is meant '
-                                           'to rescale it, add it to RESCALE')
+                assert torch.equal(a, b), (f'{tensor} differs between {flags} and {flipped}; if {name} is '
+                                           'meant to rescale it, add it to RESCALE')
     # the width is in the shape of every matrix
     assert compared or name == 'n_embd', f'nothing was compared for {name}'
 
