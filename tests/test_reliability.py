@@ -57,6 +57,15 @@ def event(*args):
     if left == 0:
         os.kill(os.getpid(), 9)
 sys.setprofile(event)'''
+COUNT_EVENTS = '''
+import sys
+count = 0
+def event(*args):
+    global count
+    count += 1
+    if count % 1000 == 0:
+        open({!r}, 'w').write(str(count))
+sys.setprofile(event)'''
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
@@ -67,8 +76,11 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     settings = dict(max_iters=40, log_interval=3, eval_interval=8, eval_tokens=256, dropout=0.1, n_layer=1,
                     optimizer='muon', ema=0.9)
     whole, rng, kills, steps = trained(**settings), random.Random(0), 0, set()
+    count = COUNT_EVENTS.format(str(tmp_path / 'n'))
+    python('train.py', *toy(tmp_path / 'counted', **settings), before=count)
+    events = int((tmp_path / 'n').read_text())
     for _ in range(200):
-        before = KILL_AT_EVENT.format(rng.randrange(1_000, 250_000)) if kills < 20 else ''
+        before = KILL_AT_EVENT.format(rng.randrange(1_000, events)) if kills < 20 else ''
         done = python('train.py', *toy(tmp_path / 'run', init_from='auto', **settings), before=before)
         assert done.code in (0, -9), done
         kills += done.code == -9
