@@ -193,7 +193,8 @@ class RopeFlags:
     def rules(c):
         width = rope_width(c)
         name = 'rope_head_dim' if c.attn == 'mla' else 'rope_fraction' if c.rope_fraction < 1 else 'head_dim'
-        yield name, width and width % 2 == 0, f'leave an even number of coordinates to rotate, not {width}'
+        yield (name, width and width % 2 == 0,
+               f'leave an even number of coordinates to rotate when pos=rope, not {width}')
 
 class Frequencies(nn.Module):
     """One frequency per pair of coordinates; stays fp32 when the model is cast."""
