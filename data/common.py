@@ -3,19 +3,28 @@ import hashlib
 import os
 import urllib.request
 
-from .tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, from_folder, read_text
+from .tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    TiktokenTokenizer,
+    from_checkpoint,
+    from_folder,
+    read_text,
+)
 from .writer import temporary
 
 
 def make_tokenizer(name, texts, vocab_size):
     """
     The tokenizer called `name`: bytes; chars or bpe, made from the texts; a vocabulary of tiktoken; or the
-    folder of a checkpoint in Hugging Face format, for the tokenizer of the checkpoint.
+    tokenizer of a checkpoint in Hugging Face format, a run or another dataset, each given by its folder.
     """
-    if os.path.isdir(name):
-        tokenizer = from_folder(name)
+    if os.path.isdir(name) or name.endswith('.pt') and os.path.isfile(name):
+        tokenizer = from_folder(name) if os.path.isdir(name) else from_checkpoint(name)
         if tokenizer is None:
-            raise ValueError(f'tokenizer={name} is a folder and must hold tokenizer.json')
+            raise ValueError(f'tokenizer={name} must hold tokenizer.json, the ckpt.pt of a run or the '
+                             'meta.json of a dataset: name another folder, or gpt2 for the tokens of GPT-2')
         return tokenizer
     if name == 'bytes':
         return ByteTokenizer()

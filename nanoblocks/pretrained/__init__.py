@@ -16,7 +16,7 @@ from model import GPT
 from nanoblocks.pretrained import convert, nanogpt
 from nanoblocks.pretrained.files import folder_of
 from nanoblocks.pretrained.surgery import operate
-from nanoblocks.tokenizer import TiktokenTokenizer, from_folder, from_meta, read_json
+from nanoblocks.tokenizer import from_folder, from_meta
 
 
 @torch.no_grad()
@@ -50,9 +50,7 @@ def tokenizer_of(name):
     path = nanogpt.checkpoint_file(name)
     if path:
         return nanogpt.tokenizer_of(path)
-    folder = folder_of(name)
-    vocab_size = read_json(os.path.join(folder, 'config.json')).get('vocab_size')
-    return from_folder(folder) or (TiktokenTokenizer('gpt2') if vocab_size == 50257 else None)
+    return from_folder(folder_of(name))
 
 
 def same_tokenizer(name, meta):
