@@ -278,12 +278,19 @@ class HFTokenizer(Vocabulary):
         return self.eot if self._bos is None else self._bos
 
     def encode(self, text):
-        self.tokenizer.encode_special_tokens = True
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.run(text, False)
+
+    def run(self, text, special):
+        """The library's ids. special: whether it knows special tokens in a text, and adds those in front."""
+        self.tokenizer.encode_special_tokens = not special
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f'the vocabulary of the checkpoint cannot spell {text[:20]!r} '
+                             f'({error}): leave out characters that it lacks') from None
 
     def prompt(self, text):
-        self.tokenizer.encode_special_tokens = False
-        ids = self.tokenizer.encode(text).ids
+        ids = self.run(text, True)
         return [self.bos, *ids] if self.add_bos and ids[:1] != [self.bos] else ids
 
     def decode_bytes(self, ids, before=()):

@@ -222,6 +222,10 @@ BAD = {
         sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
     'phi3 by yarn': ('phi3', rope_setting(rope_type='yarn', factor=2.0), 'short_factor'),
     'phi3 by llama3': ('phi3', rope_setting(rope_type='llama3', factor=2.0), 'rope_type'),
+    **{f'{kind} without a factor': ('llama', rope_setting(rope_type=kind), 'factor.* must be set')
+       for kind in ('linear', 'dynamic', 'yarn', 'llama3')},
+    'a factor without a type': ('llama', lambda config, tensors: (
+        config.pop('rope_parameters'), config.update(rope_scaling={'factor': 2.0})), 'rope_type must be set'),
     'llama3 without its factors': ('llama', rope_setting(rope_type='llama3', factor=2.0), 'low_freq_factor'),
     'shortened context': ('llama', rope_setting(rope_type='yarn', factor=0.5), 'factor'),
     'sharpened unscaled': ('llama', rope_setting(rope_type='yarn', factor=1.0, attention_factor=1.2),

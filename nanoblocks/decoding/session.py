@@ -266,7 +266,9 @@ def load_run(out_dir, ckpt):
     if ckpt == 'best.pt' and not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')
     state = checkpoint.load(path)
-    return checkpoint.build(state, path), from_meta(state['meta']['tokenizer']), state['meta']
+    model, tokenizer = checkpoint.build(state, path), from_meta(state['meta']['tokenizer'])
+    model.texts = pretrained.texts.Texts(meta=tokenizer.meta())
+    return model, tokenizer, state['meta']
 
 
 def load_published(name):

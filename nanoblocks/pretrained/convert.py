@@ -13,6 +13,7 @@ from dataclasses import fields
 import torch
 
 from model import GPT, GPTConfig
+from nanoblocks.pretrained import texts
 from nanoblocks.pretrained.families import FAMILIES
 from nanoblocks.pretrained.families.family import DEFAULTS
 from nanoblocks.pretrained.files import TensorFiles
@@ -43,7 +44,7 @@ def load_folder(folder):
 
 
 def save_folder(model, folder):
-    """Write config.json and model.safetensors as the family that the model's flags belong to."""
+    """Write config.json and model.safetensors as the family that the flags belong to, and the tokenizer."""
     from safetensors.torch import save_file
     kind, hf = family_for(model)
     ours, tensors = tensors_of(model), {}
@@ -54,6 +55,8 @@ def save_folder(model, folder):
         print(f'n_predict={model.config.n_predict}: the blocks of multi-token prediction are not exported: '
               'they serve training only')
     os.makedirs(folder, exist_ok=True)
+    # the text side of a model that was loaded
+    hf |= texts.save(model.texts, folder) if hasattr(model, 'texts') else {}
     save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
     with open(os.path.join(folder, 'config.json'), 'w') as f:
         json.dump(hf | {'dtype': 'float32'}, f, indent=1)

@@ -4,6 +4,7 @@ import os
 from model import GPT, GPTConfig
 from nanoblocks.files import ROOT
 from nanoblocks.pretrained.convert import NOT_WEIGHTS, tensors_of
+from nanoblocks.pretrained.texts import Texts
 from nanoblocks.tokenizer import TiktokenTokenizer, from_meta, read_json
 from nanoblocks.training import checkpoint
 
@@ -40,6 +41,12 @@ def load(path):
     if unused:
         raise ValueError(f'{unused[0]} in {path} is not a tensor of GPT-2')
     return model
+
+
+def texts_of(path):
+    """The tokenizer of a checkpoint, for an export."""
+    tokenizer = tokenizer_of(path)
+    return Texts(meta=tokenizer.meta()) if tokenizer else Texts()
 
 
 def tokenizer_of(path):
