@@ -473,6 +473,20 @@ def test_a_nanogpt_checkpoint_with_strange_weights_is_refused(tmp_path):
         one_sentence(error.value)
 
 
+@pytest.mark.parametrize('change', [
+    {'model_args': [1]}, {'model_args': {'n_layer': 'x'}}, {'model_args': {'n_layer': 10 ** 9}},
+    {'model_args': {'n_layer': 3.5}}, {'model_args': {3: 4}}, {'model': [1]}, {'model': {'a': 1}},
+    {'model_args': {'n_head': True}}])
+def test_a_nanogpt_checkpoint_with_values_of_other_types_is_refused(change, tmp_path):
+    path, checkpoint = tmp_path / 'ckpt.pt', nanogpt(True)
+    if isinstance(change.get('model_args'), dict):
+        change = {'model_args': checkpoint['model_args'] | change['model_args']}
+    torch.save(checkpoint | change, path)
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(tmp_path)
+    one_sentence(error.value)
+
+
 @pytest.mark.parametrize('fault', ['truncated', 'not torch', 'code', 'no model'])
 def test_a_damaged_nanogpt_checkpoint_is_refused(fault, tmp_path):
     path = tmp_path / 'ckpt.pt'

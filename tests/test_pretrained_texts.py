@@ -69,6 +69,15 @@ def test_a_vocabulary_of_tiktoken_is_exported(gpt2, tmp_path):  # noqa: F811
     assert_same(gpt2, from_folder(tmp_path / 'hf'), theirs)
 
 
+def test_a_tokenizer_that_cannot_be_fetched_does_not_stop_an_export(tmp_path, monkeypatch, capsys):
+    model = build(toy(**LLAMA, vocab_size=61))
+    meta = {'tokenizer': {'kind': 'tiktoken', 'name': 'gpt9'}}
+    save(str(tmp_path / 'ckpt.pt'), contents(model, settings={}, meta=meta, step=3))
+    GPT.from_pretrained(tmp_path / 'ckpt.pt').save_pretrained(tmp_path / 'hf')
+    assert 'the tokenizer is not exported: ' in capsys.readouterr().out
+    assert (tmp_path / 'hf' / 'model.safetensors').exists()
+
+
 def test_the_files_of_a_checkpoint_are_exported_as_they_are(tmp_path):
     folder = checkpoint_folder(tmp_path / 'hf', byte_level().get_vocab_size())
     files = dict(tokenizer_config={'eos_token': END, 'chat_template': '{{ messages }}'},

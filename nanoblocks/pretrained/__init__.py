@@ -32,7 +32,7 @@ def from_pretrained(name: str | os.PathLike, **overrides) -> GPT:
     path = nanogpt.checkpoint_file(name)
     folder = None if path else folder_of(name)
     model = nanogpt.load(path) if path else convert.load_folder(folder)
-    known = nanogpt.texts_of(path) if path else texts.of_folder(folder)
+    known = model.texts if path else texts.of_folder(folder)
     changed = {flag: value for flag, value in overrides.items()
                if flag not in convert.FIELDS or getattr(model.config, flag) != value}
     model = operate(model, changed) if changed else model

@@ -38,7 +38,11 @@ def save(texts, folder):
     """Write the files of `texts` -> {key of config.json: value} for the tokens that are known."""
     tokenizer, files = None, texts.files
     if texts.meta:
-        tokenizer = from_meta(texts.meta)
+        try:
+            tokenizer = from_meta(texts.meta)
+        except (OSError, ValueError) as error:  # no network, or a package is missing
+            print(f'the tokenizer is not exported: {error}')
+            return texts.ids
         files = {name: json.dumps(content, ensure_ascii=False, indent=1).encode()
                  for name, content in files_of(tokenizer).items()}
     for name, content in files.items():
