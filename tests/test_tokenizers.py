@@ -414,6 +414,47 @@ def test_score_and_an_empty_start_begin_with_bos(tmp_path):
     assert session.encode('').tokens == [0] and session.encode('<|endoftext|>').tokens == [ours.eot]
 
 
+def test_endoftext_is_the_token_of_that_name_where_there_is_one(tmp_path):
+    from nanoblocks.decoding.text import stops_of
+    library = byte_level()
+    library.add_special_tokens(['<|endoftext|>'])
+    library.save(str(tmp_path / 'tokenizer.json'))
+    end, other = library.token_to_id(END), library.token_to_id('<|endoftext|>')
+    (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': end}))
+    ours = from_folder(tmp_path)
+    assert stops_of('<|endoftext|>', ours) == ([], [end, other])
+    session = Session(build(toy(vocab_size=ours.vocab_size, pos='rope')), ours)
+    assert session.encode('<|endoftext|>').tokens == [other]
+    (tmp_path / 'tokenizer.json').write_text(byte_level().to_str())
+    assert stops_of('<|endoftext|>', from_folder(tmp_path)) == ([], [end, end])
+
+
+def test_samples_of_training_begin_with_a_token_of_number_0(tmp_path):
+    from nanoblocks.decoding.preview import sample_texts
+    library = byte_level()
+    (tmp_path / 'tokenizer.json').write_text(library.to_str())
+    ours = HFTokenizer(library.to_str(), 0)
+    model = build(toy(vocab_size=ours.vocab_size, pos='rope'))
+    began = []
+    model.generate = lambda idx, *_, **__: began.append(idx.tolist()) or idx
+    assert sample_texts(model, {'tokenizer': ours.meta()}, 1) == [''] and began == [[[0]]]
+
+
+def test_a_tokenizer_is_looked_for_on_the_hub(monkeypatch, tmp_path):
+    hub = pytest.importorskip('huggingface_hub', reason='downloads from the hub')
+    from data.common import make_tokenizer
+    ours, _ = written(tmp_path / 'got', 'byte_level')
+    monkeypatch.setattr(hub, 'snapshot_download', lambda name, **_: str(tmp_path / 'got'))
+    assert make_tokenizer('openai-community/gpt2', [], None).meta() == ours.meta()
+
+    def fail(name, **_):
+        raise ConnectionError('no network\nat all')
+    monkeypatch.setattr(hub, 'snapshot_download', fail)
+    with pytest.raises(OSError, match=r'tokenizer=no/where .*\(no network\): name a folder') as error:
+        make_tokenizer('no/where', [], None)
+    assert '\n' not in str(error.value)
+
+
 def test_a_token_that_the_model_lacks_is_named(tmp_path):
     library = byte_level()
     folder = checkpoint_folder(tmp_path / 'model', library.token_to_id('café☕'))

@@ -20,7 +20,7 @@ from nanoblocks.decoding.decode import Decoder, Sampling, left_padded
 from nanoblocks.decoding.generation import Generation, Sample
 from nanoblocks.decoding.scoring import Score, token_logprobs
 from nanoblocks.decoding.speculative import Speculative
-from nanoblocks.decoding.text import Text, stops_of
+from nanoblocks.decoding.text import Text, special_token, stops_of
 from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
 from nanoblocks.tokenizer import from_meta
 from nanoblocks.training import checkpoint
@@ -116,7 +116,9 @@ class Session:
 
     def encode(self, text: str, name='prompt') -> Prompt:
         """A text as a Prompt; '' begins a document. `name`: what an error about its length calls it."""
-        begins = {'': self.tokenizer.bos, '<|endoftext|>': self.tokenizer.eot}.get(text)
+        begins = self.tokenizer.bos if text == '' else None
+        if text == '<|endoftext|>' and self.tokenizer.eot is not None:
+            begins = special_token(self.tokenizer, text)
         if begins is not None:
             prompt = Prompt([begins], '')
         else:

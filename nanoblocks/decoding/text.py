@@ -68,10 +68,10 @@ def stops_of(stop, tokenizer):
 
 def special_token(tokenizer, text):
     """The id of the special token written `text`; None for ordinary text."""
-    if tokenizer.eot is not None and text == '<|endoftext|>':
-        return tokenizer.eot
     published = getattr(tokenizer, 'tokenizer', None)       # of a checkpoint in Hugging Face format
     found = published.token_to_id(text) if published is not None and text.startswith('<') else None
+    if found is None and text == '<|endoftext|>' and tokenizer.eot is not None:
+        return tokenizer.eot
     if found is None and text.startswith('<|') and text.endswith('|>'):
         raise ValueError(f'stop={text} must be a text or a special token of this tokenizer')
     return found
