@@ -760,7 +760,7 @@ class LatentFlags:
     latent_eps: float | None = flag(None, like='norm_eps')  # epsilon of the latents' norms; None: norm_eps
 
     def fill(c):
-        return {'kv_rank': max(1, c.n_embd // 4), 'rope_head_dim': c.head_dim // 2}
+        return {'kv_rank': max(1, c.n_embd // 4), 'rope_head_dim': max(1, c.head_dim // 2)}
 
     def rules(c):
         yield 'pos', c.pos in ('rope', 'none'), 'be rope or none when attn=mla'

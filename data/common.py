@@ -3,20 +3,33 @@ import hashlib
 import os
 import urllib.request
 
-from .tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, from_folder, read_text
+from .tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    TiktokenTokenizer,
+    from_checkpoint,
+    from_folder,
+    need,
+    read_text,
+)
 from .writer import temporary
 
 
 def make_tokenizer(name, texts, vocab_size):
     """
     The tokenizer called `name`: bytes; chars or bpe, made from the texts; a vocabulary of tiktoken; or the
-    folder of a checkpoint in Hugging Face format, for the tokenizer of the checkpoint.
+    tokenizer of a checkpoint in Hugging Face format, a run or another dataset, each given by its folder, or
+    of a repository of the Hugging Face hub, given as owner/name.
     """
-    if os.path.isdir(name):
-        tokenizer = from_folder(name)
+    if os.path.isdir(name) or name.endswith('.pt') and os.path.isfile(name):
+        tokenizer = from_folder(name) if os.path.isdir(name) else from_checkpoint(name)
         if tokenizer is None:
-            raise ValueError(f'tokenizer={name} is a folder and must hold tokenizer.json')
+            raise ValueError(f'tokenizer={name} must hold tokenizer.json, the ckpt.pt of a run or the '
+                             'meta.json of a dataset: name another folder, or gpt2 for the tokens of GPT-2')
         return tokenizer
+    if name.count('/') == 1 and name[0] not in './~' and not os.path.exists(name):
+        return make_tokenizer(hub_folder(name), texts, vocab_size)
     if name == 'bytes':
         return ByteTokenizer()
     if name == 'chars':
@@ -24,6 +37,18 @@ def make_tokenizer(name, texts, vocab_size):
     if name == 'bpe':
         return BPETokenizer.train(texts, vocab_size)
     return TiktokenTokenizer(name)
+
+
+def hub_folder(name):
+    """The folder to which the tokenizer of a repository of the Hugging Face hub is downloaded."""
+    hub = need('huggingface_hub', f'tokenizer={name}, which is no folder here,')
+    try:
+        return hub.snapshot_download(name, allow_patterns=['*.json', '*.model', '*.txt', '*.bpe'],
+                                     ignore_patterns=['*.index.json'])
+    except Exception as error:  # no network, no such repository, no permission: many classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f'tokenizer={name} is not a folder here, and downloading it from the hub failed '
+                      f'({reason}): name a folder, or go online once') from None
 
 
 def check_val_fraction(val_fraction):

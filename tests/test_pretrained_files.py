@@ -1,10 +1,12 @@
 """Files of checkpoints: shards, 16 bits, pickles, damage, memory; and nanoGPT's ckpt.pt."""
 import copy
+import json
 import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +104,66 @@ def test_a_pickled_checkpoint_loads_and_runs_no_code(made, tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
+@pytest.mark.parametrize('legacy', [False, True])
+def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
+    made = made('gpt2')
+    tensors = list(safetensors_torch.load_file(copy_of(made, tmp_path) / 'model.safetensors').items())
+    (tmp_path / 'model.safetensors').unlink()
+    half, where = len(tensors) // 2, {}
+    for number, part in enumerate((tensors[:half], tensors[half:]), 1):
+        file = f'pytorch_model-0000{number}-of-00002.bin'
+        torch.save(dict(part), tmp_path / file, _use_new_zipfile_serialization=not legacy)
+        where |= {name: file for name, _ in part}
+    (tmp_path / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': where}))
+    assert_logits(load(tmp_path), made, 'sharded .bin')
+    torch.save(dict(tensors[half:]) | {'x': Marker(tmp_path / 'ran')}, tmp_path / file)
+    with pytest.raises(ValueError, match='00002-of-00002.bin must hold tensors'):
+        GPT.from_pretrained(tmp_path)
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
+                                  'gpt_neox', 'gpt_oss', 'llama4'])
+@torch.no_grad()
+def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
+    made = made(name)
+    made.model.save_pretrained(tmp_path, save_original_format=False)
+    assert torch.equal(load(tmp_path)(made.idx)[0], ours(name)(made.idx)[0])
+
+
+def test_an_adapter_is_called_one(tmp_path):
+    (tmp_path / 'adapter_config.json').write_text('{"base_model_name_or_path": "org/base"}')
+    (tmp_path / 'adapter_model.safetensors').write_text('')
+    for config in (False, True):
+        if config:
+            (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+        with pytest.raises(ValueError, match=r'adapter \(LoRA\).* org/base with merge_and_unload') as error:
+            GPT.from_pretrained(tmp_path)
+        one_sentence(error.value)
+
+
+@pytest.mark.parametrize('flags', [
+    dict(ssm='mamba2', layer_pattern='m', ffn_pattern='-', pos='none', ssm_dt_max=1, ssm_groups=1,
+         ssm_head_dim=8, ssm_state=8, norm_eps=1),
+    dict(pos='rope', ffn='swiglu', norm_eps=1, rope_theta=1000, rope_scaling='linear', rope_factor=2),
+    dict(pos='rope', ffn='swiglu', attn='mla', head_dim=1, rope_head_dim=2, kv_rank=8, latent_eps=1e-6)])
+@torch.no_grad()
+def test_whole_numbers_and_small_heads_are_exported_for_transformers(flags, tmp_path):
+    import transformers
+    sizes = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=V, block_size=24, norm='rmsnorm', bias=False)
+    model = GPT(GPTConfig(**sizes, **flags), seed=1).eval()
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    idx = torch.randint(V, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert_logits(model, SimpleNamespace(idx=idx, logits=theirs(idx).logits), str(flags))
+    assert torch.equal(load(tmp_path)(idx)[0], model(idx)[0])
+
+
+def test_what_a_config_became_can_be_given_again():
+    config = GPTConfig(attn='mla', pos='none', head_dim=1, kv_rank=8)
+    assert GPTConfig(**asdict(config)) == config
+
+
 MEMORY = """
 import resource, sys
 import safetensors.torch, torch
@@ -161,6 +223,10 @@ BAD = {
                       'config.json'),
     'size of another type': ('llama', setting(hidden_size='36'), 'hidden_size|n_embd'),
     'no weights': ('llama', after(lambda folder: (folder / 'model.safetensors').unlink()), 'safetensors'),
+    'layers of another type': ('llama', setting(num_hidden_layers=3.0), 'num_hidden_layers=3.0'),
+    'too many layers': ('llama', setting(num_hidden_layers=10 ** 9), 'num_hidden_layers=1000000000'),
+    'no layers': ('llama', setting(num_hidden_layers=0), 'num_hidden_layers=0'),
+    'a vocabulary that no memory holds': ('llama', setting(vocab_size=2 * 10 ** 9), 'config.json'),
     'truncated': ('llama', after(lambda folder: os.truncate(folder / 'model.safetensors', 50000)),
                   'model.safetensors'),
     'truncated header': ('llama', after(lambda folder: os.truncate(folder / 'model.safetensors', 40)),
@@ -222,6 +288,10 @@ BAD = {
         sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
     'phi3 by yarn': ('phi3', rope_setting(rope_type='yarn', factor=2.0), 'short_factor'),
     'phi3 by llama3': ('phi3', rope_setting(rope_type='llama3', factor=2.0), 'rope_type'),
+    **{f'{kind} without a factor': ('llama', rope_setting(rope_type=kind), 'factor.* must be set')
+       for kind in ('linear', 'dynamic', 'yarn', 'llama3')},
+    'a factor without a type': ('llama', lambda config, tensors: (
+        config.pop('rope_parameters'), config.update(rope_scaling={'factor': 2.0})), 'rope_type must be set'),
     'llama3 without its factors': ('llama', rope_setting(rope_type='llama3', factor=2.0), 'low_freq_factor'),
     'shortened context': ('llama', rope_setting(rope_type='yarn', factor=0.5), 'factor'),
     'sharpened unscaled': ('llama', rope_setting(rope_type='yarn', factor=1.0, attention_factor=1.2),
@@ -238,6 +308,68 @@ BAD = {
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }
+
+
+WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math.nan, math.inf]
+
+
+@pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
+                                  'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long'])
+def test_any_value_in_any_key_is_answered(made, name, tmp_path):
+    """A model, or one sentence, and at once; 13 wrong values for each key."""
+    folder = copy_of(made(name), tmp_path)
+    config = json.loads((folder / 'config.json').read_text())
+    rope = config.get('rope_parameters') or {}
+    for number, key in enumerate([*config, *(('rope_parameters', key) for key in rope)]):
+        # a few of them each: all of them took minutes, once
+        for value in WRONG[number % 4::4]:
+            changed = config | ({'rope_parameters': rope | {key[1]: value}} if isinstance(key, tuple)
+                                else {key: value})
+            (folder / 'config.json').write_text(json.dumps(changed))
+            try:
+                GPT.from_pretrained(folder)
+            except (ValueError, FileNotFoundError) as error:
+                one_sentence(error)
+
+
+@pytest.mark.parametrize('where, word', [
+    ({'model.norm.weight': 3}, 'weight_map'), ({'model.norm.weight': None}, 'weight_map'),
+    ({'model.norm.weight': ['a']}, 'weight_map'), ([], 'weight_map'), ('a', 'weight_map'),
+    ({'model.norm.weight': '../x.safetensors'}, r'\.\./x\.safetensors'),
+    ({'model.norm.weight': '/etc/x.safetensors'}, 'beside it'), ({'model.norm.weight': '..'}, 'beside it'),
+    ({'model.norm.weight': 'a\\x.safetensors'}, 'beside it'), ({'model.norm.weight': ''}, 'beside it'),
+    ({'model.norm.weight': 'config.json'}, 'beside it'), ({}, 'num_hidden_layers')])
+def test_an_index_names_files_beside_it(made, where, word, tmp_path):
+    folder = tmp_path / 'inside'
+    folder.mkdir()
+    copy_of(made('llama'), folder)
+    (folder / 'model.safetensors').rename(tmp_path / 'x.safetensors')
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': where}))
+    with pytest.raises(ValueError, match=word) as error:
+        GPT.from_pretrained(folder)
+    one_sentence(error.value)
+
+
+@pytest.mark.parametrize('file', ['config.json', 'model.safetensors', 'model.safetensors.index.json',
+                                  'pytorch_model.bin', 'adapter_config.json'])
+def test_a_folder_in_place_of_a_file_is_named(made, file, tmp_path):
+    copy_of(made('llama'), tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    (tmp_path / file).unlink(missing_ok=True)
+    (tmp_path / file).mkdir()
+    word = 'model.safetensors' if file.startswith('adapter') else re.escape(file)
+    with pytest.raises((ValueError, FileNotFoundError), match=word) as error:
+        GPT.from_pretrained(tmp_path)
+    one_sentence(error.value)
+
+
+@pytest.mark.parametrize('text', ['[' * 100000, '{"a":' * 100000, '\udcff', ''])
+def test_json_that_is_none_is_refused(made, text, tmp_path):
+    copy_of(made('llama'), tmp_path)
+    (tmp_path / 'config.json').write_bytes(text.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(ValueError, match='config.json') as error:
+        GPT.from_pretrained(tmp_path)
+    one_sentence(error.value)
 
 
 def index(folder, text):
@@ -339,6 +471,20 @@ def test_a_nanogpt_checkpoint_with_strange_weights_is_refused(tmp_path):
         with pytest.raises(ValueError, match=key) as error:
             GPT.from_pretrained(tmp_path)
         one_sentence(error.value)
+
+
+@pytest.mark.parametrize('change', [
+    {'model_args': [1]}, {'model_args': {'n_layer': 'x'}}, {'model_args': {'n_layer': 10 ** 9}},
+    {'model_args': {'n_layer': 3.5}}, {'model_args': {3: 4}}, {'model': [1]}, {'model': {'a': 1}},
+    {'model_args': {'n_head': True}}])
+def test_a_nanogpt_checkpoint_with_values_of_other_types_is_refused(change, tmp_path):
+    path, checkpoint = tmp_path / 'ckpt.pt', nanogpt(True)
+    if isinstance(change.get('model_args'), dict):
+        change = {'model_args': checkpoint['model_args'] | change['model_args']}
+    torch.save(checkpoint | change, path)
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(tmp_path)
+    one_sentence(error.value)
 
 
 @pytest.mark.parametrize('fault', ['truncated', 'not torch', 'code', 'no model'])

@@ -15,8 +15,9 @@ from test_data import gpt2  # noqa: F401
 from test_train import assert_refused, flags, python
 
 from data.loader import open_dataset
-from data.tokenizer import CharTokenizer, from_folder, from_meta
+from data.tokenizer import CharTokenizer, HFTokenizer, from_folder, from_meta
 from nanoblocks import pretrained
+from nanoblocks.decoding.session import Session
 from nanoblocks.pretrained import nanogpt
 
 tokenizers = pytest.importorskip('tokenizers', reason='tokenizers runs the vocabularies of checkpoints')
@@ -130,10 +131,86 @@ def test_gaps_between_ids_are_counted(tmp_path):
     assert ours.vocab_size == last + 41 and max(ours.encode('the the')) == last + 40
 
 
-def test_text_never_becomes_a_special_token_unless_the_library_says_so(kind, tmp_path):
-    """The one exception of these vocabularies: they know their own special tokens in a text."""
+def test_text_never_becomes_a_special_token(kind, tmp_path):
+    """A prompt is the library's, which knows the special tokens of a chat; a document is only text."""
     ours, library = written(tmp_path / kind, kind)
-    assert ours.encode(f'a{END}b') == library.encode(f'a{END}b', add_special_tokens=False).ids
+    end, text = library.token_to_id(END), f'a{END}b'
+    assert end not in ours.encode(text)
+    assert ours.decode_bytes(ours.encode(text)).decode() == BLANK[kind] + text
+    assert end in ours.prompt(text) == library.encode(text).ids
+    library.encode_special_tokens = True
+    assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+    if kind == 'byte_level':  # an added token that is not special is a word of the vocabulary
+        assert library.token_to_id('café☕') in ours.encode('a café☕ b')
+
+
+def test_truncation_and_padding_of_a_file_are_not_obeyed(kind, tmp_path):
+    library = KINDS[kind]()
+    library.enable_truncation(4)
+    library.enable_padding(length=16, pad_id=0, pad_token=END)
+    library.save(str(tmp_path / 'tokenizer.json'))
+    ours, library = from_folder(tmp_path), KINDS[kind]()
+    for text in ('a', 'the cat ' * 50):
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+        assert ours.prompt(text) == library.encode(text).ids
+        assert from_meta(ours.meta()).encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize('config', [{'model_type': 'gpt2'}, {'model_type': 'qwen2'}])
+def test_a_vocabulary_without_tokenizer_json_is_read_as_transformers_reads_it(config, tmp_path):
+    transformers = pytest.importorskip('transformers', reason='reads the older layouts')
+    byte_level().model.save(str(tmp_path))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    ours, theirs = from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert from_meta(ours.meta()).encode(TEXTS[0]) == ours.encode(TEXTS[0])
+
+
+def test_a_layout_that_cannot_be_read_is_refused_not_guessed(tmp_path):
+    pytest.importorskip('transformers', reason='reads the older layouts')
+    (tmp_path / 'config.json').write_text('{"model_type": "llama", "vocab_size": 50257}')
+    (tmp_path / 'tokenizer.model').write_bytes(b'no sentencepiece')
+    with pytest.raises(ValueError, match='tokenizer.model .* put its tokenizer.json there') as error:
+        from_folder(tmp_path)
+    assert '\n' not in str(error.value)
+    (tmp_path / 'tokenizer.model').unlink()
+    assert pretrained.tokenizer_of(tmp_path) is None, 'a vocabulary of 50257 need not be the English one'
+
+
+def word_pieces():
+    tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    special = ['[UNK]']
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=60, special_tokens=special))
+    return tokenizer
+
+
+def word_ends():
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix='</w>', unk_token='[UNK]'))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder('</w>')
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=80, end_of_word_suffix='</w>', special_tokens=['[UNK]']))
+    return tokenizer
+
+
+def no_decoder():
+    tokenizer = word_pieces()
+    tokenizer.decoder = None
+    return tokenizer
+
+
+@pytest.mark.parametrize('library', [word_pieces, word_ends, no_decoder])
+def test_tokens_that_are_joined_with_blanks_stream_as_they_decode(library):
+    from nanoblocks.decoding.text import Text
+    library = library()
+    ours = HFTokenizer(library.to_str())
+    for text in ('the cat sat, on the mat', 'def main(self):'):
+        ids = ours.encode(text)
+        for cut in range(len(ids)):
+            stream = Text(ours, before=ids[:cut])
+            streamed = ''.join(map(stream.add, ids[cut:])) + stream.finish()
+            assert (ours.decode(ids[:cut]) if cut else '') + streamed == library.decode(ids)
 
 
 @pytest.mark.parametrize('files, eot', [
@@ -152,6 +229,68 @@ def test_text_never_becomes_a_special_token_unless_the_library_says_so(kind, tmp
 def test_the_end_of_a_text_is_found(kind, files, eot, tmp_path):
     ours, library = written(tmp_path / kind, kind, **files)
     assert ours.eot == (library.token_to_id(END) if eot == END else eot)
+
+
+@pytest.mark.parametrize('files, ends', [
+    ({}, []),
+    ({'config': {'eos_token_id': [9, 7]}}, [9, 7]),
+    ({'config': {'eos_token_id': 7}, 'generation_config': {'eos_token_id': [8, 7]}}, [8, 7]),
+    ({'generation_config': {'eos_token_id': [8, 9]}, 'tokenizer_config': {'eos_token': END}}, [END, 8, 9]),
+    ({'special_tokens_map': {'eos_token': END}, 'config': {'eos_token_id': 9}}, [END, 9]),
+    ({'config': {'eos_token_id': [-1, 99999, 7]}}, [7]),
+])
+def test_every_end_of_a_text_ends_it(kind, files, ends, tmp_path):
+    from nanoblocks.decoding.text import stops_of
+    ours, library = written(tmp_path / kind, kind, **files)
+    wanted = [library.token_to_id(end) if end == END else end for end in ends]
+    for tokenizer in (ours, from_meta(ours.meta())):
+        assert list(tokenizer.ends) == wanted
+        assert stops_of('', tokenizer) == ([], wanted)
+        assert stops_of(END, tokenizer)[1] == [*wanted, library.token_to_id(END)]
+
+
+def test_an_end_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"eos_token_id=\['a'\] in .*generation_config.json must be"):
+        written(tmp_path, 'byte_level', generation_config={'eos_token_id': ['a']})
+
+
+@pytest.mark.parametrize('files, bos, prompt', [
+    ({}, 'first', 'first'),                             # what tokenizer.json puts before a text
+    ({'config': {'bos_token_id': 7}}, 'first', 'first'),
+    ({'plain': True}, None, None),                      # nothing begins a text
+    ({'plain': True, 'config': {'eos_token_id': 9}}, 9, None),
+    ({'plain': True, 'config': {'bos_token_id': 7, 'eos_token_id': 9}}, 7, None),
+    ({'plain': True, 'config': {'bos_token_id': 99999, 'eos_token_id': 9}}, 9, None),
+    ({'plain': True, 'generation_config': {'bos_token_id': 8}, 'config': {'bos_token_id': 7}}, 8, None),
+    ({'plain': True, 'tokenizer_config': {'bos_token': END, 'add_bos_token': False}}, END, None),
+    ({'plain': True, 'tokenizer_config': {'bos_token': END, 'add_bos_token': True}}, END, END),
+])
+def test_a_text_begins_as_the_checkpoints_do(kind, files, bos, prompt, tmp_path):
+    plain = files.pop('plain', False) if (files := dict(files)) else False
+    ours, library = written(tmp_path / kind, kind, **files)
+    first = library.encode('a').ids[0]
+    if plain:
+        described = json.loads(library.to_str())
+        (tmp_path / kind / 'tokenizer.json').write_text(json.dumps(described | {'post_processor': None}))
+        ours = from_folder(tmp_path / kind)
+    named = {'first': first, END: library.token_to_id(END)}
+    for tokenizer in (ours, from_meta(ours.meta())):
+        assert tokenizer.bos == named.get(bos, bos)
+        begins = [] if prompt is None else [named[prompt]]
+        assert tokenizer.prompt('cat') == begins + tokenizer.encode('cat')
+
+
+@pytest.mark.parametrize('meta', [
+    None, [], {}, {'kind': []}, {'kind': 'chars'}, {'kind': 'chars', 'chars': ['a']},
+    {'kind': 'chars', 'chars': 'aa'}, {'kind': 'chars', 'chars': 'ba'}, {'kind': 'tiktoken', 'name': 3},
+    {'kind': 'bpe', 'tokens': 'ab', 'split': ''},
+    {'kind': 'bpe', 'tokens': ['漢字'], 'split': '.'}, {'kind': 'bpe', 'tokens': ['ab', 'ab'], 'split': '.'},
+    {'kind': 'bpe', 'tokens': ['ab'], 'split': '('}, {'kind': 'tokenizers', 'json': 3, 'eot': 1},
+    {'kind': 'tokenizers', 'json': 'null', 'eot': 1}, {'kind': 'tokenizers', 'json': '{}', 'eot': '</s>'}])
+def test_a_meta_that_describes_no_tokenizer_is_refused_in_a_sentence(meta):
+    with pytest.raises(ValueError, match='tokenizer') as error:
+        from_meta(meta)
+    assert '\n' not in str(error.value)
 
 
 def test_meta_builds_the_same_tokenizer(kind, tmp_path):
@@ -199,6 +338,26 @@ def test_text_is_prepared_with_the_tokenizer_of_a_checkpoint(kind, tmp_path, mon
     assert 'must hold tokenizer.json' in prepare(monkeypatch, *arguments)
 
 
+def test_text_is_prepared_with_the_tokenizer_of_a_run_or_a_dataset(tmp_path, monkeypatch):
+    from data.tokenizer import BPETokenizer
+    tokenizer = BPETokenizer.train(['the cat sat on the mat'] * 3, 280)
+    (tmp_path / 'run').mkdir(), (tmp_path / 'data').mkdir(), (tmp_path / 'nano').mkdir()
+    torch.save({'meta': {'tokenizer': tokenizer.meta()}}, tmp_path / 'run' / 'ckpt.pt')
+    (tmp_path / 'data' / 'meta.json').write_text(json.dumps({'tokenizer': tokenizer.meta()}))
+    (tmp_path / 'in.txt').write_text('the cat sat on the mat\n' * 50)
+    for source in ('run', 'run/ckpt.pt', 'data'):
+        out = tmp_path / source.replace('/', '-').replace('.', '-') / 'out'
+        assert prepare(monkeypatch, f'--input={tmp_path / "in.txt"}', f'--out={out}',
+                       f'--tokenizer={tmp_path / source}') is None
+        assert json.loads((out / 'meta.json').read_text())['tokenizer'] == tokenizer.meta()
+    torch.save({'model': {}, 'model_args': {}}, tmp_path / 'nano' / 'ckpt.pt')
+    (tmp_path / 'damaged.pt').write_text('no zip')
+    for source in ('nano', 'nano/ckpt.pt', 'damaged.pt'):
+        words = prepare(monkeypatch, f'--input={tmp_path / "in.txt"}', f'--out={tmp_path / "no"}',
+                        f'--tokenizer={tmp_path / source}')
+        assert str(tmp_path / source) in words and '\n' not in words
+
+
 # ----------------------------------------------------------------------------------------------------------
 # sample.py --init_from
 
@@ -229,6 +388,81 @@ def test_a_checkpoint_is_sampled_with_its_own_tokenizer(kind, tmp_path):
     text = tokenizer.decode_bytes(new).decode(errors='replace')
     assert done.out.startswith('the cat' + text), done.out
     assert '12 tokens' in done.out
+
+
+def test_every_end_of_generation_config_ends_a_sample(tmp_path):
+    library = byte_level()
+    folder, out = checkpoint_folder(tmp_path / 'model', library.get_vocab_size()), tmp_path / 'out.jsonl'
+    written(folder, 'byte_level', tokenizer_config={'eos_token': END})
+    sampled(init_from=folder, start='the', out=out)
+    first, *others = json.loads(out.read_text())['tokens']
+    assert others
+    (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': [0, first]}))
+    sampled(init_from=folder, start='the', out=out)
+    assert json.loads(out.read_text())['tokens'] == [first]
+
+
+def test_score_and_an_empty_start_begin_with_bos(tmp_path):
+    library = byte_level()
+    folder = checkpoint_folder(tmp_path / 'model', library.get_vocab_size())
+    ours, _ = written(folder, 'byte_level', tokenizer_config={'eos_token': END})
+    assert ours.bos == 0 != ours.eot
+    out = tmp_path / 'out.jsonl'
+    assert python('sample.py', *flags(init_from=folder, score='the cat', device='cpu', out=out)).code == 0
+    assert json.loads(out.read_text())['tokens'] == [0, *ours.encode('the cat')]
+    session = Session.load(folder, device='cpu')
+    assert session.encode('').tokens == [0] and session.encode('<|endoftext|>').tokens == [ours.eot]
+
+
+def test_endoftext_is_the_token_of_that_name_where_there_is_one(tmp_path):
+    from nanoblocks.decoding.text import stops_of
+    library = byte_level()
+    library.add_special_tokens(['<|endoftext|>'])
+    library.save(str(tmp_path / 'tokenizer.json'))
+    end, other = library.token_to_id(END), library.token_to_id('<|endoftext|>')
+    (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': end}))
+    ours = from_folder(tmp_path)
+    assert stops_of('<|endoftext|>', ours) == ([], [end, other])
+    session = Session(build(toy(vocab_size=ours.vocab_size, pos='rope')), ours)
+    assert session.encode('<|endoftext|>').tokens == [other]
+    (tmp_path / 'tokenizer.json').write_text(byte_level().to_str())
+    assert stops_of('<|endoftext|>', from_folder(tmp_path)) == ([], [end, end])
+
+
+def test_samples_of_training_begin_with_a_token_of_number_0(tmp_path):
+    from nanoblocks.decoding.preview import sample_texts
+    library = byte_level()
+    (tmp_path / 'tokenizer.json').write_text(library.to_str())
+    ours = HFTokenizer(library.to_str(), 0)
+    model = build(toy(vocab_size=ours.vocab_size, pos='rope'))
+    began = []
+    model.generate = lambda idx, *_, **__: began.append(idx.tolist()) or idx
+    assert sample_texts(model, {'tokenizer': ours.meta()}, 1) == [''] and began == [[[0]]]
+
+
+def test_a_tokenizer_is_looked_for_on_the_hub(monkeypatch, tmp_path):
+    hub = pytest.importorskip('huggingface_hub', reason='downloads from the hub')
+    from data.common import make_tokenizer
+    ours, _ = written(tmp_path / 'got', 'byte_level')
+    monkeypatch.setattr(hub, 'snapshot_download', lambda name, **_: str(tmp_path / 'got'))
+    assert make_tokenizer('openai-community/gpt2', [], None).meta() == ours.meta()
+
+    def fail(name, **_):
+        raise ConnectionError('no network\nat all')
+    monkeypatch.setattr(hub, 'snapshot_download', fail)
+    with pytest.raises(OSError, match=r'tokenizer=no/where .*\(no network\): name a folder') as error:
+        make_tokenizer('no/where', [], None)
+    assert '\n' not in str(error.value)
+
+
+def test_a_token_that_the_model_lacks_is_named(tmp_path):
+    library = byte_level()
+    folder = checkpoint_folder(tmp_path / 'model', library.token_to_id('café☕'))
+    written(folder, 'byte_level', config=json.loads((folder / 'config.json').read_text()))
+    assert_refused(sampled(init_from=folder, start='a café☕'), 'start has the token', 'café☕', 'vocab_size')
+    scored = python('sample.py', *flags(init_from=folder, score='a café☕'))
+    assert_refused(scored, 'score has the token', 'café☕')
+    assert sampled(init_from=folder, start='a cat').code == 0
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):

@@ -10,7 +10,8 @@ def sample_texts(model, meta, count, max_tokens=200):
     only the weights make a difference between two evaluations.
     """
     tokenizer = from_meta(meta['tokenizer'])
-    prompt = tokenizer.encode(meta.get('prompt', '')) or [tokenizer.eot or tokenizer.encode('\n')[0]]
+    first = tokenizer.encode('\n') if tokenizer.bos is None else [tokenizer.bos]
+    prompt = tokenizer.encode(meta.get('prompt', '')) or first
     idx = torch.tensor([prompt], device=model.wte.weight.device)
     room = max_tokens
     if model.wpe.max_tokens is not None:
@@ -18,5 +19,5 @@ def sample_texts(model, meta, count, max_tokens=200):
     with torch.compiler.set_stance('force_eager'):
         rows = [model.generate(idx, room, 0.8, top_k=200, seed=n)[0].tolist() for n in range(count)]
     # tokens that only round up the vocabulary have no text
-    return [tokenizer.decode([t for t in row if t < tokenizer.vocab_size and t != tokenizer.eot])
+    return [tokenizer.decode([t for t in row if t < tokenizer.vocab_size and t not in tokenizer.ends])
             for row in rows]

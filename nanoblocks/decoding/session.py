@@ -20,7 +20,7 @@ from nanoblocks.decoding.decode import Decoder, Sampling, left_padded
 from nanoblocks.decoding.generation import Generation, Sample
 from nanoblocks.decoding.scoring import Score, token_logprobs
 from nanoblocks.decoding.speculative import Speculative
-from nanoblocks.decoding.text import Text, stops_of
+from nanoblocks.decoding.text import Text, special_token, stops_of
 from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
 from nanoblocks.tokenizer import from_meta
 from nanoblocks.training import checkpoint
@@ -116,11 +116,15 @@ class Session:
 
     def encode(self, text: str, name='prompt') -> Prompt:
         """A text as a Prompt; '' begins a document. `name`: what an error about its length calls it."""
-        if text in ('', '<|endoftext|>') and self.tokenizer.eot is not None:
-            prompt = Prompt([self.tokenizer.eot], '')
+        begins = self.tokenizer.bos if text == '' else None
+        if text == '<|endoftext|>' and self.tokenizer.eot is not None:
+            begins = special_token(self.tokenizer, text)
+        if begins is not None:
+            prompt = Prompt([begins], '')
         else:
             # where no token begins a document, a line end does
             prompt = Prompt(self.tokenizer.prompt(text or '\n'), text or '\n')
+        check_vocabulary(self.model, self.tokenizer, prompt.tokens, name)
         self.room(prompt.tokens, name)
         return prompt
 
@@ -187,7 +191,7 @@ class Session:
                            chunk=self.chunk, compiled=self.compiled)
 
     def new_sample(self, prompt):
-        return Sample(prompt.text, Text(self.tokenizer, *self.stops))
+        return Sample(prompt.text, Text(self.tokenizer, *self.stops, before=prompt.tokens))
 
     @property
     def stops(self):
@@ -203,10 +207,11 @@ class Session:
     def tokens_to_score(self, text: str) -> list[int]:
         """The tokens of a text, after the token that begins a document; ValueError for fewer than two."""
         tokens = self.tokenizer.encode(text)
-        if self.tokenizer.eot is not None:          # so that the first token of the text is scored too
-            tokens = [self.tokenizer.eot, *tokens]
+        if self.tokenizer.bos is not None:          # so that the first token of the text is scored too
+            tokens = [self.tokenizer.bos, *tokens]
         if len(tokens) < 2:
             raise ValueError(f'score={text} must have at least two tokens: the first is given, not scored')
+        check_vocabulary(self.model, self.tokenizer, tokens, 'score')
         return tokens
 
     def score_tokens(self, tokens: list[int]) -> Score:
@@ -230,8 +235,8 @@ class Session:
 
     def own_tokens(self):
         """About 256 tokens drawn from the model's own distribution."""
-        eot = self.tokenizer.eot
-        first = [eot] if eot is not None else self.tokenizer.prompt(self.default_prompt or '\n')[:1]
+        bos = self.tokenizer.bos
+        first = [bos] if bos is not None else self.tokenizer.prompt(self.default_prompt or '\n')[:1]
         new = min(256, (self.model.wpe.max_tokens or 257) - 1)
         return self.model.generate(torch.tensor([first], device=self.device), new, seed=self.seed)[0].tolist()
 
@@ -240,6 +245,17 @@ def at_least_one(**counts):
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f'{name}={value} must be at least 1')
+
+
+def check_vocabulary(model, tokenizer, tokens, name):
+    """ValueError for a token that the model has no embedding of: its tokenizer came from elsewhere."""
+    rows = model.wte.weight.shape[0]
+    beyond = [token for token in tokens if token >= rows]
+    if beyond:
+        text = tokenizer.decode_bytes(beyond[:1]).decode(errors='replace')
+        raise ValueError(f'{name} has the token {beyond[0]} ({text!r}) and must have tokens below '
+                         f"vocab_size={rows}, the model's: leave {text!r} out; if the text has none, name "
+                         'another bos_token in tokenizer_config.json')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -252,24 +268,32 @@ def load_run(out_dir, ckpt):
     if ckpt == 'best.pt' and not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')
     state = checkpoint.load(path)
-    return checkpoint.build(state, path), from_meta(state['meta']['tokenizer']), state['meta']
+    model, tokenizer = checkpoint.build(state, path), from_meta(state['meta']['tokenizer'])
+    model.texts = pretrained.texts.Texts(meta=tokenizer.meta())
+    return model, tokenizer, state['meta']
 
 
 def load_published(name):
     """The model and tokenizer of what GPT.from_pretrained(name) loads."""
     model, tokenizer = GPT.from_pretrained(name), pretrained.tokenizer_of(name)
     if tokenizer is None:
-        raise ValueError(f'init_from={name} must hold tokenizer.json, to turn text into tokens: add the file')
+        raise ValueError(f'init_from={name} must hold tokenizer.json, to turn text into tokens: add the file '
+                         'of the checkpoint that the weights are from')
     return model, tokenizer
 
 
 def load_draft(out_dir, ckpt, tokenizer):
     """The model of a run, to draft for a model with this tokenizer."""
     model, its_tokenizer, _ = load_run(out_dir, ckpt)
-    if its_tokenizer.meta() != tokenizer.meta():
+    if vocabulary(its_tokenizer) != vocabulary(tokenizer):
         raise ValueError(f'draft={out_dir} has another vocabulary ({its_tokenizer.vocab_size} tokens) and '
                          "must have the model's: take a draft trained on the same dataset")
     return model
+
+
+def vocabulary(tokenizer):
+    """A tokenizer's meta without the tokens that begin and end a text, which a draft need not share."""
+    return {key: value for key, value in tokenizer.meta().items() if key not in ('ends', 'bos', 'add_bos')}
 
 
 def prepare(model, tokenizer, device, dtype):

@@ -11,21 +11,23 @@ class Text:
     of a stop string or of an ending token.
     """
 
-    def __init__(self, tokenizer, stop_strings=(), stop_tokens=()):
+    def __init__(self, tokenizer, stop_strings=(), stop_tokens=(), before=()):
+        """before: the tokens of the prompt, on which a blank at the beginning may depend"""
         # one character may span several tokens: the incremental decoder holds back its first bytes
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
         self.tokenizer, self.stop_strings, self.stop_tokens = tokenizer, stop_strings, stop_tokens
-        self.tokens, self.text, self.done = [], '', False
+        self.tokens, self.text, self.done, self.before = [], '', False, list(before)
         self.returned = 0       # characters that `add` has returned
 
     def add(self, token):
         """Add one token -> the characters that are certain now and were not returned before."""
         if self.done:
             return ''
+        before = self.tokens[-8:] or self.before[-8:]
         self.tokens.append(token)
         if token in self.stop_tokens:
             return self.finish()
-        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token], before))
         found = [at for at in (self.text.find(stop) for stop in self.stop_strings) if at >= 0]
         if found:
             self.text, self.done = self.text[:min(found)], True
@@ -52,7 +54,7 @@ class Text:
 def stops_of(stop, tokenizer):
     """
     stop: a text or special token, or several as a list or as a JSON list
-    -> (stop strings, stop tokens); the tokenizer's end of document is always a stop token
+    -> (stop strings, stop tokens); the tokens that end a text are always stop tokens
     """
     if isinstance(stop, str):
         try:
@@ -61,15 +63,15 @@ def stops_of(stop, tokenizer):
             raise ValueError(f'stop={stop} must be a text, or a JSON list such as ["\\n", "END"]') from None
     tokens = {text: special_token(tokenizer, text) for text in map(str, stop)}
     strings = [text for text, token in tokens.items() if text and token is None]
-    return strings, [token for token in (tokenizer.eot, *tokens.values()) if token is not None]
+    return strings, [*tokenizer.ends, *(token for token in tokens.values() if token is not None)]
 
 
 def special_token(tokenizer, text):
     """The id of the special token written `text`; None for ordinary text."""
-    if tokenizer.eot is not None and text == '<|endoftext|>':
-        return tokenizer.eot
     published = getattr(tokenizer, 'tokenizer', None)       # of a checkpoint in Hugging Face format
     found = published.token_to_id(text) if published is not None and text.startswith('<') else None
+    if found is None and text == '<|endoftext|>' and tokenizer.eot is not None:
+        return tokenizer.eot
     if found is None and text.startswith('<|') and text.endswith('|>'):
         raise ValueError(f'stop={text} must be a text or a special token of this tokenizer')
     return found

@@ -7,16 +7,17 @@ Published checkpoints, in and out: GPT.from_pretrained, model.save_pretrained, a
     surgery.py   changes flags of a loaded model
     families/    what each published family is, one entry each, and how to add one
     keys.py, rope.py, layouts.py    what entries are made of: keys of config.json, layouts of tensors
+    texts.py     the tokenizer of a model, and the tokens that begin and end a text, for an export
 """
 import os
 
 import torch
 
 from model import GPT
-from nanoblocks.pretrained import convert, nanogpt
+from nanoblocks.pretrained import convert, nanogpt, texts
 from nanoblocks.pretrained.files import folder_of
 from nanoblocks.pretrained.surgery import operate
-from nanoblocks.tokenizer import TiktokenTokenizer, from_folder, from_meta, read_json
+from nanoblocks.tokenizer import from_folder, from_meta
 
 
 @torch.no_grad()
@@ -29,17 +30,22 @@ def from_pretrained(name: str | os.PathLike, **overrides) -> GPT:
     """
     name = os.fspath(name)
     path = nanogpt.checkpoint_file(name)
-    model = nanogpt.load(path) if path else convert.load_folder(folder_of(name))
+    folder = None if path else folder_of(name)
+    model = nanogpt.load(path) if path else convert.load_folder(folder)
+    known = model.texts if path else texts.of_folder(folder)
     changed = {flag: value for flag, value in overrides.items()
                if flag not in convert.FIELDS or getattr(model.config, flag) != value}
-    return operate(model, changed) if changed else model
+    model = operate(model, changed) if changed else model
+    model.texts = known
+    return model
 
 
 @torch.no_grad()
 def save_pretrained(model: GPT, folder: str | os.PathLike) -> None:
     """
     Write config.json and model.safetensors for `transformers` to load, as the published family that the
-    model's flags belong to. Where there is none, ValueError names the flags in the way.
+    model's flags belong to, and the tokenizer of a model that from_pretrained loaded. Where there is no such
+    family, ValueError names the flags in the way.
     """
     convert.save_folder(model, folder)
 
@@ -50,9 +56,7 @@ def tokenizer_of(name):
     path = nanogpt.checkpoint_file(name)
     if path:
         return nanogpt.tokenizer_of(path)
-    folder = folder_of(name)
-    vocab_size = read_json(os.path.join(folder, 'config.json')).get('vocab_size')
-    return from_folder(folder) or (TiktokenTokenizer('gpt2') if vocab_size == 50257 else None)
+    return from_folder(folder_of(name))
 
 
 def same_tokenizer(name, meta):

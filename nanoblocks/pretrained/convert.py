@@ -13,11 +13,13 @@ from dataclasses import fields
 import torch
 
 from model import GPT, GPTConfig
+from nanoblocks.pretrained import texts
 from nanoblocks.pretrained.families import FAMILIES
 from nanoblocks.pretrained.families.family import DEFAULTS
-from nanoblocks.pretrained.files import TensorFiles
+from nanoblocks.pretrained.files import TensorFiles, refuse_adapter
 from nanoblocks.pretrained.keys import shortest_pattern, without
-from nanoblocks.pretrained.layouts import same
+from nanoblocks.pretrained.layouts import by_expert, gate_up_by_expert, same
+from nanoblocks.pretrained.values import check_values
 from nanoblocks.tokenizer import read_json
 
 FIELDS = {f.name for f in fields(GPTConfig)}
@@ -27,8 +29,10 @@ def load_folder(folder):
     """The model of a folder, in fp32."""
     hf = read_config(folder)
     family, files = FAMILIES[hf['model_type']], TensorFiles(folder)
+    check_layers(hf, family, files)
     config = config_of(hf, family)
-    rules = rules_of(family, config, hf)
+    check_size(config, files)
+    rules = under_names_of(files.where, rules_of(family, config, hf))
     embedding, head = (rules[ours][0] + '.weight' for ours in ('wte', 'lm_head'))
     theirs = names_in_file(files.where, embedding, head, config, hf)
     if config.tie and embedding in theirs and head in theirs:
@@ -37,23 +41,26 @@ def load_folder(folder):
         if config.tie:
             del theirs[head]
     model = GPT(config, seed=None).eval()
-    copy_tensors(model, family, hf, files, theirs)
+    copy_tensors(model, rules, hf, files, theirs)
     family.finish(model, hf)
     return model
 
 
 def save_folder(model, folder):
-    """Write config.json and model.safetensors as the family that the model's flags belong to."""
+    """Write config.json and model.safetensors as the family that the flags belong to, and the tokenizer."""
     from safetensors.torch import save_file
     kind, hf = family_for(model)
     ours, tensors = tensors_of(model), {}
-    for name, names, layout in matches(FAMILIES[kind], model.config, hf, ours):
+    rules = rules_of(FAMILIES[kind], model.config, hf)
+    for name, names, layout in matches(rules, model.config, ours):
         pieces = layout(ours[name].detach().float().cpu(), model.config)
         tensors |= {theirs: piece.save() for theirs, piece in zip(names, pieces, strict=True)}
     if model.config.n_predict > 1:
         print(f'n_predict={model.config.n_predict}: the blocks of multi-token prediction are not exported: '
               'they serve training only')
     os.makedirs(folder, exist_ok=True)
+    # the text side of a model that was loaded
+    hf |= texts.save(model.texts, folder) if hasattr(model, 'texts') else {}
     save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
     with open(os.path.join(folder, 'config.json'), 'w') as f:
         json.dump(hf | {'dtype': 'float32'}, f, indent=1)
@@ -73,8 +80,10 @@ def read_config(folder):
     """config.json of a folder, with the defaults of its family and without nulls."""
     path = os.path.join(folder, 'config.json')
     if not os.path.exists(path):
+        refuse_adapter(folder)
         raise FileNotFoundError(f'{folder} must hold config.json')
     hf = read_json(path)
+    check_values(hf, path)
     kind = hf.get('model_type')
     for key in UNSUPPORTED:
         if hf.get(key):
@@ -94,6 +103,27 @@ def complete(hf, family):
     off = {key: False for key, value in hf.items() if value is None and isinstance(default.get(key), bool)}
     aliased = {key: stated[alias] for alias, key in family.aliases.items() if alias in stated}
     return {key: value for key, value in (default | off | aliased | stated).items() if value is not None}
+
+
+def check_layers(hf, family, files):
+    """ValueError for more layers than there are tensors, before a pattern is made of their number."""
+    key = next(name for name, key in family.keys.items() if key.flags[0] == 'n_layer')
+    if not 1 <= hf.get(key, 1) <= len(files.where):
+        raise ValueError(f'{key}={hf[key]} in config.json must be from 1 to {len(files.where)}, the number '
+                         f'of tensors in {files.folder}: correct it or fetch the file again')
+
+
+def check_size(config, files):
+    """ValueError for a model that is larger than its files, before memory is allocated for it."""
+    try:
+        with torch.device('meta'):
+            weights = sum(p.numel() for p in GPT(config, seed=None).parameters())
+    except (RuntimeError, TypeError, OverflowError):  # sizes whose product is no 64-bit number
+        weights = math.inf
+    if weights > files.bytes():
+        raise ValueError(f'config.json in {files.folder} must describe a model of at most {files.bytes()} '
+                         f'weights, one for each byte of its files, not {weights}: correct its sizes or '
+                         'fetch the files again')
 
 
 def config_of(hf, family):
@@ -158,15 +188,34 @@ def rules_of(family, c, hf):
     return {ours: (rule, same) if isinstance(rule, str) else rule for ours, rule in rules.items()}
 
 
-def matches(family, c, hf, ours):
-    """(our name, their names, layout) of every tensor of ours for which the family has a rule."""
+def under_names_of(where, rules):
+    """
+    The rules for files with the names that transformers 5 has in memory and writes with
+    save_original_format=False. The experts of a layer are then one tensor, (E,2I,C) or (E,C,I) as ours.
+    """
+    head = rules['lm_head'][0] + '.weight'
+    if head not in where and 'lm_head.weight' in where:
+        rules = rules | {'lm_head': ('lm_head', same)}
+    if not any(name.endswith('.experts.down_proj') for name in where):
+        return rules
+    fused, renamed = {gate_up_by_expert: 'gate_up_proj', by_expert: 'down_proj'}, {}
+    for ours, (theirs, layout) in rules.items():
+        theirs = theirs.replace('.block_sparse_moe.', '.mlp.')
+        if layout in fused:
+            ours, theirs, layout = f'{ours}.weight', theirs.partition('{n}')[0] + fused[layout], same
+        renamed[ours] = theirs, layout
+    return renamed
+
+
+def matches(rules, c, ours):
+    """(our name, their names, layout) of every tensor of ours for which there is a rule."""
     plan = list(enumerate(c.plan()))
     layers = {'i': range(c.n_layer),
               'a': [i for i, (mixer, _) in plan if mixer != 'm'],
               'm': [i for i, (mixer, _) in plan if mixer == 'm'],
               'e': [i for i, (_, ffn) in plan if ffn == 'e'],
               'f': [i for i, (_, ffn) in plan if ffn == 'f']}
-    for rule, (theirs, layout) in rules_of(family, c, hf).items():
+    for rule, (theirs, layout) in rules.items():
         letter = re.search(r'\{(\w)\}', rule)
         for i in layers[letter[1]] if letter else [None]:
             name = rule.replace(letter[0], str(i)) if letter else rule
@@ -195,17 +244,17 @@ def names_in_file(where, embedding, head, config, hf):
     bare = not any(name.startswith(prefix) for name in where)
     theirs = {(prefix + name if bare and name != head else name): name for name in where}
     # DeepSeek V3's multi-token prediction is stored as layers after the last
-    extra = hf.get('num_nextn_predict_layers', 0)
+    extra = min(hf.get('num_nextn_predict_layers', 0), len(where))
     after = tuple(f'model.layers.{config.n_layer + k}.' for k in range(extra))
     return {name: stored for name, stored in theirs.items()
             if not NOT_WEIGHTS.search(name) and not name.startswith(after)}
 
 
-def copy_tensors(model, family, hf, files, theirs):
+def copy_tensors(model, rules, hf, files, theirs):
     """Fill the model from the files. Refused where a tensor is missing, misshapen or left over."""
     ours, unused = tensors_of(model), set(theirs)
     folder, kind, unfilled = files.folder, hf['model_type'], set(ours)
-    for mine, names, layout in matches(family, model.config, hf, ours):
+    for mine, names, layout in matches(rules, model.config, ours):
         for name, piece in zip(names, layout(ours[mine], model.config), strict=True):
             if name not in theirs:
                 raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs')
@@ -248,7 +297,7 @@ def family_for(model):
         except ValueError:  # flags that this family cannot express
             continue
         # the blocks of multi-token prediction, further.*, stay here
-        covered = {name for name, _, _ in matches(family, c, hf, ours)}
+        covered = {name for name, _, _ in matches(rules_of(family, c, hf), c, ours)}
         if not differing and all(name in covered or name.startswith('further.') for name in ours):
             return kind, hf
         others.append((0, len(differing), kind, differing))

@@ -44,6 +44,8 @@ def read_rope(hf, parameters=None, partial=False):
                              f'coordinates, not {width} of the {width_of_head(hf)} of a head')
         flags['rope_fraction'] = width / width_of_head(hf)
     kind = rope_type(p)
+    if kind == 'default' and p.get('factor') is not None and not (p.get('rope_type') or p.get('type')):
+        raise ValueError(f'rope_type must be set beside factor={p["factor"]} in config.json')
     if kind == 'default':
         return flags
     if kind not in SCALING:
@@ -54,7 +56,12 @@ def read_rope(hf, parameters=None, partial=False):
 def read_scaling(hf, p, kind):
     """The flags of one rope_type other than the default."""
     original, longest = 'original_max_position_embeddings', 'max_position_embeddings'
-    trained = hf.get(original) or p.get(original) or hf[longest]
+    trained = hf.get(original) or p.get(original)
+    if p.get('factor') is None and not (trained and kind in ('yarn', 'longrope')):
+        # of these two the factor is how much longer the context has become
+        more = f', or {original}' if kind in ('yarn', 'longrope') else ''
+        raise ValueError(f'factor{more} must be set beside rope_type={kind} in config.json')
+    trained = trained or hf[longest]
     p = p | {'factor': p.get('factor') or hf[longest] / trained, original: trained}
     if kind == 'longrope':
         p['factor'] = max(p['factor'], 1.0)

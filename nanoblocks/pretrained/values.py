@@ -1,0 +1,74 @@
+"""One checker for the values of config.json: their types, before anything is computed from them."""
+import math
+
+COUNTS = {
+    'attention_chunk_size', 'attn_layer_offset', 'attn_layer_period', 'conv_kernel', 'd_model',
+    'decoder_sparse_step', 'expert_layer_offset', 'expert_layer_period', 'experts_per_token',
+    'ffn_hidden_size', 'first_k_dense_replace', 'head_dim', 'hidden_size', 'interleave_moe_layer_step',
+    'intermediate_size', 'intermediate_size_mlp', 'kv_lora_rank', 'kv_n_heads', 'mamba_d_conv',
+    'mamba_d_state', 'max_position_embeddings', 'max_seq_len', 'max_window_layers', 'moe_intermediate_size',
+    'n_ctx', 'n_embd', 'n_embed', 'n_group', 'n_groups', 'n_head', 'n_heads', 'n_inner', 'n_layer',
+    'n_layers', 'n_positions', 'n_routed_experts', 'n_shared_experts', 'no_rope_layer_interval',
+    'num_attention_heads', 'num_experts', 'num_experts_per_tok', 'num_heads', 'num_hidden_layers',
+    'num_key_value_heads', 'num_kv_heads', 'num_ln_in_parallel_attn', 'num_local_experts',
+    'num_nextn_predict_layers', 'original_max_position_embeddings', 'q_lora_rank', 'qk_nope_head_dim',
+    'qk_rope_head_dim', 'shared_expert_intermediate_size', 'sliding_window', 'sliding_window_pattern',
+    '_sliding_window_pattern', 'state_size', 'topk_group', 'v_head_dim', 'vocab_size'}
+NUMBERS = {
+    'alibi_bias_max', 'attention_factor', 'attention_multiplier', 'attn_logit_softcapping', 'attn_scale',
+    'beta_fast', 'beta_slow', 'clip_qkv', 'embedding_multiplier', 'expand', 'factor',
+    'final_logit_softcapping', 'floor_scale', 'high_freq_factor', 'layer_norm_eps', 'layer_norm_epsilon',
+    'logits_scaling', 'low_freq_factor', 'mamba_expand', 'mscale', 'mscale_all_dim', 'norm_epsilon',
+    'partial_rotary_factor', 'query_pre_attn_scalar', 'residual_multiplier', 'rms_norm_eps',
+    'rope_local_base_freq', 'rope_theta', 'rotary_emb_base', 'rotary_pct', 'routed_scaling_factor',
+    'softmax_scale', 'swiglu_alpha', 'swiglu_limit'}
+TRUTHS = {
+    'add_cross_attention', 'alibi', 'apply_residual_connection_post_layernorm', 'attention_bias', 'bias',
+    'mamba_conv_bias', 'mamba_proj_bias', 'mlp_bias', 'multi_query', 'new_decoder_architecture',
+    'norm_topk_prob', 'parallel_attn', 'prefix_lm', 'qk_ln', 'qkv_bias', 'rope_interleave',
+    'scale_attn_by_inverse_layer_idx', 'scale_attn_weights', 'slow_but_exact', 'tie_word_embeddings',
+    'truncate', 'use_bias', 'use_conv_bias', 'use_parallel_residual', 'use_qk_norm', 'use_sliding_window'}
+WORDS = {'activation', 'activation_function', 'hidden_act', 'hidden_activation', 'model_type', 'rope_type',
+         'topk_method', 'type'}
+LISTS_OF_NUMBERS = {'long_factor', 'mlp_only_layers', 'moe_layers', 'no_rope_layers', 'short_factor'}
+LISTS_OF_WORDS = {'layer_types'}
+# their values are checked too
+TABLES = {'attn_config', 'rope_parameters', 'rope_scaling'}
+
+MOST = 2 ** 31 - 1  # of what is counted
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value <= MOST
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e300 and not math.isnan(value)
+
+
+RULES = (
+    (COUNTS, is_count, f'be a whole number from 0 to {MOST}'),
+    (NUMBERS, is_number, 'be a finite number'),
+    (TRUTHS, lambda value: type(value) is bool, 'be true or false'),
+    (WORDS, lambda value: type(value) is str, 'be a string'),
+    (LISTS_OF_NUMBERS, lambda value: type(value) is list and all(map(is_number, value)),
+     'be a list of numbers'),
+    (LISTS_OF_WORDS, lambda value: type(value) is list and all(type(x) is str for x in value),
+     'be a list of strings'),
+    (TABLES, lambda value: type(value) is dict, 'hold names and values'))
+
+
+def check_values(table, path):
+    """ValueError for a key whose value has another type than it must have, or no finite size."""
+    for key, value in table.items():
+        for names, holds, rule in RULES:
+            if key in names and value is not None and not holds(value):
+                raise ValueError(f'{key}={shown(value)} in {path} must {rule}: correct it or fetch the file '
+                                 'again')
+        if isinstance(value, dict) and (key in TABLES or key in ('full_attention', 'sliding_attention')):
+            check_values(value, path)
+
+
+def shown(value):
+    text = repr(value)
+    return text if len(text) <= 40 else f'{text[:37]}...'
