@@ -589,12 +589,13 @@ def prepare(monkeypatch, name, *flags):
 
 
 def texts_of(folder, split):
-    """The documents of a split, decoded."""
+    """The documents of a split, decoded; the last may lack its end token."""
     meta = json.loads((folder / 'meta.json').read_text())
     tokenizer = from_meta(meta['tokenizer'])
     ids = np.concatenate([np.fromfile(folder / name, '<u2') for name in meta['files'][split]])
-    cuts = [0, *(np.flatnonzero(ids == tokenizer.eot) + 1)] if tokenizer.eot else [0, len(ids)]
-    return [tokenizer.decode(ids[a:b - 1 if tokenizer.eot else b].tolist()) for a, b in zip(cuts, cuts[1:])]
+    ends = np.flatnonzero(ids == tokenizer.eot).tolist() if tokenizer.eot else []
+    documents = [ids[a:b] for a, b in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)])]
+    return [tokenizer.decode(document.tolist()) for document in documents if len(document)]
 
 
 def test_pysource_holds_the_standard_library(tmp_path):
@@ -602,8 +603,8 @@ def test_pysource_holds_the_standard_library(tmp_path):
     script, library = ROOT / 'data' / 'pysource' / 'prepare.py', Path(sysconfig.get_paths()['stdlib'])
     start = time.perf_counter()
     for flags in ['--tokenizer=bytes'], ['--vocab_size=300']:
-        done = subprocess.run([sys.executable, script, f'--out={tmp_path}', *flags], cwd=tmp_path,
-                              capture_output=True, text=True)
+        command = [sys.executable, script, f'--out={tmp_path}', '--overwrite=True', *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert 'documents' in done.stdout and str(tmp_path) in done.stdout
         train, val = texts_of(tmp_path, 'train'), texts_of(tmp_path, 'val')
@@ -638,7 +639,7 @@ def test_a_download_is_kept_and_a_failed_one_names_the_way_out(tmp_path, monkeyp
     monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: urlopen(source.as_uri()))
     assert prepare(monkeypatch, 'shakespeare_char', flag) is None
     source.unlink()
-    assert prepare(monkeypatch, 'shakespeare_char', flag) is None
+    assert prepare(monkeypatch, 'shakespeare_char', flag, '--overwrite=True') is None
     assert texts_of(tmp_path / 'out', 'train') + texts_of(tmp_path / 'out', 'val') == [text[:594], text[594:]]
 
 
@@ -813,3 +814,170 @@ def test_a_file_given_without_its_flag_is_not_run_as_a_config(tmp_path):
     done = subprocess.run([sys.executable, ROOT / 'data' / 'text' / 'prepare.py', 'mine.py'], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip() == 'mine.py is no flag; did you mean --input=mine.py?'
+
+
+# ----------------------------------------------------------------------------
+# what is read, and what is not
+
+def prepare_text(monkeypatch, tmp_path, *flags, path='in', tokenizer='bytes', out='out'):
+    """Prepare tmp_path / path; returns the sentence of a refusal, or the documents of both splits, sorted."""
+    flags = f'--input={tmp_path / path}', f'--out={tmp_path / out}', f'--tokenizer={tokenizer}', *flags
+    stop = prepare(monkeypatch, 'text', *flags)
+    return stop or sorted(texts_of(tmp_path / out, 'train') + texts_of(tmp_path / out, 'val'))
+
+
+def test_a_folder_is_read_through_links_and_what_is_passed_over_is_counted(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'in'
+    (tmp_path / 'far' / '.git').mkdir(parents=True)
+    (folder / 'deep').mkdir(parents=True)
+    files = {'NOTES.TXT': 'capitals', 'a.txt': 'plain', 'deep/c.html': 'no', 'deep/d.html': 'no', 'e': 'no',
+             '../far/linked.txt': 'linked', '../far/.git/x.txt': 'no', '.hidden.txt': 'no',
+             'z.Md': 'markdown'}
+    for name, text in files.items():
+        (folder / name).write_text(text * 9)
+    (folder / 'linked').symlink_to(tmp_path / 'far')
+    (tmp_path / 'far' / 'circle').symlink_to(folder)
+    (folder / 'gone.txt').symlink_to(tmp_path / 'nowhere')
+    found = prepare_text(monkeypatch, tmp_path, '--val_fraction=0.5')
+    out = capsys.readouterr().out
+    assert len(''.join(found)) == sum(9 * len(text) for text in files.values() if text != 'no')
+    assert 'reading 4 files: 3 .txt, 1 .md' in out, out
+    for passed in ('2 .html', '1 file without an ending', '1 hidden folder', '1 hidden file',
+                   '1 broken link or device', '1 folder linked twice'):
+        assert passed in out, out
+
+
+ROWS = [f'row {i} of "many", with, commas\nand lines; \u00fc \U0001f642' for i in range(120)]
+
+
+def table(kind, rows):
+    """The bytes of a file of this kind with a column `text`."""
+    import csv
+    import io
+    dicts = [{'id': i, 'text': text} for i, text in enumerate(rows)]
+    if kind in ('csv', 'tsv', 'semicolons'):
+        out = io.StringIO()
+        writer = csv.writer(out, delimiter={'csv': ',', 'tsv': '\t', 'semicolons': ';'}[kind])
+        writer.writerows([('id', 'text'), *((row['id'], row['text']) for row in dicts)])
+        return out.getvalue().encode()
+    lines = '\n'.join(map(json.dumps, dicts))
+    texts = {'lines': lines, 'array': json.dumps(dicts, indent=1), 'strings': json.dumps(rows),
+             'data': json.dumps({'version': 1, 'data': dicts}),
+             'one': json.dumps({'text': ''.join(rows)}, indent=1)}
+    return texts[kind].encode()
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('rows.JSONL', 'lines'), ('rows.ndjson', 'lines'), ('rows.json', 'array'), ('rows.json', 'lines'),
+    ('rows.json', 'strings'), ('rows.json', 'data'), ('rows.csv', 'csv'), ('rows.CSV', 'semicolons'),
+    ('rows.tsv', 'tsv')])
+@pytest.mark.parametrize('mark', [b'', b'\xef\xbb\xbf'])
+def test_tables_of_every_kind_give_their_rows(tmp_path, monkeypatch, name, kind, mark):
+    (tmp_path / name).write_bytes(mark + table(kind, ROWS))
+    assert prepare_text(monkeypatch, tmp_path, path=name) == sorted(ROWS)
+    chars = prepare_text(monkeypatch, tmp_path, path=name, tokenizer='chars', out='chars')
+    assert set(''.join(chars)) == set(''.join(ROWS))
+
+
+def test_one_json_object_is_one_document(tmp_path, monkeypatch):
+    (tmp_path / 'one.json').write_bytes(table('one', ROWS))
+    assert ''.join(reversed(prepare_text(monkeypatch, tmp_path, path='one.json'))) == ''.join(ROWS)
+
+
+@pytest.mark.parametrize('packing', ['gz', 'bz2', 'xz', 'zst'])
+@pytest.mark.parametrize('name, kind', [('a.jsonl', 'lines'), ('a.csv', 'csv'), ('a.json', 'array'),
+                                        ('a.txt', '')])
+def test_packed_files_are_read_and_damaged_ones_refused(tmp_path, monkeypatch, packing, name, kind):
+    import bz2
+    import gzip
+    import lzma
+    if packing == 'zst':
+        zstandard = pytest.importorskip('zstandard')
+    pack = {'gz': gzip.compress, 'bz2': bz2.compress, 'xz': lzma.compress,
+            'zst': lambda raw: zstandard.ZstdCompressor().compress(raw)}[packing]
+    raw = pack(table(kind, ROWS) if kind else '\n<|endoftext|>\n'.join(ROWS).encode())
+    (tmp_path / f'{name}.{packing}').write_bytes(raw)
+    found = prepare_text(monkeypatch, tmp_path, path=f'{name}.{packing}')
+    assert found == sorted(ROWS) if kind else [text.strip('\n') for text in found] == sorted(ROWS)
+    (tmp_path / f'{name}.{packing}').write_bytes(raw[:len(raw) // 2])
+    stop = prepare_text(monkeypatch, tmp_path, path=f'{name}.{packing}', out='damaged')
+    assert 'is damaged' in stop and '\n' not in stop
+
+
+def test_a_package_for_zst_that_is_missing_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt.zst').write_bytes(b'(\xb5/\xfd')
+    for module in ('compression', 'zstandard'):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert prepare_text(monkeypatch, tmp_path, path='a.txt.zst') == (
+        'a file that ends in .zst needs zstandard: pip install zstandard')
+
+
+@pytest.mark.parametrize('name, content, sentence', [
+    ('a.json', b'[{"text": "x"}, {"text": ', 'a.json is not JSON'),
+    ('a.json', b'[{"text": "x"}] trailing', 'a.json is not JSON'),
+    ('a.json', b'{"a": 1, "b": 2}', "value 1 of {}/a.json has no column 'text': choose one of a, b"),
+    ('a.json', b'[' * 100_000, 'a.json is not JSON'),
+    ('a.jsonl', b'{"a":' * 100_000, 'line 1 of {}/a.jsonl is not JSON'),
+    ('a.json', b'\xff', 'a.json is not UTF-8 (byte 0)'),
+    ('a.csv', b'id,body\n1,x', "a.csv has no column 'text': choose one of id, body"),
+    ('a.csv', b'id,text\n1,"x', 'a.csv is not CSV (unexpected end of data)'),
+    ('a.csv', b'id,text\n1,\xff', 'a.csv is not UTF-8'),
+    ('a.parquet', b'PAR1', 'a.parquet is no parquet file'),
+    ('a.zip', b'PK', 'a.zip must be unpacked first'), ('a.tar.gz', b'', 'a.tar.gz must be unpacked first'),
+    ('a.txt.gz', b'plain', 'a.txt.gz is damaged'),
+])
+def test_files_that_are_not_what_they_are_called_are_refused(tmp_path, monkeypatch, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    stop = prepare_text(monkeypatch, tmp_path, path=name)
+    assert sentence.replace('{}', str(tmp_path)) in stop and '\n' not in stop
+
+
+def test_rows_without_text_are_passed_over_and_counted(tmp_path, monkeypatch, capsys):
+    import pyarrow
+    import pyarrow.parquet
+    rows = [None if i in (7, 70) else text for i, text in enumerate(ROWS)]
+    pyarrow.parquet.write_table(pyarrow.table({'text': rows}), tmp_path / 'a.parquet')
+    (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in rows))
+    for name in 'a.parquet', 'b.jsonl':
+        assert prepare_text(monkeypatch, tmp_path, path=name, out=name[0]) == sorted(filter(None, rows))
+        assert 'passed over: 2 rows without text (null)' in capsys.readouterr().out
+        flags = f'--input={tmp_path / name}', '--tokenizer=bytes', '--val_fraction=0.1'
+        assert prepare(monkeypatch, 'fineweb_edu', *flags, f'--out={tmp_path / name}s') is None
+        assert 'passed over: 2 rows without text (null)' in capsys.readouterr().out
+
+
+def test_lines_with_a_marker_part_documents(tmp_path, monkeypatch, capsys):
+    stories = [f'Once there was cat {i}.\nIt said <|endoftext|> here.\n' for i in range(300)]
+    (tmp_path / 'a.txt').write_text('<|endoftext|>\r\n' + '<|endoftext|> \n'.join(stories) + '<|endoftext|>')
+    assert prepare_text(monkeypatch, tmp_path, path='a.txt') == sorted(stories)
+    assert '<|endoftext|> stands 300 times amid other text' in capsys.readouterr().out
+
+
+def test_a_text_that_is_cut_is_not_ended_there(tmp_path, monkeypatch):
+    (tmp_path / 'in').mkdir()
+    for i in range(3):
+        (tmp_path / 'in' / f'{i}.txt').write_text(f'abcdefghi{i}' * 10)
+    prepare_text(monkeypatch, tmp_path)
+    train, val = (np.fromfile(tmp_path / 'out' / f'{split}.bin', '<u2') for split in ('train', 'val'))
+    assert 256 not in train and np.flatnonzero(val == 256).tolist() == [10, 21, 32]
+    meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
+    assert (meta['train_documents'], meta['val_documents']) == (3, 3)
+
+
+def test_a_dataset_is_replaced_only_when_asked(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    (tmp_path / 'b.txt').write_text('xyz ' * 99)
+    prepare_text(monkeypatch, tmp_path, path='a.txt')
+    before = contents(tmp_path / 'out')
+    stop = prepare_text(monkeypatch, tmp_path, path='b.txt')
+    assert 'add --overwrite=True' in stop and contents(tmp_path / 'out') == before
+    assert 'x' in ''.join(prepare_text(monkeypatch, tmp_path, '--overwrite=True', path='b.txt'))
+
+
+def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    prepare_text(monkeypatch, tmp_path, path='a.txt', out="an odd; name's")
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix('next: ')
+    echo = subprocess.run(f'printf "%s\\n" {command}', shell=True, capture_output=True, text=True).stdout
+    python, script, flag = echo.splitlines()
+    assert (ROOT / 'train.py').samefile(script) and flag == f"--dataset={tmp_path}/an odd; name's"
