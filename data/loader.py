@@ -15,6 +15,8 @@ import json
 import math
 import mmap
 import queue
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -45,15 +47,8 @@ def open_dataset(folder, block_size, seed):
     damaged or a split is too short for one row.
     """
     folder = Path(folder)
-    if not (folder / 'meta.json').exists():
-        raise FileNotFoundError(unprepared(folder))
-    try:
-        meta = json.loads((folder / 'meta.json').read_text())
-        meta['vocab_size'], meta['tokenizer'], meta['val_bytes_per_token']
-        train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val'))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{folder}/meta.json is broken ({type(error).__name__}: {error}): '
-                         f'run {prepare_command(folder)} again') from None
+    meta = read_meta(folder)
+    train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val'))
     for name, tokens in ('train', train), ('val', val):
         if len(tokens) <= block_size:
             raise ValueError(f'block_size={block_size} must be less than the {len(tokens):,} tokens of '
@@ -61,14 +56,65 @@ def open_dataset(folder, block_size, seed):
     return Dataset(meta, train, val, block_size, seed)
 
 
+def read_meta(folder):
+    """
+    What meta.json in `folder` holds, with all that is read from it checked. Raises FileNotFoundError where
+    there is none, and ValueError for contents that cannot be.
+    """
+    path = folder / 'meta.json'
+    if not path.exists():
+        raise FileNotFoundError(unprepared(folder))
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        meta['vocab_size'], meta['tokenizer'], meta['val_bytes_per_token'], meta['files']
+        meta['files']['train'], meta['files']['val'], DTYPES[meta['dtype']]
+        for name, ok, rule in meta_rules(meta):
+            if not ok:
+                value = meta if name == 'meta.json' else meta.get(name)
+                raise ValueError(f'{name}={str(value)[:60]} must {rule}')
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
+        raise ValueError(f'{path} is broken ({kind}{error}): run {prepare_command(folder)}') from None
+    return meta
+
+
+def meta_rules(meta):
+    """Yields (name, whether its value can be, what it must be)."""
+    size, ratio, files = meta['vocab_size'], meta['val_bytes_per_token'], meta['files']
+    tokenizer, hashes = meta['tokenizer'], meta.get('sha256', {})
+    yield 'vocab_size', type(size) is int and 1 <= size <= 2**32, 'be an int above 0'
+    yield ('val_bytes_per_token', type(ratio) in (int, float) and 0 < ratio < math.inf,
+           'be a finite number above 0')
+    yield 'prompt', isinstance(meta.get('prompt', ''), str), 'be a string'
+    counts = [(name, n) for split in ('train', 'val') for name, n in files[split].items()]
+    yield ('files', files['train'] and files['val'] and all(type(n) is int and n > 0 for _, n in counts),
+           'give each split files, and each file a number of tokens above 0')
+    yield ('files', all(name not in ('.', '..') and not re.search(r'[/\\\0]', name) for name, _ in counts),
+           'name files of this folder')
+    yield ('sha256', isinstance(hashes, dict) and hashes.keys() <= files.keys()
+           and all(isinstance(digest, str) for digest in hashes.values()), 'give each split a checksum')
+    kind = tokenizer['kind']
+    texts = {'bytes': (), 'chars': ('chars',), 'tiktoken': ('name',), 'tokenizers': ('json',),
+             'bpe': ('split',)}.get(kind if isinstance(kind, str) else '', ())
+    yield 'tokenizer', isinstance(kind, str) and all(isinstance(tokenizer[x], str) for x in texts), (
+        f'hold {" and ".join(("kind", *texts))} as text')
+    if kind == 'bpe':
+        yield ('tokenizer', isinstance(tokenizer['tokens'], list)
+               and all(isinstance(token, str) for token in tokenizer['tokens']), 'hold a list of tokens')
+    if kind in ('bytes', 'chars'):
+        fits = size == (257 if kind == 'bytes' else len(tokenizer['chars']))
+        yield 'vocab_size', fits, 'be the size of its tokenizer'
+
+
 def check_hashes(folder, most_bytes=None):
     """
-    Compare the token files in `folder` with the checksums in meta.json; raises ValueError on a mismatch.
+    Compare the token files in `folder` with the checksums and vocab_size in meta.json; raises ValueError on a
+    mismatch.
 
     Reads all of them, about a gigabyte per second. most_bytes: skip the check if they are larger.
     """
     folder = Path(folder)
-    meta = json.loads((folder / 'meta.json').read_text())
+    meta = read_meta(folder)
     paths = {split: [folder / name for name in files] for split, files in meta['files'].items()}
     size = sum(path.stat().st_size for files in paths.values() for path in files)
     if most_bytes is not None and size > most_bytes:
@@ -76,7 +122,17 @@ def check_hashes(folder, most_bytes=None):
     for split, digest in meta.get('sha256', {}).items():
         if sha256_of(paths[split]) != digest:
             raise ValueError(f'{" ".join(map(str, paths[split]))} must have the checksum in meta.json, but '
-                             f'was damaged: run {prepare_command(folder)} again')
+                             f'was damaged: run {prepare_command(folder)}')
+    for path in (path for files in paths.values() for path in files):
+        most = largest_token(path, DTYPES[meta['dtype']])
+        if most >= meta['vocab_size']:
+            raise ValueError(f'vocab_size={meta["vocab_size"]} in {folder}/meta.json must be above all '
+                             f'tokens, and {path} holds {most}: run {prepare_command(folder)}')
+
+
+def largest_token(path, dtype):
+    tokens = np.memmap(path, dtype, 'r')
+    return max(int(tokens[i:i + 2**22].max()) for i in range(0, len(tokens), 2**22))
 
 
 def ensure_prepared(folder):
@@ -99,9 +155,12 @@ def ensure_prepared(folder):
 
 def prepare_command(folder):
     """The command that prepares `folder`, as a user types it in the root of the repository."""
+    again = ['--overwrite=True'] if (folder / 'meta.json').exists() else []
+    full = folder.resolve()
     if (folder / 'prepare.py').exists():
-        return f'python data/{folder.resolve().name}/prepare.py'
-    return f'python data/text/prepare.py --input=YOUR_TEXT --name={folder.resolve().name}'
+        return shlex.join(['python', f'data/{full.name}/prepare.py', *again])
+    where = f'--name={full.name}' if full.parent == HERE else f'--out={folder}'
+    return shlex.join(['python', 'data/text/prepare.py', '--input=YOUR_TEXT', where, *again])
 
 
 def unprepared(folder):
@@ -119,11 +178,11 @@ class Tokens:
         self.parts, self.ends, end = [], [], 0
         for name, n_tokens in files.items():
             path = folder / name
-            if not path.exists():
-                raise FileNotFoundError(f'{path} is missing: run {prepare_command(folder)} again')
+            if not path.is_file():
+                raise FileNotFoundError(f'{path} is missing: run {prepare_command(folder)}')
             if path.stat().st_size != n_tokens * dtype.itemsize:
                 raise ValueError(f'{path} has {path.stat().st_size:,} bytes, not the {n_tokens:,} tokens of '
-                                 f'{dtype.itemsize} bytes in meta.json: run {prepare_command(folder)} again')
+                                 f'{dtype.itemsize} bytes in meta.json: run {prepare_command(folder)}')
             end += n_tokens
             with open(path, 'rb') as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -5,6 +5,7 @@ Tests that need GPT-2's vocabulary look for it in TIKTOKEN_CACHE_DIR, else in ..
 
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -25,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.hub import Stream  # noqa: E402
-from data.loader import ensure_prepared, mix, open_dataset, permute  # noqa: E402
+from data.loader import check_hashes, ensure_prepared, mix, open_dataset, permute  # noqa: E402
 from data.tokenizer import (  # noqa: E402
     SPLIT,
     BPETokenizer,
@@ -507,6 +508,27 @@ def edit_meta(**changes):
     ('meta.json', edit_meta(dtype='float32'), ValueError, r"meta.json is broken \(KeyError: 'float32'"),
     ('meta.json', edit_meta(files={'train': {'train.bin': 1000}}), ValueError, r"broken \(KeyError: 'val'"),
     ('meta.json', edit_meta(files=['train.bin']), ValueError, 'meta.json is broken'),
+    ('meta.json', lambda path: (path.unlink(), path.mkdir()), ValueError, 'broken .IsADirectoryError'),
+    ('train.bin', lambda path: (path.unlink(), path.mkdir()), FileNotFoundError, 'train.bin is missing'),
+    ('meta.json', lambda path: path.write_text('[' * 10**5), ValueError, 'broken .RecursionError'),
+    *[('meta.json', edit_meta(**{name: value}), ValueError, rf'broken \({name}=.* must {rule}')
+      for name, values, rule in [
+          ('vocab_size', [0, -1, None, '257', 257.0, True, 10**12], 'be an int above 0'),
+          ('vocab_size', [256, 300], 'be the size of its tokenizer'),
+          ('val_bytes_per_token', [0, None, math.nan, math.inf, -1, '1', True], 'be a finite number above 0'),
+          ('prompt', [3, None], 'be a string'),
+          ('sha256', [3, [], {'train': 3}, {'other': 'x'}], 'give each split a checksum'),
+          ('files', [{'train': {}, 'val': {'val.bin': 500}},
+                     *[{'train': {'train.bin': n}, 'val': {'val.bin': 500}} for n in (0, -1, None, 1e3)]],
+           'give each split files'),
+          ('files', [{'train': {name: 1000}, 'val': {'val.bin': 500}} for name in ('../x', 'a/b', '..')],
+           'name files of this folder'),
+          ('tokenizer', [{'kind': 'tiktoken', 'name': 3}, {'kind': 'chars', 'chars': ['a']}, {'kind': []},
+                         {'kind': 'bpe', 'split': 3, 'tokens': []}], 'hold kind'),
+          ('tokenizer', [{'kind': 'bpe', 'split': '', 'tokens': [1]}], 'hold a list of tokens')]
+      for value in values],
+    *[('meta.json', edit_meta(tokenizer=value), ValueError, 'meta.json is broken')
+      for value in [None, 3, [], {}, {'kind': 'chars'}]],
 ])
 def test_damaged_datasets_are_refused_in_a_sentence(tmp_path, file, change, error, sentence):
     dataset(tmp_path)
@@ -516,8 +538,30 @@ def test_damaged_datasets_are_refused_in_a_sentence(tmp_path, file, change, erro
     assert '\n' not in str(caught.value)
 
 
+def test_the_remedy_of_a_damaged_dataset_works(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    folder = tmp_path / "an odd; name's"
+    prepare_text(monkeypatch, tmp_path, path='a.txt', out=folder.name)
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text('{}')):
+        damage(folder / 'meta.json')
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            open_dataset(folder, 8, 0)
+        command = str(caught.value).split('run ')[1].replace('YOUR_TEXT', str(tmp_path / 'a.txt'))
+        command = command.replace('python ', f'{sys.executable} ', 1)
+        assert not subprocess.run(f'{command} --tokenizer=bytes', shell=True, cwd=ROOT).returncode
+        assert open_dataset(folder, 8, 0)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
+    write(tmp_path, tokenizer=BPETokenizer([]))
+    check_hashes(tmp_path)
+    edit_meta(vocab_size=200)(tmp_path / 'meta.json')
+    with pytest.raises(ValueError, match='vocab_size=200 in .* must be above all tokens, and .* holds 2'):
+        check_hashes(tmp_path)
+
+
 def test_missing_and_short_datasets_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match='does not exist: run python data/text/.* --name=nowhere'):
+    with pytest.raises(FileNotFoundError, match='does not exist: run python data/text/.* --out=.*nowhere'):
         open_dataset(tmp_path / 'nowhere', 16, 0)
     with pytest.raises(ValueError, match='block_size=1000 must be less than the 1,000 tokens of the train'):
         dataset(tmp_path, T=1000)
