@@ -14,12 +14,15 @@ way. The files are mapped into memory, and only the rows asked for are read.
 import json
 import math
 import mmap
+import os
 import queue
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
+import time
 from bisect import bisect_right
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,16 +31,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .writer import DTYPES, sha256_of
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where no lock keeps two first runs from preparing a dataset at once
-    fcntl = None
+from .progress import say
+from .writer import DTYPES, lock, sha256_of
 
 HERE = Path(__file__).resolve().parent
 # datasets whose prepare.py needs no network: a first run may prepare them itself
 OFFLINE = {'pysource'}
+
+# runs a script that ends with its parent process, however the parent ends: a pipe between them is closed then
+TIED = '''import os, runpy, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')'''
 
 
 def open_dataset(folder, block_size, seed):
@@ -145,12 +150,25 @@ def ensure_prepared(folder):
         return
     if folder.name not in OFFLINE or not script.exists():
         raise FileNotFoundError(unprepared(folder))
-    with open(script) as lock:
+    with open(script) as file:
         # several runs may come here at once: the first one prepares, the others wait and find it done
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / 'meta.json').exists() and subprocess.run([sys.executable, script]).returncode:
+        if not lock_script(file):
+            say(f'waiting for another run, which prepares {folder}')
+            while not lock_script(file):
+                time.sleep(0.2)
+        if (folder / 'meta.json').exists():
+            return
+        with subprocess.Popen([sys.executable, '-c', TIED, str(script)], stdin=subprocess.PIPE) as process:
+            code = process.wait()
+        if code in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
+        if code:
             raise ValueError(f'{prepare_command(folder)} failed for the reason above: mend it and try again')
+
+
+def lock_script(file):
+    # on Windows a locked file cannot be read, so that nothing keeps two first runs apart there
+    return os.name == 'nt' or lock(file)
 
 
 def prepare_command(folder):

@@ -4,6 +4,7 @@ Tests that need GPT-2's vocabulary look for it in TIKTOKEN_CACHE_DIR, else in ..
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.hub import Stream  # noqa: E402
 from data.loader import check_hashes, ensure_prepared, mix, open_dataset, permute  # noqa: E402
+from data.progress import Progress  # noqa: E402
+from data.reading import in_pieces  # noqa: E402
 from data.tokenizer import (  # noqa: E402
     SPLIT,
     BPETokenizer,
@@ -37,9 +40,10 @@ from data.tokenizer import (  # noqa: E402
     train_bpe,
     utf8,
 )
-from data.writer import write_dataset  # noqa: E402
+from data.writer import encoded, write_dataset  # noqa: E402
 
 VOCABULARIES = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ROOT.parent / 'shared' / 'tiktoken_cache'))
+PREPARE_TEXT = ROOT / 'data' / 'text' / 'prepare.py'
 SHAKESPEARE = ROOT.parent / 'shared' / 'data' / 'tinyshakespeare.txt'
 needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f'no {SHAKESPEARE}')
 
@@ -1025,3 +1029,171 @@ def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
     echo = subprocess.run(f'printf "%s\\n" {command}', shell=True, capture_output=True, text=True).stdout
     python, script, flag = echo.splitlines()
     assert (ROOT / 'train.py').samefile(script) and flag == f"--dataset={tmp_path}/an odd; name's"
+
+
+# ----------------------------------------------------------------------------
+# several at once, and interrupted
+
+SLOW = '''
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from data.common import preparation
+from data.tokenizer import ByteTokenizer
+from data.writer import write_dataset
+def documents():
+    for i in range(100):
+        Path(__file__).with_name('alive').touch()
+        time.sleep(0.1)
+        yield ('val' if i % 5 == 0 else 'train'), 'text' * 9
+with preparation(Path(__file__).parent, overwrite=True) as folder:
+    write_dataset(folder, documents(), ByteTokenizer(), 'slow')
+'''
+
+
+def slow_dataset(folder):
+    """A folder whose prepare.py writes for ten seconds."""
+    folder.mkdir()
+    (folder / 'prepare.py').write_text(SLOW.replace('{root!r}', repr(str(ROOT))))
+    return folder
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f'{path} did not come')
+
+
+def test_a_second_preparation_of_a_folder_is_refused_until_the_first_is_gone(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    folder = slow_dataset(tmp_path / 'out')
+    first = subprocess.Popen([sys.executable, folder / 'prepare.py'])
+    try:
+        wait_for(folder / 'train.bin.tmp')
+        stop = prepare_text(monkeypatch, tmp_path, path='a.txt')
+        assert 'must be used by one preparation at a time' in stop and not (folder / 'meta.json').exists()
+    finally:
+        first.kill()
+        first.wait()
+    assert prepare_text(monkeypatch, tmp_path, path='a.txt')
+    assert not (folder / 'prepare.lock').exists()
+
+
+def test_many_preparations_of_a_folder_leave_one_of_them(tmp_path):
+    for i in range(4):
+        (tmp_path / f'{i}.txt').write_text(f'{i}' * 10_000 * (i + 1))
+    for _ in range(3):
+        command = [sys.executable, PREPARE_TEXT, '--overwrite=True', f'--out={tmp_path}/out',
+                   '--tokenizer=bytes']
+        processes = [subprocess.Popen([*command, f'--input={tmp_path}/{i}.txt'], stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL) for i in range(4)]
+        assert 0 in [process.wait() for process in processes]
+        assert len(set(''.join(texts_of(tmp_path / 'out', 'train')))) == 1
+        check_hashes(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('kill', [signal.SIGTERM, signal.SIGKILL])
+def test_the_preparation_of_a_first_run_ends_with_the_run(tmp_path, kill):
+    folder = slow_dataset(tmp_path / 'pysource')
+    code = f'from data.loader import ensure_prepared; ensure_prepared({str(folder)!r})'
+    run = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+    wait_for(folder / 'alive')
+    run.send_signal(kill)
+    assert run.wait() == -kill
+    time.sleep(0.3)
+    (folder / 'alive').unlink()
+    time.sleep(0.5)
+    assert not (folder / 'alive').exists() and not (folder / 'meta.json').exists()
+
+
+def test_an_interrupted_preparation_says_so(tmp_path):
+    folder = slow_dataset(tmp_path / 'pysource')
+    process = subprocess.Popen([sys.executable, folder / 'prepare.py'], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    wait_for(folder / 'train.bin.tmp')
+    process.send_signal(signal.SIGINT)
+    out = process.communicate()[0]
+    assert process.returncode == 130 and out.strip() == (
+        f'interrupted before the dataset in {folder} was complete; the same command begins anew')
+    with pytest.raises(FileNotFoundError):
+        open_dataset(folder, 8, 0)
+
+
+def test_an_interrupt_of_the_imports_is_a_sentence_too(tmp_path):
+    (tmp_path / 'numpy.py').write_text('import time\nprint("importing", flush=True)\ntime.sleep(20)')
+    process = subprocess.Popen([sys.executable, PREPARE_TEXT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {'PYTHONPATH': str(tmp_path)})
+    assert process.stdout.readline() == 'importing\n'
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1].strip() == 'interrupted: nothing has been prepared'
+
+
+def test_a_console_that_is_gone_stops_no_preparation(tmp_path):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    command = [sys.executable, PREPARE_TEXT, f'--input={tmp_path / "a.txt"}', f'--out={tmp_path / "out"}',
+               '--tokenizer=bytes']
+    read, write_end = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert done.returncode == 0 and not done.stderr
+    assert open_dataset(tmp_path / 'out', 8, 0)
+
+
+def test_a_long_preparation_shows_how_far_it_is(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    progress = Progress('writing tokens', 1000)
+    for _ in range(100):
+        now[0] += 1
+        progress.add(10)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[1] == 'writing tokens: 15%, about 85 s left', lines
+
+
+# ----------------------------------------------------------------------------
+# long texts
+
+def test_long_texts_are_cut_where_their_tokens_end(gpt2, monkeypatch):
+    monkeypatch.setattr('data.reading.PIECE', 300)
+    text = Path(inspect.__file__).read_text()[:60_000]
+    text = text.replace('return', 'r\u00e9turn \u6f22\u5b57. \r\n\r\n  x')
+    bpe = BPETokenizer.train([text], 600)
+    for tokenizer in gpt2, bpe, ByteTokenizer():
+        pieces = [ids for ids, _ in encoded(text, tokenizer)]
+        assert len(pieces) > 90 and sum(pieces, []) == tokenizer.encode(text)
+    chunks = [text[i:i + 77] for i in range(0, len(text), 77)]
+    assert BPETokenizer.train(in_pieces(chunks), 600).tokens == bpe.tokens
+
+
+@pytest.mark.parametrize('run', [' ', 'x', '\n', '\u3042', '= '])
+def test_a_run_of_a_million_characters_is_encoded(run, gpt2):
+    text = 'begin ' + run * 1_200_000 + ' end'
+    for tokenizer in gpt2, BPETokenizer.train([text], 300):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize('kind', ['one text', 'one text of wide characters', 'many rows', 'one array'])
+def test_memory_does_not_grow_with_the_text(tmp_path, kind):
+    line = 'A line of a long book about nothing at all.\n'
+    wide = '\U0001f642' if 'wide' in kind else ''
+
+    def write_input(n):
+        path = tmp_path / ('a.txt' if 'text' in kind else 'a.jsonl' if kind == 'many rows' else 'a.json')
+        with open(path, 'w') as file:
+            if kind == 'one array':
+                file.write('[' + ','.join(json.dumps({'text': line * 9}) for _ in range(n // 9)) + ']')
+            else:
+                row = line if 'text' in kind else json.dumps({'text': line}) + '\n'
+                file.writelines([wide] + n * [row])
+        return path
+
+    def peak(n):
+        code = ('import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3); '
+                'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)')
+        command = [sys.executable, PREPARE_TEXT, f'--input={write_input(n)}', f'--out={tmp_path}/{n}',
+                   '--vocab_size=300']
+        return int(subprocess.check_output([sys.executable, '-c', code, *command])) / 1024
+    assert peak(200_000) < peak(2_000) + 20  # MB, for 9 MB of text
