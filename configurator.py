@@ -199,14 +199,15 @@ def split_arguments(argv):
 
 def run_file(path, known, now):
     """[(name, value, place)] of a config file. Modules, functions and names that begin with _ are its own."""
-    if 'input' in known:  # a script that reads files of other kinds: data/*/prepare.py
-        raise SystemExit(f'{path} is no flag; did you mean --input={path}?')
-    if not os.path.isfile(path):
+    if 'input' in known or not os.path.isfile(path):  # data/*/prepare.py read files of other kinds
         raise SystemExit(no_file(path, known))
     # as builtins, the current values can be read by the file and are not mistaken for its assignments
     names = {'__file__': path, '__builtins__': vars(builtins) | now}
     try:
         tree = ast.parse(Path(path).read_bytes(), path)
+        for n in tree.body:  # to Python, n_layer: 2 is an annotation and n_layer == 2 a comparison
+            if getattr(n, 'value', 0) is None or type(n) is ast.Expr and type(n.value) is ast.Compare:
+                raise SyntaxError(f'{ast.unparse(n)} sets nothing: write NAME = VALUE', ('', n.lineno, 0, ''))
         exec(compile(tree, path, 'exec'), names)
     except Exception as error:
         rows = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -222,11 +223,10 @@ def run_file(path, known, now):
 
 def no_file(word, known):
     """The message for a word that is neither a flag nor a config file."""
-    name, equals, text = word.lstrip('-').partition('=')
-    if name.replace('-', '_') in known:
-        return f'{word} is no config file; did you mean --{name}{equals}{text}?'
-    folders = (Path(word).parent, Path('config'))
-    files = {path.stem: path for folder in folders for path in sorted(folder.glob('*.py'))}
+    key, kind = word.strip('-').split('=')[0].replace('-', '_'), 'flag' if 'input' in known else 'config file'
+    if key in known or kind == 'flag':
+        return f'{word} is no {kind}; did you mean --{"" if key in known else "input="}{word.lstrip("-")}?'
+    files = {p.stem: p for p in sorted([*Path(word).parent.glob('*.py'), *Path('config').glob('*.py')])}
     near = get_close_matches(Path(word).stem, files, 1)
     remedy = f'did you mean {files[near[0]]}?' if near else 'give a config file or --key=value, or see --help'
     return f'{word} {"is a folder" if os.path.isdir(word) else "does not exist"}; {remedy}'

@@ -1,8 +1,12 @@
-"""What the prepare.py scripts share: tokenizers by name, splits, downloading, a summary."""
+"""What the prepare.py scripts share: the frame around a preparation, tokenizers, splits, downloading."""
 import hashlib
 import os
+import shlex
 import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
 
+from .progress import say
 from .tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -13,7 +17,29 @@ from .tokenizer import (
     need,
     read_text,
 )
-from .writer import temporary
+from .writer import locked, temporary
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def preparation(folder, overwrite, resumes=False):
+    """
+    The frame of a preparation: one at a time in a folder, no dataset replaced unasked, a sentence where it is
+    interrupted. resumes: the same command continues an interrupted one.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if (folder / 'meta.json').exists() and not overwrite:
+                raise ValueError(f'overwrite={overwrite} must be True to replace the dataset in {folder}: '
+                                 'add --overwrite=True, or write to another folder with --out=FOLDER')
+            yield folder
+    except KeyboardInterrupt:
+        then = 'the same command resumes' if resumes else 'the same command begins anew'
+        say(f'\ninterrupted before the dataset in {folder} was complete; {then}')
+        raise SystemExit(130) from None
 
 
 def make_tokenizer(name, texts, vocab_size):
@@ -33,7 +59,7 @@ def make_tokenizer(name, texts, vocab_size):
     if name == 'bytes':
         return ByteTokenizer()
     if name == 'chars':
-        return CharTokenizer({char for text in texts for char in text})
+        return CharTokenizer(characters(texts))
     if name == 'bpe':
         return BPETokenizer.train(texts, vocab_size)
     return TiktokenTokenizer(name)
@@ -49,6 +75,14 @@ def hub_folder(name):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f'tokenizer={name} is not a folder here, and downloading it from the hub failed '
                       f'({reason}): name a folder, or go online once') from None
+
+
+def characters(texts):
+    """The set of characters of all texts, of which one at a time is in memory."""
+    found = set()
+    for text in texts:
+        found.update(text)
+    return found
 
 
 def check_val_fraction(val_fraction):
@@ -80,10 +114,21 @@ def fetch(url, path):
     return read_text(path)
 
 
-def print_summary(folder, meta):
-    """The sizes of a dataset that has just been written."""
+def print_summary(folder, meta, train='train.py'):
+    """The sizes of a dataset that has just been written, and the command that trains on it."""
     for split in ('train', 'val'):
-        print(f'{split:5}  {meta[split + "_documents"]:>11,} documents  {meta[split + "_bytes"]:>15,} bytes  '
-              f'{meta[split + "_tokens"]:>14,} tokens')
-    print(f'{meta["tokenizer"]["kind"]} vocabulary of {meta["vocab_size"]:,}, '
-          f'{meta["val_bytes_per_token"]:.3f} bytes per token, in {folder}')
+        say(f'{split:5}  {meta[split + "_documents"]:>11,} documents  {meta[split + "_bytes"]:>15,} bytes  '
+            f'{meta[split + "_tokens"]:>14,} tokens')
+    say(f'{meta["tokenizer"]["kind"]} vocabulary of {meta["vocab_size"]:,}, '
+        f'{meta["val_bytes_per_token"]:.3f} bytes per token, in {folder}')
+    script, *flags = train.split()
+    command = ['python', os.path.relpath(ROOT / script), *flags, f'--dataset={dataset_name(folder)}']
+    say(f'next: {shlex.join(command)}')
+
+
+def dataset_name(folder):
+    """A folder as train.py's --dataset takes it: a name in data/, or a path."""
+    path = Path(folder).resolve()
+    if path.parent == ROOT / 'data':
+        return path.name
+    return str(folder) if os.path.dirname(folder) else os.path.join('.', folder)

@@ -1,7 +1,10 @@
 """Corpora from the Hugging Face Hub, streamed to token files. An interrupted run resumes."""
+from collections import Counter
 from pathlib import Path
 
-from .common import check_val_fraction, make_tokenizer, print_summary, split_of
+from .common import check_val_fraction, make_tokenizer, preparation, print_summary, split_of
+from .progress import say
+from .reading import Corpus, count, kind_of
 from .tokenizer import need
 from .writer import write_dataset
 
@@ -17,56 +20,75 @@ class Stream:
     def __init__(self, rows, column='text', val_fraction=0.0005, max_documents=None):
         self.rows, self.column = rows, column
         self.val_fraction, self.max_documents = val_fraction, max_documents
-        self.number = 0
+        self.number = self.nulls = 0
 
     def __iter__(self):
         from tqdm import tqdm
         for row in tqdm(self.rows, initial=self.number, total=self.max_documents, unit=' documents'):
             if self.number == self.max_documents:
                 return
-            if not isinstance(row.get(self.column), str):
+            if self.column not in row or not isinstance(row[self.column], str | None):
                 raise ValueError(f'document {self.number:,} has no text in column {self.column!r}: choose '
                                  f'one of {", ".join(row)} with --column=')
             split = split_of(str(self.number), self.val_fraction)
             # counted before the yield: the writer asks for the state after it has written this document
             self.number += 1
-            yield split, row[self.column]
+            if row[self.column] is None:
+                self.nulls += 1
+            else:
+                yield split, row[self.column]
 
     def state_dict(self):
-        return {'number': self.number, 'rows': self.rows.state_dict()}
+        return {'number': self.number, 'nulls': self.nulls, 'rows': self.rows.state_dict()}
 
     def load_state_dict(self, state):
-        self.number = state['number']
+        self.number, self.nulls = state['number'], state['nulls']
         self.rows.load_state_dict(state['rows'])
 
 
-def prepare(folder, *, repo, config, revision, column, input, max_documents, out, tokenizer, val_fraction,
-            shard_tokens, save_every):
-    """Write a dataset of the Hub to `out`, or to `folder` if `out` is empty. The rest are the settings."""
+def prepare(folder, train, *, repo, config, revision, column, input, max_documents, out, overwrite, tokenizer,
+            val_fraction, shard_tokens, save_every):
+    """
+    Write a dataset of the Hub to `out`, or to `folder` if `out` is empty. train: the script and flags that
+    the summary advises. The rest are the settings.
+    """
     check_val_fraction(val_fraction)
     if tokenizer in ('chars', 'bpe'):
         raise ValueError(f'tokenizer={tokenizer} needs a pass over all text first: take bytes or gpt2')
-    out, input = Path(out or folder), Path(input) if input else None
-    tokenizer = make_tokenizer(tokenizer, [], vocab_size=None)
-    rows = open_files(input) if input else open_repo(repo, config, revision)
-    documents = Stream(rows, column, val_fraction, max_documents)
-    # all that decides which documents come, so that a run with other settings does not resume this one
-    origin = input or ' '.join(filter(None, [repo, config, revision]))
-    source = f'{origin}, {column}, val_fraction={val_fraction}, max_documents={max_documents}'
-    print_summary(out, write_dataset(out, documents, tokenizer, source, shard_tokens=shard_tokens,
-                                     save_every=save_every))
+    input = Path(input) if input else None
+    with preparation(out or folder, overwrite, resumes=True) as out:
+        tokenizer = make_tokenizer(tokenizer, [], vocab_size=None)
+        rows = open_files(input) if input else open_repo(repo, config, revision)
+        documents = Stream(rows, column, val_fraction, max_documents)
+        # all that decides which documents come, so that a run with other settings does not resume this one
+        origin = input or ' '.join(filter(None, [repo, config, revision]))
+        source = f'{origin}, {column}, val_fraction={val_fraction}, max_documents={max_documents}'
+        meta = write_dataset(out, documents, tokenizer, source, shard_tokens=shard_tokens,
+                             save_every=save_every)
+    if documents.nulls:
+        say(f'passed over: {count(documents.nulls, "row")} without text (null)')
+    print_summary(out, meta, train)
+
+
+# the readers of the package datasets, which unpack .gz, .zst and others themselves
+BUILDERS = {'.jsonl': 'json', '.ndjson': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
 
 
 def open_files(path):
-    """The rows of local .jsonl or .parquet files, a file or a folder of them, as a streaming dataset."""
+    """The rows of local files of one kind, a file or a folder of them, as a streaming dataset."""
     datasets = need('datasets', f'input={path}')
-    paths = sorted(path.rglob('*')) if path.is_dir() else [path]
-    files = [str(path) for path in paths if path.suffix in ('.jsonl', '.parquet') and path.is_file()]
-    formats = {Path(file).suffix for file in files}
-    if len(formats) != 1:
-        raise ValueError(f'input={path} must be one or more files, all .jsonl or all .parquet')
-    builder = {'.jsonl': 'json', '.parquet': 'parquet'}[formats.pop()]
-    return datasets.load_dataset(builder, data_files=files, split='train', streaming=True)
+    corpus = Corpus(path)
+    files = {file: BUILDERS.get(kind_of(file)[0]) for file in corpus.paths}
+    corpus.passed_over += Counter(kind_of(file)[0] for file, builder in files.items() if not builder)
+    kinds = {builder for builder in files.values() if builder}
+    if len(kinds) != 1:
+        raise ValueError(f'input={path} must be one or more files, all .jsonl or all .parquet, or '
+                         '.json or .csv')
+    corpus.paths = [file for file, builder in files.items() if builder]
+    corpus.kinds = Counter(''.join(kind_of(file)) for file in corpus.paths)
+    say(corpus.files_in_words())
+    return datasets.load_dataset(kinds.pop(), data_files=list(map(str, corpus.paths)), split='train',
+                                 streaming=True)
 
 
 def open_repo(repo, config, revision):

@@ -14,10 +14,15 @@ way. The files are mapped into memory, and only the rows asked for are read.
 import json
 import math
 import mmap
+import os
 import queue
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import threading
+import time
 from bisect import bisect_right
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,16 +31,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .writer import DTYPES, sha256_of
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where no lock keeps two first runs from preparing a dataset at once
-    fcntl = None
+from .progress import say
+from .writer import DTYPES, lock, sha256_of
 
 HERE = Path(__file__).resolve().parent
 # datasets whose prepare.py needs no network: a first run may prepare them itself
 OFFLINE = {'pysource'}
+
+# runs a script that ends with its parent process, however the parent ends: a pipe between them is closed then
+TIED = '''import os, runpy, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')'''
 
 
 def open_dataset(folder, block_size, seed):
@@ -45,15 +52,8 @@ def open_dataset(folder, block_size, seed):
     damaged or a split is too short for one row.
     """
     folder = Path(folder)
-    if not (folder / 'meta.json').exists():
-        raise FileNotFoundError(unprepared(folder))
-    try:
-        meta = json.loads((folder / 'meta.json').read_text())
-        meta['vocab_size'], meta['tokenizer'], meta['val_bytes_per_token']
-        train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val'))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{folder}/meta.json is broken ({type(error).__name__}: {error}): '
-                         f'run {prepare_command(folder)} again') from None
+    meta = read_meta(folder)
+    train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val'))
     for name, tokens in ('train', train), ('val', val):
         if len(tokens) <= block_size:
             raise ValueError(f'block_size={block_size} must be less than the {len(tokens):,} tokens of '
@@ -61,14 +61,65 @@ def open_dataset(folder, block_size, seed):
     return Dataset(meta, train, val, block_size, seed)
 
 
+def read_meta(folder):
+    """
+    What meta.json in `folder` holds, with all that is read from it checked. Raises FileNotFoundError where
+    there is none, and ValueError for contents that cannot be.
+    """
+    path = folder / 'meta.json'
+    if not path.exists():
+        raise FileNotFoundError(unprepared(folder))
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        meta['vocab_size'], meta['tokenizer'], meta['val_bytes_per_token'], meta['files']
+        meta['files']['train'], meta['files']['val'], DTYPES[meta['dtype']]
+        for name, ok, rule in meta_rules(meta):
+            if not ok:
+                value = meta if name == 'meta.json' else meta.get(name)
+                raise ValueError(f'{name}={str(value)[:60]} must {rule}')
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
+        raise ValueError(f'{path} is broken ({kind}{error}): run {prepare_command(folder)}') from None
+    return meta
+
+
+def meta_rules(meta):
+    """Yields (name, whether its value can be, what it must be)."""
+    size, ratio, files = meta['vocab_size'], meta['val_bytes_per_token'], meta['files']
+    tokenizer, hashes = meta['tokenizer'], meta.get('sha256', {})
+    yield 'vocab_size', type(size) is int and 1 <= size <= 2**32, 'be an int above 0'
+    yield ('val_bytes_per_token', type(ratio) in (int, float) and 0 < ratio < math.inf,
+           'be a finite number above 0')
+    yield 'prompt', isinstance(meta.get('prompt', ''), str), 'be a string'
+    counts = [(name, n) for split in ('train', 'val') for name, n in files[split].items()]
+    yield ('files', files['train'] and files['val'] and all(type(n) is int and n > 0 for _, n in counts),
+           'give each split files, and each file a number of tokens above 0')
+    yield ('files', all(name not in ('.', '..') and not re.search(r'[/\\\0]', name) for name, _ in counts),
+           'name files of this folder')
+    yield ('sha256', isinstance(hashes, dict) and hashes.keys() <= files.keys()
+           and all(isinstance(digest, str) for digest in hashes.values()), 'give each split a checksum')
+    kind = tokenizer['kind']
+    texts = {'bytes': (), 'chars': ('chars',), 'tiktoken': ('name',), 'tokenizers': ('json',),
+             'bpe': ('split',)}.get(kind if isinstance(kind, str) else '', ())
+    yield 'tokenizer', isinstance(kind, str) and all(isinstance(tokenizer[x], str) for x in texts), (
+        f'hold {" and ".join(("kind", *texts))} as text')
+    if kind == 'bpe':
+        yield ('tokenizer', isinstance(tokenizer['tokens'], list)
+               and all(isinstance(token, str) for token in tokenizer['tokens']), 'hold a list of tokens')
+    if kind in ('bytes', 'chars'):
+        fits = size == (257 if kind == 'bytes' else len(tokenizer['chars']))
+        yield 'vocab_size', fits, 'be the size of its tokenizer'
+
+
 def check_hashes(folder, most_bytes=None):
     """
-    Compare the token files in `folder` with the checksums in meta.json; raises ValueError on a mismatch.
+    Compare the token files in `folder` with the checksums and vocab_size in meta.json; raises ValueError on a
+    mismatch.
 
     Reads all of them, about a gigabyte per second. most_bytes: skip the check if they are larger.
     """
     folder = Path(folder)
-    meta = json.loads((folder / 'meta.json').read_text())
+    meta = read_meta(folder)
     paths = {split: [folder / name for name in files] for split, files in meta['files'].items()}
     size = sum(path.stat().st_size for files in paths.values() for path in files)
     if most_bytes is not None and size > most_bytes:
@@ -76,7 +127,17 @@ def check_hashes(folder, most_bytes=None):
     for split, digest in meta.get('sha256', {}).items():
         if sha256_of(paths[split]) != digest:
             raise ValueError(f'{" ".join(map(str, paths[split]))} must have the checksum in meta.json, but '
-                             f'was damaged: run {prepare_command(folder)} again')
+                             f'was damaged: run {prepare_command(folder)}')
+    for path in (path for files in paths.values() for path in files):
+        most = largest_token(path, DTYPES[meta['dtype']])
+        if most >= meta['vocab_size']:
+            raise ValueError(f'vocab_size={meta["vocab_size"]} in {folder}/meta.json must be above all '
+                             f'tokens, and {path} holds {most}: run {prepare_command(folder)}')
+
+
+def largest_token(path, dtype):
+    tokens = np.memmap(path, dtype, 'r')
+    return max(int(tokens[i:i + 2**22].max()) for i in range(0, len(tokens), 2**22))
 
 
 def ensure_prepared(folder):
@@ -89,19 +150,35 @@ def ensure_prepared(folder):
         return
     if folder.name not in OFFLINE or not script.exists():
         raise FileNotFoundError(unprepared(folder))
-    with open(script) as lock:
+    with open(script) as file:
         # several runs may come here at once: the first one prepares, the others wait and find it done
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / 'meta.json').exists() and subprocess.run([sys.executable, script]).returncode:
+        if not lock_script(file):
+            say(f'waiting for another run, which prepares {folder}')
+            while not lock_script(file):
+                time.sleep(0.2)
+        if (folder / 'meta.json').exists():
+            return
+        with subprocess.Popen([sys.executable, '-c', TIED, str(script)], stdin=subprocess.PIPE) as process:
+            code = process.wait()
+        if code in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
+        if code:
             raise ValueError(f'{prepare_command(folder)} failed for the reason above: mend it and try again')
+
+
+def lock_script(file):
+    # on Windows a locked file cannot be read, so that nothing keeps two first runs apart there
+    return os.name == 'nt' or lock(file)
 
 
 def prepare_command(folder):
     """The command that prepares `folder`, as a user types it in the root of the repository."""
+    again = ['--overwrite=True'] if (folder / 'meta.json').exists() else []
+    full = folder.resolve()
     if (folder / 'prepare.py').exists():
-        return f'python data/{folder.resolve().name}/prepare.py'
-    return f'python data/text/prepare.py --input=YOUR_TEXT --name={folder.resolve().name}'
+        return shlex.join(['python', f'data/{full.name}/prepare.py', *again])
+    where = f'--name={full.name}' if full.parent == HERE else f'--out={folder}'
+    return shlex.join(['python', 'data/text/prepare.py', '--input=YOUR_TEXT', where, *again])
 
 
 def unprepared(folder):
@@ -119,11 +196,11 @@ class Tokens:
         self.parts, self.ends, end = [], [], 0
         for name, n_tokens in files.items():
             path = folder / name
-            if not path.exists():
-                raise FileNotFoundError(f'{path} is missing: run {prepare_command(folder)} again')
+            if not path.is_file():
+                raise FileNotFoundError(f'{path} is missing: run {prepare_command(folder)}')
             if path.stat().st_size != n_tokens * dtype.itemsize:
                 raise ValueError(f'{path} has {path.stat().st_size:,} bytes, not the {n_tokens:,} tokens of '
-                                 f'{dtype.itemsize} bytes in meta.json: run {prepare_command(folder)} again')
+                                 f'{dtype.itemsize} bytes in meta.json: run {prepare_command(folder)}')
             end += n_tokens
             with open(path, 'rb') as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

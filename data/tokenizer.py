@@ -26,11 +26,20 @@ import os
 import re
 from collections import Counter, defaultdict
 
+from .progress import Progress
+
 EOT_BYTES = b'<|endoftext|>'
 
 # Words, numbers of up to three digits, runs of punctuation, and white space, the last blank of which goes
 # with the next word. Every character matches one of these, so the pieces joined are the text.
 SPLIT = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s'
+
+# characters without white space, or of white space, that tiktoken gets at once
+LONGEST_RUN = 25_000
+LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_RUN + 1},}}|(?<!\s)\s{{{LONGEST_RUN + 1},}}')
+
+# distinct words that train_bpe counts at a time
+MOST_WORDS = 2_000_000
 
 
 def utf8(text):
@@ -132,7 +141,7 @@ class TiktokenTokenizer(Vocabulary):
         self.name, self.vocab_size, self.eot = name, self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
-        return self.encoding.encode_ordinary(text)
+        return [i for part in without_long_runs(text) for i in self.encoding.encode_ordinary(part)]
 
     prompt = encode
 
@@ -177,6 +186,32 @@ class BPETokenizer(TiktokenTokenizer):
         return {'kind': 'bpe', 'tokens': self.tokens, 'split': self.split}
 
 
+def without_long_runs(text):
+    """The text in parts, without runs that are too long for tiktoken's patterns, such as a million blanks."""
+    if len(text) <= LONGEST_RUN:
+        return [text]
+    cuts = [at for run in LONG_RUN.finditer(text)
+            for at in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
+
+
+def count_words(texts):
+    """
+    How often each word of the texts occurs. Of more than MOST_WORDS words the rarest are forgotten, so that
+    the memory does not grow with the text.
+    """
+    # installed with tiktoken, and reads the same patterns
+    regex = need('regex', 'tokenizer=bpe')
+    words, least = Counter(), 1
+    for text in texts:
+        for part in without_long_runs(text):
+            words.update(regex.findall(SPLIT, part))
+        while len(words) > MOST_WORDS:
+            least += 1
+            words = Counter({word: n for word, n in words.items() if n >= least})
+    return words
+
+
 def train_bpe(texts, n_merges):
     """The first `n_merges` tokens that byte-pair encoding learns from `texts`, in order.
 
@@ -184,9 +219,8 @@ def train_bpe(texts, n_merges):
     wins. This takes seconds for 12 MB: equal words are counted once, and a merge visits only the words that
     hold its pair.
     """
-    # installed with tiktoken, and reads the same patterns
-    regex = need('regex', 'tokenizer=bpe')
-    words = Counter(word for text in texts for word in regex.findall(SPLIT, text))
+    words = count_words(texts)
+    progress = Progress('training the vocabulary', n_merges)
     words, counts = [[bytes([byte]) for byte in utf8(word)] for word in words], list(words.values())
     pairs, where = count_pairs(words, counts)
     heap = [(-count, pair) for pair, count in pairs.items()]
@@ -203,6 +237,7 @@ def train_bpe(texts, n_merges):
             break
         # two pairs can spell the same token, which then counts once
         tokens[b''.join(pair)] = None
+        progress.add()
         changed = set()
         for i in where.pop(pair):
             before, words[i] = words[i], merge(words[i], pair)
@@ -214,6 +249,7 @@ def train_bpe(texts, n_merges):
                 changed.add(new)
         for new in changed:
             heapq.heappush(heap, (-pairs[new], new))
+    progress.close()
     return [token.decode('latin-1') for token in tokens]
 
 
@@ -467,12 +503,12 @@ def ends_of(folder, tokenizer):
 
 
 def read_text(path):
-    """The text of a file, with its line ends as they are. Raises ValueError if it is not UTF-8."""
+    """The text of a file, its line ends as they are, no byte order mark. ValueError if it is not UTF-8."""
     if os.path.isdir(path):
         raise ValueError(f'{path} must be a file, not a folder: name the file')
     try:
         with open(path, 'rb') as f:
-            return f.read().decode()
+            return f.read().decode().removeprefix('\ufeff')
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8 (byte {error.start:,}): convert it or leave it out') from None
 

@@ -9,18 +9,25 @@ meta.json is written last, and a folder is a dataset when it holds one. Until th
 interrupted preparation is never mistaken for a complete one, and an older dataset in the same folder stays
 usable until the new one is complete.
 """
+import errno
 import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from .progress import say
+from .reading import in_pieces
 from .tokenizer import utf8
 
 # little-endian on every machine, so that token files can be copied between machines
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+
+# what follows a part of a document: more of it, its end, or the text that was cut off
+MORE, END, CUT = 'more', 'end', 'cut'
 
 # tokens between two saves of the progress: some seconds of work
 SAVE_EVERY = 20_000_000
@@ -30,14 +37,18 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
                   save_every=SAVE_EVERY, prompt=''):
     """Write `documents`, an iterable of ('train' or 'val', text), to `folder`; returns what meta.json holds.
 
+    A document may come in parts: (split, text, MORE), ..., (split, text, END). CUT in place of END says that
+    the text does not end there, so that no end token follows.
+
     source        where the text comes from and how it was split, in words
     append_eot    end every document with tokenizer.eot, if the tokenizer has one
     prompt        what sample.py continues when it is given no prompt; empty: a new document
     shard_tokens  begin a new file after a document with which a file has this many tokens; None: one file
 
-    Holds one document in memory. If `documents` has state_dict() and load_state_dict(), as the streams of
-    `datasets` have, the progress is saved every `save_every` tokens, and the same call after an interruption
-    resumes from there; the files are then the same, byte for byte. Raises ValueError for an empty split.
+    Holds one part in memory, and the tokens of a piece of it. If `documents` has state_dict() and
+    load_state_dict(), as the streams of `datasets` have, the progress is saved every `save_every` tokens, and
+    the same call after an interruption resumes from there; the files are then the same, byte for byte. Raises
+    ValueError for an empty split.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,15 +62,9 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
         documents.load_state_dict(saved['documents'])
     splits = {name: SplitWriter(folder, name, DTYPES[dtype], shard_tokens, saved and saved['splits'][name])
               for name in ('train', 'val')}
-    unsaved = 0
-    for split, text in documents:
-        if not text:
-            continue
-        ids = tokenizer.encode(text)
-        if append_eot and tokenizer.eot is not None:
-            ids.append(tokenizer.eot)
-        splits[split].add(ids, len(utf8(text)))
-        unsaved += len(ids)
+    unsaved, eot = 0, [tokenizer.eot] if append_eot and tokenizer.eot is not None else []
+    for split, text, *end in documents:
+        unsaved += splits[split].add_text(text, end[0] if end else END, tokenizer, eot)
         if resumable and unsaved >= save_every:
             states = {name: split.save() for name, split in splits.items()}
             write_json(folder / 'progress.json',
@@ -74,7 +79,7 @@ class SplitWriter:
     def __init__(self, folder, name, dtype, shard_tokens, state=None):
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
         self.state = state or {'documents': 0, 'bytes': 0, 'tokens': 0, 'files': {}}
-        self.file = None
+        self.file, self.within = None, False
         if self.state['files']:
             # tokens written after the last save of the progress are cut off and written again
             last, n_tokens = list(self.state['files'].items())[-1]
@@ -82,19 +87,32 @@ class SplitWriter:
             self.file.truncate(n_tokens * dtype.itemsize)
             self.file.seek(0, os.SEEK_END)
 
+    def add_text(self, text, end, tokenizer, eot):
+        """Append a part of a document; returns the number of tokens. A document without text is left out."""
+        before = self.state['tokens']
+        for ids, n_bytes in encoded(text, tokenizer, self.within):
+            self.add(ids, n_bytes)
+        if self.within and end != MORE:
+            if end == END:
+                self.add(eot, 0)
+            self.within = False
+            self.state['documents'] += 1
+        return self.state['tokens'] - before
+
     def add(self, ids, n_bytes):
-        """Append a document: its token ids, and the number of bytes of its text."""
+        """Append token ids, and the number of bytes of their text."""
         files = self.state['files']
         last = list(files)[-1] if files else None
-        if last is None or self.shard_tokens and files[last] >= self.shard_tokens:
+        full = self.shard_tokens and last and files[last] >= self.shard_tokens
+        if last is None or full and not self.within:
             self.close()
             last = f'{self.name}_{len(files):03d}.bin' if self.shard_tokens else f'{self.name}.bin'
             self.file, files[last] = open(temporary(self.folder / last), 'wb'), 0
+        self.within = True
         self.file.write(np.array(ids, self.dtype).tobytes())
         files[last] += len(ids)
         self.state['tokens'] += len(ids)
         self.state['bytes'] += n_bytes
-        self.state['documents'] += 1
 
     def save(self):
         """Bring everything to the disk. Returns the state that a resume needs."""
@@ -112,6 +130,21 @@ class SplitWriter:
     def sha256(self):
         """The checksum of the tokens of the split, which does not depend on the files they are in."""
         return sha256_of([temporary(self.folder / name) for name in self.state['files']])
+
+
+def encoded(text, tokenizer, within=False):
+    """
+    Yields (ids, number of bytes) of the pieces of a text: all its tokens at once would fill the memory.
+    within: the text continues a document.
+    """
+    own = tokenizer.meta()['kind'] in ('bytes', 'chars', 'tiktoken', 'bpe')
+    # a published tokenizer may put a blank before a text, but not amid one: encode behind a word
+    word = [] if own else tokenizer.encode('a')
+    for piece in in_pieces([text]):
+        ids = tokenizer.encode(f'a{piece}') if within and not own else []
+        ids = ids[len(word):] if ids and ids[:len(word)] == word else tokenizer.encode(piece)
+        yield ids, len(utf8(piece))
+        within = True
 
 
 def publish(folder, settings, splits):
@@ -154,7 +187,7 @@ def load_progress(folder, settings):
             path = temporary(folder / name)
             if not path.exists() or path.stat().st_size < n_tokens * DTYPES[settings['dtype']].itemsize:
                 return None
-    print(f'resuming in {folder} after {sum(split["tokens"] for split in saved["splits"].values()):,} tokens')
+    say(f'resuming in {folder} after {sum(split["tokens"] for split in saved["splits"].values()):,} tokens')
     return saved
 
 
@@ -166,6 +199,49 @@ def sha256_of(paths):
             while piece := file.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(folder):
+    """
+    Within it, no other process prepares a dataset in `folder`; ValueError if one does. The lock is dropped by
+    the system when its process ends, however it ends.
+    """
+    path = folder / 'prepare.lock'
+    while True:
+        with open(path, 'a') as file:
+            if not lock(file):
+                raise ValueError(f'out={folder} must be used by one preparation at a time, and another one '
+                                 'runs: wait until it is done, or write to another folder with --out=FOLDER')
+            # whoever held the lock may have removed the file while this process opened it
+            if path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                try:
+                    yield
+                finally:
+                    remove(path)
+                return
+
+
+def lock(file):
+    """Lock an open file, without waiting. False if another process holds it; True without locks."""
+    try:
+        if os.name == 'nt':
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # others, such as ENOLCK or ENOTSUP: a file system that has no locks
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+    return True
+
+
+def remove(path):
+    try:
+        path.unlink()
+    except OSError:
+        pass  # on Windows an open file stays
 
 
 def temporary(path):

@@ -4,7 +4,9 @@ Tests that need GPT-2's vocabulary look for it in TIKTOKEN_CACHE_DIR, else in ..
 """
 
 import hashlib
+import inspect
 import json
+import math
 import os
 import random
 import resource
@@ -25,7 +27,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.hub import Stream  # noqa: E402
-from data.loader import ensure_prepared, mix, open_dataset, permute  # noqa: E402
+from data.loader import check_hashes, ensure_prepared, mix, open_dataset, permute  # noqa: E402
+from data.progress import Progress  # noqa: E402
+from data.reading import in_pieces  # noqa: E402
 from data.tokenizer import (  # noqa: E402
     SPLIT,
     BPETokenizer,
@@ -36,9 +40,10 @@ from data.tokenizer import (  # noqa: E402
     train_bpe,
     utf8,
 )
-from data.writer import write_dataset  # noqa: E402
+from data.writer import encoded, write_dataset  # noqa: E402
 
 VOCABULARIES = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ROOT.parent / 'shared' / 'tiktoken_cache'))
+PREPARE_TEXT = ROOT / 'data' / 'text' / 'prepare.py'
 SHAKESPEARE = ROOT.parent / 'shared' / 'data' / 'tinyshakespeare.txt'
 needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f'no {SHAKESPEARE}')
 
@@ -507,6 +512,27 @@ def edit_meta(**changes):
     ('meta.json', edit_meta(dtype='float32'), ValueError, r"meta.json is broken \(KeyError: 'float32'"),
     ('meta.json', edit_meta(files={'train': {'train.bin': 1000}}), ValueError, r"broken \(KeyError: 'val'"),
     ('meta.json', edit_meta(files=['train.bin']), ValueError, 'meta.json is broken'),
+    ('meta.json', lambda path: (path.unlink(), path.mkdir()), ValueError, 'broken .IsADirectoryError'),
+    ('train.bin', lambda path: (path.unlink(), path.mkdir()), FileNotFoundError, 'train.bin is missing'),
+    ('meta.json', lambda path: path.write_text('[' * 10**5), ValueError, 'broken .RecursionError'),
+    *[('meta.json', edit_meta(**{name: value}), ValueError, rf'broken \({name}=.* must {rule}')
+      for name, values, rule in [
+          ('vocab_size', [0, -1, None, '257', 257.0, True, 10**12], 'be an int above 0'),
+          ('vocab_size', [256, 300], 'be the size of its tokenizer'),
+          ('val_bytes_per_token', [0, None, math.nan, math.inf, -1, '1', True], 'be a finite number above 0'),
+          ('prompt', [3, None], 'be a string'),
+          ('sha256', [3, [], {'train': 3}, {'other': 'x'}], 'give each split a checksum'),
+          ('files', [{'train': {}, 'val': {'val.bin': 500}},
+                     *[{'train': {'train.bin': n}, 'val': {'val.bin': 500}} for n in (0, -1, None, 1e3)]],
+           'give each split files'),
+          ('files', [{'train': {name: 1000}, 'val': {'val.bin': 500}} for name in ('../x', 'a/b', '..')],
+           'name files of this folder'),
+          ('tokenizer', [{'kind': 'tiktoken', 'name': 3}, {'kind': 'chars', 'chars': ['a']}, {'kind': []},
+                         {'kind': 'bpe', 'split': 3, 'tokens': []}], 'hold kind'),
+          ('tokenizer', [{'kind': 'bpe', 'split': '', 'tokens': [1]}], 'hold a list of tokens')]
+      for value in values],
+    *[('meta.json', edit_meta(tokenizer=value), ValueError, 'meta.json is broken')
+      for value in [None, 3, [], {}, {'kind': 'chars'}]],
 ])
 def test_damaged_datasets_are_refused_in_a_sentence(tmp_path, file, change, error, sentence):
     dataset(tmp_path)
@@ -516,8 +542,30 @@ def test_damaged_datasets_are_refused_in_a_sentence(tmp_path, file, change, erro
     assert '\n' not in str(caught.value)
 
 
+def test_the_remedy_of_a_damaged_dataset_works(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    folder = tmp_path / "an odd; name's"
+    prepare_text(monkeypatch, tmp_path, path='a.txt', out=folder.name)
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text('{}')):
+        damage(folder / 'meta.json')
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            open_dataset(folder, 8, 0)
+        command = str(caught.value).split('run ')[1].replace('YOUR_TEXT', str(tmp_path / 'a.txt'))
+        command = command.replace('python ', f'{sys.executable} ', 1)
+        assert not subprocess.run(f'{command} --tokenizer=bytes', shell=True, cwd=ROOT).returncode
+        assert open_dataset(folder, 8, 0)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
+    write(tmp_path, tokenizer=BPETokenizer([]))
+    check_hashes(tmp_path)
+    edit_meta(vocab_size=200)(tmp_path / 'meta.json')
+    with pytest.raises(ValueError, match='vocab_size=200 in .* must be above all tokens, and .* holds 2'):
+        check_hashes(tmp_path)
+
+
 def test_missing_and_short_datasets_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match='does not exist: run python data/text/.* --name=nowhere'):
+    with pytest.raises(FileNotFoundError, match='does not exist: run python data/text/.* --out=.*nowhere'):
         open_dataset(tmp_path / 'nowhere', 16, 0)
     with pytest.raises(ValueError, match='block_size=1000 must be less than the 1,000 tokens of the train'):
         dataset(tmp_path, T=1000)
@@ -589,12 +637,13 @@ def prepare(monkeypatch, name, *flags):
 
 
 def texts_of(folder, split):
-    """The documents of a split, decoded."""
+    """The documents of a split, decoded; the last may lack its end token."""
     meta = json.loads((folder / 'meta.json').read_text())
     tokenizer = from_meta(meta['tokenizer'])
     ids = np.concatenate([np.fromfile(folder / name, '<u2') for name in meta['files'][split]])
-    cuts = [0, *(np.flatnonzero(ids == tokenizer.eot) + 1)] if tokenizer.eot else [0, len(ids)]
-    return [tokenizer.decode(ids[a:b - 1 if tokenizer.eot else b].tolist()) for a, b in zip(cuts, cuts[1:])]
+    ends = np.flatnonzero(ids == tokenizer.eot).tolist() if tokenizer.eot else []
+    documents = [ids[a:b] for a, b in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)])]
+    return [tokenizer.decode(document.tolist()) for document in documents if len(document)]
 
 
 def test_pysource_holds_the_standard_library(tmp_path):
@@ -602,8 +651,8 @@ def test_pysource_holds_the_standard_library(tmp_path):
     script, library = ROOT / 'data' / 'pysource' / 'prepare.py', Path(sysconfig.get_paths()['stdlib'])
     start = time.perf_counter()
     for flags in ['--tokenizer=bytes'], ['--vocab_size=300']:
-        done = subprocess.run([sys.executable, script, f'--out={tmp_path}', *flags], cwd=tmp_path,
-                              capture_output=True, text=True)
+        command = [sys.executable, script, f'--out={tmp_path}', '--overwrite=True', *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert 'documents' in done.stdout and str(tmp_path) in done.stdout
         train, val = texts_of(tmp_path, 'train'), texts_of(tmp_path, 'val')
@@ -638,7 +687,7 @@ def test_a_download_is_kept_and_a_failed_one_names_the_way_out(tmp_path, monkeyp
     monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: urlopen(source.as_uri()))
     assert prepare(monkeypatch, 'shakespeare_char', flag) is None
     source.unlink()
-    assert prepare(monkeypatch, 'shakespeare_char', flag) is None
+    assert prepare(monkeypatch, 'shakespeare_char', flag, '--overwrite=True') is None
     assert texts_of(tmp_path / 'out', 'train') + texts_of(tmp_path / 'out', 'val') == [text[:594], text[594:]]
 
 
@@ -813,3 +862,338 @@ def test_a_file_given_without_its_flag_is_not_run_as_a_config(tmp_path):
     done = subprocess.run([sys.executable, ROOT / 'data' / 'text' / 'prepare.py', 'mine.py'], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip() == 'mine.py is no flag; did you mean --input=mine.py?'
+
+
+# ----------------------------------------------------------------------------
+# what is read, and what is not
+
+def prepare_text(monkeypatch, tmp_path, *flags, path='in', tokenizer='bytes', out='out'):
+    """Prepare tmp_path / path; returns the sentence of a refusal, or the documents of both splits, sorted."""
+    flags = f'--input={tmp_path / path}', f'--out={tmp_path / out}', f'--tokenizer={tokenizer}', *flags
+    stop = prepare(monkeypatch, 'text', *flags)
+    return stop or sorted(texts_of(tmp_path / out, 'train') + texts_of(tmp_path / out, 'val'))
+
+
+def test_a_folder_is_read_through_links_and_what_is_passed_over_is_counted(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'in'
+    (tmp_path / 'far' / '.git').mkdir(parents=True)
+    (folder / 'deep').mkdir(parents=True)
+    files = {'NOTES.TXT': 'capitals', 'a.txt': 'plain', 'deep/c.html': 'no', 'deep/d.html': 'no', 'e': 'no',
+             '../far/linked.txt': 'linked', '../far/.git/x.txt': 'no', '.hidden.txt': 'no',
+             'z.Md': 'markdown'}
+    for name, text in files.items():
+        (folder / name).write_text(text * 9)
+    (folder / 'linked').symlink_to(tmp_path / 'far')
+    (tmp_path / 'far' / 'circle').symlink_to(folder)
+    (folder / 'gone.txt').symlink_to(tmp_path / 'nowhere')
+    found = prepare_text(monkeypatch, tmp_path, '--val_fraction=0.5')
+    out = capsys.readouterr().out
+    assert len(''.join(found)) == sum(9 * len(text) for text in files.values() if text != 'no')
+    assert 'reading 4 files: 3 .txt, 1 .md' in out, out
+    for passed in ('2 .html', '1 file without an ending', '1 hidden folder', '1 hidden file',
+                   '1 broken link or device', '1 folder linked twice'):
+        assert passed in out, out
+
+
+ROWS = [f'row {i} of "many", with, commas\nand lines; \u00fc \U0001f642' for i in range(120)]
+
+
+def table(kind, rows):
+    """The bytes of a file of this kind with a column `text`."""
+    import csv
+    import io
+    dicts = [{'id': i, 'text': text} for i, text in enumerate(rows)]
+    if kind in ('csv', 'tsv', 'semicolons'):
+        out = io.StringIO()
+        writer = csv.writer(out, delimiter={'csv': ',', 'tsv': '\t', 'semicolons': ';'}[kind])
+        writer.writerows([('id', 'text'), *((row['id'], row['text']) for row in dicts)])
+        return out.getvalue().encode()
+    lines = '\n'.join(map(json.dumps, dicts))
+    texts = {'lines': lines, 'array': json.dumps(dicts, indent=1), 'strings': json.dumps(rows),
+             'data': json.dumps({'version': 1, 'data': dicts}),
+             'one': json.dumps({'text': ''.join(rows)}, indent=1)}
+    return texts[kind].encode()
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('rows.JSONL', 'lines'), ('rows.ndjson', 'lines'), ('rows.json', 'array'), ('rows.json', 'lines'),
+    ('rows.json', 'strings'), ('rows.json', 'data'), ('rows.csv', 'csv'), ('rows.CSV', 'semicolons'),
+    ('rows.tsv', 'tsv')])
+@pytest.mark.parametrize('mark', [b'', b'\xef\xbb\xbf'])
+def test_tables_of_every_kind_give_their_rows(tmp_path, monkeypatch, name, kind, mark):
+    (tmp_path / name).write_bytes(mark + table(kind, ROWS))
+    assert prepare_text(monkeypatch, tmp_path, path=name) == sorted(ROWS)
+    chars = prepare_text(monkeypatch, tmp_path, path=name, tokenizer='chars', out='chars')
+    assert set(''.join(chars)) == set(''.join(ROWS))
+
+
+def test_one_json_object_is_one_document(tmp_path, monkeypatch):
+    (tmp_path / 'one.json').write_bytes(table('one', ROWS))
+    assert ''.join(reversed(prepare_text(monkeypatch, tmp_path, path='one.json'))) == ''.join(ROWS)
+
+
+@pytest.mark.parametrize('packing', ['gz', 'bz2', 'xz', 'zst'])
+@pytest.mark.parametrize('name, kind', [('a.jsonl', 'lines'), ('a.csv', 'csv'), ('a.json', 'array'),
+                                        ('a.txt', '')])
+def test_packed_files_are_read_and_damaged_ones_refused(tmp_path, monkeypatch, packing, name, kind):
+    import bz2
+    import gzip
+    import lzma
+    if packing == 'zst':
+        zstandard = pytest.importorskip('zstandard')
+    pack = {'gz': gzip.compress, 'bz2': bz2.compress, 'xz': lzma.compress,
+            'zst': lambda raw: zstandard.ZstdCompressor().compress(raw)}[packing]
+    raw = pack(table(kind, ROWS) if kind else '\n<|endoftext|>\n'.join(ROWS).encode())
+    (tmp_path / f'{name}.{packing}').write_bytes(raw)
+    found = prepare_text(monkeypatch, tmp_path, path=f'{name}.{packing}')
+    assert found == sorted(ROWS) if kind else [text.strip('\n') for text in found] == sorted(ROWS)
+    (tmp_path / f'{name}.{packing}').write_bytes(raw[:len(raw) // 2])
+    stop = prepare_text(monkeypatch, tmp_path, path=f'{name}.{packing}', out='damaged')
+    assert 'is damaged' in stop and '\n' not in stop
+
+
+def test_a_package_for_zst_that_is_missing_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt.zst').write_bytes(b'(\xb5/\xfd')
+    for module in ('compression', 'zstandard'):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert prepare_text(monkeypatch, tmp_path, path='a.txt.zst') == (
+        'a file that ends in .zst needs zstandard: pip install zstandard')
+
+
+@pytest.mark.parametrize('name, content, sentence', [
+    ('a.json', b'[{"text": "x"}, {"text": ', 'a.json is not JSON'),
+    ('a.json', b'[{"text": "x"}] trailing', 'a.json is not JSON'),
+    ('a.json', b'{"a": 1, "b": 2}', "value 1 of {}/a.json has no column 'text': choose one of a, b"),
+    ('a.json', b'[' * 100_000, 'a.json is not JSON'),
+    ('a.jsonl', b'{"a":' * 100_000, 'line 1 of {}/a.jsonl is not JSON'),
+    ('a.json', b'\xff', 'a.json is not UTF-8 (byte 0)'),
+    ('a.csv', b'id,body\n1,x', "a.csv has no column 'text': choose one of id, body"),
+    ('a.csv', b'id,text\n1,"x', 'a.csv is not CSV (unexpected end of data)'),
+    ('a.csv', b'id,text\n1,\xff', 'a.csv is not UTF-8'),
+    ('a.parquet', b'PAR1', 'a.parquet is no parquet file'),
+    ('a.zip', b'PK', 'a.zip must be unpacked first'), ('a.tar.gz', b'', 'a.tar.gz must be unpacked first'),
+    ('a.txt.gz', b'plain', 'a.txt.gz is damaged'),
+])
+def test_files_that_are_not_what_they_are_called_are_refused(tmp_path, monkeypatch, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    stop = prepare_text(monkeypatch, tmp_path, path=name)
+    assert sentence.replace('{}', str(tmp_path)) in stop and '\n' not in stop
+
+
+def test_rows_without_text_are_passed_over_and_counted(tmp_path, monkeypatch, capsys):
+    import pyarrow
+    import pyarrow.parquet
+    rows = [None if i in (7, 70) else text for i, text in enumerate(ROWS)]
+    pyarrow.parquet.write_table(pyarrow.table({'text': rows}), tmp_path / 'a.parquet')
+    (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in rows))
+    for name in 'a.parquet', 'b.jsonl':
+        assert prepare_text(monkeypatch, tmp_path, path=name, out=name[0]) == sorted(filter(None, rows))
+        assert 'passed over: 2 rows without text (null)' in capsys.readouterr().out
+        flags = f'--input={tmp_path / name}', '--tokenizer=bytes', '--val_fraction=0.1'
+        assert prepare(monkeypatch, 'fineweb_edu', *flags, f'--out={tmp_path / name}s') is None
+        assert 'passed over: 2 rows without text (null)' in capsys.readouterr().out
+
+
+def test_lines_with_a_marker_part_documents(tmp_path, monkeypatch, capsys):
+    stories = [f'Once there was cat {i}.\nIt said <|endoftext|> here.\n' for i in range(300)]
+    (tmp_path / 'a.txt').write_text('<|endoftext|>\r\n' + '<|endoftext|> \n'.join(stories) + '<|endoftext|>')
+    assert prepare_text(monkeypatch, tmp_path, path='a.txt') == sorted(stories)
+    assert '<|endoftext|> stands 300 times amid other text' in capsys.readouterr().out
+
+
+def test_a_text_that_is_cut_is_not_ended_there(tmp_path, monkeypatch):
+    (tmp_path / 'in').mkdir()
+    for i in range(3):
+        (tmp_path / 'in' / f'{i}.txt').write_text(f'abcdefghi{i}' * 10)
+    prepare_text(monkeypatch, tmp_path)
+    train, val = (np.fromfile(tmp_path / 'out' / f'{split}.bin', '<u2') for split in ('train', 'val'))
+    assert 256 not in train and np.flatnonzero(val == 256).tolist() == [10, 21, 32]
+    meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
+    assert (meta['train_documents'], meta['val_documents']) == (3, 3)
+
+
+def test_a_dataset_is_replaced_only_when_asked(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    (tmp_path / 'b.txt').write_text('xyz ' * 99)
+    prepare_text(monkeypatch, tmp_path, path='a.txt')
+    before = contents(tmp_path / 'out')
+    stop = prepare_text(monkeypatch, tmp_path, path='b.txt')
+    assert 'add --overwrite=True' in stop and contents(tmp_path / 'out') == before
+    assert 'x' in ''.join(prepare_text(monkeypatch, tmp_path, '--overwrite=True', path='b.txt'))
+
+
+def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    prepare_text(monkeypatch, tmp_path, path='a.txt', out="an odd; name's")
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix('next: ')
+    echo = subprocess.run(f'printf "%s\\n" {command}', shell=True, capture_output=True, text=True).stdout
+    python, script, flag = echo.splitlines()
+    assert (ROOT / 'train.py').samefile(script) and flag == f"--dataset={tmp_path}/an odd; name's"
+
+
+# ----------------------------------------------------------------------------
+# several at once, and interrupted
+
+SLOW = '''
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from data.common import preparation
+from data.tokenizer import ByteTokenizer
+from data.writer import write_dataset
+def documents():
+    for i in range(100):
+        Path(__file__).with_name('alive').touch()
+        time.sleep(0.1)
+        yield ('val' if i % 5 == 0 else 'train'), 'text' * 9
+with preparation(Path(__file__).parent, overwrite=True) as folder:
+    write_dataset(folder, documents(), ByteTokenizer(), 'slow')
+'''
+
+
+def slow_dataset(folder):
+    """A folder whose prepare.py writes for ten seconds."""
+    folder.mkdir()
+    (folder / 'prepare.py').write_text(SLOW.replace('{root!r}', repr(str(ROOT))))
+    return folder
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f'{path} did not come')
+
+
+def test_a_second_preparation_of_a_folder_is_refused_until_the_first_is_gone(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    folder = slow_dataset(tmp_path / 'out')
+    first = subprocess.Popen([sys.executable, folder / 'prepare.py'])
+    try:
+        wait_for(folder / 'train.bin.tmp')
+        stop = prepare_text(monkeypatch, tmp_path, path='a.txt')
+        assert 'must be used by one preparation at a time' in stop and not (folder / 'meta.json').exists()
+    finally:
+        first.kill()
+        first.wait()
+    assert prepare_text(monkeypatch, tmp_path, path='a.txt')
+    assert not (folder / 'prepare.lock').exists()
+
+
+def test_many_preparations_of_a_folder_leave_one_of_them(tmp_path):
+    for i in range(4):
+        (tmp_path / f'{i}.txt').write_text(f'{i}' * 10_000 * (i + 1))
+    for _ in range(3):
+        command = [sys.executable, PREPARE_TEXT, '--overwrite=True', f'--out={tmp_path}/out',
+                   '--tokenizer=bytes']
+        processes = [subprocess.Popen([*command, f'--input={tmp_path}/{i}.txt'], stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL) for i in range(4)]
+        assert 0 in [process.wait() for process in processes]
+        assert len(set(''.join(texts_of(tmp_path / 'out', 'train')))) == 1
+        check_hashes(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('kill', [signal.SIGTERM, signal.SIGKILL])
+def test_the_preparation_of_a_first_run_ends_with_the_run(tmp_path, kill):
+    folder = slow_dataset(tmp_path / 'pysource')
+    code = f'from data.loader import ensure_prepared; ensure_prepared({str(folder)!r})'
+    run = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+    wait_for(folder / 'alive')
+    run.send_signal(kill)
+    assert run.wait() == -kill
+    time.sleep(0.3)
+    (folder / 'alive').unlink()
+    time.sleep(0.5)
+    assert not (folder / 'alive').exists() and not (folder / 'meta.json').exists()
+
+
+def test_an_interrupted_preparation_says_so(tmp_path):
+    folder = slow_dataset(tmp_path / 'pysource')
+    process = subprocess.Popen([sys.executable, folder / 'prepare.py'], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    wait_for(folder / 'train.bin.tmp')
+    process.send_signal(signal.SIGINT)
+    out = process.communicate()[0]
+    assert process.returncode == 130 and out.strip() == (
+        f'interrupted before the dataset in {folder} was complete; the same command begins anew')
+    with pytest.raises(FileNotFoundError):
+        open_dataset(folder, 8, 0)
+
+
+def test_an_interrupt_of_the_imports_is_a_sentence_too(tmp_path):
+    (tmp_path / 'numpy.py').write_text('import time\nprint("importing", flush=True)\ntime.sleep(20)')
+    process = subprocess.Popen([sys.executable, PREPARE_TEXT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {'PYTHONPATH': str(tmp_path)})
+    assert process.stdout.readline() == 'importing\n'
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1].strip() == 'interrupted: nothing has been prepared'
+
+
+def test_a_console_that_is_gone_stops_no_preparation(tmp_path):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+    command = [sys.executable, PREPARE_TEXT, f'--input={tmp_path / "a.txt"}', f'--out={tmp_path / "out"}',
+               '--tokenizer=bytes']
+    read, write_end = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert done.returncode == 0 and not done.stderr
+    assert open_dataset(tmp_path / 'out', 8, 0)
+
+
+def test_a_long_preparation_shows_how_far_it_is(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    progress = Progress('writing tokens', 1000)
+    for _ in range(100):
+        now[0] += 1
+        progress.add(10)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[1] == 'writing tokens: 15%, about 85 s left', lines
+
+
+# ----------------------------------------------------------------------------
+# long texts
+
+def test_long_texts_are_cut_where_their_tokens_end(gpt2, monkeypatch):
+    monkeypatch.setattr('data.reading.PIECE', 300)
+    text = Path(inspect.__file__).read_text()[:60_000]
+    text = text.replace('return', 'r\u00e9turn \u6f22\u5b57. \r\n\r\n  x')
+    bpe = BPETokenizer.train([text], 600)
+    for tokenizer in gpt2, bpe, ByteTokenizer():
+        pieces = [ids for ids, _ in encoded(text, tokenizer)]
+        assert len(pieces) > 90 and sum(pieces, []) == tokenizer.encode(text)
+    chunks = [text[i:i + 77] for i in range(0, len(text), 77)]
+    assert BPETokenizer.train(in_pieces(chunks), 600).tokens == bpe.tokens
+
+
+@pytest.mark.parametrize('run', [' ', 'x', '\n', '\u3042', '= '])
+def test_a_run_of_a_million_characters_is_encoded(run, gpt2):
+    text = 'begin ' + run * 1_200_000 + ' end'
+    for tokenizer in gpt2, BPETokenizer.train([text], 300):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize('kind', ['one text', 'one text of wide characters', 'many rows', 'one array'])
+def test_memory_does_not_grow_with_the_text(tmp_path, kind):
+    line = 'A line of a long book about nothing at all.\n'
+    wide = '\U0001f642' if 'wide' in kind else ''
+
+    def write_input(n):
+        path = tmp_path / ('a.txt' if 'text' in kind else 'a.jsonl' if kind == 'many rows' else 'a.json')
+        with open(path, 'w') as file:
+            if kind == 'one array':
+                file.write('[' + ','.join(json.dumps({'text': line * 9}) for _ in range(n // 9)) + ']')
+            else:
+                row = line if 'text' in kind else json.dumps({'text': line}) + '\n'
+                file.writelines([wide] + n * [row])
+        return path
+
+    def peak(n):
+        code = ('import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3); '
+                'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)')
+        command = [sys.executable, PREPARE_TEXT, f'--input={write_input(n)}', f'--out={tmp_path}/{n}',
+                   '--vocab_size=300']
+        return int(subprocess.check_output([sys.executable, '-c', code, *command])) / 1024
+    assert peak(200_000) < peak(2_000) + 20  # MB, for 9 MB of text

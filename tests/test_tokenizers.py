@@ -329,13 +329,14 @@ def test_text_is_prepared_with_the_tokenizer_of_a_checkpoint(kind, tmp_path, mon
     data = open_dataset(tmp_path / 'out', 8, 0)
     assert data.meta['vocab_size'] == ours.vocab_size
     again = from_meta(data.meta['tokenizer'])
-    ids = torch.frombuffer(bytearray(next((tmp_path / 'out').glob('train*')).read_bytes()),
-                           dtype=torch.uint16).tolist()
-    assert ids[-1] == ours.eot == again.eot
-    assert again.decode(ids[:-1]) == ('the cat sat on the mat\n' * 50)[:len(again.decode(ids[:-1]))]
+    train, val = (torch.frombuffer(bytearray((tmp_path / 'out' / f'{split}.bin').read_bytes()),
+                                   dtype=torch.uint16).tolist() for split in ('train', 'val'))
+    # the training part is the begin of the one document, which ends in the validation part
+    assert val[-1] == ours.eot == again.eot and ours.eot not in train + val[:-1]
+    assert again.decode(train) == ('the cat sat on the mat\n' * 50)[:len(again.decode(train))]
     (tmp_path / 'empty').mkdir()
     arguments[2] = f'--tokenizer={tmp_path / "empty"}'
-    assert 'must hold tokenizer.json' in prepare(monkeypatch, *arguments)
+    assert 'must hold tokenizer.json' in prepare(monkeypatch, *arguments, '--overwrite=True')
 
 
 def test_text_is_prepared_with_the_tokenizer_of_a_run_or_a_dataset(tmp_path, monkeypatch):

@@ -19,10 +19,11 @@ repo = 'HuggingFaceFW/fineweb-edu'  # dataset on the Hub
 config = 'sample-10BT'              # part of the dataset; empty: the only one
 revision = ''                       # branch or commit of the dataset; empty: the newest
 column = 'text'                     # column that holds the text
-input = ''                          # local .jsonl or .parquet, a file or a folder, in place of the Hub
+input = ''                          # local .jsonl .json .csv .parquet, also packed, or a folder of one kind
 max_documents: int | None = None    # number of documents to read; None: all
 # what to write
 out = ''                            # folder to write to; empty: the folder of this script
+overwrite = False                   # replace the dataset that is there
 tokenizer = 'gpt2'                  # bytes, a vocabulary of tiktoken, or the folder of a checkpoint
 val_fraction = 0.0005               # share of the documents for validation
 shard_tokens = 100_000_000          # tokens per file
@@ -31,4 +32,4 @@ save_every = 20_000_000             # tokens between saves of the progress, from
 if __name__ == '__main__':
     configure(globals())
     with errors_as_messages():
-        prepare(Path(__file__).parent, **plain_settings(globals()))
+        prepare(Path(__file__).parent, 'train.py config/llama_small.py', **plain_settings(globals()))

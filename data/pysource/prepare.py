@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import configure, errors_as_messages
-from data.common import make_tokenizer, print_summary, split_of
+from data.common import make_tokenizer, preparation, print_summary, split_of
 from data.writer import write_dataset
 
 # tables of characters (encodings) and a manual in one string (pydoc_data) are not source text
@@ -26,6 +26,7 @@ SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycac
 tokenizer = 'bpe'                   # bpe, trained on the text, or bytes, which needs no training
 vocab_size = 2048                   # bpe: tokens in the vocabulary
 out = ''                            # folder to write to; empty: the folder of this script
+overwrite = False                   # replace the dataset that is there
 
 
 def documents(root):
@@ -47,13 +48,13 @@ def documents(root):
 def main():
     if tokenizer not in ('bytes', 'bpe'):
         raise ValueError(f'tokenizer={tokenizer} must be bytes or bpe')
-    folder = Path(out or Path(__file__).parent)
-    texts = list(documents(sysconfig.get_paths()['stdlib']))
-    train_texts = (text for split, text in texts if split == 'train')
-    source = f'the standard library of Python {platform.python_version()}'
-    # the files of a small model begin with page-long imports; a class shows more of what it has learned
-    meta = write_dataset(folder, texts, make_tokenizer(tokenizer, train_texts, vocab_size), source,
-                         prompt='class Reader:\n')
+    with preparation(out or Path(__file__).parent, overwrite) as folder:
+        texts = list(documents(sysconfig.get_paths()['stdlib']))
+        train_texts = (text for split, text in texts if split == 'train')
+        source = f'the standard library of Python {platform.python_version()}'
+        # the files of a small model begin with page-long imports; a class shows more of what it has learned
+        meta = write_dataset(folder, texts, make_tokenizer(tokenizer, train_texts, vocab_size), source,
+                             prompt='class Reader:\n')
     print_summary(folder, meta)
 
 

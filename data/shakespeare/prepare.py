@@ -15,8 +15,10 @@ from data.tokenizer import TiktokenTokenizer
 
 input = ''                          # a copy of the text, in place of the download
 out = ''                            # folder to write to; empty: the folder of this script
+overwrite = False                   # replace the dataset that is there
 
 if __name__ == '__main__':
     configure(globals())
     with errors_as_messages():
-        prepare(Path(out or Path(__file__).parent), input, lambda text: TiktokenTokenizer('gpt2'))
+        prepare(out or Path(__file__).parent, overwrite, input, lambda text: TiktokenTokenizer('gpt2'),
+                'train.py --init_from=gpt2')

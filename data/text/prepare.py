@@ -1,96 +1,71 @@
-"""Your own text, a file or a folder: .txt .md .py (each a document), .jsonl .parquet (each row a document).
+"""Your own text, a file or a folder: .txt .md .py (documents); .jsonl .json .csv .tsv .parquet (rows).
 
     python data/text/prepare.py --input=notes --name=notes
     python train.py --dataset=notes
     python data/text/prepare.py --input=rows.jsonl --column=body --name=rows --tokenizer=gpt2
 
-About a tenth is for validation. Where there are many documents, the hash of a document's name or number
-decides; where there are few, the end of every document is.
+All but .parquet may be packed as .gz .bz2 .xz .zst. Of a folder, the files that are passed over are counted.
+A line that holds <|endoftext|> alone ends a document. About a tenth is for validation. Where there are many
+documents, the hash of a document's name or number decides; where there are few, the end of every document is.
 """
-import json
 import re
 import sys
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import configure, errors_as_messages
-from data.common import check_val_fraction, make_tokenizer, print_summary, split_of
-from data.tokenizer import need, read_text
-from data.writer import write_dataset
+from data.common import check_val_fraction, make_tokenizer, preparation, print_summary, split_of
+from data.progress import Progress, say
+from data.reading import Corpus
+from data.writer import CUT, END, MORE, write_dataset
 
 DATA = Path(__file__).resolve().parents[1]
-TEXTS, TABLES = ('.txt', '.md', '.py'), ('.jsonl', '.parquet')
 
 input = ''                          # file or folder to read; it must be given
 name = 'text'                       # write to data/NAME, for train.py --dataset=NAME
 out = ''                            # folder to write to; empty: data/NAME
+overwrite = False                   # replace the dataset that is there
 tokenizer = 'bpe'                   # bytes, chars, bpe, gpt2, cl100k_base, ..., or the folder of a checkpoint
 vocab_size = 2048                   # bpe: tokens in the vocabulary
-column = 'text'                     # column of .jsonl and .parquet that holds the text
+column = 'text'                     # column of the rows that holds the text
 val_fraction = 0.1                  # share of the text for validation
 
 
-def documents(root, column):
-    """Yields (name, text), sorted by path; the name is the path below `root`, for a row with its number."""
-    paths = [root]
-    if root.is_dir():
-        paths = [path for path in sorted(root.rglob('*')) if path.suffix in TEXTS + TABLES and path.is_file()
-                 and not any(part.startswith('.') for part in path.relative_to(root).parts)]
-    if not paths or not root.exists():
-        raise ValueError(f'input={root} must be a file, or a folder that holds {" ".join(TEXTS + TABLES)}')
-    for path in paths:
-        name = path.relative_to(root).as_posix()
-        if path.suffix not in TABLES:
-            yield name, read_text(path)
-            continue
-        rows = jsonl_rows(path, column) if path.suffix == '.jsonl' else parquet_rows(path, column)
-        for number, text in enumerate(rows, 1):
-            if not isinstance(text, str):
-                raise ValueError(f'row {number} of {path} has no text in column {column!r} but {text!r}: '
-                                 'mend it, or choose another column with --column=')
-            yield f'{name}:{number}', text
+def few_lengths(corpus, many):
+    """The lengths of all documents in characters, or None if there are `many` or more."""
+    lengths, within = [], False
+    for part in corpus:
+        if not within:
+            lengths.append(0)
+        lengths[-1] += len(part.text)
+        within = not part.last
+        if len(lengths) == many:
+            return None
+    return lengths
 
 
-def jsonl_rows(path, column):
-    with open(path, 'rb') as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise ValueError(f'line {number} of {path} is not JSON: mend it or leave it out') from None
-            check_column(column, row if isinstance(row, dict) else {}, f'line {number} of {path}')
-            yield row[column]
+def by_name(corpus):
+    """Yields (split, text, end): the hash of a document's name decides."""
+    split, within = None, False
+    for part in corpus:
+        split = split if within else split_of(part.name, val_fraction)
+        within = not part.last
+        yield split, part.text, MORE if within else END
 
 
-def parquet_rows(path, column):
-    with need('pyarrow.parquet', f'input={path}').ParquetFile(path) as file:
-        check_column(column, file.schema_arrow.names, path)
-        for batch in file.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
-
-
-def check_column(column, columns, where):
-    if column not in columns:
-        raise ValueError(f'{where} has no column {column!r}: choose one of {", ".join(columns) or "none"} '
-                         'with --column=')
-
-
-def splits(root, column, val_fraction):
-    """Yields (split, text)."""
-    # with this many documents, the chance that none is for validation is e**-10
-    many = int(10 / val_fraction)
-    few = sum(1 for _ in islice(documents(root, column), many)) < many
-    for name, text in documents(root, column):
-        if few:
-            cut = int(len(text) * (1 - val_fraction))
-            yield 'train', text[:cut]
-            yield 'val', text[cut:]
-        else:
-            yield split_of(name, val_fraction), text
+def by_cut(corpus, lengths):
+    """Yields (split, text, end): the end of every document is for validation."""
+    left, lengths = None, iter(lengths)
+    for part in corpus:
+        if left is None:
+            left = int(next(lengths) * (1 - val_fraction))
+        if left >= 0:
+            yield 'train', part.text[:left], MORE if len(part.text) < left else CUT
+        if len(part.text) >= left:
+            yield 'val', part.text[max(left, 0):], END if part.last else MORE
+        # below zero: the cut is behind
+        left = None if part.last else left - len(part.text) if len(part.text) < left else -1
 
 
 def main():
@@ -100,13 +75,28 @@ def main():
     taken = name != 'text' and (DATA / name / 'prepare.py').exists()
     if taken or not re.fullmatch(r'\w[\w.-]*', name):
         raise ValueError(f'name={name} must be a plain name that no other dataset has')
-    root, folder = Path(input).expanduser(), Path(out or DATA / name)
-    # a character vocabulary must know all characters; merges are learned from the training split alone
-    texts = (text for split, text in splits(root, column, val_fraction)
-             if split == 'train' or tokenizer == 'chars')
-    source = f'{root.resolve().name}, {val_fraction} for validation'
-    meta = write_dataset(folder, splits(root, column, val_fraction),
-                         make_tokenizer(tokenizer, texts, vocab_size), source)
+    root = Path(input).expanduser()
+    corpus = Corpus(root, column)
+    with preparation(out or DATA / name, overwrite) as folder:
+        say(corpus.files_in_words())
+        # with this many documents, the chance that none is for validation is e**-10
+        lengths = few_lengths(corpus, int(10 / val_fraction))
+
+        def splits(label):
+            """All parts, with progress under this label."""
+            progress = Progress(label, corpus.size)
+            corpus.on_bytes = progress.add
+            yield from by_name(corpus) if lengths is None else by_cut(corpus, lengths)
+            progress.close()
+
+        # a character vocabulary must know all characters; merges are learned from the training split alone
+        texts = (text for split, text, _ in splits('reading for the vocabulary')
+                 if split == 'train' or tokenizer == 'chars')
+        source = f'{root.resolve().name}, {val_fraction} for validation'
+        meta = write_dataset(folder, splits('writing tokens'), make_tokenizer(tokenizer, texts, vocab_size),
+                             source)
+    if corpus.rows_in_words():
+        say(corpus.rows_in_words())
     print_summary(folder, meta)
 
 
