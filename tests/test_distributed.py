@@ -17,6 +17,7 @@ from runs import (
     at_step,
     curve,
     differences,
+    files,
     flags,
     free_port,
     load,
@@ -315,3 +316,48 @@ runpy.run_path('train.py', run_name='__main__')""")
 
 def test_shards_need_several_processes(tmp_path):
     assert_refused(python('train.py', *toy(tmp_path / 'run', shard=True)), 'shard=True', 'torchrun')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Beginning together
+
+ELSEWHERE = "import sys; sys.argv = [arg.replace('/run', '/elsewhere') for arg in sys.argv]"
+
+
+@pytest.mark.parametrize('steps', [None, 6, 12], ids=['none', 'an older one', 'another of the same step'])
+def test_processes_that_see_different_checkpoints_are_refused(tmp_path, steps):
+    """An out_dir that is not shared, or a file system that lags."""
+    settings = SMALL | dict(eval_interval=6, init_from='auto')
+    python('train.py', *toy(tmp_path / 'run', **settings))
+    if steps:
+        python('train.py', *toy(tmp_path / 'elsewhere', **settings | dict(max_iters=steps)))
+    before = files(tmp_path)
+    results = pair(*toy(tmp_path / 'run', **settings | dict(max_iters=20)), before_rank={1: ELSEWHERE})
+    for done in results:
+        assert_refused(done, 'checkpoint=', 'of step 12', f'of step {steps}' if steps else 'None', 'share')
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize('flag', ['--learning_rate=0.1', '--n_layer=1', '--eval_interval=3'])
+def test_processes_with_different_command_lines_are_refused(tmp_path, flag):
+    results = pair(*toy(tmp_path / 'run', **SMALL), before_rank={1: f'import sys; sys.argv.append({flag!r})'})
+    name, value = flag[2:].split('=')
+    for done in results:
+        assert_refused(done, name, value, 'same command line')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_torchrun_starts_the_processes_again_after_a_failure(tmp_path):
+    """The note of the first failure must not end the second attempt."""
+    (tmp_path / 'fails_once.py').write_text(f"""
+import os, runpy, sys
+sys.path.insert(0, '.')
+sys.argv[0] = 'train.py'
+if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':
+    exec({at_step(15, "raise RuntimeError('a planted fault')")!r})
+runpy.run_path('train.py', run_name='__main__')""")
+    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1')
+    done = real_python(*torchrun, tmp_path / 'fails_once.py',
+                       *toy(tmp_path / 'run', init_from='auto', **SMALL), seconds=90)
+    assert done.code == 0 and 'rank 1 of 2 failed: RuntimeError: a planted fault' in done.err, done
+    assert load(tmp_path / 'run')['step'] == 12
