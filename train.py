@@ -199,7 +199,7 @@ optimizers = optim.Optimizers(raw_model, groups, lr_fraction, betas=(beta1, beta
 micro_batches = parallel.MicroBatches(gradient_accumulation_steps, batch_warmup_iters, rank, world)
 
 # steps and micro-batches done, the step of the last evaluation, the lowest loss
-step, micro_done, evaluated, best_val_loss, wandb_id = 0, 0, 0, math.inf, None
+step, micro_done, evaluated, best_val_loss, wandb_id = 0, 0, -1, math.inf, None
 if resumed:
     step, micro_done, evaluated = resumed['step'], resumed['micro_done'], resumed['evaluated']
     best_val_loss, wandb_id = resumed['best_val_loss'], resumed['wandb_id']
@@ -309,7 +309,7 @@ saved, best_saved, exit_code = True, True, 0
 
 try:
     while True:
-        # evaluate; save the best weights and the newest
+        # evaluate, first as a base line; save the best weights and the newest
         if eval_only or step > evaluated and (step % eval_interval == 0 or step == max_iters):
             val_loss = evaluate()
             bits = val_loss / math.log(2) / meta['val_bytes_per_token']
@@ -317,20 +317,20 @@ try:
             record(val_loss=val_loss, val_bpb=bits)
             if eval_only:
                 break
-            evaluated, improved = step, val_loss < best_val_loss
+            evaluated, improved = step, step > 0 and val_loss < best_val_loss
             if improved:
                 best_val_loss = save_best(val_loss)
             best_saved = not improved or best_val_loss == val_loss
             if wandb_log and wandb_samples:
                 log.samples(step, preview())
-            if improved or always_save_checkpoint and math.isfinite(val_loss):
+            if improved or always_save_checkpoint and step and math.isfinite(val_loss):
                 saved = save_newest()
         if step >= max_iters:
             break
 
         # forward and backward; a signal may interrupt here, because no weight has changed yet
         numbers, count = micro_batches.mine(step, micro_done), micro_batches.count(step)
-        with signals.interruptible():
+        with signals.interruptible(trains=True):
             for number in numbers:
                 x, y = (tensor.to(device, non_blocking=True) for tensor in next(stream))
                 # processes exchange their gradients once a step, with the last micro-batch

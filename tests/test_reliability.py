@@ -110,7 +110,7 @@ def test_auto_starts_a_new_run_or_resumes(tmp_path):
     # killed before its first checkpoint, it leaves no more than this
     os.remove(tmp_path / 'run' / 'ckpt.pt'), os.remove(tmp_path / 'run' / 'ckpt.prev.pt')
     assert 'resuming' not in train(tmp_path / 'run', **settings)[1]
-    assert [line['step'] for line in metrics(tmp_path / 'run')] == [5, 10, 15, 20, 20]
+    assert [line['step'] for line in metrics(tmp_path / 'run')] == [0, 5, 10, 15, 20, 20]
 
 
 def test_compiled_training_resumes_bit_by_bit(tmp_path):
@@ -418,7 +418,7 @@ get, calls = data.loader.Dataset.eval_batches, []
 def eval_batches(self, *args, **kwargs):
     for number, batch in enumerate(get(self, *args, **kwargs)):
         calls.append(number)
-        if len(calls) == 8 + 3:
+        if len(calls) == 2 * 8 + 3:
             os.kill(os.getpid(), 15)
             print('after the signal')
         yield batch
@@ -426,7 +426,7 @@ data.loader.Dataset.eval_batches = eval_batches'''
 
 
 def test_a_signal_in_an_evaluation_saves_and_leaves_at_once(tmp_path):
-    """In the second evaluation, after step 40, which the resumed run repeats."""
+    """In the evaluation after step 40, which the resumed run repeats."""
     done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before=IN_EVALUATION)
     assert done.code == stopping.STOPPED and 'after the signal' not in done.out, done
     state = load(tmp_path / 'run')

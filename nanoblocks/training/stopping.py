@@ -57,7 +57,7 @@ class Signals:
         self.save_requested = False     # agreed on by all processes
         self.pending = [0, 0]           # requests that this process received: to stop, to save
         self.can_raise = False
-        self.sections = 0               # interruptible sections begun; before the second, nothing can be lost
+        self.steps = 0                  # of training that were begun; before the second, nothing can be lost
         self.exit_code = 0              # of a run that is closing
         self.group = self.message = self.exchange = None
         for number in SIGNALS:
@@ -91,7 +91,7 @@ class Signals:
             self.pending[0] = 1
             if self.phase < RUNNING:
                 self.stop_starting()
-            if self.distributed and self.sections < 2:
+            if self.distributed and self.steps < 2:
                 # the first step may be a long compilation, and there is nothing to save
                 leave(STOPPED)
             if self.can_raise:
@@ -109,9 +109,9 @@ class Signals:
         raise SystemExit(STOPPED)
 
     @contextmanager
-    def interruptible(self):
+    def interruptible(self, trains=False):
         """A section that a signal may interrupt, because nothing it has done needs to be saved."""
-        self.sections += 1
+        self.steps += trains
         self.can_raise = not self.distributed
         if self.number is not None and self.can_raise:
             raise Stop
@@ -174,6 +174,7 @@ class FailureWatch(threading.Thread):
         self.closed = threading.Event()
         self.print_exception = None
         atexit.register(self.at_exit)
+        self.store.add(f'{rank} lives {self.attempt}', 1)
         self.start()
 
     def catch_exceptions(self):
@@ -184,8 +185,23 @@ class FailureWatch(threading.Thread):
         """Called with an exception that nobody caught: print it and leave the note."""
         self.print_exception(kind, error, trace)
         text = f'rank {self.rank} of {self.world} failed: {kind.__name__}: {first_line(error)}'
+        silent = self.silent_ranks() if 'onnection' in str(error) else []
+        if silent:  # the error is a consequence
+            text = (f'rank {", ".join(map(str, silent))} of {self.world} no longer answers: it was killed, '
+                    'for instance for want of memory')
         print(text, file=sys.stderr)
         self.leave(text)
+
+    def silent_ranks(self):
+        """The ranks whose watch has stopped: their processes have ended without a note."""
+        names = [f'{rank} lives {self.attempt}' for rank in range(self.world)]
+        try:
+            before = self.store.multi_get(names)
+            time.sleep(2.5)
+            after = self.store.multi_get(names)
+        except RuntimeError:
+            return [0]  # it hosts the store, or the machine of it is gone
+        return [rank for rank in range(self.world) if before[rank] == after[rank]]
 
     def at_exit(self):
         if not self.closed.is_set():
@@ -212,10 +228,11 @@ class FailureWatch(threading.Thread):
         os._exit(1)
 
     def run(self):
-        """Look for a note every second; called in the thread."""
+        """Look for a note every second, and leave a sign of life; called in the thread."""
         unreachable = False
         while not self.closed.wait(5 if unreachable else 1):
             try:
+                self.store.add(f'{self.rank} lives {self.attempt}', 1)
                 if self.store.check([f'failed {self.attempt}']):
                     self.leave('')
             except RuntimeError:
