@@ -143,6 +143,14 @@ def load_verified(path, needed=SAMPLE_KEYS):
     return state, digest
 
 
+def step_of(path: str) -> int | None:
+    """The step of a checkpoint, whose weights are not read; None if there is none that can be read."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step']
+    except Exception:  # damaged bytes can raise anything
+        return None
+
+
 def reason_of(error, path, sealed):
     """The exception that says why a file could not be loaded; `sealed`: its bytes have their checksum."""
     if out_of_memory(error):

@@ -165,6 +165,10 @@ class RunFolder:
                 print(f'warning: {self.newest} is now {damaged}, in case it can still be read')
             # a save would otherwise move the damaged file over the only good one
             os.replace(loaded, self.newest)
+        best = checkpoint.step_of(self.best)
+        if best is not None and best > step:
+            print(f'warning: {self.best} is of step {best}, but the run continues from step {step}: it '
+                  'stays until a loss is the lowest again')
         self.rewind_metrics(step, evaluated)
 
     def free_name(self, name):
