@@ -8,15 +8,20 @@ Train a model. A flat script: settings, setup, helpers, the loop.
 
 --help lists every setting and model flag. Exit codes: nanoblocks/training/stopping.py.
 """
+from nanoblocks import console
+from nanoblocks.training import stopping
+
+# from the first line to the last: torch alone takes seconds to import
+console.never_fail()
+signals = stopping.Signals()
+
 import math
 import os
 import sys
 import zlib
 from contextlib import nullcontext
-from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from configurator import configure, errors_as_messages, plain_settings
 from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
@@ -25,12 +30,11 @@ from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
 from nanoblocks.decoding.preview import sample_texts
 from nanoblocks.files import ROOT
-from nanoblocks.formats import format_duration
-from nanoblocks.training import checkpoint, debug, optim, parallel, stopping
+from nanoblocks.training import checkpoint, debug, optim, parallel
+from nanoblocks.training import settings as rules
 from nanoblocks.training.logbook import Logbook, describe_run
 from nanoblocks.training.meters import Progress
 from nanoblocks.training.run_folder import RunFolder
-from nanoblocks.training.settings import STARTS, check_lengths, check_settings, refuse_contradictions
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings. The model's flags (n_layer, block_size, norm, ...) are the fields of GPTConfig in model.py.
@@ -90,6 +94,7 @@ activation_checkpointing = False    # save memory: recompute a block's activatio
 shard = False                       # FSDP: shard weights, gradients and moments over the processes
 backend = 'nccl'                    # torch.distributed on GPUs: nccl or gloo; CPUs always use gloo
 
+signals.imported()
 given = {}                          # what the command line set: {name: the flag or file that set it}
 model_args = configure(globals(), GPTConfig, given=given)
 settings = plain_settings(globals())
@@ -101,17 +106,19 @@ rank, world, local_rank = parallel.ranks()
 is_main = rank == 0
 hardware.warn_of_torch_version()
 writes = is_main and not eval_only
-folder, resumed, ckpt_path, loaded = RunFolder(out_dir), None, None, None
+folder, resumed, ckpt_path, digest, loaded = RunFolder(out_dir), None, None, None, None
 with errors_as_messages():
     if init_from == 'resume' or init_from == 'auto' and folder.resumable():
-        resumed, ckpt_path = folder.load_newest()
+        resumed, ckpt_path, digest = folder.load_newest()
         # a setting that the command line leaves out keeps the value it had in the run
         settings |= {k: v for k, v in resumed['settings'].items()
                      if k in settings and k not in given and k != 'out_dir'}
         globals().update(settings)
-    check_settings(settings, world, resumed['step'] if resumed else 0)
+    rules.check_settings(settings, world, resumed['step'] if resumed else 0)
     rates = optim.parse_rates(group_lr)
-    if init_from not in STARTS:
+    if not resumed and init_from in rules.STARTS:
+        GPTConfig(**model_args)  # a wrong flag is refused before anything that is in the folder
+    if init_from not in rules.STARTS:
         loaded = GPT.from_pretrained(init_from, **model_args)
         # training may not have the memory for the context of a published model
         shorter = min(GPTConfig.block_size, loaded.config.block_size)
@@ -135,8 +142,7 @@ failure_watch = parallel.start(device_type, backend) if world > 1 else None
 torch.set_float32_matmul_precision('high')
 checkpoint.seed_generators(seed)
 pin = device_type == 'cuda'  # batches in pinned memory, which a GPU copies while it computes
-if prefetch is None:
-    prefetch = 4 if device_type == 'cuda' else 0
+prefetch = prefetch if prefetch is not None else 4 if device_type == 'cuda' else 0
 
 # ----------------------------------------------------------------------------------------------------------
 # Data and model
@@ -145,34 +151,31 @@ with errors_as_messages():
     data_folder = dataset if os.path.dirname(dataset) else os.path.join(ROOT, 'data', dataset)
     if local_rank == 0:
         ensure_prepared(data_folder)
-    if world > 1:
-        dist.barrier()
+    parallel.wait_for_all()
     meta = open_dataset(data_folder, 1, seed).meta
     if resumed:
         model = checkpoint.build(resumed, ckpt_path, model_args if eval_only else {})
         config = model.config
     else:
         config = loaded.config if loaded else GPTConfig(**({'vocab_size': meta['vocab_size']} | model_args))
-        if config.vocab_size < meta['vocab_size']:
-            remedy = f'prepare it with --tokenizer={init_from}' if loaded else 'leave it out, and it is set'
-            raise ValueError(f'vocab_size={config.vocab_size} must be at least the {meta["vocab_size"]} '
-                             f'tokens of dataset={dataset}: {remedy}')
+        rules.check_vocabulary(config, meta, dataset, init_from if loaded else None)
     T = config.block_size
     data = open_dataset(data_folder, T, seed)
-    check_lengths(settings, world, T)
+    rules.check_lengths(settings, world, T)
     if batch_tokens is not None:
         gradient_accumulation_steps = batch_tokens // (batch_size * T)
         settings['gradient_accumulation_steps'] = gradient_accumulation_steps
     if resumed:
-        refuse_contradictions(resumed, ckpt_path, model_args, settings, given, meta)
+        rules.refuse_contradictions(resumed, ckpt_path, model_args, settings, given, meta)
     else:
         model = loaded or GPT(config, seed=seed)
+    parallel.refuse_differences(checkpoint.loaded_by(resumed, digest, loaded, meta, settings, config))
     optim.refuse_unused(rates, model)
     if check_data is not False and local_rank == 0:
         check_hashes(data_folder, None if check_data else 4e9)
-    if loaded and is_main and not pretrained.same_tokenizer(init_from, meta['tokenizer']):
-        print(f'warning: dataset={dataset} was not prepared with the tokenizer of {init_from}, so its token '
-              f'numbers have other meanings: prepare it with --tokenizer={init_from}')
+    if loaded and is_main:
+        rules.warn_of_tokenizer(init_from, dataset, pretrained.tokenizer_of(init_from) is not None,
+                                pretrained.same_tokenizer(init_from, meta['tokenizer']))
     if writes:
         folder.create()
 
@@ -187,38 +190,35 @@ raw_model = model.to(device)
 fast_model, model = parallel.wrap(raw_model, dtype, compile, activation_checkpointing, shard)
 
 # ----------------------------------------------------------------------------------------------------------
-# Optimizers
+# Optimizers, and the state of the run
 
 groups = optim.param_groups(raw_model, optimizer, learning_rate, muon_lr, weight_decay, rates)
-lr_fraction = partial(optim.lr_fraction, schedule=schedule if decay_lr else 'constant',
-                      warmup=warmup_iters if decay_lr else 0, last=lr_decay_iters or max_iters,
-                      end=0.1 if min_lr is None else min_lr / learning_rate, wsd_decay=wsd_decay)
+lr_fraction = optim.schedule_of(settings)
 optimizers = optim.Optimizers(raw_model, groups, lr_fraction, betas=(beta1, beta2), grad_clip=grad_clip,
                               ema=ema, cautious=cautious_decay, dtype=dtype, compiled=compile)
 micro_batches = parallel.MicroBatches(gradient_accumulation_steps, batch_warmup_iters, rank, world)
 
-# ----------------------------------------------------------------------------------------------------------
-# State of the run: steps and micro-batches done, the step of the last evaluation, the lowest loss
-
-step, micro_done, evaluated, best_val_loss, wandb_id = 0, 0, 0, math.inf, None
+# steps and micro-batches done, the step of the last evaluation, the lowest loss
+step, micro_done, evaluated, best_val_loss, wandb_id = 0, 0, -1, math.inf, None
 if resumed:
     step, micro_done, evaluated = resumed['step'], resumed['micro_done'], resumed['evaluated']
     best_val_loss, wandb_id = resumed['best_val_loss'], resumed['wandb_id']
     optimizers.load(resumed)
     checkpoint.restore_generators(resumed['generators'])
 if writes:
-    folder.begin(ckpt_path, step, {'model': vars(config), 'settings': settings})
-log = Logbook(folder if writes else None, is_main, step, max_iters)
+    with errors_as_messages():
+        folder.begin(ckpt_path, resumed, {'model': vars(config), 'settings': settings})
+log = Logbook(folder if writes else None, is_main, step, max_iters, out_dir)
 if wandb_log and writes:
     wandb_id = log.start_wandb(wandb_project, wandb_run_name, wandb_id, vars(config) | settings)
 machine = f'{world} x {hardware.card_name(device)}, {dtype} products, {"compiled" if compile else "eager"}'
 describe_run(log, raw_model, meta, settings, optimizers, resumed, machine)
-progress = Progress(log, device, compile, max_iters, raw_model.flops_per_token(T))
+first_step, progress = step, Progress(log, device, compile, max_iters, raw_model.flops_per_token(T))
 if resumed:
     progress.load(resumed)
     resumed = None  # its weights and moments need not stay in memory
 profiler = debug.StepProfiler(device, out_dir, log)
-signals = stopping.Signals()
+signals.open()
 
 # ----------------------------------------------------------------------------------------------------------
 # What the loop calls
@@ -261,10 +261,9 @@ def evaluate():
             sums.append(torch.stack([loss.float() * count, count.float()]))
             signals.poll()
     raw_model.train()
-    total = torch.stack(sums).double().sum(0)
-    if world > 1:
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    # in float64, which Apple's GPUs do not have
+    loss, count = parallel.summed(list(map(math.fsum, zip(*torch.stack(sums).tolist()))), device_type)
+    return loss / count
 
 
 def record(**numbers):
@@ -274,25 +273,26 @@ def record(**numbers):
                 'seconds': round(progress.seconds(), 3)} | numbers)
 
 
-def save(path, best_val_loss, **more):
+def save(path, stopped, best_val_loss, **more):
     """Write a checkpoint; without `more`, one for sampling only. Returns whether that worked."""
     state = checkpoint.contents(raw_model, keep=is_main, settings=settings, meta=meta, step=step,
                                 best_val_loss=best_val_loss, **more)
-    return folder.save(path, state, log)
+    return folder.save(path, state, log, last=stopped or step == max_iters)
 
 
-def save_newest():
+def save_newest(stopped=False):
     """Write a checkpoint to resume from, or none if eval_only. Returns False if that failed."""
     with progress.paused():
         return eval_only or save(
-            folder.newest, best_val_loss, micro_done=micro_done, evaluated=evaluated, wandb_id=wandb_id,
-            generators=checkpoint.generator_states(), **optimizers.state(keep=is_main), **progress.state())
+            folder.newest, stopped, best_val_loss, micro_done=micro_done, evaluated=evaluated,
+            wandb_id=wandb_id, generators=checkpoint.generator_states(),
+            **optimizers.state(keep=is_main), **progress.state())
 
 
 def save_best(val_loss):
     """Write best.pt, with the averaged weights if there are any. Returns the loss of the best.pt on disk."""
     with progress.paused(), optimizers.averaged():
-        return val_loss if save(folder.best, val_loss) else best_val_loss
+        return val_loss if save(folder.best, False, val_loss) else best_val_loss
 
 
 def preview():
@@ -305,11 +305,11 @@ def preview():
 # The loop
 
 stream = prefetched(map(micro_batch, micro_batches.mine_until(max_iters, step, micro_done)), prefetch, pin)
-saved, exit_code = True, 0
+saved, best_saved, exit_code = True, True, 0
 
 try:
     while True:
-        # evaluate; save the best weights and the newest
+        # evaluate, first as a base line; save the best weights and the newest
         if eval_only or step > evaluated and (step % eval_interval == 0 or step == max_iters):
             val_loss = evaluate()
             bits = val_loss / math.log(2) / meta['val_bytes_per_token']
@@ -317,19 +317,20 @@ try:
             record(val_loss=val_loss, val_bpb=bits)
             if eval_only:
                 break
-            evaluated, improved = step, val_loss < best_val_loss
+            evaluated, improved = step, step > 0 and val_loss < best_val_loss
             if improved:
                 best_val_loss = save_best(val_loss)
+            best_saved = not improved or best_val_loss == val_loss
             if wandb_log and wandb_samples:
                 log.samples(step, preview())
-            if improved or always_save_checkpoint and math.isfinite(val_loss):
+            if improved or always_save_checkpoint and step and math.isfinite(val_loss):
                 saved = save_newest()
         if step >= max_iters:
             break
 
         # forward and backward; a signal may interrupt here, because no weight has changed yet
         numbers, count = micro_batches.mine(step, micro_done), micro_batches.count(step)
-        with signals.interruptible():
+        with signals.interruptible(trains=True):
             for number in numbers:
                 x, y = (tensor.to(device, non_blocking=True) for tensor in next(stream))
                 # processes exchange their gradients once a step, with the last micro-batch
@@ -362,19 +363,18 @@ try:
             signals.save_requested = False
             saved = save_newest()
             log.print(f'step {step}: saved' if saved else f'step {step}: not saved')
-    signals.close()
 except stopping.Stop:
-    saved = save_newest()
+    saved = save_newest(stopped=True)
     exit_code = stopping.STOPPED if saved else stopping.NOT_SAVED
-    log.print(f'stopped by signal {signals.number or "to another process"} after step {step}'
-              + (f'; resume it with: python train.py --init_from=resume --out_dir={out_dir}' if saved
-                 else ', not saved'))
-    signals.close()
+    log.stopped(signals.number, step, saved)
 
+if exit_code == 0 and not (saved and best_saved):
+    exit_code = stopping.NOT_SAVED
+    log.not_saved(step)
+signals.close(exit_code)
 log.close(exit_code)
 if exit_code == 0 and not eval_only:
-    log.print(f'done      {format_duration(progress.seconds())}; to see what it writes: '
-              f'python sample.py --out_dir={out_dir}')
-if world > 1:
-    parallel.end(failure_watch)
+    log.done(progress.seconds(), steps=step - first_step)
+parallel.end(failure_watch)
+folder.release()
 sys.exit(exit_code)

@@ -94,12 +94,17 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def synchronized_time(device):
-    """Seconds on a clock, read when the device has finished everything queued on it."""
+def synchronize(device):
+    """Wait until the device has finished everything queued on it."""
     if str(device).startswith('cuda'):
         torch.cuda.synchronize()
     elif str(device).startswith('mps'):
         torch.mps.synchronize()
+
+
+def synchronized_time(device):
+    """Seconds on the finest clock, read when the device has finished everything queued on it."""
+    synchronize(device)
     return time.perf_counter()
 
 
@@ -113,7 +118,7 @@ def read_bandwidth(nbytes, device, rounds=5):
             began = synchronized_time(device)
             read()
             best = min(best, synchronized_time(device) - began)
-    return x.nbytes / best
+    return x.nbytes / max(best, 1e-9)  # a coarse clock may stand still
 
 
 def bytes_per_step(model, cache, rows=1):

@@ -17,6 +17,7 @@ from runs import (
     at_step,
     curve,
     differences,
+    files,
     flags,
     free_port,
     load,
@@ -43,7 +44,7 @@ def test_two_processes_equal_one(tmp_path):
     assert done.code == 0, done
     one = trained(**settings)
     assert curve(tmp_path, 'step', 'tokens', 'lr') == curve(one, 'step', 'tokens', 'lr')
-    for key, count in (('train_loss', 10), ('val_loss', 2)):
+    for key, count in (('train_loss', 10), ('val_loss', 3)):
         assert len(losses(one, key)) == count
         assert losses(tmp_path, key) == pytest.approx(losses(one, key), rel=1e-5)
     # only one of them prints
@@ -114,7 +115,7 @@ def test_many_processes_equal_one(tmp_path, settings, world):
     succeed(several(world, *toy(tmp_path / 'many', **SMALL | settings)))
     one = {key: value for key, value in (SMALL | settings).items() if key != 'shard'}
     assert_close_runs(tmp_path / 'many', trained(**one))
-    assert len(losses(tmp_path / 'many', 'val_loss')) == 2
+    assert len(losses(tmp_path / 'many', 'val_loss')) == 3
 
 
 @pytest.mark.parametrize('shard', [False, True], ids=['ddp', 'fsdp'])
@@ -254,10 +255,11 @@ def test_a_signal_in_an_evaluation_stops_all(tmp_path):
     """Even one that has no windows left to evaluate."""
     hit = '''
 import os, data.loader
-get = data.loader.Dataset.eval_batches
+get, calls = data.loader.Dataset.eval_batches, []
 def eval_batches(self, *args, **kwargs):
+    calls.append(args)
     for number, batch in enumerate(get(self, *args, **kwargs)):
-        if number == 1:
+        if number == 1 and len(calls) == 2:
             os.kill(os.getpid(), 15)
         yield batch
 data.loader.Dataset.eval_batches = eval_batches'''
@@ -292,14 +294,13 @@ def test_torchrun_that_is_stopped_leaves_a_checkpoint(tmp_path):
 FAIL = at_step(5, "raise RuntimeError('a planted fault')")
 
 
-@pytest.mark.parametrize('failing', [0, 1])
-def test_when_one_process_fails_all_leave_and_say_which(tmp_path, failing):
-    """Without torchrun, as by hand or under SLURM: the processes have to end each other."""
+def by_hand(tmp_path, rank, fault):
+    """(exit codes, stderr) of two processes without torchrun, one of which runs the Python `fault` first."""
     (tmp_path / 'run.py').write_text(f"""
 import os, runpy, sys
 sys.path.insert(0, '.')
-if os.environ['RANK'] == '{failing}':
-    exec({FAIL!r})
+if os.environ['RANK'] == '{rank}':
+    exec({fault!r})
 sys.argv[0] = 'train.py'
 runpy.run_path('train.py', run_name='__main__')""")
     env = ENV | {'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': free_port()}
@@ -308,10 +309,72 @@ runpy.run_path('train.py', run_name='__main__')""")
                                   env=env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)},
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in range(2)]
     errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1], errors
+    return [process.returncode for process in processes], errors
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+def test_when_one_process_fails_all_leave_and_say_which(tmp_path, failing):
+    """Without torchrun, as by hand or under SLURM: the processes have to end each other."""
+    codes, errors = by_hand(tmp_path, failing, FAIL)
+    assert codes == [1, 1], errors
     assert f'rank {failing} of 2 failed: RuntimeError: a planted fault' in errors[failing], errors
     assert f'rank {1 - failing} leaves: rank {failing} of 2 failed: RuntimeError' in errors[1 - failing]
 
 
+@pytest.mark.parametrize('killed', [0, 1])
+def test_a_process_that_was_killed_is_named(tmp_path, killed):
+    """Not the one that notices it, because its connection is closed."""
+    codes, errors = by_hand(tmp_path, killed, at_step(5, 'os.kill(os.getpid(), 9)'))
+    assert codes[killed] == -9 and codes[1 - killed] == 1, errors
+    said = [line for line in errors[1 - killed].splitlines() if line.startswith('rank ')]
+    assert said and said[0].startswith(f'rank {killed} of 2 no longer answers: it was killed'), errors
+    assert f'rank {1 - killed} of 2' not in errors[1 - killed]
+
+
 def test_shards_need_several_processes(tmp_path):
     assert_refused(python('train.py', *toy(tmp_path / 'run', shard=True)), 'shard=True', 'torchrun')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Beginning together
+
+ELSEWHERE = "import sys; sys.argv = [arg.replace('/run', '/elsewhere') for arg in sys.argv]"
+
+
+@pytest.mark.parametrize('steps', [None, 6, 12], ids=['none', 'an older one', 'another of the same step'])
+def test_processes_that_see_different_checkpoints_are_refused(tmp_path, steps):
+    """An out_dir that is not shared, or a file system that lags."""
+    settings = SMALL | dict(eval_interval=6, init_from='auto')
+    python('train.py', *toy(tmp_path / 'run', **settings))
+    if steps:
+        python('train.py', *toy(tmp_path / 'elsewhere', **settings | dict(max_iters=steps)))
+    before = files(tmp_path)
+    results = pair(*toy(tmp_path / 'run', **settings | dict(max_iters=20)), before_rank={1: ELSEWHERE})
+    for done in results:
+        assert_refused(done, 'checkpoint=', 'of step 12', f'of step {steps}' if steps else 'None', 'share')
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize('flag', ['--learning_rate=0.1', '--n_layer=1', '--eval_interval=3'])
+def test_processes_with_different_command_lines_are_refused(tmp_path, flag):
+    results = pair(*toy(tmp_path / 'run', **SMALL), before_rank={1: f'import sys; sys.argv.append({flag!r})'})
+    name, value = flag[2:].split('=')
+    for done in results:
+        assert_refused(done, name, value, 'same command line')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_torchrun_starts_the_processes_again_after_a_failure(tmp_path):
+    """The note of the first failure must not end the second attempt."""
+    (tmp_path / 'fails_once.py').write_text(f"""
+import os, runpy, sys
+sys.path.insert(0, '.')
+sys.argv[0] = 'train.py'
+if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':
+    exec({at_step(15, "raise RuntimeError('a planted fault')")!r})
+runpy.run_path('train.py', run_name='__main__')""")
+    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1')
+    done = real_python(*torchrun, tmp_path / 'fails_once.py',
+                       *toy(tmp_path / 'run', init_from='auto', **SMALL), seconds=90)
+    assert done.code == 0 and 'rank 1 of 2 failed: RuntimeError: a planted fault' in done.err, done
+    assert load(tmp_path / 'run')['step'] == 12

@@ -118,6 +118,12 @@ def test_another_tokenizer_is_warned_of(tmp_path):
     assert done.code == 0 and 'warning' in done.out and '--tokenizer=' in done.out, done
 
 
+def test_a_checkpoint_without_a_tokenizer_is_warned_of(tmp_path):
+    published(tmp_path / 'hf')
+    done = python('train.py', *settings(tmp_path, init_from=tmp_path / 'hf', max_iters=1, block_size=32))
+    assert done.code == 0 and f'warning: init_from={tmp_path}/hf has no tokenizer' in done.out, done
+
+
 def test_exported_run_is_the_same_model(tmp_path):
     model = published(tmp_path / 'hf')
     again = GPT.from_pretrained(tmp_path / 'hf')

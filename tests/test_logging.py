@@ -67,7 +67,7 @@ def test_a_run_and_its_resume_are_one_run_of_wandb(tmp_path):
     assert head.returncode or config['git'].startswith(head.stdout.strip())
     rows = history(first) + history(second)
     steps = [row['_step'] for row in rows]
-    assert steps == sorted(steps) and set(steps) == set(range(5, 61, 5)), steps
+    assert steps == sorted(steps) and set(steps) == set(range(0, 61, 5)), steps
     logged = {key.split('.')[0] for row in rows for key in row}
     assert {'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'param_norm', 'tokens_per_s', 'memory_gb',
             'expert_max', 'expert_entropy', 'tokens', 'samples'} <= logged

@@ -32,6 +32,7 @@ from runs import (
     losses,
     metrics,
     python,
+    real_python,
     resume,
     run_copy,
     toy,
@@ -40,6 +41,7 @@ from runs import (
 )
 
 from model import GPT, GPTConfig
+from nanoblocks.files import Lock
 from nanoblocks.training import checkpoint, debug, stopping
 from nanoblocks.training.logbook import Logbook
 from nanoblocks.training.run_folder import RunFolder
@@ -120,7 +122,7 @@ def test_auto_starts_a_new_run_or_resumes(tmp_path):
     # killed before its first checkpoint, it leaves no more than this
     os.remove(tmp_path / 'run' / 'ckpt.pt'), os.remove(tmp_path / 'run' / 'ckpt.prev.pt')
     assert 'resuming' not in train(tmp_path / 'run', **settings)[1]
-    assert [line['step'] for line in metrics(tmp_path / 'run')] == [5, 10, 15, 20, 20]
+    assert [line['step'] for line in metrics(tmp_path / 'run')] == [0, 5, 10, 15, 20, 20]
 
 
 def test_compiled_training_resumes_bit_by_bit(tmp_path):
@@ -428,7 +430,7 @@ get, calls = data.loader.Dataset.eval_batches, []
 def eval_batches(self, *args, **kwargs):
     for number, batch in enumerate(get(self, *args, **kwargs)):
         calls.append(number)
-        if len(calls) == 8 + 3:
+        if len(calls) == 2 * 8 + 3:
             os.kill(os.getpid(), 15)
             print('after the signal')
         yield batch
@@ -436,7 +438,7 @@ data.loader.Dataset.eval_batches = eval_batches'''
 
 
 def test_a_signal_in_an_evaluation_saves_and_leaves_at_once(tmp_path):
-    """In the second evaluation, after step 40, which the resumed run repeats."""
+    """In the evaluation after step 40, which the resumed run repeats."""
     done = python('train.py', *toy(tmp_path / 'run', ema=0.9), before=IN_EVALUATION)
     assert done.code == stopping.STOPPED and 'after the signal' not in done.out, done
     state = load(tmp_path / 'run')
@@ -651,3 +653,323 @@ def test_a_loss_spike_is_said(tmp_path):
     assert done.code == 0
     assert re.findall(r'warning: the loss jumped to (\d)', done.out) == ['7'], done.out
     assert 'jumped' not in train(tmp_path / 'calm', log_interval=2)[1]
+
+# ----------------------------------------------------------------------------------------------------------
+# Signals before the loop and after it
+
+
+def hit_where(tmp_path, module, number):
+    """An environment in which a process gets a signal when it imports `module`."""
+    (tmp_path / 'sitecustomize.py').write_text(f'''
+import builtins, os
+real, hit = builtins.__import__, []
+def imported(name, *args, **kwargs):
+    if name == {module!r} and not hit:
+        hit.append(name)
+        os.kill(os.getpid(), {int(number)})
+    return real(name, *args, **kwargs)
+builtins.__import__ = imported''')
+    return {'PYTHONPATH': str(tmp_path)}
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGHUP, 75),
+                                          (signal.SIGUSR1, 0)])
+def test_a_signal_while_torch_is_imported_ends_or_changes_nothing(tmp_path, number, code):
+    env = hit_where(tmp_path, 'torch', number)
+    done = real_python('train.py', *toy(tmp_path / 'run', max_iters=2), env=env)
+    assert done.code == code and not done.err, done
+    assert (f'stopped by signal {number} before the first step' in done.out) == (code == 75)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_run_starts(tmp_path, number):
+    before = f'''
+import os
+from nanoblocks.training import logbook
+describe = logbook.describe_run
+def hit(*args):
+    os.kill(os.getpid(), {int(number)})
+    describe(*args)
+logbook.describe_run = hit'''
+    done = python('train.py', *toy(tmp_path / 'run', max_iters=2), before=before)
+    assert (done.code, done.err) == (0 if number == signal.SIGUSR1 else stopping.STOPPED, ''), done
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_while_the_run_closes_changes_nothing(tmp_path, number):
+    before = f'''
+import os
+from nanoblocks.training.logbook import Logbook
+close = Logbook.close
+def hit(self, code):
+    os.kill(os.getpid(), {int(number)})
+    close(self, code)
+Logbook.close = hit'''
+    done = python('train.py', *toy(tmp_path / 'run'), before=before)
+    assert (done.code, done.err) == (0, ''), done
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_terminal_that_closes_saves_though_it_says_so_twice(tmp_path):
+    done = python('train.py', *toy(tmp_path / 'run'),
+                  before=at_step(25, f'{hit(signal.SIGHUP)}; {hit(signal.SIGHUP)}'))
+    assert done.code == stopping.STOPPED and load(tmp_path / 'run')['step'] == 24, done
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_nohup_survives_its_terminal(tmp_path):
+    before = 'import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)' + at_step(25, hit(signal.SIGHUP))
+    assert python('train.py', *toy(tmp_path / 'run'), before=before).code == 0
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_signal_ends_a_preparation_of_the_data_too(tmp_path):
+    (tmp_path / 'pysource').mkdir()
+    (tmp_path / 'pysource' / 'prepare.py').write_text(f'''
+import os, signal, time
+open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)''')
+    done = python('train.py', *toy(tmp_path / 'run', dataset=tmp_path / 'pysource'))
+    assert done.code == stopping.STOPPED and not done.err, done
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / 'pid').read_text()), 0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The last checkpoint
+
+
+IMPATIENT = '''
+from nanoblocks.training.run_folder import RunFolder
+RunFolder.waits = (0.1, 0.1)'''
+
+
+@pytest.mark.parametrize('fault', [
+    'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))',
+    "os.rename({run!r}, {run!r} + '.moved')",
+], ids=['full', 'gone'])
+def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tmp_path, fault):
+    run = str(tmp_path / 'run')
+    done = python('train.py', *toy(run), before=IMPATIENT + at_step(45, fault.format(run=run)))
+    assert done.code == stopping.NOT_SAVED and 'done ' not in done.out, done
+    assert 'tried again' in done.out and 'step 60: not saved' in done.out and '--init_from=resume' in done.out
+    if fault[:2] == 'os':
+        os.rename(run + '.moved', run)
+    resume(tmp_path / 'run')  # as the message says
+    assert_same_run(tmp_path / 'run', trained())
+
+
+@pytest.mark.parametrize('name', ['ckpt.pt', 'best.pt'])
+def test_a_last_checkpoint_is_tried_again_until_it_can_be_written(tmp_path, name):
+    done = python('train.py', *toy(tmp_path / 'run'), before=IMPATIENT + f'''
+from nanoblocks.training import checkpoint
+save, calls = checkpoint.save, []
+def fails_twice(path, state, previous=None):
+    if state['step'] == 60 and path.endswith({name!r}):
+        calls.append(path)
+        if len(calls) < 3:
+            raise OSError(28, 'No space left on device')
+    save(path, state, previous)
+checkpoint.save = fails_twice''')
+    assert done.code == 0 and done.out.count('tried again') == 2, done
+    assert_same_run(tmp_path / 'run', trained())
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid'), reason='needs the files of Linux')
+def test_a_folder_that_cannot_be_flushed_is_no_failed_save(tmp_path):
+    done = python('train.py', *toy(tmp_path / 'run'), before='''
+import errno, os, stat
+flush = os.fsync
+def fsync(fd):
+    fd = fd if isinstance(fd, int) else fd.fileno()
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    flush(fd)
+os.fsync = fsync''')
+    assert done.code == 0 and 'could not be written' not in done.out, done
+    assert_same_run(tmp_path / 'run', trained())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The console
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path):
+    """`train.py | head -1`: what is printed later goes nowhere."""
+    process = subprocess.Popen([sys.executable, 'train.py', *toy(tmp_path / 'run')], cwd=ROOT, env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert_same_run(tmp_path / 'run', trained())
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a disk that is always full')
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([sys.executable, 'train.py', *toy(tmp_path / 'run')], cwd=ROOT, env=ENV,
+                              stdout=full, stderr=full, timeout=60)
+    assert done.returncode == 0
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_console_without_a_character_does_not_end_the_run(tmp_path):
+    run = tmp_path / 'läuft 漢'
+    done = real_python('train.py', *toy(run), env={'PYTHONIOENCODING': 'ascii'})
+    assert done.code == 0 and 'l\\xe4uft' in done.out, done
+    assert_same_run(run, trained())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Two runs in one folder
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
+    """The first one starts the second, with the same command line, as a scheduler does."""
+    args = toy(tmp_path / 'run', init_from='auto')
+    second = f'''
+import subprocess, sys
+done = subprocess.run([sys.executable, 'train.py', *{args!r}], capture_output=True, text=True)
+print('second', done.returncode, done.stderr)'''
+    done = python('train.py', *args, before=at_step(30, second))
+    assert done.code == 0, done
+    refusal = re.search(r'second 1 (out_dir=.*in use by another run.*)', done.out)
+    assert refusal and str(tmp_path / 'run') in refusal[1], done
+    assert_same_run(tmp_path / 'run', trained())
+    assert python('train.py', *args).code == 0
+
+
+def test_a_lock_dies_with_its_process_and_a_run_removes_its_own(tmp_path):
+    kill = at_step(30, 'os.kill(os.getpid(), 9)')
+    assert python('train.py', *toy(tmp_path / 'run'), before=kill).code == -9
+    resume(tmp_path / 'run')
+    assert not (tmp_path / 'run' / '.lock').exists()
+    first = Lock(tmp_path / 'lock')
+    with pytest.raises(BlockingIOError):
+        Lock(tmp_path / 'lock')
+    first.release()
+    Lock(tmp_path / 'lock').release()
+    assert not (tmp_path / 'lock').exists()
+
+
+def test_a_folder_that_changes_while_a_run_starts_is_refused(run_copy):
+    before = f'''
+from nanoblocks.training import checkpoint
+build = checkpoint.build
+def hit(*args):
+    open({str(run_copy / 'ckpt.pt')!r}, 'ab').close()
+    import os
+    os.utime({str(run_copy / 'ckpt.pt')!r}, (1, 1))
+    return build(*args)
+checkpoint.build = hit'''
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80), before=before)
+    assert_refused(done, str(run_copy), 'another run wrote there')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is not damage
+
+
+@pytest.mark.parametrize('error, words', [
+    ("MemoryError()", ['more memory']),
+    ("RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')", ['memory']),
+    ("OSError(5, 'Input/output error', path)", ['Input/output error']),
+    ("ValueError('an unknown protocol')", ['this version of torch', 'an unknown protocol']),
+])
+def test_what_is_no_damage_is_refused_and_the_newest_checkpoint_stays(run_copy, error, words):
+    before = files(run_copy)
+    done = python('train.py', *flags(init_from='auto', out_dir=run_copy, max_iters=80), before=f'''
+import torch
+load = torch.load
+def broken(path, *args, **kwargs):
+    raise {error}
+torch.load = broken''')
+    assert_refused(done, str(run_copy / 'ckpt.pt'), *words)
+    assert files(run_copy) == before
+
+
+def test_a_checkpoint_that_is_thought_damaged_is_kept(run_copy):
+    damage(run_copy / 'ckpt.pt', 'truncated')
+    damaged = (run_copy / 'ckpt.pt').read_bytes()
+    for name in ('ckpt.damaged.pt', 'ckpt.damaged2.pt'):
+        done = python('train.py', *flags(init_from='resume', out_dir=run_copy))
+        assert done.code == 0 and name in done.out and 'best.pt is of step 60' in done.out, done
+        assert (run_copy / name).read_bytes() == damaged
+        (run_copy / 'ckpt.pt').write_bytes(damaged)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Resuming on a bad disk, with a bad curve, by a bad clock
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS])
+def test_resuming_where_nothing_can_be_written_is_one_sentence(run_copy, number):
+    before = files(run_copy)
+    done = python('train.py', *flags(init_from='resume', out_dir=run_copy, max_iters=80), before=f'''
+import builtins, os
+real = open
+def refuse(path, mode='r', *args, **kwargs):
+    if str(path).startswith({str(run_copy)!r}) and mode[0] in 'wa':
+        raise OSError({number}, os.strerror({number}), path)
+    return real(path, mode, *args, **kwargs)
+builtins.open = refuse''')
+    assert_refused(done, f'out_dir={run_copy}', os.strerror(number), 'make room')
+    assert files(run_copy) == before
+
+
+@pytest.mark.parametrize('bad', [b'{"step": 1, \n', b'\xff\xfe\0\n', b'[]\n', b'{}\n'])
+def test_one_bad_line_of_metrics_does_not_drop_the_rest(run_copy, bad):
+    path = run_copy / 'metrics.jsonl'
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b''.join([*lines[:3], bad, *lines[3:]]))
+    out = resume(run_copy, max_iters=65, eval_interval=65)
+    assert path.read_bytes().startswith(b''.join(lines)) and metrics(run_copy)[-1]['step'] == 65
+    assert re.search(r'warning: .*metrics.jsonl .*dropped: 4\n', out), out
+
+
+def test_the_line_of_an_evaluation_is_not_doubled(tmp_path):
+    """SIGTERM in the evaluation of step 40, then a kill in the save after it was repeated."""
+    assert python('train.py', *toy(tmp_path / 'run'), before=IN_EVALUATION).code == stopping.STOPPED
+    kill = '''
+import os
+from nanoblocks.training import checkpoint
+checkpoint.save = lambda *args, **kwargs: os.kill(os.getpid(), 9)'''
+    done = python('train.py', *flags(init_from='resume', out_dir=tmp_path / 'run'), before=kill)
+    assert done.code == -9 and metrics(tmp_path / 'run')[-1]['step'] == 40
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained())
+
+
+@pytest.mark.parametrize('clock', ['lambda: 1.0', 'lambda: next(ticks)'], ids=['stands still', 'goes back'])
+def test_a_bad_clock_does_not_end_the_run(tmp_path, clock):
+    done = python('train.py', *toy(tmp_path / 'run'), before=f'''
+import itertools, time
+ticks = itertools.count(1e6, -1)
+time.monotonic = time.perf_counter = time.time = {clock}''')
+    assert done.code == 0, done
+    assert all(line.get('tokens_per_s') is None for line in metrics(tmp_path / 'run'))
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_device_without_float64_is_enough(tmp_path):
+    """Apple's GPU; here, an operation that makes float64 raises once the loop runs."""
+    done = python('train.py', *toy(tmp_path / 'run', max_iters=20, pos='rope', ema=0.9), before='''
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from nanoblocks.training import stopping
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.dtype in (torch.float64, torch.complex128):
+                raise TypeError(f'{func} makes {x.dtype}')
+        return out
+begin = stopping.Signals.open
+def then(self):
+    begin(self)
+    NoFloat64().__enter__()
+stopping.Signals.open = then''')
+    assert done.code == 0, done
+    assert_same_run(tmp_path / 'run', trained(max_iters=20, pos='rope', ema=0.9))

@@ -56,7 +56,7 @@ def first_run():
 def test_a_run_learns():
     val = losses(first_run()[0], 'val_loss')
     # an even guess costs ln 257 = 5.5, knowing how often each letter comes about 2.4
-    assert len(val) == 3 and val[-1] < 2.7, val
+    assert len(val) == 4 and val[-1] < 2.7, val
     assert losses(first_run()[0])[0] > 4.9
 
 
@@ -72,7 +72,7 @@ def test_validation_loss_is_that_of_the_saved_model():
     windows = tokens.unfold(0, 33, 32)
     with torch.no_grad():
         _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
-    assert losses(out_dir, 'val_loss') == pytest.approx([loss.item()], rel=1e-5)
+    assert losses(out_dir, 'val_loss')[1:] == pytest.approx([loss.item()], rel=1e-5)
 
 
 def test_metrics_say_what_was_measured():
@@ -87,7 +87,7 @@ def test_metrics_say_what_was_measured():
             bits = line['val_loss'] / math.log(2) / meta['val_bytes_per_token']
             assert line['val_bpb'] == pytest.approx(bits, rel=1e-12)
     assert [line['step'] for line in lines if 'train_loss' in line] == list(range(5, 61, 5))
-    assert [line['step'] for line in lines if 'val_loss' in line] == [20, 40, 60]
+    assert [line['step'] for line in lines if 'val_loss' in line] == [0, 20, 40, 60]
     seconds = [line['seconds'] for line in lines]
     assert seconds == sorted(seconds) and seconds[0] > 0
 
@@ -140,7 +140,7 @@ EXPLODING = dict(warmup_iters=50, learning_rate=3.0, grad_clip=0, eval_interval=
 def test_best_is_the_lowest_validation_loss():
     """With a learning rate that is far too high in the end, best.pt stays and ckpt.pt is replaced."""
     kept = trained(**EXPLODING)
-    val = losses(kept, 'val_loss')
+    val = losses(kept, 'val_loss')[1:]
     best = 5 * (1 + val.index(min(val)))
     assert best < 45 and load(kept, 'best.pt')['step'] == best and load(kept)['step'] == 60
     assert load(kept, 'best.pt')['best_val_loss'] == load(kept)['best_val_loss'] == min(val)
@@ -182,7 +182,18 @@ def test_a_run_is_not_overwritten_unasked(run_copy):
     assert files(run_copy) == before
     train(run_copy, overwrite=True, max_iters=10, eval_interval=10)
     assert load(run_copy)['step'] == load(run_copy, 'best.pt')['step'] == 10
-    assert [line['step'] for line in metrics(run_copy)] == [5, 10, 10]
+    assert [line['step'] for line in metrics(run_copy)] == [0, 5, 10, 10]
+
+
+@pytest.mark.parametrize('flag', ['--n_head=3', '--norm=rmsnrm', '--schedule=sine'])
+def test_a_folder_that_exists_does_not_hide_a_wrong_flag(run_copy, flag):
+    assert_refused(python('train.py', *toy(run_copy), flag), flag[2:])
+
+
+def test_progress_is_told_without_a_terminal(tmp_path):
+    out = train(tmp_path / 'run')[1]
+    assert re.search(r'step 30: loss .*, 50% done, \d+ s left', out), out
+    assert re.search(r'step 60: loss .*, 100% done', out), out
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -257,6 +268,32 @@ def test_resume_of_a_finished_run_changes_nothing(run_copy):
     resume(run_copy)
     assert {path: data for path, data in files(run_copy).items() if path.name != 'config.json'} == {
         path: data for path, data in before.items() if path.name != 'config.json'}
+
+
+def test_resume_says_what_it_changes(run_copy):
+    """One line for each setting that gives another result: name, then, now."""
+    changed = dict(cautious_decay=False, beta1=0.8, beta2=0.9, grad_clip=0.5, z_loss=1e-4, ema=0.5,
+                   min_lr=1e-5, schedule='linear', warmup_iters=6, lr_decay_iters=70, eval_tokens=1024,
+                   max_iters=65)
+    out = resume(run_copy, **changed)
+    lines = dict(re.findall(r'changed +(\w+): was (.*)', out))
+    assert lines == {
+        'beta1': '0.9, now 0.8', 'beta2': '0.95, now 0.9', 'grad_clip': '1.0, now 0.5',
+        'z_loss': '0.0, now 0.0001', 'ema': '0.0, now 0.5', 'min_lr': 'None, now 1e-05',
+        'schedule': 'cosine, now linear', 'warmup_iters': '5, now 6', 'lr_decay_iters': '60, now 70',
+        'eval_tokens': '2048, now 1024', 'max_iters': '60, now 65'}
+    assert 'changed' not in resume(run_copy)
+
+
+def test_a_later_end_moves_the_schedule_and_says_so(tmp_path):
+    run, _ = train(tmp_path / 'run', max_iters=20, lr_decay_iters=None)
+    assert 'max_iters: was 20, now 40, which moves the end of the schedule' in resume(run, max_iters=40)
+
+
+def test_a_finished_run_says_that_it_was_finished(run_copy):
+    out = resume(run_copy)
+    assert 'all 60 steps were made' in out and '--max_iters' in out
+    assert 'all 60 steps were made' not in resume(run_copy, max_iters=65)
 
 
 def test_resume_takes_a_moved_run_and_repeated_flags(run_copy):
@@ -610,6 +647,18 @@ import sys
 sys.modules['wandb'] = None''')
     assert_refused(done, 'wandb', 'pip install wandb')
     assert files(run_copy) == before
+
+
+def test_a_wandb_that_is_only_a_folder_is_refused(tmp_path):
+    """Runs of W&B leave a folder wandb/, which Python takes for a package without files."""
+    (tmp_path / 'wandb').mkdir()
+    done = python('train.py', *toy(tmp_path / 'run', wandb_log=True), before=f"""
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, path=None, target=None: find(
+    name, [{str(tmp_path)!r}] if name == 'wandb' and path is None else path, target))""")
+    assert_refused(done, 'wandb', 'pip install wandb')
 
 
 def test_warmup_longer_than_the_run_is_said(tmp_path):

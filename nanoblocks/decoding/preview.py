@@ -1,6 +1,7 @@
 """Sample texts of a model in training, to read as well as its loss."""
 import torch
 
+from nanoblocks.formats import first_line
 from nanoblocks.tokenizer import from_meta
 
 
@@ -9,7 +10,10 @@ def sample_texts(model, meta, count, max_tokens=200):
     `count` continuations of the prompt in a dataset's `meta`. The seeds are 0, 1, ... every time, so that
     only the weights make a difference between two evaluations.
     """
-    tokenizer = from_meta(meta['tokenizer'])
+    try:
+        tokenizer = from_meta(meta['tokenizer'])
+    except Exception as error:  # a tokenizer may need a network; training does not need the tokenizer
+        return [f'no text, because the tokenizer cannot be loaded: {first_line(error)}'] * count
     first = tokenizer.encode('\n') if tokenizer.bos is None else [tokenizer.bos]
     prompt = tokenizer.encode(meta.get('prompt', '')) or first
     idx = torch.tensor([prompt], device=model.wte.weight.device)

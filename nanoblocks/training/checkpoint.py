@@ -5,13 +5,15 @@ import os
 import random
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, fields
 
 import numpy as np
 import torch
 
 from model import GPT, ROPE_CONTEXT, GPTConfig
-from nanoblocks.files import flush_folder
+from nanoblocks.files import flush_file, flush_folder
+from nanoblocks.formats import first_line
 from nanoblocks.training.parallel import gather
 
 SAMPLE_KEYS = ('model', 'config', 'settings', 'meta', 'step')
@@ -40,14 +42,13 @@ def save(path: str, state: dict, previous: str | None = None) -> None:
             except RuntimeError as error:  # how torch reports a failed write
                 raise hashed.error or OSError(errno.EIO, str(error).split('\n')[0]) from None
             hashed.append_checksum()
-            f.flush()
-            os.fsync(f.fileno())  # or the rename may reach the disk before the bytes
+            flush_file(f)  # or the rename may reach the disk before the bytes
         if previous and os.path.exists(path):
             link_or_move(path, previous)
         os.replace(part, path)
         flush_folder(os.path.dirname(path))
     except OSError:
-        if os.path.exists(part):
+        with suppress(OSError):
             os.remove(part)  # the disk may be full: give the space back
         raise
 
@@ -81,7 +82,10 @@ class HashedFile:
 
     @classmethod
     def check(cls, path):
-        """ValueError if the bytes do not match the checksum. A file without one (plain torch.save) passes."""
+        """
+        (checksum of a file, whether the file has it inside). ValueError if it has another one inside. A file
+        of plain torch.save has none.
+        """
         left = max(0, os.path.getsize(path) - cls.size)
         digest = hashlib.sha256()
         with open(path, 'rb') as f:
@@ -91,11 +95,13 @@ class HashedFile:
             # the length of the comment: it was zero when the bytes were hashed
             digest.update(bytes(2))
             length, comment = f.read(left), f.read()
-        if comment != cls.mark + digest.hexdigest().encode():
+        sealed = comment == cls.mark + digest.hexdigest().encode()
+        if not sealed:
             # a plain archive ends with a record of 22 bytes, the last two of which say: no comment
             end = (length + comment)[-22:]
             if end[:4] != b'PK\5\6' or end[-2:] != bytes(2):
                 raise ValueError('checksum mismatch')
+        return digest.hexdigest(), sealed
 
 
 def link_or_move(path, other):
@@ -109,27 +115,59 @@ def link_or_move(path, other):
 
 def load(path: str, needed: tuple = SAMPLE_KEYS) -> dict:
     """
-    Read a checkpoint onto the CPU, and verify its checksum. FileNotFoundError if there is none, Damaged if it
-    cannot be read, ValueError if one of the keys `needed` is missing.
+    Read a checkpoint onto the CPU, and verify its checksum. FileNotFoundError if there is none, Damaged if
+    its bytes are wrong, ValueError if one of the keys `needed` is missing or if memory does not suffice.
     """
+    return load_verified(path, needed)[0]
+
+
+def load_verified(path, needed=SAMPLE_KEYS):
+    """(the state, as `load` returns it, and the checksum of the file)"""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path} does not exist: train a model into that out_dir first, '
                                 'or name another')
+    sealed = False
     try:
-        HashedFile.check(path)
+        digest, sealed = HashedFile.check(path)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True)
     except OSError:
         raise
     except Exception as error:  # damaged bytes can raise anything; torch's message would advise trusting them
-        raise Damaged(f'{path} is damaged, or holds more than tensors and plain values '
-                      f'({type(error).__name__}): use another checkpoint, or train again') from None
+        raise reason_of(error, path, sealed) from None
     missing = [name for name in needed if not isinstance(state, dict) or name not in state]
     if missing:
         raise ValueError(f'{path} lacks {", ".join(missing)}: use a checkpoint that train.py wrote; '
                          'to resume, its ckpt.pt')
-    return state
+    return state, digest
+
+
+def step_of(path: str) -> int | None:
+    """The step of a checkpoint, whose weights are not read; None if there is none that can be read."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step']
+    except Exception:  # damaged bytes can raise anything
+        return None
+
+
+def reason_of(error, path, sealed):
+    """The exception that says why a file could not be loaded; `sealed`: its bytes have their checksum."""
+    if out_of_memory(error):
+        size = os.path.getsize(path) / 1e9
+        return ValueError(f'{path} needs more memory than is free ({size:.2g} GB, and more for the model): '
+                          'end other programs, or use a machine with more memory')
+    if sealed:
+        return ValueError(f'{path} is complete, but this version of torch cannot read it '
+                          f'({type(error).__name__}: {first_line(error)}): use the version that wrote it')
+    return Damaged(f'{path} is damaged, or holds more than tensors and plain values '
+                   f'({type(error).__name__}): use another checkpoint, or train again')
+
+
+def out_of_memory(error):
+    """Whether an exception means that an allocation failed; torch has no exception for that on the CPU."""
+    words = ('allocate memory', 'out of memory', 'bad_alloc', 'bad allocation')
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def contents(model: GPT, keep: bool = True, **rest) -> dict:
@@ -163,6 +201,21 @@ def build(state: dict, path: str, flags=()) -> GPT:
                          'use another checkpoint')
     model.load_state_dict(theirs)
     return model
+
+
+def loaded_by(resumed: dict | None, digest: str, weights: GPT | None, meta: dict, settings: dict,
+              config: GPTConfig) -> dict:
+    """
+    {name: value} of all that a process begins with: settings, model flags, data, and the checkpoint that it
+    resumes (`digest` of its file) or whose `weights` it begins with.
+    """
+    found = {'checkpoint': f'{digest[:16]} of step {resumed["step"]}' if resumed else None}
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(weights.state_dict().items()) if weights else ():
+        hashed.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    data = hashlib.sha256(repr(meta).encode())
+    found |= {'weights': hashed.hexdigest()[:16], 'data': data.hexdigest()[:16]}
+    return found | {name: settings[name] for name in settings if name != 'out_dir'} | asdict(config)
 
 
 def overrides(trained: dict, config: GPTConfig) -> dict:

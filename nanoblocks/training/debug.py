@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+from nanoblocks.formats import first_line
+
 
 def first_not_finite(model, losses):
     """
@@ -75,9 +77,12 @@ class StepProfiler:
 
     def report(self):
         """Write trace.json, and print the slowest operators."""
-        path = os.path.join(self.folder, 'trace.json')
-        self.profiler.export_chrome_trace(path)
         order = 'self_cuda_time_total' if self.device.startswith('cuda') else 'self_cpu_time_total'
         table = self.profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40)
         self.log.print(table)
-        self.log.print(f'profile   {path}: open it in chrome://tracing or ui.perfetto.dev')
+        path = os.path.join(self.folder, 'trace.json')
+        try:
+            self.profiler.export_chrome_trace(path)
+            self.log.print(f'profile   {path}: open it in chrome://tracing or ui.perfetto.dev')
+        except (OSError, RuntimeError) as error:  # a full disk, for instance
+            self.log.print(f'profile   {path} could not be written ({first_line(error)})')

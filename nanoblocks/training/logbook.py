@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import sys
 import urllib.error
 import urllib.request
@@ -13,8 +14,8 @@ import urllib.request
 from tqdm import tqdm
 
 from model import kv_cache_bytes
-from nanoblocks.files import ROOT, git_commit
-from nanoblocks.formats import first_line, format_quantity
+from nanoblocks.files import ROOT, flush_file, git_commit
+from nanoblocks.formats import first_line, format_duration, format_quantity
 from nanoblocks.training.checkpoint import overrides
 
 
@@ -22,10 +23,13 @@ class Logbook:
     """
     folder      the RunFolder to write metrics to, or None to write nothing
     prints      whether this process prints
+    out_dir     of the run, for commands to copy
     """
 
-    def __init__(self, folder, prints, step, max_iters):
-        self.folder, self.prints = folder, prints
+    def __init__(self, folder, prints, step, max_iters, out_dir='out'):
+        self.folder, self.prints, self.max_iters = folder, prints, max_iters
+        self.out_dir = str(out_dir)
+        self.resume_command = f'python train.py --init_from=resume --out_dir={shlex.quote(self.out_dir)}'
         self.wandb_run = None
         self.pending = b''  # lines that could not be written yet
         self.bar = tqdm(total=max_iters, initial=step, disable=not (prints and sys.stdout.isatty()),
@@ -38,16 +42,18 @@ class Logbook:
         elif self.prints:
             self.bar.write(line)
 
-    def step(self, step, loss, tokens_per_s, mfu):
-        """Show loss and speed, beside the progress bar or as a line of their own."""
+    def step(self, step, loss, tokens_per_s, mfu, seconds_left):
+        """Print loss, speed, the part of the run that is done, and the time left where they are known."""
         parts = ['no finite loss' if loss is None else f'loss {loss:.4f}']
         if tokens_per_s:
             parts.append(f'{format_quantity(tokens_per_s)} tokens/s')
         if mfu:
             parts.append(f'MFU {mfu:.1%}')
-        if self.bar.disable:
-            self.print(f'step {step}: {", ".join(parts)}')
         self.bar.set_postfix_str(', '.join(parts))
+        parts.append(f'{100 * step // self.max_iters}% done')
+        if seconds_left:
+            parts.append(f'{format_duration(seconds_left)} left')
+        self.print(f'step {step}: {", ".join(parts)}')
 
     def record(self, line):
         """Add a dict to metrics.jsonl and to W&B. A number that is not finite becomes null."""
@@ -73,7 +79,7 @@ class Logbook:
                 if f.write(self.pending) < len(self.pending):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if to_disk:
-                    os.fsync(f.fileno())
+                    flush_file(f)
             except OSError:
                 f.truncate(size)
                 raise
@@ -106,6 +112,23 @@ class Logbook:
             self.print(f'wandb     stopped working ({type(error).__name__}: {first_line(error)}): training '
                        f'continues without it, all numbers are in {self.folder.metrics}')
 
+    def stopped(self, number, step, saved):
+        """Say that a run was stopped, by a signal `number` or, where that is None, to another process."""
+        self.print(f'stopped by signal {number or "to another process"} after step {step}'
+                   + (f'; resume it with: {self.resume_command}' if saved else ', not saved'))
+
+    def not_saved(self, step):
+        self.print(f'step {step}: not saved, because {self.out_dir} could not be written: make room there, '
+                   f'then repeat what was lost with: {self.resume_command}')
+
+    def done(self, seconds, steps):
+        """Say that a run has ended; `steps`: those that this process made."""
+        if steps == 0:
+            self.print(f'done      before this start: all {self.max_iters} steps were made; for more, resume '
+                       'with a larger --max_iters')
+        self.print(f'done      {format_duration(seconds)}; to see what it writes: '
+                   f'python sample.py --out_dir={shlex.quote(self.out_dir)}')
+
     def close(self, exit_code=0):
         self.bar.close()
         if self.wandb_run:
@@ -121,20 +144,34 @@ def describe_run(log, model, meta, settings, optimizers, resumed, machine):
               f'{quantity(kv_cache_bytes(model.config, T, 1, 2))}B of cache at {T} tokens in 16 bits')
     log.print(f'data      {s["dataset"]}: {quantity(meta["train_tokens"])} tokens to train on, '
               f'vocabulary {meta["vocab_size"]}')
-    log.print(f'step      {s["gradient_accumulation_steps"]} micro-batches of {s["batch_size"]} x {T}: '
-              f'{tokens:,} tokens; {s["max_iters"]} steps: {quantity(s["max_iters"] * tokens)} tokens')
+    if not s['eval_only']:
+        log.print(f'step      {s["gradient_accumulation_steps"]} micro-batches of {s["batch_size"]} x {T}: '
+                  f'{tokens:,} tokens; {s["max_iters"]} steps: {quantity(s["max_iters"] * tokens)} tokens')
     log.print(f'machine   {machine}')
-    for line in optimizers.lines():
+    for line in () if s['eval_only'] else optimizers.lines():
         log.print(f'optimizer {line}')
     log.print(f'run       {s["out_dir"]}' + (f', resuming at step {resumed["step"]}' if resumed else ''))
     for name, (old, new) in overrides(resumed['config'], model.config).items() if resumed else ():
         log.print(f'override  {name}={new}, trained with {old}')
+    for line in changes(resumed['settings'], s) if resumed else ():
+        log.print(f'changed   {line}')
     if s['decay_lr'] and s['warmup_iters'] >= s['max_iters']:
         log.print(f'warning: warmup_iters={s["warmup_iters"]} is not below max_iters={s["max_iters"]}: '
                   'learning_rate is never reached')
-    if model.wte.weight.device.type == 'cpu' and flops * tokens * s['max_iters'] > 1e16:
+    on_cpu, steps = model.wte.weight.device.type == 'cpu', 0 if s['eval_only'] else s['max_iters']
+    if on_cpu and flops * tokens * steps > 1e16:
         log.print('warning: this is a large model for a CPU and may take days: add config/tiny.py for a size '
                   'that takes minutes')
+
+
+def changes(before, now):
+    """Yields a line for each setting that a resumed run has changed, with both values."""
+    for name, value in now.items():
+        # these say how this process was started, not what it computes
+        if name in ('out_dir', 'init_from', 'overwrite', 'eval_only') or before.get(name, value) == value:
+            continue
+        moves = name == 'max_iters' and now['decay_lr'] and now['lr_decay_iters'] is None
+        yield f'{name}: was {before[name]}, now {value}' + ', which moves the end of the schedule' * moves
 
 
 # ----------------------------------------------------------------------------------------------------------

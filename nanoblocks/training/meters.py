@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from nanoblocks.formats import format_duration
-from nanoblocks.hardware import card_name, peak_flops, synchronized_time
+from nanoblocks.hardware import card_name, peak_flops, synchronize
 
 
 class Progress:
@@ -25,7 +25,7 @@ class Progress:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(card_name(device))
         self.meter, self.spikes = StepMeter(device), SpikeDetector()
         self.skipped = self.skipped_in_a_row = 0
-        self.seconds_before, self.began, self.seconds_paused = 0.0, time.perf_counter(), 0.0
+        self.seconds_before, self.began, self.seconds_paused = 0.0, time.monotonic(), 0.0
         self.steps = 0  # of this process, not of the run
         self.estimate_began = 0.0
         self.start_interval()
@@ -43,11 +43,16 @@ class Progress:
 
     def seconds(self) -> float:
         """Seconds of the run, evaluations and earlier processes included."""
-        return self.seconds_before + time.perf_counter() - self.began
+        return self.seconds_before + time.monotonic() - self.began
+
+    def time_now(self) -> float:
+        """A clock that never goes back, read when the device has finished its work."""
+        synchronize(self.device)
+        return time.monotonic()
 
     def training_seconds(self) -> float:
-        """Seconds of training in this process, measured when the device has finished its work."""
-        return synchronized_time(self.device) - self.began - self.seconds_paused
+        """Seconds of training in this process."""
+        return self.time_now() - self.began - self.seconds_paused
 
     def start_interval(self):
         self.interval_began, self.interval_tokens = self.training_seconds(), 0
@@ -55,11 +60,11 @@ class Progress:
     @contextmanager
     def paused(self):
         """A context whose seconds do not count as training time."""
-        began = synchronized_time(self.device)  # or a GPU's unfinished steps would count as pause
+        began = self.time_now()  # or a GPU's unfinished steps would count as pause
         try:
             yield
         finally:
-            self.seconds_paused += synchronized_time(self.device) - began
+            self.seconds_paused += self.time_now() - began
 
     def add(self, loss, weight):
         """The loss of a micro-batch, and its weight in the loss of the step."""
@@ -81,10 +86,14 @@ class Progress:
         if self.steps == 2:
             self.estimate_began = self.training_seconds()
         if self.steps == 12:
-            left = self.max_iters - step
-            seconds = left * (self.training_seconds() - self.estimate_began) / 10
-            self.log.print(f'time      about {format_duration(seconds)} for {left} steps, '
-                           'evaluations not counted')
+            self.log.print(f'time      about {format_duration(self.seconds_left(step))} for '
+                           f'{self.max_iters - step} steps, evaluations not counted')
+
+    def seconds_left(self, step: int) -> float | None:
+        """Seconds for the steps after `step`, evaluations not counted; None as long as that is unknown."""
+        if self.steps < 12:
+            return None
+        return (self.max_iters - step) * (self.training_seconds() - self.estimate_began) / (self.steps - 2)
 
     def read(self, step: int, grad_norm: torch.Tensor) -> dict:
         """
@@ -93,11 +102,12 @@ class Progress:
         """
         loss, largest, skipped, self.skipped_in_a_row = self.meter.read()
         seconds = self.training_seconds() - self.interval_began
-        rate = self.interval_tokens / seconds if self.interval_tokens else None
+        # a coarse clock may stand still
+        rate = self.interval_tokens / seconds if self.interval_tokens and seconds > 0 else None
         mfu = None
         if rate and self.peak_flops:
             mfu = rate * self.flops_per_token / (self.peak_flops * self.meter.world)
-        self.log.step(step, loss, rate, mfu)
+        self.log.step(step, loss, rate, mfu, self.seconds_left(step))
         if skipped > self.skipped:
             self.log.print(f'warning: {skipped - self.skipped} steps were skipped, because a gradient was '
                            'not finite')

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -288,6 +289,14 @@ SCHEDULES = {
     'wsd': lambda progress: 1 - progress,
     'constant': lambda progress: 1.0,
 }
+
+
+def schedule_of(s: dict):
+    """The function lr_fraction of a step alone, by the settings s of train.py."""
+    end = 0.1 if s['min_lr'] is None else s['min_lr'] / s['learning_rate']
+    schedule, warmup = (s['schedule'], s['warmup_iters']) if s['decay_lr'] else ('constant', 0)
+    return partial(lr_fraction, schedule=schedule, warmup=warmup, last=s['lr_decay_iters'] or s['max_iters'],
+                   end=end, wsd_decay=s['wsd_decay'])
 
 
 def lr_fraction(step, schedule, warmup, last, end, wsd_decay):

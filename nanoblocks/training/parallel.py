@@ -33,9 +33,16 @@ def start(device_type: str, backend: str) -> FailureWatch:
     return failure_watch
 
 
-def end(failure_watch: FailureWatch) -> None:
-    failure_watch.close()
-    dist.destroy_process_group()
+def end(failure_watch: FailureWatch | None) -> None:
+    """Part from the other processes, if there are any."""
+    if failure_watch:
+        failure_watch.close()
+        dist.destroy_process_group()
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def from_main(value):
@@ -44,6 +51,32 @@ def from_main(value):
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)
     return values[0]
+
+
+def summed(values: list[float], device_type: str) -> list[float]:
+    """The sums of `values` over all processes, in float64. Every process must call it."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device_type)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def refuse_differences(found: dict) -> None:
+    """
+    ValueError in every process unless all have found the same: {name: a plain value}. Every process must call
+    it.
+    """
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    for rank, other in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if other[name] != value:
+                raise ValueError(f'{name}={value} must be the same in all processes, but rank {rank} has '
+                                 f'{other[name]}: give all of them the same command line and files, and '
+                                 'an out_dir on a file system that all nodes share')
 
 
 class MicroBatches:

@@ -1,9 +1,11 @@
 """The folder of one run: which files it has, whether it can be resumed, how a killed run is repaired."""
+import atexit
 import json
 import os
 import sys
+import time
 
-from nanoblocks.files import write_json
+from nanoblocks.files import Lock, replace_file, write_json
 from nanoblocks.training import checkpoint, parallel
 
 
@@ -14,13 +16,28 @@ class RunFolder:
     best.pt         weights with the lowest validation loss, for sampling
     metrics.jsonl   one line per log step and per evaluation
     config.json     model flags and settings
+    .lock           locked by the run that writes here
     """
+    waits = (1, 2, 4)  # seconds before each further attempt to write the last checkpoint
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
         self.newest, self.previous, self.best, self.metrics, self.config = self.files = [
             os.path.join(path, name)
             for name in ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'metrics.jsonl', 'config.json')]
+        self.lock = None
+        self.found = self.stamps()
+
+    def stamps(self):
+        """What tells whether another run has written here: inode, size and time of every file."""
+        found = []
+        for path in self.files:
+            try:
+                status = os.stat(path)
+                found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+            except OSError:
+                found.append(None)
+        return found
 
     def exists(self) -> bool:
         """Whether the folder holds files of a run that could be lost."""
@@ -31,12 +48,38 @@ class RunFolder:
         return os.path.exists(self.newest) or os.path.exists(self.previous)
 
     def create(self) -> None:
-        """Make the folder. ValueError if that fails."""
+        """
+        Make the folder, and lock it until this process ends. ValueError if that fails, or if another run
+        writes here, or did so since this object was made.
+        """
         try:
             os.makedirs(self.path, exist_ok=True)
         except OSError as error:
             raise ValueError(f'out_dir={self.path} must be a folder that can be made ({error.strerror}): '
                              'choose another') from None
+        try:
+            self.lock = Lock(os.path.join(self.path, '.lock'))
+        except BlockingIOError:
+            raise ValueError(f'out_dir={self.path} must not be in use by another run: stop that one, or wait '
+                             'for its end, or choose another folder') from None
+        except OSError as error:
+            raise self.not_writable(error) from None
+        atexit.register(self.release)
+        if not self.lock.works:
+            print(f'warning: the file system of out_dir={self.path} has no locks: start no second run there')
+        if self.stamps() != self.found:
+            raise ValueError(f'out_dir={self.path} must not change while a run starts, but another run wrote '
+                             'there: start again')
+
+    def release(self) -> None:
+        """Let other runs use the folder."""
+        lock, self.lock = self.lock, None
+        if lock:
+            lock.release()
+
+    def not_writable(self, error):
+        return ValueError(f'out_dir={self.path} must be a folder that can be written ({error.strerror}): '
+                          'make room or change its permissions, or copy it elsewhere and name the copy')
 
     def refuse_existing(self) -> None:
         """ValueError if a new run would replace the one in the folder."""
@@ -50,77 +93,110 @@ class RunFolder:
             if os.path.exists(path):
                 os.remove(path)
 
-    def load_newest(self) -> tuple[dict, str]:
+    def load_newest(self) -> tuple[dict, str, str]:
         """
-        The newest checkpoint that can be read, and its path. If ckpt.pt is damaged or missing, this is the
-        previous one, with a warning. FileNotFoundError or ValueError if neither can be read.
+        The newest checkpoint that can be read, its path and its checksum. If ckpt.pt is damaged or missing,
+        this is the previous one, with a warning. FileNotFoundError or ValueError if neither can be read.
         """
         try:
-            return checkpoint.load(self.newest, checkpoint.RESUME_KEYS), self.newest
+            state, digest = checkpoint.load_verified(self.newest, checkpoint.RESUME_KEYS)
+            return state, self.newest, digest
         except (FileNotFoundError, checkpoint.Damaged) as error:
             if not os.path.isfile(self.previous):
                 raise
             try:
-                state = checkpoint.load(self.previous, checkpoint.RESUME_KEYS)
-            except ValueError:
+                state, digest = checkpoint.load_verified(self.previous, checkpoint.RESUME_KEYS)
+            except (FileNotFoundError, checkpoint.Damaged):
                 raise error from None
             print(f'{error}\nwarning: resuming from {self.previous} instead, at step {state["step"]}',
                   file=sys.stderr)
-            return state, self.previous
+            return state, self.previous, digest
 
-    def save(self, path: str, state: dict, log) -> bool:
+    def save(self, path: str, state: dict, log, last: bool = False) -> bool:
         """
         Write a checkpoint, in the main process, and before it the pending lines of the log. Returns whether
-        that worked; every process must call it. The newest checkpoint becomes the previous one.
+        that worked; every process must call it. The newest checkpoint becomes the previous one. With `last`,
+        a save that fails is tried again after a while, because there will be no later one.
         """
-        written = True
-        try:
-            if parallel.ranks()[0] == 0:
+        written = parallel.ranks()[0] > 0
+        for wait in (*self.waits, None) if last else (None,):
+            if written:
+                break
+            try:
                 # a checkpoint must not reach the disk before the metrics of its steps
                 log.flush(to_disk=True)
                 checkpoint.save(path, state, previous=self.previous if path == self.newest else None)
-        except OSError as error:
-            log.print(f'warning: {path} could not be written ({error.strerror}): the old file is kept; '
-                      'training continues, and will try again')
-            written = False
+                written = True
+            except OSError as error:
+                then = (f'will be tried again in {wait} s' if wait else 'was tried for the last time' if last
+                        else 'training continues, and will try again')
+                log.print(f'warning: {path} could not be written ({error.strerror}): the old file is kept; '
+                          + then)
+                time.sleep(wait or 0)
         return parallel.from_main(written)
 
-    def begin(self, loaded: str | None, step: int, config: dict) -> None:
+    def begin(self, loaded: str | None, state: dict | None, config: dict) -> None:
         """
-        Prepare the folder for a run, and write config.json. A resumed run was loaded from the path `loaded`
-        and continues at `step`; if `loaded` is None, a new run replaces the one in the folder.
+        Prepare the folder for a run, and write config.json. A resumed run was loaded from the path `loaded`,
+        which holds `state`; if `loaded` is None, a new run replaces the one in the folder. ValueError if the
+        folder cannot be written.
         """
-        if loaded:
-            self.repair(loaded, step)
-        else:
-            self.delete()
-        write_json(self.config, config)
+        try:
+            if loaded:
+                self.repair(loaded, state['step'], state['evaluated'])
+            else:
+                self.delete()
+            write_json(self.config, config)
+        except OSError as error:
+            raise self.not_writable(error) from None
 
-    def repair(self, loaded: str, step: int) -> None:
+    def repair(self, loaded: str, step: int, evaluated: int) -> None:
         """
         Clean up after a run that was killed: the checkpoint that was loaded becomes the newest, half-written
-        files go, metrics end at its step.
+        files go, metrics end at its step. A newest one that is thought damaged is kept under another name.
         """
-        if loaded != self.newest:
-            # a save would otherwise move the damaged file over the only good one
-            os.replace(loaded, self.newest)
         for path in self.files:
             if os.path.exists(f'{path}.part'):
                 os.remove(f'{path}.part')
-        self.rewind_metrics(step)
+        if loaded != self.newest:
+            if os.path.exists(self.newest):
+                damaged = self.free_name('ckpt.damaged')
+                os.replace(self.newest, damaged)
+                print(f'warning: {self.newest} is now {damaged}, in case it can still be read')
+            # a save would otherwise move the damaged file over the only good one
+            os.replace(loaded, self.newest)
+        best = checkpoint.step_of(self.best)
+        if best is not None and best > step:
+            print(f'warning: {self.best} is of step {best}, but the run continues from step {step}: it '
+                  'stays until a loss is the lowest again')
+        self.rewind_metrics(step, evaluated)
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the metrics of steps after `step`, and a last line that was cut short."""
+    def free_name(self, name):
+        """The path of a file that does not exist: NAME.pt, NAME2.pt, ..."""
+        numbers = ('', *range(2, 1000))
+        paths = (os.path.join(self.path, f'{name}{number}.pt') for number in numbers)
+        return next(path for path in paths if not os.path.exists(path))
+
+    def rewind_metrics(self, step: int, evaluated: int) -> None:
+        """
+        Drop the metrics of steps after `step`, of evaluations after the step `evaluated`, and lines that
+        cannot be read, of which it tells unless it is the last, which a kill may cut short.
+        """
         if not os.path.exists(self.metrics):
             return
-        kept = []
-        with open(self.metrics) as f:
-            for line in f:
-                try:
-                    if json.loads(line)['step'] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    break
-        with open(f'{self.metrics}.part', 'w') as f:
-            f.writelines(kept)
-        os.replace(f'{self.metrics}.part', self.metrics)
+        with open(self.metrics, 'rb') as f:
+            lines = f.read().splitlines(keepends=True)
+        kept, bad = [], []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                if line.endswith(b'\n') and entry['step'] <= (evaluated if 'val_loss' in entry else step):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                bad.append(number)
+        bad = [number for number in bad if number < len(lines)]
+        if bad:
+            print(f'warning: {self.metrics} has lines that cannot be read, which are dropped: '
+                  f'{", ".join(map(str, bad))}')
+        if kept != lines:
+            replace_file(self.metrics, b''.join(kept))

@@ -50,8 +50,14 @@ def check_settings(s, world, done=0):
     must('dtype', s['dtype'] != 'float16' or not s['shard'],
          'not be used with shard=True: choose --dtype=bfloat16')
     must('cautious_decay', s['optimizer'] == 'muon' or not s['cautious_decay'], 'be used with optimizer=muon')
-    must('wandb_log', not s['wandb_log'] or importlib.util.find_spec('wandb'),
+    must('wandb_log', not s['wandb_log'] or has_wandb(),
          'find wandb: pip install wandb, or leave it out')
+
+
+def has_wandb():
+    """Whether wandb is installed; a folder of that name, as its runs leave, is found too but has no file."""
+    found = importlib.util.find_spec('wandb')
+    return found is not None and found.origin is not None
 
 
 def check_lengths(s, world, block_size):
@@ -70,6 +76,24 @@ def rule_of(settings):
         if not ok:
             raise ValueError(f'{name}={settings[name]} must {rule}')
     return must
+
+
+def check_vocabulary(config, meta, dataset, published):
+    """ValueError if a model lacks tokens of its data; `published`: what its weights come from, or None."""
+    if config.vocab_size < meta['vocab_size']:
+        remedy = f'prepare it with --tokenizer={published}' if published else 'leave it out, and it is set'
+        raise ValueError(f'vocab_size={config.vocab_size} must be at least the {meta["vocab_size"]} '
+                         f'tokens of dataset={dataset}: {remedy}')
+
+
+def warn_of_tokenizer(published, dataset, known, same):
+    """Warn if data may have other tokens than weights, whose tokenizer is not `known` or not the `same`."""
+    if not known:
+        print(f'warning: init_from={published} has no tokenizer to compare with: dataset={dataset} must have '
+              'been prepared with the one that its weights were trained with')
+    elif not same:
+        print(f'warning: dataset={dataset} was not prepared with the tokenizer of {published}, so its token '
+              f'numbers have other meanings: prepare it with --tokenizer={published}')
 
 
 def is_checkpoint(name):

@@ -1,10 +1,11 @@
 """
-How a run ends before its last step: by a signal, or because another process failed. Exit codes of train.py:
+How a run ends before its last step: by a signal, or because another process failed. train.py imports this
+first, so nothing here may import torch, which takes seconds. Exit codes of train.py:
 
     0        all steps are done
     1        refused with a message, or failed with a traceback; torchrun turns every other code into 1 too
     70       too many steps in a row were not finite; the newest checkpoint is from before them
-    74       stopped by a signal, but the checkpoint could not be written
+    74       the last checkpoint could not be written, after a signal or after the last step
     75       stopped by a signal, and everything is saved: resume with --init_from=resume
     128 + n  signal number n came while an earlier one was being handled: nothing was saved
 """
@@ -14,17 +15,16 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-
-import torch
-import torch.distributed as dist
 
 from nanoblocks.formats import first_line
 
 NOT_FINITE, NOT_SAVED, STOPPED = 70, 74, 75
-SIGUSR1 = getattr(signal, 'SIGUSR1', None)  # Windows has none
-SIGNALS = [number for number in (signal.SIGTERM, signal.SIGINT, SIGUSR1) if number]
+# Windows has neither SIGUSR1 nor SIGHUP
+SIGUSR1, SIGHUP = getattr(signal, 'SIGUSR1', None), getattr(signal, 'SIGHUP', None)
+SIGNALS = [number for number in (signal.SIGTERM, signal.SIGINT, SIGHUP, SIGUSR1) if number]
+IMPORTING, STARTING, RUNNING, CLOSING = range(4)
 
 
 class Stop(BaseException):
@@ -33,7 +33,13 @@ class Stop(BaseException):
 
 class Signals:
     """
-    SIGTERM and SIGINT stop the run, SIGUSR1 asks for a checkpoint.
+    SIGTERM, SIGINT and SIGHUP stop the run, SIGUSR1 asks for a checkpoint. This holds from the first line of
+    train.py to the end of Python:
+
+        importing   leave at once: nothing is lost, and the same command starts the run again
+        starting    the same by SystemExit, which ends a preparation of the data too; from `imported()` on
+        running     save and leave, or save; from `open()` on
+        closing     leave at once with the exit code of the run, for all is saved; from `close()` on
 
     One process: within `interruptible()` a signal raises Stop at once, even inside a long compilation.
     Outside, where the state of the run is changing, it waits for the next such section.
@@ -44,39 +50,68 @@ class Signals:
     """
 
     def __init__(self):
-        self.distributed = dist.is_initialized() and dist.get_world_size() > 1
+        self.distributed = int(os.environ.get('WORLD_SIZE', 1)) > 1
+        self.phase = IMPORTING
         self.number = None              # of the signal that stops the run
         self.received_at = 0.0
         self.save_requested = False     # agreed on by all processes
         self.pending = [0, 0]           # requests that this process received: to stop, to save
         self.can_raise = False
-        self.sections = 0               # interruptible sections begun; before the second, nothing can be lost
-        self.group = dist.new_group(backend='gloo') if self.distributed else None
-        self.message = self.exchange = None
+        self.steps = 0                  # of training that were begun; before the second, nothing can be lost
+        self.exit_code = 0              # of a run that is closing
+        self.group = self.message = self.exchange = None
         for number in SIGNALS:
-            signal.signal(number, self.handle)
+            # nohup starts a process that ignores SIGHUP: then it is to survive the end of its terminal
+            if number != SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
+        # the first one registered is the last one called: Python then takes the handlers away
+        atexit.register(ignore_signals)
+
+    def imported(self):
+        """From here on, an exception may be raised anywhere."""
+        self.phase = STARTING
+
+    def open(self):
+        """The loop begins. Every process must call it."""
+        import torch.distributed as dist
+        if self.distributed:
+            self.group = dist.new_group(backend='gloo')
+        self.phase = RUNNING
 
     def handle(self, number, frame):
         """The signal handler: remember what is asked for, and raise Stop if nothing is changing."""
         if number == SIGUSR1:
-            self.pending[1] = 1
-            self.save_requested |= not self.distributed
+            if self.phase == RUNNING:
+                self.pending[1] = 1
+                self.save_requested |= not self.distributed
+        elif self.phase == CLOSING:
+            leave(self.exit_code)
         elif self.number is None:
             self.number, self.received_at = number, time.monotonic()
             self.pending[0] = 1
-            if self.distributed and self.sections < 2:
+            if self.phase < RUNNING:
+                self.stop_starting()
+            if self.distributed and self.steps < 2:
                 # the first step may be a long compilation, and there is nothing to save
-                os._exit(STOPPED)
+                leave(STOPPED)
             if self.can_raise:
                 raise Stop
-        # torchrun forwards a signal that the terminal or the scheduler has already sent to every process
-        elif not self.distributed or time.monotonic() > self.received_at + 5:
+        # torchrun forwards a signal that the terminal or the scheduler has already sent to every process, and
+        # a terminal that closes sends SIGHUP twice, once itself and once by its shell
+        elif number != SIGHUP and (not self.distributed or time.monotonic() > self.received_at + 5):
             os._exit(128 + number)
 
+    def stop_starting(self):
+        with suppress(OSError):
+            os.write(1, f'stopped by signal {self.number} before the first step\n'.encode())
+        if self.phase == IMPORTING or self.distributed:
+            leave(STOPPED)
+        raise SystemExit(STOPPED)
+
     @contextmanager
-    def interruptible(self):
+    def interruptible(self, trains=False):
         """A section that a signal may interrupt, because nothing it has done needs to be saved."""
-        self.sections += 1
+        self.steps += trains
         self.can_raise = not self.distributed
         if self.number is not None and self.can_raise:
             raise Stop
@@ -87,6 +122,8 @@ class Signals:
         """Exchange requests with the other processes; raises Stop if one of them was told to stop."""
         if not self.distributed:
             return
+        import torch
+        import torch.distributed as dist
         if self.exchange is not None:
             self.exchange.wait()
             stop, save = self.message.tolist()
@@ -98,15 +135,27 @@ class Signals:
         self.pending[1] -= int(self.message[1])
         self.exchange = dist.all_reduce(self.message, dist.ReduceOp.MAX, self.group, async_op=True)
 
-    def close(self):
-        """Restore the default handlers. Every process must call it."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+    def close(self, exit_code):
+        """Everything is saved: from here on, a signal leaves at once. Every process must call it."""
         if self.distributed:
             if self.exchange is not None:
                 self.exchange.wait()
             # if one left now, torchrun would kill the one that is still writing
+            import torch.distributed as dist
             dist.barrier(self.group)
+        self.exit_code, self.phase = exit_code, CLOSING
+
+
+def leave(exit_code):
+    """End this process at once, from within a signal handler."""
+    with suppress(Exception):  # the signal may have come in the middle of a print
+        sys.stdout.flush()
+    os._exit(exit_code)
+
+
+def ignore_signals():
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class FailureWatch(threading.Thread):
@@ -120,9 +169,12 @@ class FailureWatch(threading.Thread):
         super().__init__(daemon=True)
         # a connection of its own: the main thread's may be blocked in a wait
         self.store, self.rank, self.world = store.clone(), rank, world
+        # torchrun --max-restarts starts the processes again, on the same store
+        self.attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
         self.closed = threading.Event()
         self.print_exception = None
         atexit.register(self.at_exit)
+        self.store.add(f'{rank} lives {self.attempt}', 1)
         self.start()
 
     def catch_exceptions(self):
@@ -133,8 +185,23 @@ class FailureWatch(threading.Thread):
         """Called with an exception that nobody caught: print it and leave the note."""
         self.print_exception(kind, error, trace)
         text = f'rank {self.rank} of {self.world} failed: {kind.__name__}: {first_line(error)}'
+        silent = self.silent_ranks() if 'onnection' in str(error) else []
+        if silent:  # the error is a consequence
+            text = (f'rank {", ".join(map(str, silent))} of {self.world} no longer answers: it was killed, '
+                    'for instance for want of memory')
         print(text, file=sys.stderr)
         self.leave(text)
+
+    def silent_ranks(self):
+        """The ranks whose watch has stopped: their processes have ended without a note."""
+        names = [f'{rank} lives {self.attempt}' for rank in range(self.world)]
+        try:
+            before = self.store.multi_get(names)
+            time.sleep(2.5)
+            after = self.store.multi_get(names)
+        except RuntimeError:
+            return [0]  # it hosts the store, or the machine of it is gone
+        return [rank for rank in range(self.world) if before[rank] == after[rank]]
 
     def at_exit(self):
         if not self.closed.is_set():
@@ -143,16 +210,17 @@ class FailureWatch(threading.Thread):
     def leave(self, text):
         """End this process and print the first note, because later ones are consequences of that failure."""
         try:
-            first = self.store.compare_set('failed', '', text).decode()
+            first = self.store.compare_set(f'failed {self.attempt}', '', text).decode()
         except RuntimeError:
             first = 'the process that hosts the store is gone'
         if first != text:
             print(f'rank {self.rank} leaves: {first}', file=sys.stderr)
         try:
-            self.store.set(f'{self.rank} knows', '')
+            self.store.set(f'{self.rank} knows {self.attempt}', '')
             if self.rank == 0:
                 # the store may end with this process: let the others read the note first
-                self.store.wait([f'{rank} knows' for rank in range(self.world)], timedelta(seconds=5))
+                self.store.wait([f'{rank} knows {self.attempt}' for rank in range(self.world)],
+                                timedelta(seconds=5))
         except RuntimeError:
             pass
         sys.stdout.flush()
@@ -160,11 +228,12 @@ class FailureWatch(threading.Thread):
         os._exit(1)
 
     def run(self):
-        """Look for a note every second; called in the thread."""
+        """Look for a note every second, and leave a sign of life; called in the thread."""
         unreachable = False
         while not self.closed.wait(5 if unreachable else 1):
             try:
-                if self.store.check(['failed']):
+                self.store.add(f'{self.rank} lives {self.attempt}', 1)
+                if self.store.check([f'failed {self.attempt}']):
                     self.leave('')
             except RuntimeError:
                 # the first time, give the main thread time to report more, or to end normally
