@@ -91,7 +91,7 @@ def test_the_cache_is_that_of_the_flags(tmp_path, capsys):
 def test_grouped_queries_reduce_to_multi_head_and_multi_query(tmp_path, capsys):
     attention.gqa(dict(n_head=6, n_embd=96, n_layer=3), tmp_path)
     rows = [line for line in lines(capsys) if line[0].isdigit() and len(line) == 7]
-    assert [row[:3] for row in rows] == [['6', '1', 'MHA'], ['3', '2', 'GQA'], ['2', '3', 'GQA'], ['1', '6', 'MQA']]
+    assert [' '.join(row[:3]) for row in rows] == ['6 1 MHA', '3 2 GQA', '2 3 GQA', '1 6 MQA']
     assert all(float(row[5]) < 1e-14 for row in rows), 'each is MHA with repeated keys and values'
     assert float(rows[-1][6]) < 1e-14 and all(float(row[6]) > 0.1 for row in rows[:-1])
     assert [int(row[4].replace(',', '')) for row in rows] == [3 * 2 * n * 16 * 2 for n in (6, 3, 2, 1)]
@@ -136,7 +136,7 @@ def test_progress_is_a_line_for_each_item_and_never_ends_a_measurement(monkeypat
     monkeypatch.setattr(topics.time, 'monotonic', lambda: next(times))
     timing.interleaved({'a': int, ('b', 'c'): int}, rounds=2, warmup=1)
     assert capsys.readouterr().err.splitlines() == [
-        '[2/6] a: 33%, about 12 s left', '[4/6] b c: 67%, about 6 s left', '[6/6] a: 100%, about 0 s left']
+        '[2/6] b c: 33%, about 12 s left', '[4/6] a: 67%, about 6 s left', '[6/6] b c: 100%, about 0 s left']
 
     class Gone:
         def write(self, text):
@@ -188,8 +188,8 @@ def test_every_axis_of_every_figure_has_a_label(figures_drawn, tmp_path, capsys)
     for fig in figures_drawn:
         for ax in fig.axes:
             named = [tick.get_text() for tick in ax.get_xticklabels()]
-            assert ax.get_ylabel() and (ax.get_xlabel() or any(word.strip('-.0123456789') for word in named)), (
-                ax.get_title(loc='left'))
+            words = ax.get_xlabel() or any(word.strip('-.0123456789') for word in named)
+            assert ax.get_ylabel() and words, ax.get_title(loc='left')
 
 
 def test_ticks_are_even_and_differ():

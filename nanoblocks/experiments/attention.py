@@ -188,9 +188,9 @@ ROPE = dict(n_embd=64, n_head=1, pos='rope', rope_theta=100000.0)
 def rope(flags, tokens, figures):
     """RoPE's wavelengths at base 10K and at the flags', and a check that q.k depends on the offset alone."""
     T, = sizes('tokens', tokens, 4096)
+    if flags.get('pos', 'rope') != 'rope':
+        raise ValueError(f'pos={flags["pos"]} must be rope: --pos=rope')
     config = GPTConfig(**ROPE | flags)
-    if config.pos != 'rope':
-        raise ValueError(f'pos={config.pos} must be rope: --pos=rope')
     built = {name: RotaryPositions(c) for name, c in two_bases(config).items()}
     width = 2 * len(built['10K'].frequencies(0))
     rows = []

@@ -227,7 +227,8 @@ def lengths(tokens, width, limit_s, device, figures):
                  block_size=wanted[-1], vocab_size=64)
     choices = {'attention': dict(pos='rope'), 'window 1024': dict(pos='rope', layer_pattern='w', window=1024),
                'Mamba': dict(pos='none', layer_pattern='m', ssm='mamba1'),
-               'Mamba-2': dict(pos='none', layer_pattern='m', ssm='mamba2')}
+               'Mamba-2': dict(pos='none', layer_pattern='m', ssm='mamba2',
+                               ssm_head_dim=64 if 2 * width % 64 == 0 else 2 * width)}
     found = {name: layer_costs(name, GPT(GPTConfig(**flags, **choices[name])).to(device).eval(), wanted,
                                device, limit_s) for name in each(choices)}
     print(f'forward pass of one layer of width {width}, one sequence; -: beyond the {limit_s:g} s of a layer '

@@ -21,7 +21,7 @@ def interleaved(runs, rounds, warmup=3):
     for n in range(-warmup, rounds):
         for name in (list(runs) if n % 2 else reversed(runs)):
             result = runs[name]()
-            countdown.step(name if type(name) is str else ' '.join(map(str, name)))
+            countdown.step(' '.join(map(str, name)) if type(name) is tuple else name)
             if n >= 0:
                 results[name].append(result)
     return results
