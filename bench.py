@@ -7,20 +7,31 @@ Measurements. Each topic prints a table; variants that are compared run interlea
     python bench.py kernels --aot=True
     python bench.py gpu --out=bench/results
     python bench.py optimizers config/gpt2_small.py
+    python bench.py cache config/llama_1b.py --tokens=2048,32768
+    python bench.py rope --rope_theta=5e5
     python bench.py plot out/* --figure=curves.png
 
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
-whose bodies are in nanoblocks/experiments.
+whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
 """
 import platform
 import sys
+from dataclasses import fields
 from inspect import signature
 
 import torch
 
-from configurator import configure, errors_as_messages, nearest, plain_settings, settings_of
+from configurator import (
+    configure,
+    errors_as_messages,
+    nearest,
+    plain_settings,
+    settings_of,
+    split_arguments,
+    within,
+)
 from model import GPTConfig
-from nanoblocks.experiments import curves, decoding, gpu, speed, studies
+from nanoblocks.experiments import attention, curves, decoding, gpu, speed, studies
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.files import ROOT
 from nanoblocks.hardware import check_device
@@ -30,6 +41,9 @@ from nanoblocks.hardware import check_device
 
 batch_size = 12                     # step, families: sequences in a training step
 rounds = 30                         # how often each variant is timed
+tokens = ''                         # sequence lengths of a topic, such as 1024,4096; empty: its own
+width = ''                          # ffns, lengths: width of a layer; norms: widths, such as 256,512
+limit_s = 60.0                      # lengths: seconds for each kind of layer, which decide how far it goes
 nanogpt = ''                        # step: folder of a nanoGPT checkout to time as well, same flags
 device = 'cpu'                      # cpu, cuda or mps
 aot = False                         # kernels: compile for GPUs that this machine lacks, instead of timing
@@ -48,10 +62,10 @@ figure = 'curves.png'               # plot: file for the figure
 
 TOPICS = {
     'step': speed.step, 'window': speed.window, 'optimizers': speed.optimizers, 'families': speed.families,
-    'decode': decoding.decode, 'cache': studies.cache, 'norms': studies.norms, 'ffns': studies.ffns,
-    'rope': studies.rope, 'context': studies.context, 'lengths': studies.lengths, 'router': studies.router,
-    'reach': studies.reach, 'ablations': studies.ablations, 'plot': curves.plot, 'kernels': gpu.kernel_table,
-    'gpu': gpu.gpu,
+    'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
+    'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
+    'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations, 'plot': curves.plot,
+    'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
 }
 
 
@@ -71,6 +85,34 @@ def run(topic, given):
         print('no figure without matplotlib: pip install -r requirements-dev.txt')
 
 
+def refuse_ignored(name, options):
+    """ValueError for a flag or a config file that the topic would ignore."""
+    reads = signature(TOPICS[name]).parameters
+    if 'argv' in reads:
+        return  # train.py's settings and the model's flags, which train.py checks
+    model = {f.name for f in fields(GPTConfig)}
+    own = [f'--{setting}' for setting in plain_settings(globals()) if setting in reads]
+    what = ', '.join(own + ['the model flags'] * ('flags' in reads)) or 'no flags'
+    for key, text in split_arguments(options):
+        if key is None and 'flags' not in reads:
+            raise ValueError(f'{text} must be left out: bench.py {name} takes no config file, only {what}')
+        known = key in plain_settings(globals()) or key in model or key in settings_of(ROOT / 'train.py')
+        if known and key not in reads and not (key in model and 'flags' in reads):
+            raise ValueError(f'{key}={text} must be left out: bench.py {name} reads {what}')
+
+
+def check_settings(name):
+    """ValueError for a value with which the topic cannot work."""
+    reads = signature(TOPICS[name]).parameters
+    if 'dtype' in reads and dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f'dtype={dtype} must be float32 or bfloat16')
+    for setting, limit in (('batch_size', {'least': 1}), ('rounds', {'least': 1}), ('seconds', {'least': 1}),
+                           ('limit_s', {'above': 0})):
+        ok, rule = within(globals()[setting], limit)
+        if setting in reads and not ok:
+            raise ValueError(f'{setting}={globals()[setting]} must {rule}')
+
+
 def main(name, argv):
     if name in ('--help', '-h'):
         configure(globals() | {'__doc__': f'{__doc__}\ntopics:\n\n{topics()}'}, GPTConfig, ['--help'])
@@ -81,6 +123,8 @@ def main(name, argv):
     # a config file is train.py's as well: pass over the settings that are only train.py's
     flags = configure(globals(), GPTConfig, options, skip=settings_of(ROOT / 'train.py'))
     with errors_as_messages():
+        refuse_ignored(name, options)
+        check_settings(name)
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {card}')

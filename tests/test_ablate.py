@@ -321,7 +321,7 @@ def test_loss_at_a_step_lies_on_the_line_between_evaluations():
 
 def test_a_sweep_trains_every_arm_on_every_seed_and_reports(swept):
     printed = (swept / 'printed.txt').read_text()
-    assert '2 arms, 2 seeds, 1 learning rates: 4 runs, 0 of them finished' in printed
+    assert '2 arms, 2 seeds, 1 learning rate: 4 runs, 0 of them finished' in printed
     for name in ('report.md', 'report.csv', 'differences.csv', 'differences.png', 'curves.png', 'sweep.json'):
         assert (swept / name).exists(), name
     for arm in ('llama_small', 'norm=layernorm'):
@@ -501,7 +501,7 @@ def test_an_arm_that_crashed_half_way_is_named_and_does_not_count(copy, capsys):
     sweep.report_again(copy, '')
     assert 'norm=layernorm/seed1338: step 10 of 20, NOT FINISHED' in capsys.readouterr().out
     text = (copy / 'report.md').read_text()
-    assert '1 runs are not finished and do not count' in text and 'one seed only' in text
+    assert 'Not finished, so not counted: 1 run**' in text and 'one seed only' in text
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(copy, place):

@@ -6,7 +6,7 @@ import runs
 import torch
 
 import bench
-from nanoblocks.experiments import memory, studies, sweep, timing
+from nanoblocks.experiments import attention, curves, figures, memory, studies, sweep, timing, topics
 
 pytest.importorskip('matplotlib')
 
@@ -17,7 +17,7 @@ def lines(capsys):
 
 def test_without_matplotlib_a_table_stands_alone(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    bench.run(studies.cache, {'figures': 'out/bench'})
+    bench.run(attention.cache, {'flags': {}, 'tokens': '', 'figures': 'out/bench'})
     printed = capsys.readouterr().out
     assert 'MLA 512 + 64' in printed and printed.splitlines()[-1].startswith('no figure without matplotlib')
 
@@ -47,6 +47,182 @@ def test_every_topic_takes_nothing_but_settings():
         assert needed <= given, name
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Flags are read or refused
+
+
+@pytest.mark.parametrize('topic, options, words', [
+    ('norms', ['--n_layer=2'], 'n_layer=2 must be left out: bench.py norms reads --rounds'),
+    ('norms', ['config/tiny.py'], 'config/tiny.py must be left out: bench.py norms takes no config file'),
+    ('cache', ['--rounds=3'], 'rounds=3 must be left out: bench.py cache reads --tokens'),
+    ('rope', ['--max_iters=3'], 'max_iters=3 must be left out'),
+    ('plot', ['out', '--norm=rmsnorm'], 'norm=rmsnorm must be left out: bench.py plot reads --figure'),
+    ('rope', ['--pos=learned'], 'pos=learned must be rope: --pos=rope'),
+    ('reach', ['--layer_pattern=wa'], 'must be w, a window in every layer: --layer_pattern=w'),
+    ('reach', ['--block_size=32'], 'block_size=32 must be above 90, layers x (window - 1): --block_size=91'),
+    ('context', ['--rope_scaling=yarn'], 'bench.py context compares its values'),
+    ('router', ['--balance=aux'], 'bench.py router compares its values'),
+    ('norms', ['--tokens=1,2'], 'tokens=1,2 must be one number here: --tokens=2048'),
+    ('norms', ['--width=x'], 'must be whole numbers above 0, separated by commas: --width=256,512'),
+    ('lengths', ['--limit_s=0'], 'limit_s=0.0 must be above 0'),
+    ('window', ['--rounds=0'], 'rounds=0 must be at least 1'), ('step', ['--batch_size=0'], 'at least 1'),
+    ('families', ['--dtype=float16'], 'dtype=float16 must be float32 or bfloat16'),
+])
+def test_a_flag_that_a_topic_cannot_use_is_refused(topic, options, words, monkeypatch):
+    for name in bench.plain_settings(vars(bench)):
+        monkeypatch.setattr(bench, name, getattr(bench, name))  # main changes them
+    with pytest.raises(SystemExit) as refusal:
+        bench.main(topic, options)
+    assert words in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+def test_the_cache_is_that_of_the_flags(tmp_path, capsys):
+    flags = dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, pos='rope', block_size=2048)
+    attention.cache(flags, '1024', tmp_path)
+    rows = {line[0]: float(line[-1]) for line in lines(capsys) if line[0] in ('as', 'MHA', 'GQA-8', 'MQA')}
+    # 16 sequences of 1024 tokens; each has k and v of 4 heads of 64 in 16 bit and a position of 32 bits
+    assert rows['as'] == round(16 * 1024 * 22 * (2 * 4 * 64 * 2 + 4) / 1e9, 3)
+    assert 7.9 < rows['MHA'] / rows['as'] < 8.1 and 1.9 < rows['GQA-8'] / rows['as'] < 2.1
+    for odd in (dict(), dict(attn='mla', kv_rank=64, pos='rope'), dict(layer_pattern='m', pos='none')):
+        attention.cache(dict(n_layer=2, n_head=2, n_embd=64) | odd, '64,128,256', tmp_path)
+        assert 'as given' in capsys.readouterr().out
+
+
+def test_grouped_queries_reduce_to_multi_head_and_multi_query(tmp_path, capsys):
+    attention.gqa(dict(n_head=6, n_embd=96, n_layer=3), tmp_path)
+    rows = [line for line in lines(capsys) if line[0].isdigit() and len(line) == 7]
+    assert [' '.join(row[:3]) for row in rows] == ['6 1 MHA', '3 2 GQA', '2 3 GQA', '1 6 MQA']
+    assert all(float(row[5]) < 1e-14 for row in rows), 'each is MHA with repeated keys and values'
+    assert float(rows[-1][6]) < 1e-14 and all(float(row[6]) > 0.1 for row in rows[:-1])
+    assert [int(row[4].replace(',', '')) for row in rows] == [3 * 2 * n * 16 * 2 for n in (6, 3, 2, 1)]
+    assert (tmp_path / 'gqa.png').exists()
+
+
+def test_rotary_angles_are_those_of_the_flags(tmp_path, capsys):
+    attention.rope(dict(rope_theta=5e5), '', tmp_path)
+    plain = capsys.readouterr().out
+    assert '500K: wave' in plain and '100K' not in plain
+    # the last of 32 pairs: 2 pi 500000^(31/32)
+    assert next(row for row in plain.splitlines() if row.startswith('31 ')).split()[3] == '2.08M'
+    attention.rope(dict(rope_theta=10000.0, rope_scaling='linear', rope_factor=4.0), '512', tmp_path)
+    scaled = capsys.readouterr().out
+    assert '10K, linear: wave' in scaled and 'turns in 512 tokens' in scaled
+    assert next(row for row in scaled.splitlines() if row.startswith('0 ')).split()[3] == '25.1'
+
+
+def test_lengths_and_windows_have_the_sizes_that_are_given(tmp_path, capsys):
+    studies.lengths('64,192', '32', 60.0, 'cpu', tmp_path)
+    rows = [row for row in lines(capsys) if row and row[0] == 'attention']
+    assert len(rows) == 2 and all(len(row) == 3 and '-' not in row for row in rows)
+    attention.reach(dict(window=4, n_layer=2, block_size=24), 'cpu', tmp_path)
+    assert [row[:3] for row in lines(capsys) if len(row) == 5 and row[0].isdigit()] == [
+        ['1', '3', '3'], ['2', '6', '6']]
+
+
+def test_a_layer_that_grows_linearly_is_not_expected_to_grow_quadratically():
+    assert studies.expected({1: (1.0, 0)}, 2) == 4.0
+    assert studies.expected({1: (1.0, 0), 2: (2.0, 0)}, 4) == pytest.approx(4.0)
+    assert studies.expected({1: (1.0, 0), 2: (4.0, 0)}, 4) == pytest.approx(16.0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Progress
+
+
+def test_progress_is_a_line_for_each_item_and_never_ends_a_measurement(monkeypatch, capsys):
+    assert list(topics.each('ab', 'arm {}'.format)) == ['a', 'b']
+    assert capsys.readouterr().err.splitlines() == ['[1/2] arm a', '[2/2] arm b']
+    times = iter(range(0, 100, 3))
+    monkeypatch.setattr(topics.time, 'monotonic', lambda: next(times))
+    timing.interleaved({'a': int, ('b', 'c'): int}, rounds=2, warmup=1)
+    assert capsys.readouterr().err.splitlines() == [
+        '[2/6] b c: 33%, about 12 s left', '[4/6] a: 67%, about 6 s left', '[6/6] b c: 100%, about 0 s left']
+
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+        flush = write
+    monkeypatch.setattr(sys, 'stderr', Gone())
+    topics.tell('nobody listens')
+
+
+@pytest.mark.parametrize('call', [
+    lambda out: studies.norms(1, '8', '8,16', 'cpu', out),
+    lambda out: bench.TOPICS['window'](1, '16,32', 'cpu'),
+    lambda out: studies.lengths('16', '16', 9.0, 'cpu', out),
+])
+def test_topics_say_which_of_how_many_they_are_at(call, tmp_path, capsys):
+    call(tmp_path)
+    assert '[2/' in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures
+
+
+@pytest.fixture
+def figures_drawn(monkeypatch):
+    """The figures that are saved, which stay open."""
+    drawn = []
+    for module in (figures, curves):
+        monkeypatch.setattr(module, 'save', lambda fig, path: drawn.append(fig))
+    yield drawn
+    from matplotlib import pyplot
+    pyplot.close('all')
+
+
+def test_every_axis_of_every_figure_has_a_label(figures_drawn, tmp_path, capsys):
+    attention.cache({}, '', tmp_path)
+    attention.gqa({}, tmp_path)
+    attention.rope({}, '', tmp_path)
+    attention.reach({}, 'cpu', tmp_path)
+    studies.norms(1, '8', '8,16', 'cpu', tmp_path)
+    studies.ffns(1, '8', '8', 'cpu', tmp_path)
+    studies.lengths('16,32', '16', 9.0, 'cpu', tmp_path)
+    rows = {name: {column: float(i + n) for n, column in enumerate((*figures.COSTS, 'loss', 'sd'))}
+            for i, name in enumerate('ab')}
+    figures.plot_cost(rows, {'a': 'a', 'b': '+ b'}, tmp_path / 'cost.png')
+    curve = {1: [(10, 2.0), (20, 1.5)]}
+    figures.plot_curves({'a': curve, 'b': curve}, 'a', {'a': 'a', 'b': 'b'}, tmp_path / 'curves.png')
+    assert len(figures_drawn) == 9
+    for fig in figures_drawn:
+        for ax in fig.axes:
+            named = [tick.get_text() for tick in ax.get_xticklabels()]
+            words = ax.get_xlabel() or any(word.strip('-.0123456789') for word in named)
+            assert ax.get_ylabel() and words, ax.get_title(loc='left')
+
+
+def test_ticks_are_even_and_differ():
+    ticks = [3.3e12, 3.35e12, 3.4e12]
+    assert [figures.tick_text(tick, ticks) for tick in ticks] == ['3.30T', '3.35T', '3.40T']
+    assert [figures.tick_text(tick, [0, 500, 1000]) for tick in (0, 500, 1000)] == ['0', '0.5k', '1.0k']
+    assert figures.tick_text(44.0, [44.0, 46.0]) == '44'
+
+
+def test_curves_of_a_sweep_are_named_after_their_arms(tmp_path):
+    paths = ['out/s/MHA/seed1', 'out/s/MQA/seed1']
+    assert curves.short_names(paths) == [('MHA', 'MHA'), ('MQA', 'MQA')]
+    assert curves.short_names([*paths, 'out/s/MQA/seed2'])[1:] == [('MQA', 'MQA seed1'), ('MQA', 'MQA seed2')]
+    assert curves.short_names(['out/a/x', 'out/b/x']) == [('a/x', 'a/x'), ('b/x', 'b/x')]
+    assert curves.short_names(['out/a/', 'out/b']) == [('a', 'a'), ('b', 'b')]
+
+
+def test_runs_with_different_tokens_are_drawn_in_bits_per_byte(figures_drawn, tmp_path, capsys):
+    runs_drawn = [runs.trained(), runs.trained(dataset=runs.dataset('chars'))]
+    curves.plot(runs_drawn, tmp_path / 'curves.png')
+    printed = capsys.readouterr().out
+    assert 'different tokens' in printed and figures_drawn[0].axes[0].get_ylabel() == 'loss (bits per byte)'
+    for run in runs_drawn:
+        assert f'last {runs.losses(run, "val_bpb")[-1]:.4f}' in printed
+    curves.plot(runs_drawn[:1], tmp_path / 'curves.png')
+    assert figures_drawn[1].axes[3].get_ylabel() == 'loss (nats per token)'
+    assert f'last {runs.losses(runs_drawn[0], "val_loss")[-1]:.4f}' in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Claims
+
+
 def test_variants_run_interleaved_and_every_other_round_backwards():
     order = []
     found = timing.interleaved({name: lambda name=name: order.append(name) or len(order) for name in 'abc'},
@@ -55,14 +231,14 @@ def test_variants_run_interleaved_and_every_other_round_backwards():
 
 
 def test_influence_reaches_as_far_as_layers_times_window(tmp_path, capsys):
-    studies.reach('cpu', tmp_path)
+    attention.reach({}, 'cpu', tmp_path)
     rows = [row for row in lines(capsys) if row and row[0].isdigit() and len(row) == 5]
     assert [(int(row[1]), int(row[2])) for row in rows] == [(15 * n, 15 * n) for n in range(1, 7)]
     assert (tmp_path / 'reach.png').stat().st_size > 0
 
 
 def test_rotated_scores_depend_on_the_offset_alone(tmp_path, capsys):
-    studies.rope(tmp_path)
+    attention.rope({}, '', tmp_path)
     rows = [row for row in lines(capsys) if len(row) == 3 and row[0].isdigit()]
     assert len(rows) == 5
     scores = [float(row[1]) for row in rows]
@@ -72,20 +248,20 @@ def test_rotated_scores_depend_on_the_offset_alone(tmp_path, capsys):
 
 
 def test_a_gated_ffn_at_four_times_the_width_has_half_as_many_parameters_more(tmp_path, capsys):
-    studies.ffns(1, 'cpu', tmp_path)
+    studies.ffns(1, '', '', 'cpu', tmp_path)
     wide = next(row for row in lines(capsys) if row[:2] == ['SwiGLU', '4x'])
     assert wide[2:6] == ['2048', '3,145,728', 'x', '1.50'] and (tmp_path / 'ffns.png').exists()
 
 
 def test_norms_are_timed_and_counted(tmp_path, capsys):
-    studies.norms(1, 'cpu', tmp_path)
+    studies.norms(1, '', '', 'cpu', tmp_path)
     rows = [row for row in lines(capsys) if len(row) == 7 and row[1].endswith('norm') and row[0].isdigit()]
     assert [(row[1], int(row[-1])) for row in rows[:2]] == [('layernorm', 512), ('rmsnorm', 256)]
     assert len(rows) == 10 and (tmp_path / 'norms.png').exists()
 
 
 def test_lengths_stop_where_the_budget_of_seconds_does(tmp_path, capsys):
-    studies.lengths('cpu', tmp_path, budget=0.05)
+    studies.lengths('', '', 0.05, 'cpu', tmp_path)
     rows = [row for row in lines(capsys) if row and row[0] == 'attention']
     assert len(rows) == 2 and all(row[-1] == '-' and float(row[1]) > 0 for row in rows)
     assert (tmp_path / 'lengths.png').exists()
@@ -94,7 +270,7 @@ def test_lengths_stop_where_the_budget_of_seconds_does(tmp_path, capsys):
 def test_router_trains_three_kinds_of_balancing(tmp_path, capsys, monkeypatch):
     toy = [flag for flag in runs.toy(tmp_path) if not flag.startswith(('--out_dir=', '--device='))]
     monkeypatch.setattr(studies, 'SIZE', ['config/llama_small.py', 'config/study.py', *toy])
-    studies.router('cpu', tmp_path)
+    studies.router([], 'cpu', tmp_path)
     rows = [row for row in lines(capsys) if row and row[0] in ('none', 'loss', 'bias')]
     assert [row[0] for row in rows] == ['none', 'loss', 'bias']
     assert all(0.125 <= float(row[2]) <= 0.5 and 0 < float(row[3]) <= 1 for row in rows)

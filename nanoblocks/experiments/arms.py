@@ -209,7 +209,9 @@ def arms_of_vary(reference, name, text):
             try:
                 same = filled_in(reference | flags) == filled_in(reference)
             except ValueError as error:
-                raise ValueError(f'{arm}: {error}; flags that need each other are joined by +') from None
+                label = '' if str(error).startswith(f'{arm} ') else f'{arm}: '
+                raise ValueError(f'{label}{error}' + '; flags that need each other are joined by +'
+                                 * bool(re.search('must be (left out|set)', str(error)))) from None
             if same or arm in arms:
                 continue
             arms[arm] = reference | flags

@@ -18,6 +18,7 @@ from nanoblocks.decoding import quantize as quant
 from nanoblocks.decoding.decode import Decoder, Sampling
 from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.timing import interleaved, print_table, timed
+from nanoblocks.experiments.topics import each
 from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
@@ -150,7 +151,7 @@ def one_row_cells(model, timings, bandwidth):
 
 def drop_failures(runs):
     """Run each once, to compile and allocate; leave out those that torch.compile cannot do here."""
-    for name in list(runs):
+    for name in each(runs, lambda name: f'{" ".join(name)}: compiles and allocates'):
         try:
             runs[name]()
         except Exception as error:
@@ -199,8 +200,8 @@ def long_texts(device, count=240):
                'Mamba-2': dict(pos='none', layer_pattern='m', ffn_pattern='-'),
                'all tokens': dict(pos='rope')}
     rows = []
-    for name, flags in choices.items():
-        model, decoders = random_model(GPTConfig(**SMALL, **flags), device), {}
+    for name in each(choices):
+        model, decoders = random_model(GPTConfig(**SMALL, **choices[name]), device), {}
         for at in (1000, 10000):  # in the middle of the tokens that are timed
             idx = torch.randint(SMALL['vocab_size'], (1, at - count // 2), device=device)
             decoders[at] = Decoder(model, idx, count + 1, Sampling(**SAMPLING), seed=0)
@@ -215,8 +216,8 @@ def latents(device, length=4096, count=60):
     choices = {'MHA': {}, 'GQA-2': dict(n_kv_head=2),
                'MLA 128 + 32': dict(attn='mla', kv_rank=128, rope_head_dim=32)}
     decoders = {}
-    for name, flags in choices.items():
-        model = random_model(GPTConfig(**SMALL, pos='rope', **flags), device)
+    for name in each(choices):
+        model = random_model(GPTConfig(**SMALL, pos='rope', **choices[name]), device)
         idx = torch.randint(SMALL['vocab_size'], (1, length), device=device)
         decoders[name] = Decoder(model, idx, count + 1, Sampling(**SAMPLING), seed=0)
     found = token_times(decoders, count, device)
@@ -230,7 +231,7 @@ def many_rows(device):
     """Llama 1B in bf16, compiled and captured as a CUDA graph."""
     config = GPTConfig(**flags_of_config('llama_1b'))
     model, table = random_model(config, device, torch.bfloat16), []
-    for rows in (1, 8, 64):
+    for rows in each((1, 8, 64), 'llama_1b, {} rows'.format):
         run = generation(model, torch.randint(config.vocab_size, (rows, PROMPT), device=device), NEW, True)
         run()  # compiles
         first, tokens = run()

@@ -8,7 +8,6 @@ import os
 from statistics import fmean
 
 from nanoblocks.experiments.statistics import Effect, effect
-from nanoblocks.formats import format_quantity
 
 BLUE, RED, GREY = '#0072B2', '#D55E00', '#8c8c8c'
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#7f3c8d', '#5b5b5b']
@@ -38,6 +37,23 @@ def log2_axis(ax, ticks, labels=None):
     """An x axis of powers of two, with these ticks and no others."""
     ax.set_xscale('log', base=2)
     ax.set_xticks(ticks, labels or ticks)
+
+
+def even_ticks(ax, most=5):
+    """An x axis with evenly spaced ticks, each with as many digits as tell it from the next: 3.30T, 3.35T."""
+    from matplotlib.ticker import MaxNLocator
+    ax.xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
+    ax.xaxis.set_major_formatter(lambda value, _: tick_text(value, ax.get_xticks()))
+
+
+def tick_text(value, ticks):
+    """A tick in the unit of the largest, with the decimals that all of them need."""
+    largest = max(map(abs, ticks), default=0)
+    unit, size = next(((unit, size) for unit, size in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3))
+                       if largest >= size), ('', 1.0))
+    decimals = next(n for n in range(7) if n == 6 or all(
+        abs(round(tick / size, n) - tick / size) < 1e-9 * max(1, largest / size) for tick in ticks))
+    return f'{value / size:.{decimals}f}{unit}' if value else '0'
 
 
 def save(fig, path):
@@ -138,6 +154,11 @@ def arm_labels(names, pairs, ladder):
     return labels
 
 
+def said_of_ladder(labels):
+    """What + means in the list of arms."""
+    return '; each + adds to the arm above it' * any(text.startswith('+ ') for text in labels.values())
+
+
 def plot_curves(curves, reference, labels, path):
     """
     curves {arm: {seed: [(step, loss)]}} -> left the losses, right their paired differences to the reference,
@@ -147,10 +168,12 @@ def plot_curves(curves, reference, labels, path):
     steps = sorted(set.intersection(*({step for step, _ in curve} for curve in every)))
     fig, (left, right) = panels(11, 4.6, columns=2)
     base = {seed: dict(curve) for seed, curve in curves[reference].items()}
-    for name, color in zip(labels, COLORS):
+    # the reference is drawn last and dashed, so that no arm like it hides it
+    for name, color in sorted(zip(labels, COLORS), key=lambda pair: pair[0] == reference):
         runs = {seed: dict(curve) for seed, curve in curves[name].items()}
         losses = [[run[step] for run in runs.values()] for step in steps]
-        left.plot(steps, [fmean(column) for column in losses], color=color, label=labels[name])
+        left.plot(steps, [fmean(column) for column in losses], color=color, label=labels[name],
+                  linestyle='--' if name == reference else '-')
         left.fill_between(steps, list(map(min, losses)), list(map(max, losses)), color=color, alpha=0.2,
                           linewidth=0)
         shared = sorted(runs.keys() & base.keys())
@@ -160,12 +183,13 @@ def plot_curves(curves, reference, labels, path):
             right.fill_between(steps, [e.mean - e.half for e in found], [e.mean + e.half for e in found],
                                color=color, alpha=0.15, linewidth=0)
     zoom(left, every)
-    title(left, 'bands: from the lowest seed to the highest')
+    title(left, 'bands: lowest to highest seed' + said_of_ladder(labels))
     title(right, 'bands: 95 % intervals of the mean')
     right.axhline(0, color='black', linewidth=0.8)
     left.set_ylabel(LOSS, fontsize=9)
     right.set_ylabel(f'difference to {reference}, same seed (nats per token)', fontsize=9)
-    left.legend(fontsize=8, frameon=False)
+    shown = dict(zip(*reversed(left.get_legend_handles_labels())))
+    left.legend([shown[text] for text in labels.values()], list(labels.values()), fontsize=8, frameon=False)
     for ax in (left, right):
         ax.set_xlabel('training step', fontsize=9)
     save(fig, path)
@@ -190,18 +214,20 @@ def plot_cost(rows, labels, path):
                > 1.05 * min(row[name] for row in rows.values())]
     if not columns:
         return False
-    from matplotlib.ticker import MaxNLocator
     fig, axes = panels(3.3 * len(columns) + 2.4, 4.2, columns=len(columns), sharey=True)
     for ax, column in zip(axes, columns):
         for i, (name, row) in enumerate(rows.items()):
+            # hollow markers of several shapes, so that equal arms do not hide each other
             ax.errorbar(row[column], row['loss'], yerr=None if math.isnan(row['sd']) else row['sd'],
-                        fmt='os^Dv<>P'[i // len(COLORS) % 8], color=COLORS[i % len(COLORS)], markersize=6,
-                        capsize=2, elinewidth=0.8, label=labels[name])
+                        fmt='os^Dv<>P'[i % 8], color=COLORS[i % len(COLORS)], markerfacecolor='none',
+                        markersize=5 + 1.5 * (i % 3), markeredgewidth=1.4, capsize=2 + i % 3, elinewidth=0.8,
+                        label=labels[name])
         ax.set_xlabel(COSTS[column], fontsize=9)
-        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        ax.xaxis.set_major_formatter(lambda value, _: format_quantity(value))
-    axes[0].set_ylabel(LOSS, fontsize=9)
-    title(axes[0], 'lower left is better; bars: standard deviation over seeds')
+        ax.set_ylabel(LOSS, fontsize=9)
+        ax.tick_params(labelleft=True)
+        even_ticks(ax, 4)
+    fig.suptitle('lower left is better; bars: standard deviation over seeds' + said_of_ladder(labels),
+                 fontsize=10, x=0.01, ha='left')
     axes[-1].legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5))
     save(fig, path)
     return True

@@ -15,6 +15,7 @@ from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.experiments import figures
 from nanoblocks.experiments.runs import read_run
 from nanoblocks.experiments.statistics import deviation, effect, seeds_needed
+from nanoblocks.experiments.topics import counted
 from nanoblocks.formats import format_quantity
 
 # ----------------------------------------------------------------------------------------------------------
@@ -275,12 +276,13 @@ def about(plan, arms, config):
     """What was trained on which data and machine, and the command."""
     flags = plan['arms'][plan['reference']]
     tokens = flags['batch_size'] * flags['gradient_accumulation_steps'] * config.block_size
-    at_once = f'{plan["jobs"]} run{"s" * (plan["jobs"] > 1)} at once'
+    at_once = f'{counted(plan["jobs"], "run")} at once'
     seeds = ', '.join(map(str, plan['seeds']))
     minutes = sum(run.seconds for arm in arms.values() for run in arm.runs.values()) / 60
-    return [f'{len(plan["arms"])} arms, seeds {seeds}; {flags["max_iters"]:,} steps of {tokens:,} tokens of '
-            f'{flags["dataset"]}; {config.n_layer} layers, {config.n_embd} wide, context '
-            f'{config.block_size}; {flags["optimizer"]}, learning rate {flags["learning_rate"]:g}. '
+    return [f'{counted(len(plan["arms"]), "arm")}, seeds {seeds}; {counted(flags["max_iters"], "step")} of '
+            f'{counted(tokens, "token")} of {flags["dataset"]}; {counted(config.n_layer, "layer")}, '
+            f'{config.n_embd} wide, context {config.block_size}; {flags["optimizer"]}, learning rate '
+            f'{flags["learning_rate"]:g}. '
             f'Machine: {plan["machine"]}; {at_once}, {minutes:.0f} minutes of runs in total. Command:',
             '', '```', plan['command'], '```']
 
@@ -295,7 +297,7 @@ def markdown(plan, arms, comparisons, rows, missing, drawn):
     if rows:
         lines += about(plan, arms, arms[next(iter(rows))].config)
     if missing:
-        lines += ['', f'**{len(missing)} runs are not finished and do not count:**', '', *missing]
+        lines += ['', f'**Not finished, so not counted: {counted(len(missing), "run")}**', '', *missing]
     if not rows:
         return '\n'.join([*lines, '', 'No run is finished yet.', ''])
     lines += ['', '## Verdicts', '', *compared_with(plan), '', *verdicts(comparisons, rows),

@@ -1,26 +1,56 @@
 """Runs of train.py: what they left in their folders, and whether they are the runs that were asked for."""
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from model import GPTConfig
+from nanoblocks.experiments import topics
 from nanoblocks.experiments.arms import MODEL, NOT_IDENTIFYING, split
 from nanoblocks.files import ROOT
 
 
-def run_script(script, *words):
-    """Run a script of this repository -> what it prints; SystemExit with its last line when it fails."""
+def run_script(script, *words, tell='', every=10.0):
+    """
+    Run a script of this repository -> what it prints; SystemExit with its last line when it fails. With
+    `tell`, its name, the last line of its output so far goes to stderr every few seconds.
+    """
     words = [str(word) for word in words]
-    done = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or 'no output').splitlines()[-1]
-        raise SystemExit(f'{script} {" ".join(words)}: {last}')
-    return done.stdout
+    with tempfile.TemporaryFile('w+', errors='replace') as out, \
+            tempfile.TemporaryFile('w+', errors='replace') as err:
+        process = subprocess.Popen([sys.executable, str(ROOT / script), *words], stdout=out, stderr=err,
+                                   text=True)
+        try:
+            while wait(process, every) is None:
+                if tell and (line := last_line(out)):
+                    topics.tell(f'{tell}: {line}')
+        finally:
+            process.kill()  # only where this process is interrupted
+        if process.returncode:
+            reason = last_line(err) or last_line(out) or 'no output'
+            raise SystemExit(f'{script} {shlex.join(words)}: {reason}')
+        out.seek(0)
+        return out.read()
+
+
+def wait(process, seconds):
+    """The exit code of a process; None if it still runs after these seconds."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def last_line(file):
+    """The last line of a file that another process may be writing."""
+    file.seek(0)
+    return (file.read().replace('\r', '\n').strip().splitlines() or [''])[-1].strip()
 
 
 class Run(NamedTuple):

@@ -2,7 +2,6 @@
 import importlib.util
 import os
 import statistics
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +13,7 @@ from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.runs import read_lines, run_script
 from nanoblocks.experiments.timing import medians, print_table, times
+from nanoblocks.experiments.topics import counted, each, sizes, tell
 from nanoblocks.files import ROOT
 from nanoblocks.training import checkpoint, optim
 
@@ -27,7 +27,7 @@ def step(flags, nanogpt, batch_size, rounds, device):
     found = times({f'{name} {dtype}': training_step(model.to(device), dtype, batch_size, device)
                    for name, model in models.items() for dtype in ('float32', 'bfloat16')}, rounds, device)
     base = statistics.median(found['ours float32'])
-    print(f'{batch_size} x {config.block_size} tokens a step, {rounds} rounds')
+    print(f'{batch_size} x {config.block_size} tokens a step, {counted(rounds, "round")}')
     rows = [[name, f'{statistics.median(ms):.2f}', f'{min(ms):.2f}', f'x {statistics.median(ms) / base:.2f}']
             for name, ms in found.items()]
     print_table(['model', 'median ms', 'fastest ms', 'of ours float32'], rows)
@@ -66,10 +66,10 @@ def nanogpt_model(folder, config):
     return module.GPT(module.GPTConfig(**flags))
 
 
-def window(rounds, device):
+def window(rounds, tokens, device):
     """Attention in a window against full attention, forward and backward, from 1K to 8K tokens."""
     n_head, head_dim, windows, rows = 8, 64, (None, 256, 1024), []
-    for T in (1024, 2048, 4096, 8192):
+    for T in each(sizes('tokens', tokens, 1024, 2048, 4096, 8192), '{} tokens'.format):
         q, k, v = (torch.randn(1, T, n_head, head_dim, device=device, requires_grad=True) for _ in range(3))
         pos = torch.arange(T, device=device)
 
@@ -112,11 +112,13 @@ def families(argv, reuse, dtype, batch_size, rounds, device):
     """Every config/*_small.py trained, sampled and timed; takes train.py's settings."""
     files, flags = files_and_flags(argv, without=('reuse', 'rounds'))
     models, rows = {}, {}
-    for path in sorted((ROOT / 'config').glob('*_small.py')):
-        name = path.stem.removesuffix('_small')
+    paths = sorted((ROOT / 'config').glob('*_small.py'))
+    configs = {path.stem.removesuffix('_small'): path for path in paths}
+    for name in each(configs):
         out_dir = os.path.join('out', 'families', name)
         if not (reuse and os.path.exists(os.path.join(out_dir, 'ckpt.pt'))):
-            run_script('train.py', path, *files, *flags, f'--out_dir={out_dir}', '--overwrite=True')
+            run_script('train.py', configs[name], *files, *flags, f'--out_dir={out_dir}', '--overwrite=True',
+                       tell=name)
             run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=64')
         state = checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
         models[name] = model = checkpoint.build(state, out_dir)
@@ -125,7 +127,7 @@ def families(argv, reuse, dtype, batch_size, rounds, device):
         T = model.config.block_size
         rows[name] = (f'{model.num_params() / 1e6:.2f}M | {model.num_params(active=True) / 1e6:.2f}M | '
                       f'{loss:.3f}', f'{kv_cache_bytes(model.config, T, 1, 2) / T:,.0f}')
-        print(f'{name}: {rows[name][0]} after {state["step"]} steps', file=sys.stderr, flush=True)
+        tell(f'{name}: {rows[name][0]} after {counted(state["step"], "step")}')
     found = medians({name: training_step(model, dtype, batch_size, device) for name, model in models.items()},
                     rounds, device)
     print('| family | parameters | active | validation loss | tokens/s | cache bytes per token |')

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from kernels import rope as rotate
-from model import GPT, NORMS, GPTConfig, RotaryPositions, dense, kv_cache_bytes
+from configurator import split_arguments
+from model import GPT, NORMS, GPTConfig, dense
 from nanoblocks.experiments import sweep
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, panels, save_and_say, title
 from nanoblocks.experiments.memory import peak_bytes, saved_bytes
-from nanoblocks.experiments.runs import read_lines, run_script
+from nanoblocks.experiments.runs import read_lines, recorded, run_script
 from nanoblocks.experiments.timing import medians, print_table, timed
+from nanoblocks.experiments.topics import each, in_short, sizes, tell
 from nanoblocks.formats import format_quantity
 
 SIZE = ['config/llama_small.py', 'config/study.py']  # of every model that is trained here
@@ -52,33 +53,45 @@ def ablations(argv, device):
 # Norms
 
 
-def norms(rounds, device, figures):
+def norms(rounds, tokens, width, device, figures):
     """RMSNorm against LayerNorm: time forward and backward, and memory kept for the backward pass."""
-    widths, tokens, rows, ratios = (256, 512, 1024, 2048, 4096), 2048, [], []
-    for width in widths:
-        x = torch.randn(tokens, width, device=device, requires_grad=True)
+    widths, (T,) = sizes('width', width, 256, 512, 1024, 2048, 4096), sizes('tokens', tokens, 2048)
+    times, rows = {name: [] for name in NORMS}, []
+    for width in each(widths, 'width {}'.format):
+        x = torch.randn(T, width, device=device, requires_grad=True)
         built = {name: norm_of(cls, width).to(device) for name, cls in NORMS.items()}
         forward = medians({name: partial(run, norm, x) for name, norm in built.items()}, rounds, device)
         both = medians({name: lambda norm=norm: norm(x).sum().backward() for name, norm in built.items()},
                        rounds, device)
         for name, norm in built.items():
             saved = saved_bytes(lambda norm=norm: norm(x))
+            times[name].append((forward[name], both[name]))
             rows.append([f'{width} {name}', f'{forward[name]:.3f}', f'{both[name]:.3f}',
                          f'{2 * x.nbytes / forward[name] / 1e6:.1f}', f'{saved / x.nbytes:.2f}',
                          sum(p.numel() for p in norm.parameters())])
-        ratios.append([ms['layernorm'] / ms['rmsnorm'] for ms in (forward, both)])
     print_table(['width, norm', 'forward ms', 'with backward ms', 'forward GB/s', 'kept / input',
                  'parameters'], rows)
-    fig, (ax,) = panels(6.4, 3.8)
-    for column, name in enumerate(('forward', 'forward and backward')):
-        ax.plot(widths, [row[column] for row in ratios], 'o-', color=COLORS[column], label=name)
-    ax.axhline(1, color='black', linewidth=0.8)
-    log2_axis(ax, widths)
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel('width')
-    ax.set_ylabel('time of LayerNorm / time of RMSNorm')
-    title(ax, f'{tokens} tokens in fp32; above 1, RMSNorm is faster')
-    ax.legend(frameon=False, fontsize=9)
+    draw_norms(widths, times, T, figures)
+
+
+def draw_norms(widths, times, T, figures):
+    """times {norm: [(ms forward, ms forward and backward) of each width]} -> left the times, right ratios"""
+    fig, (left, right) = panels(10.5, 4, columns=2)
+    for column, (name, style) in enumerate((('forward', 'o-'), ('forward and backward', 's--'))):
+        for color, (norm, found) in zip(COLORS, times.items()):
+            left.plot(widths, [row[column] for row in found], style, color=color, label=f'{norm}, {name}')
+        ratios = [a[column] / b[column] for a, b in zip(times['layernorm'], times['rmsnorm'])]
+        right.plot(widths, ratios, style, color=COLORS[2], label=name)
+    right.axhline(1, color='black', linewidth=0.8)
+    for ax in (left, right):
+        log2_axis(ax, widths)
+        ax.set_xlabel('width (numbers per token)')
+        ax.set_ylim(0, 1.1 * max(1 if ax is right else 0, ax.dataLim.y1))
+        ax.legend(frameon=False, fontsize=9)
+    left.set_ylabel(f'time for {T} tokens (ms)')
+    right.set_ylabel('time of LayerNorm / time of RMSNorm')
+    title(left, f'{T} tokens in fp32')
+    title(right, 'above 1, RMSNorm is faster')
     save_and_say(fig, figures, 'norms')
 
 
@@ -99,14 +112,14 @@ def norm_of(cls, width):
 # Feed-forward
 
 
-def ffns(rounds, device, figures):
+def ffns(rounds, tokens, width, device, figures):
     """SwiGLU of 8/3 and 4 times the width against GELU of 4 times: parameters, time and memory."""
-    width, tokens = 512, 1024
+    (width,), (tokens,) = sizes('width', width, 512), sizes('tokens', tokens, 1024)
     choices = {'GELU 4x': ('gelu', 4 * width), 'SwiGLU 8/3x': ('swiglu', None),
                'SwiGLU 4x': ('swiglu', 4 * width)}
     x, built = torch.randn(1, tokens, width, device=device, requires_grad=True), {}
     for name, (ffn, hidden) in choices.items():
-        config = GPTConfig(n_embd=width, n_head=8, n_layer=1, ffn=ffn, ffn_width=hidden, bias=False)
+        config = GPTConfig(n_embd=width, n_head=1, n_layer=1, ffn=ffn, ffn_width=hidden, bias=False)
         built[name] = dense(config, config.ffn_width).to(device)
         torch.nn.init.normal_(built[name].c_fc.weight, std=0.02)
         torch.nn.init.normal_(built[name].c_proj.weight, std=0.02)
@@ -121,159 +134,68 @@ def ffns(rounds, device, figures):
                  for name, ffn in built.items()])
     print('their losses: python ablate.py config/llama_small.py config/study.py '
           '--vary="GELU 4x: ffn=gelu; SwiGLU 4x: ffn_width=512"')
-    fig, axes = panels(9.5, 3.2, columns=3)
-    texts = 'parameters', 'forward and backward (ms)', 'bytes kept for backward / bytes of input'
-    for ax, values, text in zip(axes, (size, times, kept), texts):
+    fig, axes = panels(10.5, 3.8, columns=3)
+    texts = {'size': 'parameters', 'time': 'forward and backward (ms)',
+             'memory': 'bytes kept for backward / bytes of input'}
+    for ax, values, (about, text) in zip(axes, (size, times, kept), texts.items()):
         ax.bar(list(values), list(values.values()), color=COLORS[:3])
         ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value) if value else '0')
-        title(ax, text)
+        title(ax, f'{about}, width {width}, {tokens} tokens' if about == 'time' else about)
+        ax.set_ylabel(text)
         ax.grid(visible=False, axis='x')
         ax.tick_params(axis='x', labelsize=8)
     save_and_say(fig, figures, 'ffns')
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The cache
-
-
-def cache(figures):
-    """Bytes of the cache in 16 bit, for the shape of Llama 3 8B with one kind of layer or another."""
-    shape = dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=128256, block_size=131072, bias=False,
-                 norm='rmsnorm', ffn='swiglu')
-    choices = {
-        'MHA': dict(pos='rope'), 'GQA-8': dict(pos='rope', n_kv_head=8),
-        'GQA-4': dict(pos='rope', n_kv_head=4), 'MQA': dict(pos='rope', n_kv_head=1),
-        'MLA 512 + 64': dict(pos='rope', attn='mla', kv_rank=512, rope_head_dim=64),
-        'GQA-8, window 4096': dict(pos='rope', n_kv_head=8, layer_pattern='w', window=4096),
-        'Mamba-2': dict(pos='none', layer_pattern='m'),
-    }
-    spans = [(batch, tokens) for batch in (1, 16) for tokens in (8192, 131072)]
-    sizes = {}
-    for name, flags in choices.items():
-        config = GPTConfig(**shape, **flags)
-        sizes[name] = [kv_cache_bytes(config, tokens, batch, 2) / 1e9 for batch, tokens in spans]
-    print_table(['GB, batch x tokens', *(f'{batch} x {tokens // 1024}K' for batch, tokens in spans)],
-                [[name, *(f'{size:.3f}' for size in row)] for name, row in sizes.items()])
-    draw_cache({name: row[:2] for name, row in sizes.items()}, figures)
-
-
-def draw_cache(sizes, figures):
-    """sizes {name: GB of one sequence of 8K and of 128K tokens}"""
-    fig, (ax,) = panels(8, 4.2)
-    for i, tokens in enumerate((8192, 131072)):
-        places = [n + 0.38 * (i - 0.5) for n in range(len(sizes))]
-        heights = [row[i] for row in sizes.values()]
-        bars = ax.bar(places, heights, 0.36, color=COLORS[i], label=f'{tokens // 1024}K tokens')
-        ax.bar_label(bars, [f'{row[i]:.2g}' for row in sizes.values()], fontsize=8)
-    ax.set_yscale('log')
-    ax.set_ylim(0.05, 200)
-    ax.set_ylabel('cache of one sequence (GB)')
-    ax.set_xticks(range(len(sizes)), list(sizes), fontsize=8, rotation=20)
-    ax.grid(visible=False, axis='x')
-    title(ax, 'cache in 16 bit for the shape of Llama 3 8B')
-    ax.legend(frameon=False, fontsize=9)
-    save_and_say(fig, figures, 'cache')
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Rotary positions
-
-ROPE_WIDTH, BASES = 64, {'10K': 10000.0, '100K': 100000.0}
-
-
-def rope(figures):
-    """RoPE's wavelengths, and a check that q.k depends on the offset of the two tokens alone."""
-    built = {name: RotaryPositions(GPTConfig(n_embd=ROPE_WIDTH, n_head=1, pos='rope', rope_theta=theta))
-             for name, theta in BASES.items()}
-    T, rows = 4096, []
-    for pair in (0, 8, 16, 24, 31):
-        waves = [wavelength(pair, theta) for theta in BASES.values()]
-        rows.append([pair, *(cell for wave in waves for cell in (format_quantity(wave), f'{T / wave:.3g}'))])
-    print(f'head of {ROPE_WIDTH}: wavelength in tokens, and turns in {T} tokens')
-    print_table(['pair', '10K: wave', 'turns', '100K: wave', 'turns'], rows)
-    print_offsets(built['10K'].freq.angles)
-    draw_rope(built, T, figures)
-
-
-def wavelength(pair, theta):
-    return 2 * math.pi * theta ** (2 * pair / ROPE_WIDTH)
-
-
-def print_offsets(angles):
-    """q.k at several offsets, and how far it varies with the place of the key."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, ROPE_WIDTH, dtype=torch.float64, generator=generator)
-    starts, rows = torch.tensor([[0], [1], [100], [1000], [3000]]), []
-    for offset in (0, 1, 16, 256, 1024):
-        scores = []
-        for start in starts:
-            placed = (q, angles(start + offset)), (k, angles(start))
-            rotated = (rotate(x, angle.cos(), angle.sin()) for x, angle in placed)
-            scores.append(math.prod(rotated).sum().item())
-        rows.append([offset, f'{scores[0]:+.5f}', f'{max(scores) - min(scores):.1e}'])
-    places = ', '.join(map(str, starts.flatten().tolist()))
-    print(f'q.k of one q and k, in fp64 with angles in fp32, the key at {places}')
-    print_table(['offset', 'q.k', 'spread over places'], rows)
-
-
-def draw_rope(built, T, figures):
-    """
-    built {base: RotaryPositions} -> left the cosines of base 10K, right q.k over the offset of two tokens.
-    """
-    fig, (left, right) = panels(11.5, 4.2, columns=2)
-    pos = torch.arange(0, 256)
-    for i, pair in enumerate((0, 4, 8, 12, 16, 24)):
-        left.plot(pos, built['10K'].freq.angles(pos)[:, pair].cos() - 2.5 * i, color=COLORS[i])
-        text = f'pair {pair}: {format_quantity(wavelength(pair, BASES["10K"]))} tokens'
-        left.annotate(text, (259, -2.5 * i), fontsize=8, va='center', annotation_clip=False, color=COLORS[i])
-    left.set_yticks([])
-    left.set_ylim(-2.5 * 5 - 1.2, 1.2)
-    left.set_xlabel('position (tokens)')
-    title(left, 'cosine of the angle, base 10K, with wavelengths: fast pairs tell\nneighbours apart, slow '
-                'pairs tell far from near')
-    ones, offsets = torch.ones(1, 1, 1, ROPE_WIDTH), torch.arange(0, T)
-    for i, (name, module) in enumerate(built.items()):
-        angle = module.freq.angles(offsets)
-        rotated = rotate(ones.expand(1, T, 1, ROPE_WIDTH), angle.cos(), angle.sin())[0, :, 0]
-        right.plot(offsets, rotated.mean(-1), color=COLORS[i], label=f'base {name}', linewidth=1)
-    right.axhline(0, color='black', linewidth=0.8)
-    right.set_xscale('symlog', linthresh=1)
-    right.set_xlim(0, T)
-    right.set_xlabel('offset of the two tokens')
-    right.set_ylabel('q.k / q.k at offset 0')
-    title(right, 'q and k are vectors of ones')
-    right.legend(frameon=False, fontsize=9)
-    save_and_say(fig, figures, 'rope')
-
-
-# ----------------------------------------------------------------------------------------------------------
 # Beyond the trained context
 
-LENGTHS, SCALINGS = (128, 256, 512), ('none', 'linear', 'ntk', 'yarn')
+SCALINGS = 'none', 'linear', 'ntk', 'yarn'
 
 
-def context(device, figures):
-    """RoPE with base 10K and 100K, trained at 128 tokens and evaluated at up to 512, scaled or not."""
+def context(argv, tokens, device, figures):
+    """RoPE at two bases, evaluated at up to four times the trained length; takes train.py's settings."""
+    words, given = trained_flags('context', argv, ('device', 'tokens', 'figures'), ('rope_scaling',))
+    bases = {'10K': 10000.0} | {format_quantity(base).replace('k', 'K'): base
+                                for base in [float(given.get('rope_theta', 100000.0))]}
     losses = {}
-    for base in BASES.values():
-        folder, _ = train(figures, f'base{base:.0f}', f'--rope_theta={base}', f'--device={device}')
-        trained = evaluate(folder, 128, 'none')
-        losses |= {(base, scaling, T): trained if T == 128 else evaluate(folder, T, scaling)
-                   for scaling in SCALINGS for T in LENGTHS}
-    print_table(['base, scaling', *(f'{T} tokens' for T in LENGTHS)],
-                [[f'{name}, {scaling}', *(f'{losses[base, scaling, T]:.4f}' for T in LENGTHS)]
-                 for name, base in BASES.items() for scaling in SCALINGS])
-    fig, axes = panels(10, 4, columns=2, sharey=True)
-    for ax, (name, base) in zip(axes, BASES.items()):
+    for base in each(bases.values(), 'a run with base {:.0f}'.format):
+        folder, _ = train(figures, f'base{base:.0f}', *words, f'--rope_theta={base}', f'--device={device}')
+        length = recorded(folder)[0]['block_size']
+        lengths = sizes('tokens', tokens, length, 2 * length, 4 * length)
+        short = {T: evaluate(folder, T) for T in lengths if T <= length}
+        jobs = [(scaling, T) for scaling in SCALINGS for T in lengths if T > length]
+        losses |= {(base, scaling, T): loss for scaling in SCALINGS for T, loss in short.items()}
+        for scaling, T in each(jobs, lambda job: f'base {base:.0f}: {job[0]}, {job[1]} tokens'):
+            factor = [] if scaling == 'none' else [f'--rope_scaling={scaling}', f'--rope_factor={T / length}']
+            losses[base, scaling, T] = evaluate(folder, T, *factor)
+    print_table(['base, scaling', *(f'{T} tokens' for T in lengths)],
+                [[f'{name}, {scaling}', *(f'{losses[base, scaling, T]:.4f}' for T in lengths)]
+                 for name, base in bases.items() for scaling in SCALINGS])
+    fig, axes = panels(10, 4, columns=len(bases), sharey=True)
+    for ax, (name, base) in zip(axes, bases.items()):
         for i, scaling in enumerate(SCALINGS):
-            values = [losses[base, scaling, T] for T in LENGTHS]
-            ax.plot(LENGTHS, values, 'o-', color=COLORS[i], label=scaling)
-        log2_axis(ax, LENGTHS)
+            values = [losses[base, scaling, T] for T in lengths]
+            ax.plot(lengths, values, 'o-', color=COLORS[i], label=scaling)
+        log2_axis(ax, lengths)
         ax.set_xlabel('context in evaluation (tokens)')
-        title(ax, f'base {name}, trained at 128 tokens')
+        title(ax, f'base {name}, trained at {length} tokens')
     axes[0].set_ylabel(LOSS)
     axes[0].legend(frameon=False, fontsize=9, title='rope_scaling', title_fontsize=9)
     save_and_say(fig, figures, 'context')
+
+
+def trained_flags(topic, argv, own, fixed):
+    """
+    ([config files and flags for train.py], {flag: text}) of a command line. own: settings of bench.py, which
+    are left out; fixed: flags that the topic itself varies, which are refused.
+    """
+    files, flags = files_and_flags(argv, without=own)
+    given = {name: text for name, text in split_arguments(flags) if name}
+    for name in fixed:
+        if name in given:
+            raise ValueError(f'{name}={given[name]} must be left out: bench.py {topic} compares its values')
+    return [*files, *flags], given
 
 
 def train(out, name, *flags):
@@ -281,72 +203,81 @@ def train(out, name, *flags):
     folder = os.path.join(out, name)
     done = Path(folder, 'done')
     if not done.exists():
-        print(f'training {name} ...', flush=True)
-        run_script('train.py', *SIZE, *flags, f'--out_dir={folder}', '--overwrite=True')
-        done.write_text(' '.join(flags))
-    elif done.read_text() != ' '.join(flags):
+        run_script('train.py', *SIZE, *flags, f'--out_dir={folder}', '--overwrite=True', tell=name)
+        done.write_text(shlex.join(flags))
+    elif done.read_text() != shlex.join(flags):
         raise ValueError(f'{folder} holds a run with other flags: remove it, or choose another --figures')
     return folder, read_lines(os.path.join(folder, 'metrics.jsonl'))
 
 
-def evaluate(folder, T, scaling):
+def evaluate(folder, T, *flags):
     """The validation loss of a run at a context of T tokens."""
-    factor = [] if scaling == 'none' else [f'--rope_scaling={scaling}', f'--rope_factor={T / 128}']
     printed = run_script('train.py', '--init_from=resume', '--eval_only=True', f'--out_dir={folder}',
-                         f'--block_size={T}', *factor)
+                         f'--block_size={T}', *flags)
     return float(re.search(r'val loss ([\d.]+)', printed).group(1))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Long sequences
 
-ALL_LENGTHS = [1024 * 2 ** i for i in range(8)]
-
-
-def lengths(device, figures, budget=60.0):
+def lengths(tokens, width, limit_s, device, figures):
     """Time and memory of one layer of attention, window, Mamba and Mamba-2 over 1K to 128K tokens."""
-    flags = dict(n_embd=256, n_head=4, n_layer=1, bias=False, norm='rmsnorm', ffn_pattern='-',
-                 block_size=ALL_LENGTHS[-1], vocab_size=64)
+    wanted, (width,) = sizes('tokens', tokens, *(1024 * 2 ** i for i in range(8))), sizes('width', width, 256)
+    flags = dict(n_embd=width, n_head=heads(width), n_layer=1, bias=False, norm='rmsnorm', ffn_pattern='-',
+                 block_size=wanted[-1], vocab_size=64)
     choices = {'attention': dict(pos='rope'), 'window 1024': dict(pos='rope', layer_pattern='w', window=1024),
                'Mamba': dict(pos='none', layer_pattern='m', ssm='mamba1'),
-               'Mamba-2': dict(pos='none', layer_pattern='m', ssm='mamba2')}
-    found = {name: layer_costs(GPT(GPTConfig(**flags, **more)).to(device).eval(), device, budget)
-             for name, more in choices.items()}
-    print(f'forward pass of one layer of width {flags["n_embd"]}, one sequence; -: beyond {budget:.0f} s for '
-          'the layer')
+               'Mamba-2': dict(pos='none', layer_pattern='m', ssm='mamba2',
+                               ssm_head_dim=64 if 2 * width % 64 == 0 else 2 * width)}
+    found = {name: layer_costs(name, GPT(GPTConfig(**flags, **choices[name])).to(device).eval(), wanted,
+                               device, limit_s) for name in each(choices)}
+    print(f'forward pass of one layer of width {width}, one sequence; -: beyond the {limit_s:g} s of a layer '
+          '(--limit_s)')
     shown = {'seconds': lambda value: f'{value:.4f}', 'peak MB': lambda value: f'{value / 1e6:.0f}'}
     for i, (heading, text) in enumerate(shown.items()):
-        print_table([heading, *(f'{T // 1024}K' for T in ALL_LENGTHS)],
-                    [[name, *(text(costs[T][i]) if T in costs else '-' for T in ALL_LENGTHS)]
+        print_table([heading, *map(in_short, wanted)],
+                    [[name, *(text(costs[T][i]) if T in costs else '-' for T in wanted)]
                      for name, costs in found.items()])
+    draw_lengths(wanted, found, width, figures)
+
+
+def heads(width):
+    """Heads of 64, or one where the width is no multiple of it."""
+    return width // 64 if width % 64 == 0 else 1
+
+
+def draw_lengths(wanted, found, width, figures):
+    """found {layer: {tokens: (seconds, bytes)}}"""
     fig, axes = panels(10.5, 4.2, columns=2)
-    for i, (ax, text) in enumerate(zip(axes, ('time of a forward pass (s)', 'peak memory (bytes)'))):
+    for ax, i, scale, text in zip(axes, (0, 1), (1, 1e6), ('forward pass (s)', 'peak memory (MB)')):
         for color, (name, costs) in zip(COLORS, found.items()):
-            points = [(T, cost[i]) for T, cost in costs.items() if cost[i] > 0]
-            ax.plot(*zip(*points), 'o-', color=color, label=name)
-        log2_axis(ax, ALL_LENGTHS, [f'{T // 1024}K' for T in ALL_LENGTHS])
-        ax.set_xlim(ALL_LENGTHS[0] / 1.3, ALL_LENGTHS[-1] * 1.3)
+            points = [(T, cost[i] / scale) for T, cost in costs.items() if cost[i] > 0]
+            if points:
+                ax.plot(*zip(*points), 'o-', color=color, label=name)
+        log2_axis(ax, wanted, [in_short(T) for T in wanted])
+        ax.set_xlim(wanted[0] / 1.3, wanted[-1] * 1.3)
         ax.set_yscale('log')
-        ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value))
+        ax.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
         ax.set_xlabel('tokens')
         ax.set_ylabel(text)
-    title(axes[0], f'one layer of width {flags["n_embd"]}, one sequence')
+        title(ax, f'one layer of width {width}, one sequence')
     axes[0].legend(frameon=False, fontsize=9)
     save_and_say(fig, figures, 'lengths')
 
 
 @torch.no_grad()
-def layer_costs(model, device, left):
+def layer_costs(name, model, wanted, device, left):
     """{tokens: (median seconds, peak bytes)} of the model's first mixer, as long as `left` seconds last."""
     mixer, costs = model.h[0].mixer, {}
-    for T in ALL_LENGTHS:
-        # a quadratic layer takes four times as long for twice the tokens
-        if 4 * costs.get(T // 2, (0.0,))[0] > left:
+    for T in wanted:
+        if costs and expected(costs, T) > left:
+            tell(f'{name}: {in_short(T)} tokens would take about {expected(costs, T):.0f} s')
             break
+        tell(f'{name}: {in_short(T)} tokens')
         x = torch.randn(1, T, model.config.n_embd, device=device)
         ctx = model.context(torch.zeros(1, T, dtype=torch.int64, device=device), None, None)
         run = partial(mixer, x, ctx)
-        if T == ALL_LENGTHS[0]:
+        if not costs:
             run()  # the first call loads libraries
         peak = []
         seconds = [timed(lambda run=run, peak=peak: peak.append(peak_bytes(run, device)), device)() / 1e3]
@@ -356,17 +287,28 @@ def layer_costs(model, device, left):
     return costs
 
 
+def expected(costs, T):
+    """Seconds at T tokens, from the growth between the last two lengths, at least linear; first quadratic."""
+    times = [(length, seconds) for length, (seconds, _) in costs.items()][-2:]
+    (before, old), (last, new) = times[0], times[-1]
+    power = 2.0 if len(times) < 2 else min(2.0, max(1.0, math.log(new / old, last / before)))
+    return new * (T / last) ** power
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Routing
 
 
-def router(device, figures):
-    """How evenly eight experts are used in training: without balancing, with a loss, with a bias."""
+def router(argv, device, figures):
+    """How evenly experts are used: without balancing, with a loss, with a bias; takes train.py's settings."""
     choices = {'none': ['--balance=none'], 'loss': ['--balance=aux'],
                'bias': ['--balance=bias', '--router=sigmoid', '--bias_rate=0.01']}
     moe = ['--ffn_pattern=e', '--n_expert=8', '--n_expert_used=2', '--log_interval=5', f'--device={device}']
-    runs = {name: train(figures, f'router_{name}', *moe, *flags)[1] for name, flags in choices.items()}
-    rows = []
+    words, _ = trained_flags('router', argv, ('device', 'figures'), ('balance', 'router', 'bias_rate'))
+    runs = {name: train(figures, f'router_{name}', *moe, *words, *choices[name])[1]
+            for name in each(choices, 'balancing: {}'.format)}
+    model = recorded(os.path.join(figures, 'router_none'))[0]
+    even, most, rows = 1 / model['n_expert'], 1 / model['n_expert_used'], []
     for name, lines in runs.items():
         load = [line for line in lines if 'expert_max' in line]
         loss = [line['val_loss'] for line in lines if 'val_loss' in line][-1]
@@ -374,63 +316,18 @@ def router(device, figures):
         rows.append([name, f'{load[0]["expert_max"]:.3f}',
                      f'{statistics.fmean(line["expert_max"] for line in tail):.3f}',
                      f'{statistics.fmean(line["expert_entropy"] for line in tail):.4f}', f'{loss:.4f}'])
-    print("the busiest expert's share of the tokens (even: 0.125), and the entropy of the shares (even: 1)")
+    print(f"the busiest expert's share of the tokens (even: {even:.3g}), and the shares' entropy (even: 1)")
     print_table(['balancing', 'at the start', 'last quarter', 'entropy', 'val loss'], rows)
     fig, axes = panels(10.5, 4, columns=2)
-    texts = "the busiest expert's share, of at most 1/2", 'entropy of the shares, mean over layers'
-    for ax, key, even, text in zip(axes, ('expert_max', 'expert_entropy'), (0.125, 1.0), texts):
+    shown = [('expert_max', even, "the busiest expert's share of the tokens", f'at most {most:.3g}'),
+             ('expert_entropy', 1.0, 'entropy of the shares / of even shares', 'mean over layers')]
+    for ax, (key, dashed, label, text) in zip(axes, shown):
         for i, (name, lines) in enumerate(runs.items()):
             points = [(line['step'], line[key]) for line in lines if key in line]
             ax.plot(*zip(*points), color=COLORS[i], label=f'balancing: {name}')
-        ax.axhline(even, color='black', linewidth=0.8, linestyle='--')
+        ax.axhline(dashed, color='black', linewidth=0.8, linestyle='--')
         ax.set_xlabel('training step')
+        ax.set_ylabel(label)
         title(ax, f'{text}; dashed: even')
     axes[1].legend(frameon=False, fontsize=9, loc='lower right')
     save_and_say(fig, figures, 'router')
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The reach of windows
-
-
-def reach(device, figures):
-    """How far a token's influence reaches through windowed layers, by the gradient."""
-    window, depth, T = 16, 6, 128
-    config = GPTConfig(n_layer=depth, n_head=4, n_embd=64, vocab_size=64, block_size=T, pos='rope',
-                       norm='rmsnorm', ffn='swiglu', bias=False, layer_pattern='w', window=window)
-    influence, rows = influences(GPT(config).to(device).double().eval(), device), []
-    for layer, strength in enumerate(influence, start=1):
-        far = layer * (window - 1)
-        rows.append([layer, int(strength.nonzero().max()), far, f'{strength[1]:.1e}', f'{strength[far]:.1e}'])
-    print(f'{depth} layers, each sees {window} tokens, its own included')
-    print_table(['layers', 'farthest token felt', 'layers x (window - 1)', 'influence at 1',
-                 'at the farthest'], rows)
-    from matplotlib.colors import LogNorm
-    fig, (ax,) = panels(8.4, 3.6)
-    image = torch.stack(influence).cpu().clamp(min=1e-12).numpy()
-    shown = ax.imshow(image, aspect='auto', norm=LogNorm(1e-8, 1), cmap='viridis', origin='lower',
-                      extent=(-0.5, T - 0.5, 0.5, depth + 0.5))
-    corners = [(layer * (window - 1) + 0.5, layer + y) for layer in range(1, depth + 1) for y in (-0.5, 0.5)]
-    ax.plot(*zip(*corners), color='white', linewidth=1.2)
-    ax.grid(visible=False)
-    ax.set_xlabel('distance from the last token (white: layers x (window - 1))')
-    ax.set_ylabel('layers')
-    title(ax, f"influence on the last token, as a share of the token's own; window of {window} tokens")
-    fig.colorbar(shown, ax=ax, label='influence')
-    save_and_say(fig, figures, 'reach')
-
-
-def influences(model, device):
-    """[(T,) after each layer]: the gradient of the last token at each distance, over that at distance 0."""
-    T = model.config.block_size
-    idx = torch.randint(64, (8, T), generator=torch.Generator().manual_seed(0)).to(device)
-    start = model.wte(idx).detach().requires_grad_()
-    ctx = model.context(idx, None, None)._replace(losses=[])
-    x, influence = start, []
-    for layer, block in enumerate(model.h, start=1):
-        x = block(x, ctx)
-        probe = torch.randn(x[:, -1].shape, dtype=x.dtype, generator=torch.Generator().manual_seed(layer))
-        grad, = torch.autograd.grad((x[:, -1] * probe.to(device)).sum(), start, retain_graph=True)
-        strength = grad.norm(dim=-1).mean(0).flip(0)
-        influence.append(strength / strength[0])
-    return influence

@@ -29,9 +29,11 @@ from nanoblocks.experiments.arms import (
     read_flags,
 )
 from nanoblocks.experiments.budget import MATCHES, WIDTHS, match_budgets
-from nanoblocks.experiments.runs import check_pair, check_run, progress
+from nanoblocks.experiments.runs import check_pair, check_run, progress, read_lines
 from nanoblocks.experiments.timing import interleaved
+from nanoblocks.experiments.topics import counted, tell
 from nanoblocks.files import ROOT
+from nanoblocks.formats import format_duration
 from nanoblocks.hardware import synchronized_time
 from nanoblocks.training import checkpoint
 from nanoblocks.training.run_folder import RunFolder
@@ -191,25 +193,26 @@ def start_run(plan, run, slot, lock):
 
 def train_all(plan, lock=None):
     """Train every run that is not finished, `jobs` at a time -> [a sentence for each that failed]"""
-    runs, folder, began = runs_of(plan), Path(plan['folder']), time.time()
+    runs, folder, began = runs_of(plan), Path(plan['folder']), time.monotonic()
     todo = deque(run for run in runs if progress(folder / run['path'])[0] < run['flags']['max_iters'])
     total, ended, failed, running = len(todo), 0, [], {}
-    print(f'{len(plan["arms"])} arms, {len(plan["seeds"])} seeds, {len(plan["rates"])} learning rates: '
-          f'{len(runs)} runs, {len(runs) - total} of them finished', flush=True)
+    print(f'{counted(len(plan["arms"]), "arm")}, {counted(len(plan["seeds"]), "seed")}, '
+          f'{counted(len(plan["rates"]), "learning rate")}: {counted(len(runs), "run")}, '
+          f'{len(runs) - total} of them finished', flush=True)
     try:
         while todo or running:
             while todo and len(running) < plan['jobs']:
                 run, slot = todo.popleft(), min(set(range(plan['jobs'])) - {r[1] for r in running.values()})
                 process = start_run(plan, run, slot, lock)
                 running[process.pid] = run, slot, process
-            pid, status = os.wait()
-            run, _, process = running.pop(pid)
-            process.returncode, ended = os.waitstatus_to_exitcode(status), ended + 1
+                tell(f'[{ended + len(running)}/{total}] {run["path"]} begins')
+            run, _, process = running.pop(wait_for_one(running, folder))
+            ended += 1
             step, loss = progress(folder / run['path'])
             failure = close_run(plan, run, process.returncode)
-            left = (time.time() - began) / ended * (total - ended)
-            print(f'[{ended}/{total}] {run["path"]}: ' + (failure or f'val loss {loss:.4f}')
-                  + f', about {left / 60:.0f} min left', flush=True)
+            left = (time.monotonic() - began) / ended * (total - ended)
+            print(f'[{ended}/{total}] ' + (failure or f'{run["path"]}: val loss {loss:.4f}, about '
+                                           f'{format_duration(left)} left'), flush=True)
             failed += [failure] if failure else []
             if failure and ended == 1 and step == 0:
                 raise ValueError(f'the first run failed early, as the others would: {failure}')
@@ -217,6 +220,27 @@ def train_all(plan, lock=None):
         for _, _, process in running.values():
             process.terminate()
     return failed
+
+
+def wait_for_one(running, folder, every=15.0):
+    """The pid of the first of the running processes to end; every few seconds, says how far they all are."""
+    told = time.monotonic()
+    while True:
+        for pid, (_, _, process) in running.items():
+            if process.poll() is not None:
+                return pid
+        time.sleep(0.1)
+        if time.monotonic() - told > every:
+            told = time.monotonic()
+            for run, _, _ in running.values():
+                tell(f'{run["path"]}: step {last_step(folder / run["path"])} of {run["flags"]["max_iters"]}')
+
+
+def last_step(folder):
+    """The step of the last line of a run's metrics."""
+    path = folder / 'metrics.jsonl'
+    lines = read_lines(path) if path.exists() else []
+    return lines[-1]['step'] if lines else 0
 
 
 def close_run(plan, run, code):

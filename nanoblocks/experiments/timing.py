@@ -8,18 +8,20 @@ import statistics
 
 import torch
 
+from nanoblocks.experiments.topics import Countdown
 from nanoblocks.hardware import synchronized_time
 
 
 def interleaved(runs, rounds, warmup=3):
     """
     runs {name: function without arguments} -> {name: [what it returned in each round]}.
-    The first `warmup` rounds compile and allocate, and are not kept.
+    The first `warmup` rounds compile and allocate, and are not kept. What takes long says so on stderr.
     """
-    results = {name: [] for name in runs}
+    results, countdown = {name: [] for name in runs}, Countdown((warmup + rounds) * len(runs))
     for n in range(-warmup, rounds):
         for name in (list(runs) if n % 2 else reversed(runs)):
             result = runs[name]()
+            countdown.step(' '.join(map(str, name)) if type(name) is tuple else name)
             if n >= 0:
                 results[name].append(result)
     return results
