@@ -193,7 +193,7 @@ class RopeFlags:
     def rules(c):
         width = rope_width(c)
         name = 'rope_head_dim' if c.attn == 'mla' else 'rope_fraction' if c.rope_fraction < 1 else 'head_dim'
-        yield name, width and width % 2 == 0, f'leave an even number of coordinates to rotate, not {width}'
+        yield name, width and width % 2 == 0, f'leave an even number when pos=rope, not {width}'
 
 class Frequencies(nn.Module):
     """One frequency per pair of coordinates; stays fp32 when the model is cast."""
@@ -648,6 +648,10 @@ class RopeScalingFlags:
             pairs = rope_width(c) // 2
             yield (name, len(getattr(c, name) or ()) == pairs,
                    f'hold {pairs} numbers, one for each pair, when rope_scaling=longrope')
+        if c.rope_local_theta is not None and not c.mixers() & set('ac'):
+            alone = "when every layer that rotates is a 'w', at rope_local_theta"
+            yield 'rope_theta', c.rope_theta == RopeFlags.rope_theta, f'be {RopeFlags.rope_theta} {alone}'
+            yield 'rope_scaling', c.rope_scaling == 'none', f'be none {alone}'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -667,6 +671,8 @@ class AttentionExtraFlags:
         for name, default in (('value_embed', False), ('qkv_clip', None), ('temp_scale', None)):
             yield name, c.attn != 'mla' or getattr(c, name) == default, f'be {default} when attn=mla'
         yield 'value_embed', c.attn != 'diff' or not c.value_embed, 'be False when attn=diff'
+        yield ('qk_norm', c.qk_norm != 'unit' or c.pos == 'rope',
+               f'be True, full, heads or False when pos={c.pos}, as unit norms only what rotates')
 
 class WidthNorm(RMSNorm):
     """RMS norm over all heads together (OLMo 2). x (B,T,H,D)"""
@@ -1073,6 +1079,7 @@ class SSMFlags:
 # Experts
 
 ROUTER = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
+ROUTER_NORM = (True, False, 'fixed')
 BALANCE = ('none', 'aux', 'bias', 'both')
 
 @flags(ffn_pattern='e')
@@ -1088,7 +1095,9 @@ class MoEFlags:
     shared_gate: bool = flag(False, n_shared=SET)   # scale the shared experts by a learned sigmoid (Qwen MoE)
     router: str = flag('softmax', ROUTER)   # scores of the experts: softmax, sigmoid (DeepSeek V3)
     router_bias: bool = False               # a learned bias in the router (gpt-oss)
-    router_norm: bool = True                # normalise the chosen experts' weights to sum to 1
+    # make the chosen experts' weights sum to 1; fixed: the weight of a single one is 1, and its router learns
+    # from its own losses alone (published checkpoints)
+    router_norm: bool | str = flag(True, ROUTER_NORM)
     router_scale: float = 1.0               # factor on the experts' weights
     router_input: bool = False              # weight an expert's input instead of its output (Llama 4)
     n_group: int = 1                        # groups of experts; a token first picks the best (DeepSeek)
@@ -1114,6 +1123,17 @@ class MoEFlags:
                f'be below n_group={c.n_group}, or groups make no difference')
         most = c.n_expert // c.n_group * c.n_group_used
         yield 'n_expert_used', c.n_expert_used <= most, f'be at most the {most} experts to choose from'
+        yield ('router_norm', c.router_norm is not True or c.n_expert_used > 1 or c.n_expert == 1,
+               'be False when n_expert_used=1: one weight divided by itself is 1, and teaches the router '
+               'nothing')
+        yield ('router_norm', c.router_norm != 'fixed' or c.n_expert_used == 1 < c.n_expert,
+               'be True or False unless one of several experts is used')
+
+def with_fixed_norm(flags):
+    """Flags of a saved model. Where the weight of one expert was normalised, that is router_norm='fixed'."""
+    several = flags.get('n_expert') not in (None, 1)
+    one = several and flags.get('n_expert_used') == 1 and flags.get('router_norm', True) is True
+    return flags | {'router_norm': 'fixed'} if one else flags
 
 class MoE(nn.Module):
     """
