@@ -146,6 +146,7 @@ class Context(NamedTuple):
     embedding: torch.Tensor | None = None   # embed_skip: the embedding (B,T,C), which blocks mix back in
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
     losses: list | None = None              # what routers add to the training loss
+    reach: int | None = None    # tokens that a query sees where a chunk ends beyond what its cache was made for
 
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""
@@ -256,15 +257,18 @@ class TokenCache:
     """
 
     def __init__(self, batch_size, slots, widths, dtype, device, max_tokens=math.inf, spare=0):
-        self.max_tokens = max_tokens  # longest sequence; one more would overwrite a token it must see
+        self.max_tokens = max_tokens  # longest sequence; one more pushes out the oldest token
         # longest chunk that can be written before attending, and overwrites no key that it still needs
         self.max_chunk = max_tokens if slots >= max_tokens else 1 + spare
         self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)
         self.rows = [torch.zeros(batch_size, slots, *w, dtype=dtype, device=device) for w in widths]
         self.empty = True
 
-    def update(self, pos, *new):
-        """Store `new`, tensors (B,T,...) at pos (T,) or (B,T) -> (positions, tensors) of all they may see."""
+    def update(self, pos, *new, beyond=False):
+        """
+        Store `new`, tensors (B,T,...) at pos (T,) or (B,T) -> (positions, tensors) of all they may see.
+        beyond: a chunk ends beyond max_tokens, so that its first token still sees what its last pushes out.
+        """
         if new[0].shape[1] > self.max_tokens:
             raise ValueError(f'{new[0].shape[1]} tokens must be at most the {self.max_tokens} that this '
                              'cache was made for: make a larger one')
@@ -272,7 +276,7 @@ class TokenCache:
         pos_BT = pos.to(torch.int32).expand(new[0].shape[:2])
         if self.empty and pos_BT.shape[1] > 1:  # prefill takes the path of training
             seen = (pos_BT, *new)
-        elif pos_BT.shape[1] <= self.max_chunk:
+        elif pos_BT.shape[1] <= (1 if beyond else self.max_chunk):
             seen = (self.pos, *self.rows)
         else:
             # copy the old slots before they are overwritten; a replaced position must not be seen twice
@@ -354,8 +358,10 @@ class SoftmaxAttention(nn.Module):
         q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), key_pos (S,) or (B,S) -> (B,T,H,Dv). Query head h reads
         key/value head h // (H / K); nothing is repeated in memory.
         """
-        slopes = None if self.slopes is None else self.slopes.view(torch.float32)
-        return ops.attention(q, k, v, ctx.pos, key_pos, **self.options, slopes=slopes, sinks=self.sinks,
+        slopes, options = None if self.slopes is None else self.slopes.view(torch.float32), self.options
+        if ctx.reach is not None and ctx.reach < (options['window'] or math.inf) and not options['chunked']:
+            options = options | {'window': ctx.reach}
+        return ops.attention(q, k, v, ctx.pos, key_pos, **options, slopes=slopes, sinks=self.sinks,
                              in_order=ctx.in_order, dropout=self.dropout if self.training else 0.0)
 
 class CachedAttention(nn.Module):
@@ -410,7 +416,7 @@ class Attention(CachedAttention):
         # 4. past tokens
         key_pos = ctx.pos
         if cache is not None:
-            key_pos, (k, v) = cache.update(ctx.pos, k, v)                           # (B,S,K,D)
+            key_pos, (k, v) = cache.update(ctx.pos, k, v, beyond=ctx.reach is not None)     # (B,S,K,D)
         # 5. attend, and project back to the residual stream
         return self.c_proj(self.attend(q, k, v, ctx, key_pos).flatten(2))
 
@@ -819,7 +825,7 @@ class MLA(CachedAttention):
         # 3. past tokens
         key_pos = ctx.pos
         if cache is not None:
-            key_pos, (shared,) = cache.update(ctx.pos, shared)                      # (B,S,R+Dr)
+            key_pos, (shared,) = cache.update(ctx.pos, shared, beyond=ctx.reach is not None)    # (B,S,R+Dr)
         # 4. attend, and project back; on a first call, update returned the new rows themselves
         attend = self.expanded if cache is None or ctx.in_order else self.absorbed
         return self.c_proj(attend(q, q_rot, shared, ctx, key_pos).flatten(2))
@@ -1491,9 +1497,11 @@ class GPT(nn.Module):
                                  'learned positions end; cut the text or train with pos=rope')
         # a first call of one token attends to all slots of the cache
         in_order = pos is None and (cache is None or T > 1)
+        chunk = cache is not None and pos is not None and T > 1 and not torch.compiler.is_compiling()
         pos = torch.arange(T, device=idx.device) if pos is None else pos
         length = T if cache is None else min(entry.max_tokens for entry in cache)
-        return Context(pos, in_order, self.wpe.rope(pos, length))
+        beyond = chunk and pos.max() >= length
+        return Context(pos, in_order, self.wpe.rope(pos, length), reach=length if beyond else None)
 
     def read_out(self, x):
         """The last block's output (B,T,C) -> the input of the head"""
