@@ -30,6 +30,7 @@ The papers' letters, and ours:
 """
 import hashlib
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -1533,6 +1534,8 @@ class GPT(nn.Module):
         An empty cache, one entry per layer, for batch_size sequences of max_tokens, in the activations'
         dtype. Tokens beyond max_tokens push out the oldest. spare: how many tokens may be rolled back.
         """
+        check_counts(1, batch_size=batch_size, max_tokens=max_tokens)
+        check_counts(0, spare=spare)
         weight = self.wte.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -1601,11 +1604,20 @@ class GPT(nn.Module):
         from nanoblocks.decoding import decode
         return decode.stream(self, idx, max_new_tokens, *args, **options)
 
+def check_counts(least, **given):
+    """ValueError unless each is a whole number of at least `least`."""
+    for name, value in given.items():
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f'{name}={value} must be a whole number')
+        if value < least:
+            raise ValueError(f'{name}={value} must be at least {least}')
+
 def kv_cache_bytes(config: GPTConfig, seq_len: int, batch_size: int, dtype_bytes: int) -> int:
     """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
     dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     if dtype_bytes not in dtypes:
         raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
+    check_counts(1, seq_len=seq_len, batch_size=batch_size)
     with torch.device('meta'):
         mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()

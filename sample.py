@@ -13,9 +13,10 @@ In Python: nanoblocks/decoding/session.py.
 import sys
 
 from configurator import configure, errors_as_messages
+from model import check_counts
 from nanoblocks.decoding.console import Console
 from nanoblocks.decoding.decode import Sampling
-from nanoblocks.decoding.session import Session, at_least_one
+from nanoblocks.decoding.session import Session
 from nanoblocks.decoding.text import read_prompts, text_or_file
 from nanoblocks.hardware import warn_of_torch_version
 
@@ -60,8 +61,8 @@ sys.stdout.reconfigure(errors='replace')  # for consoles that cannot print every
 # ----------------------------------------------------------------------------------------------------------
 
 with errors_as_messages():
-    at_least_one(num_samples=num_samples, max_new_tokens=max_new_tokens, ahead=ahead, batch_size=batch_size,
-                 chunk=chunk)
+    check_counts(1, num_samples=num_samples, max_new_tokens=max_new_tokens, ahead=ahead,
+                 batch_size=batch_size, chunk=chunk)
     if quant not in ('none', 'int8'):
         raise ValueError(f'quant={quant} must be one of none, int8')
     modes = {'start': start, 'prompts': prompts, 'interactive': interactive, 'score': score}

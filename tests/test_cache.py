@@ -228,6 +228,17 @@ def test_cache_bytes_of_known_models():
         kv_cache_bytes(GPTConfig(), 8, 1, 3)
 
 
+@pytest.mark.parametrize('sizes, sentence', [
+    ((0, 8), 'batch_size=0 must be at least 1'), ((1, -3), 'max_tokens=-3 must be at least 1'),
+    ((1, 8, -1), 'spare=-1 must be at least 0'), ((1, 8.5), 'max_tokens=8.5 must be a whole number')], ids=str)
+def test_a_cache_of_no_size_is_refused(sizes, sentence):
+    with pytest.raises(ValueError, match=f'^{sentence}$'):
+        build(toy()).new_cache(*sizes)
+    if len(sizes) == 2:
+        with pytest.raises(ValueError, match='must be'):
+            kv_cache_bytes(GPTConfig(), sizes[1], sizes[0], 4)
+
+
 def test_cache_takes_the_dtype_of_the_activations():
     model, idx = build(toy()), tokens(toy(), 1, 4)
 

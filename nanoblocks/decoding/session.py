@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from model import GPT, ops
+from model import GPT, check_counts, ops
 from nanoblocks import pretrained
 from nanoblocks.decoding import quantize
-from nanoblocks.decoding.decode import Decoder, Sampling, left_padded
+from nanoblocks.decoding.decode import Decoder, Sampling, check_ids, check_seed, left_padded
 from nanoblocks.decoding.generation import Generation, Sample
 from nanoblocks.decoding.scoring import Score, token_logprobs
 from nanoblocks.decoding.speculative import Speculative
@@ -65,8 +65,9 @@ class Session:
     default_prompt: str = ''            # what `sample` continues when it is given nothing
 
     def __post_init__(self):
-        at_least_one(num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
+        check_counts(1, num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
                      batch_size=self.batch_size, draft_length=self.draft_length)
+        check_seed(self.seed)
         stops_of(self.stop, self.tokenizer)         # refuses a special token that the tokenizer lacks
 
     @classmethod
@@ -122,6 +123,7 @@ class Session:
             # where no token begins a document, a line end does
             prompt = Prompt(self.tokenizer.prompt(text or '\n'), text or '\n')
         self.room(prompt.tokens, name)
+        check_ids(self.model, torch.tensor(prompt.tokens))
         return prompt
 
     def room(self, tokens, name='prompt'):
@@ -207,6 +209,7 @@ class Session:
             tokens = [self.tokenizer.eot, *tokens]
         if len(tokens) < 2:
             raise ValueError(f'score={text} must have at least two tokens: the first is given, not scored')
+        check_ids(self.model, torch.tensor(tokens))
         return tokens
 
     def score_tokens(self, tokens: list[int]) -> Score:
@@ -234,12 +237,6 @@ class Session:
         first = [eot] if eot is not None else self.tokenizer.prompt(self.default_prompt or '\n')[:1]
         new = min(256, (self.model.wpe.max_tokens or 257) - 1)
         return self.model.generate(torch.tensor([first], device=self.device), new, seed=self.seed)[0].tolist()
-
-
-def at_least_one(**counts):
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f'{name}={value} must be at least 1')
 
 
 # ----------------------------------------------------------------------------------------------------------
