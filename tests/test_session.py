@@ -159,8 +159,26 @@ def test_quantizing_measures_its_cost(tokens):
     assert cost.bytes < 0.5 * cost.bytes_before
     assert 0 < abs(cost.bpb - cost.bpb_before) < 0.5
     if tokens:
-        assert cost.bpb_before == before and cost.bpb == session.score_tokens(tokens).bits_per_byte
+        assert cost.bpb_before == before and cost.bpb == session.score_tokens(tokens, 16).bits_per_byte
+    assert cost.bf16_activations
     assert len(session.sample('ab')[0].tokens) > 0
+
+
+def test_the_cost_of_int8_is_the_cost_of_a_step():
+    """Steps of up to 16 rows round activations to bfloat16, and large passes do not: the cost is of steps."""
+    session, tokens = session_of(), [*range(70)]
+    session.model = scaled(build(toy(pos='rope', vocab_size=257, n_embd=64)), 10)
+    cost = session.quantize(tokens)
+    one_by_one, at_once = (session.score_tokens(tokens, step).bits_per_byte for step in (1, None))
+    assert 5 * abs(cost.bpb - one_by_one) < abs(cost.bpb - at_once)
+
+
+def test_scores_in_steps_are_those_of_one_pass():
+    session, tokens = session_of(), [*range(70)]
+    whole = session.score_tokens(tokens)
+    for step in (1, 16):
+        score = session.score_tokens(tokens, step)
+        assert max(abs(a - b) for a, b in zip(score.logprobs, whole.logprobs, strict=True)) < 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def typed_lines():
 def cost_line(cost, text):
     """What 8-bit weights cost and save."""
     return (f'int8: {cost.bpb:.4f} bits per byte on {cost.n_tokens} tokens of {text}, '
-            f'{cost.bpb - cost.bpb_before:+.4f} against {cost.dtype}; a step reads {cost.bytes / 1e6:.1f} MB '
+            f'{cost.bpb - cost.bpb_before:+.4f} against {cost.dtype}'
+            f'{", activations rounded to bfloat16" if cost.bf16_activations else ""}; a step reads {cost.bytes / 1e6:.1f} MB '
             f'of weights instead of {cost.bytes_before / 1e6:.1f} MB')
 
 

@@ -40,6 +40,7 @@ class QuantizationCost(NamedTuple):
     bpb: float
     bytes_before: int       # of weights that one decoding step reads
     bytes: int
+    bf16_activations: bool  # whether a step rounds activations to bfloat16 (on a CPU)
 
 
 @dataclass
@@ -212,24 +213,31 @@ class Session:
         check_ids(self.model, torch.tensor(tokens))
         return tokens
 
-    def score_tokens(self, tokens: list[int]) -> Score:
-        """How likely the tokens are, each but the first given those before it within block_size."""
+    def score_tokens(self, tokens: list[int], step: int | None = None) -> Score:
+        """
+        How likely the tokens are, each but the first given those before it within block_size. step: tokens of
+        one forward pass, through a cache as in sampling; None: all.
+        """
         window = min(self.model.config.block_size, self.model.wpe.max_tokens or math.inf)
-        logprobs = token_logprobs(self.model, torch.tensor(tokens, device=self.device), window)
+        logprobs = token_logprobs(self.model, torch.tensor(tokens, device=self.device), window, step)
         return Score(tokens, logprobs.tolist(), logprobs.sum().item(),
                      len(self.tokenizer.decode_bytes(tokens[1:])))
 
     def quantize(self, tokens: list[int] | None = None) -> QuantizationCost:
         """
-        Replace the weights by int8, in place, and measure the cost on these tokens. Without tokens, on a text
-        that the model draws beforehand.
+        Replace the weights by int8, in place, and measure the cost on these tokens, in steps as sampling takes
+        them. Without tokens, on a text that the model draws beforehand.
         """
         tokens = tokens or self.own_tokens()
         dtype = str(self.model.wte.weight.dtype).removeprefix('torch.')
         before, size = self.score_tokens(tokens).bits_per_byte, bytes_per_step(self.model, None)
         quantize.quantize(self.model)
-        return QuantizationCost(len(tokens) - 1, dtype, before, self.score_tokens(tokens).bits_per_byte,
-                                size, bytes_per_step(self.model, None))
+        # a pass of more rows would not round the activations as a step of sampling does
+        rounds = quantize.rounds_activations(self.model)
+        step = quantize.MAX_KERNEL_ROWS if rounds else None
+        return QuantizationCost(len(tokens) - 1, dtype, before,
+                                self.score_tokens(tokens, step).bits_per_byte, size,
+                                bytes_per_step(self.model, None), rounds and dtype != 'bfloat16')
 
     def own_tokens(self):
         """About 256 tokens drawn from the model's own distribution."""
