@@ -147,7 +147,7 @@ class Context(NamedTuple):
     embedding: torch.Tensor | None = None   # embed_skip: the embedding (B,T,C), which blocks mix back in
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
     losses: list | None = None              # what routers add to the training loss
-    reach: int | None = None    # tokens that a query sees where a chunk ends beyond what its cache was made for
+    reach: int | None = None                # tokens that a query sees where a chunk ends beyond max_tokens
 
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""

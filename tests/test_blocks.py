@@ -50,8 +50,9 @@ def moe_by_loops(moe, x):
 
 
 @pytest.mark.parametrize('flags', [
-    {'n_expert_used': 1, 'router_norm': 'fixed'}, {}, {'n_expert_used': 4}, {'router': 'sigmoid'}, {'router_norm': False},
-    {'router_scale': 2.5}, {'router_bias': True}, {'router_input': True, 'router_norm': False},
+    {'n_expert_used': 1, 'router_norm': 'fixed'}, {}, {'n_expert_used': 4}, {'router': 'sigmoid'},
+    {'router_norm': False}, {'router_scale': 2.5}, {'router_bias': True},
+    {'router_input': True, 'router_norm': False},
     {'n_shared': 2}, {'n_shared': 1, 'shared_gate': True, 'shared_width': 11}, {'balance': 'bias'},
     {'n_expert': 12, 'n_group': 3, 'n_group_used': 2, 'router': 'sigmoid'},
     {'n_expert': 12, 'n_group': 3, 'n_group_used': 2, 'group_top': 1, 'balance': 'both'},

@@ -230,7 +230,8 @@ def test_cache_bytes_of_known_models():
 
 @pytest.mark.parametrize('sizes, sentence', [
     ((0, 8), 'batch_size=0 must be at least 1'), ((1, -3), 'max_tokens=-3 must be at least 1'),
-    ((1, 8, -1), 'spare=-1 must be at least 0'), ((1, 8.5), 'max_tokens=8.5 must be a whole number')], ids=str)
+    ((1, 8, -1), 'spare=-1 must be at least 0'),
+    ((1, 8.5), 'max_tokens=8.5 must be a whole number')], ids=str)
 def test_a_cache_of_no_size_is_refused(sizes, sentence):
     with pytest.raises(ValueError, match=f'^{sentence}$'):
         build(toy()).new_cache(*sizes)
@@ -289,7 +290,8 @@ def test_pieces_beyond_max_tokens_see_the_newest_tokens(flags, S, spare):
         logits = want(idx)[0]
     else:
         cache = model.new_cache(2, S)
-        logits = torch.cat([model(idx[:, n:n + 1], cache=cache, pos=torch.tensor([n]))[0] for n in range(40)], 1)
+        steps = [model(idx[:, [n]], cache=cache, pos=torch.tensor([n]))[0] for n in range(40)]
+        logits = torch.cat(steps, 1)
     for sizes in ([4] * 10, [8, 1, 3, 1, 1, 7, 2, 5, 8, 4], [1] * 40):
         cache, start = model.new_cache(2, S, spare=spare), 0
         for size in sizes if spare == 0 or sizes[0] > 1 else ():

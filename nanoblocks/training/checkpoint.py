@@ -167,7 +167,8 @@ def build(state: dict, path: str, flags=()) -> GPT:
 
 def overrides(trained: dict, config: GPTConfig) -> dict:
     """{name: (old, new)} of the flags of `config` that differ from the flags a model was trained with."""
-    trained = asdict(GPTConfig(**with_fixed_norm(trained)))  # an older checkpoint lacks the flags that came after it
+    # an older checkpoint lacks the flags that came after it
+    trained = asdict(GPTConfig(**with_fixed_norm(trained)))
     return {name: (trained[name], value) for name, value in asdict(config).items() if value != trained[name]}
 
 
