@@ -1,10 +1,12 @@
 """No flag is silently ignored, none touches weights that are not its own, and what cannot be is refused."""
 import itertools
+import random
 import re
 import time
 from dataclasses import dataclass, fields
 
 import conftest
+import fuzz_flags
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,3 +310,17 @@ def test_random_combinations_reach_every_value():
         missing = set(field.values) - seen if not isinstance(field.values[0], tuple) else {()} - seen - {
             () for value in seen if value}
         assert not missing, f'no combination has {name} = {missing}'
+
+
+def test_random_models_of_any_size_hold():
+    """A short run of tests/fuzz_flags.py, which maintainers run for an hour."""
+    assert fuzz_flags.fuzz(seed=1, count=40) == 40
+
+
+def test_the_fuzz_draws_one_expert_windows_and_heads_of_every_number():
+    drawn = [GPTConfig(**fuzz_flags.random_legal(random.Random(n))) for n in range(80)]
+    assert {c.n_head for c in drawn} == set(range(1, 10)) and any(c.n_embd % 2 for c in drawn)
+    assert any('e' in c.ffns() and c.n_expert_used == 1 < c.n_expert for c in drawn)
+    assert set().union(*(c.mixers() for c in drawn)) == set('awcnvm')
+    assert {c.attn for c in drawn} == {'standard', 'mla', 'diff'}
+    assert {c.pos for c in drawn} == set(FIELDS['pos'].values) and len({c.rope_scaling for c in drawn}) > 3
