@@ -30,6 +30,7 @@ The papers' letters, and ours:
 """
 import hashlib
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -146,6 +147,7 @@ class Context(NamedTuple):
     embedding: torch.Tensor | None = None   # embed_skip: the embedding (B,T,C), which blocks mix back in
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
     losses: list | None = None              # what routers add to the training loss
+    reach: int | None = None                # tokens that a query sees where a chunk ends beyond max_tokens
 
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""
@@ -257,15 +259,18 @@ class TokenCache:
     """
 
     def __init__(self, batch_size, slots, widths, dtype, device, max_tokens=math.inf, spare=0):
-        self.max_tokens = max_tokens  # longest sequence; one more would overwrite a token it must see
+        self.max_tokens = max_tokens  # longest sequence; one more pushes out the oldest token
         # longest chunk that can be written before attending, and overwrites no key that it still needs
         self.max_chunk = max_tokens if slots >= max_tokens else 1 + spare
         self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)
         self.rows = [torch.zeros(batch_size, slots, *w, dtype=dtype, device=device) for w in widths]
         self.empty = True
 
-    def update(self, pos, *new):
-        """Store `new`, tensors (B,T,...) at pos (T,) or (B,T) -> (positions, tensors) of all they may see."""
+    def update(self, pos, *new, beyond=False):
+        """
+        Store `new`, tensors (B,T,...) at pos (T,) or (B,T) -> (positions, tensors) of all they may see.
+        beyond: a chunk ends beyond max_tokens, so that its first token still sees what its last pushes out.
+        """
         if new[0].shape[1] > self.max_tokens:
             raise ValueError(f'{new[0].shape[1]} tokens must be at most the {self.max_tokens} that this '
                              'cache was made for: make a larger one')
@@ -273,7 +278,7 @@ class TokenCache:
         pos_BT = pos.to(torch.int32).expand(new[0].shape[:2])
         if self.empty and pos_BT.shape[1] > 1:  # prefill takes the path of training
             seen = (pos_BT, *new)
-        elif pos_BT.shape[1] <= self.max_chunk:
+        elif pos_BT.shape[1] <= (1 if beyond else self.max_chunk):
             seen = (self.pos, *self.rows)
         else:
             # copy the old slots before they are overwritten; a replaced position must not be seen twice
@@ -355,8 +360,10 @@ class SoftmaxAttention(nn.Module):
         q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), key_pos (S,) or (B,S) -> (B,T,H,Dv). Query head h reads
         key/value head h // (H / K); nothing is repeated in memory.
         """
-        slopes = None if self.slopes is None else self.slopes.view(torch.float32)
-        return ops.attention(q, k, v, ctx.pos, key_pos, **self.options, slopes=slopes, sinks=self.sinks,
+        slopes, options = None if self.slopes is None else self.slopes.view(torch.float32), self.options
+        if ctx.reach is not None and ctx.reach < (options['window'] or math.inf) and not options['chunked']:
+            options = options | {'window': ctx.reach}
+        return ops.attention(q, k, v, ctx.pos, key_pos, **options, slopes=slopes, sinks=self.sinks,
                              in_order=ctx.in_order, dropout=self.dropout if self.training else 0.0)
 
 class CachedAttention(nn.Module):
@@ -411,7 +418,7 @@ class Attention(CachedAttention):
         # 4. past tokens
         key_pos = ctx.pos
         if cache is not None:
-            key_pos, (k, v) = cache.update(ctx.pos, k, v)                           # (B,S,K,D)
+            key_pos, (k, v) = cache.update(ctx.pos, k, v, beyond=ctx.reach is not None)     # (B,S,K,D)
         # 5. attend, and project back to the residual stream
         return self.c_proj(self.attend(q, k, v, ctx, key_pos).flatten(2))
 
@@ -649,6 +656,10 @@ class RopeScalingFlags:
             pairs = rope_width(c) // 2
             yield (name, len(getattr(c, name) or ()) == pairs,
                    f'hold {pairs} numbers, one for each pair, when rope_scaling=longrope')
+        if c.rope_local_theta is not None and not c.mixers() & set('ac'):
+            alone = "when every layer that rotates is a 'w', at rope_local_theta"
+            yield 'rope_theta', c.rope_theta == RopeFlags.rope_theta, f'be {RopeFlags.rope_theta} {alone}'
+            yield 'rope_scaling', c.rope_scaling == 'none', f'be none {alone}'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -668,6 +679,8 @@ class AttentionExtraFlags:
         for name, default in (('value_embed', False), ('qkv_clip', None), ('temp_scale', None)):
             yield name, c.attn != 'mla' or getattr(c, name) == default, f'be {default} when attn=mla'
         yield 'value_embed', c.attn != 'diff' or not c.value_embed, 'be False when attn=diff'
+        yield ('qk_norm', c.qk_norm != 'unit' or c.pos == 'rope',
+               f'be True, full, heads or False when pos={c.pos}, as unit norms only what rotates')
 
 class WidthNorm(RMSNorm):
     """RMS norm over all heads together (OLMo 2). x (B,T,H,D)"""
@@ -814,7 +827,7 @@ class MLA(CachedAttention):
         # 3. past tokens
         key_pos = ctx.pos
         if cache is not None:
-            key_pos, (shared,) = cache.update(ctx.pos, shared)                      # (B,S,R+Dr)
+            key_pos, (shared,) = cache.update(ctx.pos, shared, beyond=ctx.reach is not None)    # (B,S,R+Dr)
         # 4. attend, and project back; on a first call, update returned the new rows themselves
         attend = self.expanded if cache is None or ctx.in_order else self.absorbed
         return self.c_proj(attend(q, q_rot, shared, ctx, key_pos).flatten(2))
@@ -1074,6 +1087,7 @@ class SSMFlags:
 # Experts
 
 ROUTER = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
+ROUTER_NORM = (True, False, 'fixed')
 BALANCE = ('none', 'aux', 'bias', 'both')
 
 @flags(ffn_pattern='e')
@@ -1089,7 +1103,9 @@ class MoEFlags:
     shared_gate: bool = flag(False, n_shared=SET)   # scale the shared experts by a learned sigmoid (Qwen MoE)
     router: str = flag('softmax', ROUTER)   # scores of the experts: softmax, sigmoid (DeepSeek V3)
     router_bias: bool = False               # a learned bias in the router (gpt-oss)
-    router_norm: bool = True                # normalise the chosen experts' weights to sum to 1
+    # make the chosen experts' weights sum to 1; fixed: the weight of a single one is 1, and its router learns
+    # from its own losses alone (published checkpoints)
+    router_norm: bool | str = flag(True, ROUTER_NORM)
     router_scale: float = 1.0               # factor on the experts' weights
     router_input: bool = False              # weight an expert's input instead of its output (Llama 4)
     n_group: int = 1                        # groups of experts; a token first picks the best (DeepSeek)
@@ -1115,6 +1131,17 @@ class MoEFlags:
                f'be below n_group={c.n_group}, or groups make no difference')
         most = c.n_expert // c.n_group * c.n_group_used
         yield 'n_expert_used', c.n_expert_used <= most, f'be at most the {most} experts to choose from'
+        yield ('router_norm', c.router_norm is not True or c.n_expert_used > 1 or c.n_expert == 1,
+               'be False when n_expert_used=1: one weight divided by itself is 1, and teaches the router '
+               'nothing')
+        yield ('router_norm', c.router_norm != 'fixed' or c.n_expert_used == 1 < c.n_expert,
+               'be True or False unless one of several experts is used')
+
+def with_fixed_norm(flags):
+    """Flags of a saved model. Where the weight of one expert was normalised, that is router_norm='fixed'."""
+    several = flags.get('n_expert') not in (None, 1)
+    one = several and flags.get('n_expert_used') == 1 and flags.get('router_norm', True) is True
+    return flags | {'router_norm': 'fixed'} if one else flags
 
 class MoE(nn.Module):
     """
@@ -1472,9 +1499,11 @@ class GPT(nn.Module):
                                  'learned positions end; cut the text or train with pos=rope')
         # a first call of one token attends to all slots of the cache
         in_order = pos is None and (cache is None or T > 1)
+        chunk = cache is not None and pos is not None and T > 1 and not torch.compiler.is_compiling()
         pos = torch.arange(T, device=idx.device) if pos is None else pos
         length = T if cache is None else min(entry.max_tokens for entry in cache)
-        return Context(pos, in_order, self.wpe.rope(pos, length))
+        beyond = chunk and pos.max() >= length
+        return Context(pos, in_order, self.wpe.rope(pos, length), reach=length if beyond else None)
 
     def read_out(self, x):
         """The last block's output (B,T,C) -> the input of the head"""
@@ -1506,6 +1535,8 @@ class GPT(nn.Module):
         An empty cache, one entry per layer, for batch_size sequences of max_tokens, in the activations'
         dtype. Tokens beyond max_tokens push out the oldest. spare: how many tokens may be rolled back.
         """
+        check_counts(1, batch_size=batch_size, max_tokens=max_tokens)
+        check_counts(0, spare=spare)
         weight = self.wte.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -1574,11 +1605,20 @@ class GPT(nn.Module):
         from nanoblocks.decoding import decode
         return decode.stream(self, idx, max_new_tokens, *args, **options)
 
+def check_counts(least, **given):
+    """ValueError unless each is a whole number of at least `least`."""
+    for name, value in given.items():
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f'{name}={value} must be a whole number')
+        if value < least:
+            raise ValueError(f'{name}={value} must be at least {least}')
+
 def kv_cache_bytes(config: GPTConfig, seq_len: int, batch_size: int, dtype_bytes: int) -> int:
     """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
     dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     if dtype_bytes not in dtypes:
         raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
+    check_counts(1, seq_len=seq_len, batch_size=batch_size)
     with torch.device('meta'):
         mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()

@@ -12,10 +12,18 @@ In Python: nanoblocks/decoding/session.py.
 """
 import sys
 
+from nanoblocks import console
+from nanoblocks.decoding.commandline import answer_ctrl_c, refuse_words
+
+# from the first line on: torch alone takes seconds to import
+console.never_fail()
+answer_ctrl_c()
+
 from configurator import configure, errors_as_messages
+from model import check_counts
 from nanoblocks.decoding.console import Console
 from nanoblocks.decoding.decode import Sampling
-from nanoblocks.decoding.session import Session, at_least_one
+from nanoblocks.decoding.session import Session
 from nanoblocks.decoding.text import read_prompts, text_or_file
 from nanoblocks.hardware import warn_of_torch_version
 
@@ -44,24 +52,25 @@ seed = 1337                         # seed of the random draws: the same seed gi
 # how
 batch_size = 16                     # prompts that run together; the samples do not depend on it
 chunk = 2048                        # prompt tokens per forward pass
-draft = ''                          # out_dir of a smaller model that drafts (speculative decoding)
+draft = ''                          # a smaller model that drafts (speculative decoding): a run or checkpoint
 ahead = 4                           # tokens that the draft proposes in each round
 quant = 'none'                      # none, or int8: round the weights to 8 bits
 out = ''                            # file to write: prompt, text, tokens, log-probabilities, as JSON lines
 device = 'auto'                     # where to run: auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # type of the weights: float32, bfloat16, float16; auto: 16 bits on a GPU
 kernels = 'auto'                    # Triton kernels on a GPU: auto, torch (none), triton (all of them)
+bandwidth = False                   # say what share of the memory's bandwidth a step used
 compile = False                     # torch.compile the step: a minute to the first token, faster afterwards
 
+refuse_words(sys.argv[1:])
 configure(globals())
 warn_of_torch_version()
-sys.stdout.reconfigure(errors='replace')  # for consoles that cannot print every character
 
 # ----------------------------------------------------------------------------------------------------------
 
 with errors_as_messages():
-    at_least_one(num_samples=num_samples, max_new_tokens=max_new_tokens, ahead=ahead, batch_size=batch_size,
-                 chunk=chunk)
+    check_counts(1, num_samples=num_samples, max_new_tokens=max_new_tokens, ahead=ahead,
+                 batch_size=batch_size, chunk=chunk)
     if quant not in ('none', 'int8'):
         raise ValueError(f'quant={quant} must be one of none, int8')
     modes = {'start': start, 'prompts': prompts, 'interactive': interactive, 'score': score}
@@ -77,13 +86,13 @@ with errors_as_messages():
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty), stop=stop, seed=seed,
         num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=batch_size, chunk=chunk,
         draft_length=ahead, compiled=compile, logprobs=bool(out))
-    console = Console(session, out, quant)
+    shown = Console(session, out, quant, bandwidth)
 
     if score:
-        console.score(text)
+        shown.score(text)
     elif interactive:
-        console.interactive()
+        shown.interactive()
     elif prompts:
-        console.samples(texts, prompts)
+        shown.samples(texts, prompts)
     else:
-        console.samples([text or session.default_prompt])
+        shown.samples([text or session.default_prompt])

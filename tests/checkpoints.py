@@ -123,6 +123,7 @@ CASES = {
     'mistral-full': Case('mistral', {'sliding_window': None, **rope(theta=1e6)}),
     'mistral-null-head': Case('mistral', {**WINDOW, 'head_dim': None}, old={'head_dim': None}),
     'mixtral': Case('mixtral', {'num_local_experts': 5, **rope(theta=1e6)}, old={'rope_theta': ABSENT}),
+    'mixtral-one-expert': Case('mixtral', {'num_local_experts': 4, 'num_experts_per_tok': 1}),
     'mixtral-plain-head': Case('mixtral', {'num_local_experts': 3, 'head_dim': 6}),
     'mixtral-window': Case('mixtral', {**WINDOW, 'num_local_experts': 4, 'num_experts_per_tok': 3}),
     'qwen2': Case('qwen2', old={'sliding_window': 7, 'max_window_layers': 0}),
@@ -143,6 +144,7 @@ CASES = {
     'qwen3_moe': Case('qwen3_moe', {**EXPERTS, 'norm_topk_prob': True}),
     'qwen3_moe-not-normed': Case('qwen3_moe', {**EXPERTS, 'tie_word_embeddings': True,
                                                'attention_bias': True}, old={'norm_topk_prob': ABSENT}),
+    'qwen3_moe-one-expert': Case('qwen3_moe', {**EXPERTS, 'num_experts_per_tok': 1, 'norm_topk_prob': True}),
     'qwen3_moe-dense-layers': Case('qwen3_moe', {**EXPERTS, **FOUR, 'norm_topk_prob': True, **YARN,
                                                  'decoder_sparse_step': 2, 'mlp_only_layers': [3]}),
     'gemma2': Case('gemma2', {**GEMMA, 'attn_logit_softcapping': 1.5, 'final_logit_softcapping': 4.0}),
@@ -157,6 +159,7 @@ CASES = {
         **GEMMA3, **FIVE, 'final_logit_softcapping': 4.0, 'rope_parameters': {
             'full_attention': {'rope_type': 'linear', 'rope_theta': 5000.0, 'factor': 4.0},
             'sliding_attention': {'rope_type': 'default', 'rope_theta': 500.0}}}),
+    'gemma3-all-windows': Case('gemma3_text', {**GEMMA, 'sliding_window_pattern': 9}),
     'gemma3-all-global': Case('gemma3_text', {**GEMMA, 'sliding_window_pattern': 1}),
     'deepseek_v2': Case('deepseek_v2', {**DEEPSEEK2, 'topk_method': 'greedy'}),
     'deepseek_v2-groups': Case('deepseek_v2', {**DEEPSEEK2, 'q_lora_rank': 11, 'n_group': 3, 'topk_group': 2,

@@ -121,7 +121,7 @@ FIELDS = {
     'router_bias': Field((False, True)),
     'router_input': Field((False, True)),
     'router': Field(('softmax', 'sigmoid'), ('relu',)),
-    'router_norm': Field((True, False)),
+    'router_norm': Field((True, False, 'fixed'), ('sum',)),
     'router_scale': Field((1.0, 2.5), (0.0,)),
     'n_group': Field((1, 2, 4), (0,), lambda value, flags: min(value, 2)),
     'n_group_used': Field((1, 2), (0,), same_for_all(1)),
@@ -218,7 +218,7 @@ def fit(flags):
             width = now.rope_head_dim or 4 if now.attn == 'mla' else now.head_dim or now.n_embd // now.n_head
             given = flags.get(name) or FIELDS[name].values[0]
             flags[name] = (given * 9)[:round(width * now.rope_fraction) // 2]
-    if now.n_expert_used == 1 and now.n_expert != 1 and 'e' in now.ffns():
+    if now.n_expert_used == 1 and now.n_expert != 1 and now.router_norm is True and 'e' in now.ffns():
         flags['router_norm'] = False
     if 'e' in now.ffns() and now.n_expert is None:
         flags['n_expert'] = 4

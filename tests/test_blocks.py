@@ -50,8 +50,9 @@ def moe_by_loops(moe, x):
 
 
 @pytest.mark.parametrize('flags', [
-    {'n_expert_used': 1}, {}, {'n_expert_used': 4}, {'router': 'sigmoid'}, {'router_norm': False},
-    {'router_scale': 2.5}, {'router_bias': True}, {'router_input': True, 'router_norm': False},
+    {'n_expert_used': 1, 'router_norm': 'fixed'}, {}, {'n_expert_used': 4}, {'router': 'sigmoid'},
+    {'router_norm': False}, {'router_scale': 2.5}, {'router_bias': True},
+    {'router_input': True, 'router_norm': False},
     {'n_shared': 2}, {'n_shared': 1, 'shared_gate': True, 'shared_width': 11}, {'balance': 'bias'},
     {'n_expert': 12, 'n_group': 3, 'n_group_used': 2, 'router': 'sigmoid'},
     {'n_expert': 12, 'n_group': 3, 'n_group_used': 2, 'group_top': 1, 'balance': 'both'},
@@ -104,7 +105,7 @@ def test_one_expert_is_the_dense_ffn_exactly(router, bias):
 
 
 def test_no_token_is_dropped_when_all_want_the_same_expert():
-    moe = scaled(moe_of(toy(**MOE, n_expert_used=1, ffn='swiglu', bias=False)), 20)
+    moe = scaled(moe_of(toy(**MOE, n_expert_used=1, router_norm=False, ffn='swiglu', bias=False)), 20)
     moe.router.weight.data.zero_()
     moe.router.weight.data[2, 0] = 100.0
     x = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0))
@@ -112,6 +113,29 @@ def test_no_token_is_dropped_when_all_want_the_same_expert():
     y = moe(x, None)
     assert (y.abs().sum(-1) > 0).all()
     assert_close(y, moe_by_loops(moe, x.flatten(0, 1)).view(3, 8, 32), 1e-5, 'one busy expert')
+
+
+@pytest.mark.parametrize('router', ['softmax', 'sigmoid'])
+def test_a_router_that_picks_one_expert_learns_from_the_text(router):
+    flags = toy(**MOE, n_expert_used=1, router=router, balance='none')
+    with pytest.raises(ValueError, match='^router_norm=True must be False when n_expert_used=1'):
+        GPTConfig(**flags)
+    size = {}
+    for norm in (False, 'fixed'):
+        model, idx = build(flags, router_norm=norm).train(), tokens(flags, 8, 17)
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        size[norm] = model.h[0].ffn.router.weight.grad.norm().item()
+    assert size[False] > 1e-4 and size['fixed'] < 1e-6
+
+
+def test_an_older_checkpoint_of_one_normalised_expert_is_read(tmp_path):
+    flags = toy(**MOE, n_expert_used=1, router_norm='fixed')
+    state = checkpoint.contents(build(flags))
+    state['config']['router_norm'] = True
+    model = checkpoint.build(state, 'best.pt')
+    idx = tokens(flags, 2, 9)
+    assert model.config.router_norm == 'fixed' and torch.equal(model.eval()(idx)[0], build(flags)(idx)[0])
+    assert checkpoint.overrides(state['config'], model.config) == {}
 
 
 def test_groups_limit_the_choice():

@@ -228,6 +228,18 @@ def test_cache_bytes_of_known_models():
         kv_cache_bytes(GPTConfig(), 8, 1, 3)
 
 
+@pytest.mark.parametrize('sizes, sentence', [
+    ((0, 8), 'batch_size=0 must be at least 1'), ((1, -3), 'max_tokens=-3 must be at least 1'),
+    ((1, 8, -1), 'spare=-1 must be at least 0'),
+    ((1, 8.5), 'max_tokens=8.5 must be a whole number')], ids=str)
+def test_a_cache_of_no_size_is_refused(sizes, sentence):
+    with pytest.raises(ValueError, match=f'^{sentence}$'):
+        build(toy()).new_cache(*sizes)
+    if len(sizes) == 2:
+        with pytest.raises(ValueError, match='must be'):
+            kv_cache_bytes(GPTConfig(), sizes[1], sizes[0], 4)
+
+
 def test_cache_takes_the_dtype_of_the_activations():
     model, idx = build(toy()), tokens(toy(), 1, 4)
 
@@ -256,6 +268,37 @@ def test_positions_must_be_told_when_the_cache_is_in_use(flags):
             with pytest.raises(ValueError, match='^pos=None must be') as error:
                 model(idx[:, :n], cache=cache)
             assert '\n' not in str(error.value)
+
+
+BEYOND = [toy(pos=pos, layer_pattern=pattern, window=8) | more for pos, pattern, more in (
+    ('rope', 'w', {}), ('none', 'w', {'sinks': True}), ('alibi', 'aw', {}), ('rope', 'c', {}),
+    ('rope', 'av', {'n_kv_head': 2}), ('rope', 'w', {'attn': 'mla'}), ('rope', 'aw', {'attn': 'diff'}),
+    ('rope', 'wm', {'ssm_head_dim': 8}))]
+
+
+@pytest.mark.parametrize('flags', BEYOND, ids=str)
+@pytest.mark.parametrize('S, spare', [(8, 0), (9, 0), (8, 3), (10, 2)])
+@torch.no_grad()
+def test_pieces_beyond_max_tokens_see_the_newest_tokens(flags, S, spare):
+    # a layer without a window then has one of max_tokens
+    windows = {S if letter in 'a' else 8 for letter in flags['layer_pattern'] if letter != 'm'}
+    model, idx = scaled(build(flags), 5), tokens(flags, 2, 40)
+    if len(windows) == 1:
+        want = model
+        if 'a' in flags['layer_pattern']:
+            want = scaled(build(flags | {'layer_pattern': flags['layer_pattern'].replace('a', 'w')}), 5)
+        logits = want(idx)[0]
+    else:
+        cache = model.new_cache(2, S)
+        steps = [model(idx[:, [n]], cache=cache, pos=torch.tensor([n]))[0] for n in range(40)]
+        logits = torch.cat(steps, 1)
+    for sizes in ([4] * 10, [8, 1, 3, 1, 1, 7, 2, 5, 8, 4], [1] * 40):
+        cache, start = model.new_cache(2, S, spare=spare), 0
+        for size in sizes if spare == 0 or sizes[0] > 1 else ():
+            pos = torch.arange(start, start + size)
+            got = model(idx[:, start:start + size], cache=cache, pos=pos)[0]
+            assert_close(got, logits[:, start:start + size], BOUND, f'{sizes}: {size} tokens from {start} on')
+            start += size
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -618,3 +618,46 @@ def test_states_are_rolled_back_from_a_snapshot():
         entry.restore(state)
     got = model(idx[:, 5:], cache=cache, pos=torch.arange(5, 12))[0]
     assert_close(got, model(idx)[0][:, 5:], 1e-4, 'logits after the rollback')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What cannot be drawn
+
+
+@pytest.mark.parametrize('temperature', [1e-42, 1e-30, 1e-12])
+def test_a_tiny_temperature_draws_the_likeliest_token(temperature):
+    model, idx = scaled(build(toy()), 5), tokens(toy(), 2, 5)
+    greedy = model.generate(idx, 8, temperature=0.0)
+    for more in ({}, {'top_k': 4}, {'top_p': 0.9}, {'min_p': 0.1}):
+        assert torch.equal(model.generate(idx, 8, temperature=temperature, seed=1, **more), greedy)
+
+
+ROWS = torch.tensor([[5, 6, 7, 8, 9]] * 2)
+
+
+@pytest.mark.parametrize('options, sentence', [
+    ({'max_new_tokens': -1}, 'max_new_tokens=-1 must be at least 0'),
+    ({'max_new_tokens': 2.5}, 'max_new_tokens=2.5 must be a whole number'),
+    ({'num_samples': 0}, 'num_samples=0 must be at least 1'),
+    ({'num_samples': 1.5}, 'num_samples=1.5 must be a whole number'),
+    ({'top_k': 2.5}, 'top_k=2.5 must be a whole number'),
+    ({'top_k': -2}, 'top_k=-2 must be at least 1'),
+    ({'chunk': 2.5}, 'chunk=2.5 must be a whole number'),
+    ({'chunk': -1}, 'chunk=-1 must be at least 1'),
+    ({'seed': 0.5}, 'seed=0.5 must be a whole number, or None for another text every time'),
+    ({'temperature': float('inf')}, 'temperature=inf must be a finite number'),
+    ({'lengths': [9, 9]}, r'lengths=\[9, 9\] must be 2 whole numbers from 1 to 5'),
+    ({'lengths': [3]}, r'lengths=\[3\] must be 2 whole numbers from 1 to 5'),
+    ({'lengths': [0, 5]}, r'lengths=\[0, 5\] must be 2 whole numbers from 1 to 5'),
+    ({'lengths': [2.5, 5.0]}, 'lengths=.* must be 2 whole numbers from 1 to 5'),
+    ({'idx': ROWS[:0]}, r'idx of shape \(0, 5\) .* must be rows of at least one token'),
+    ({'idx': ROWS[:, :0]}, r'idx of shape \(2, 0\) .* must be rows of at least one token'),
+    ({'idx': ROWS[0]}, r'idx of shape \(5,\) .* must be rows of at least one token'),
+    ({'idx': ROWS.float()}, r'idx of .* torch.float32 must be rows of at least one token'),
+    ({'idx': ROWS + 60}, 'token 69 must be one of the 61 tokens that the model knows'),
+    ({'idx': ROWS - 60}, 'token -55 must be one of the 61 tokens')], ids=str)
+def test_what_cannot_be_drawn_is_refused_in_a_sentence(options, sentence):
+    model = build(toy(pos='rope'))
+    with pytest.raises(ValueError, match=f'^{sentence}') as error:
+        model.generate(**{'idx': ROWS, 'max_new_tokens': 3} | options)
+    assert '\n' not in str(error.value)

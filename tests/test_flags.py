@@ -1,10 +1,12 @@
 """No flag is silently ignored, none touches weights that are not its own, and what cannot be is refused."""
 import itertools
+import random
 import re
 import time
 from dataclasses import dataclass, fields
 
 import conftest
+import fuzz_flags
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,6 +93,8 @@ def test_every_value_of_a_flag_changes_something(name):
     alike = {pair for pair in itertools.combinations(values, 2) if not (alone and None in pair)}
     if name == 'layer_pattern':  # no positions go with both
         alike -= {('an', 'm'), ('av', 'm')}
+    if name == 'router_norm':  # no number of experts goes with both
+        alike.remove((True, 'fixed'))
     for flags in bases():
         others = {value: conftest.flipped(flags, name, value) for value in values}
         measured = {value: measure(other) for value, other in others.items() if other}
@@ -195,6 +199,11 @@ def test_value_of_another_type_is_refused_in_a_sentence(name):
         assert_refuses(toy() | {name: value}, name, value)
 
 
+# rope_theta turns no layer here
+W_ALONE = {'pos': 'rope', 'layer_pattern': 'w', 'window': 5, 'rope_local_theta': 50.0}
+ONE_EXPERT = {'ffn_pattern': 'e', 'n_expert': 4, 'n_expert_used': 1}
+
+
 # flags, the field that the sentence is about, and the remedy that it names
 @pytest.mark.parametrize('flags, name, remedy', [
     ({'n_embd': 100, 'n_head': 3}, 'n_embd', 'n_head=3|head_dim'),
@@ -203,7 +212,14 @@ def test_value_of_another_type_is_refused_in_a_sentence(name):
     ({'head_dim': 7, 'pos': 'rope'}, 'head_dim', 'pos=rope'),
     ({'n_embd': 36, 'n_head': 4, 'pos': 'rope'}, 'head_dim', 'pos=rope'),
     ({'n_embd': 33, 'n_head': 3, 'pos': 'sinusoidal'}, 'n_embd', 'pos=sinusoidal'),
-    ({'pos': 'learned', 'rope_theta': 100.0}, 'rope_theta', 'pos=rope')], ids=str)
+    ({'pos': 'learned', 'rope_theta': 100.0}, 'rope_theta', 'pos=rope'),
+    ({'qk_norm': 'unit'}, 'qk_norm', 'pos=learned'),
+    ({'qk_norm': 'unit', 'pos': 'none'}, 'qk_norm', 'pos=none'),
+    (W_ALONE | {'rope_theta': 500.0}, 'rope_theta', 'be 10000.0 .* rope_local_theta'),
+    (W_ALONE | {'rope_scaling': 'linear', 'rope_factor': 2.0}, 'rope_scaling', 'be none .* rope_local_theta'),
+    (ONE_EXPERT | {'router_norm': True}, 'router_norm', 'be False'),
+    (ONE_EXPERT | {'n_expert_used': 2, 'router_norm': 'fixed'}, 'router_norm', 'be True or False'),
+    ], ids=str)
 def test_bad_combination_is_refused_in_a_sentence(flags, name, remedy):
     value = flags.get(name, 9)
     for sizes in ({}, {key: size for key, size in HUGE.items() if key not in ('n_embd', 'n_head')}):
@@ -294,3 +310,17 @@ def test_random_combinations_reach_every_value():
         missing = set(field.values) - seen if not isinstance(field.values[0], tuple) else {()} - seen - {
             () for value in seen if value}
         assert not missing, f'no combination has {name} = {missing}'
+
+
+def test_random_models_of_any_size_hold():
+    """A short run of tests/fuzz_flags.py, which maintainers run for an hour."""
+    assert fuzz_flags.fuzz(seed=1, count=40) == 40
+
+
+def test_the_fuzz_draws_one_expert_windows_and_heads_of_every_number():
+    drawn = [GPTConfig(**fuzz_flags.random_legal(random.Random(n))) for n in range(80)]
+    assert {c.n_head for c in drawn} == set(range(1, 10)) and any(c.n_embd % 2 for c in drawn)
+    assert any('e' in c.ffns() and c.n_expert_used == 1 < c.n_expert for c in drawn)
+    assert set().union(*(c.mixers() for c in drawn)) == set('awcnvm')
+    assert {c.attn for c in drawn} == {'standard', 'mla', 'diff'}
+    assert {c.pos for c in drawn} == set(FIELDS['pos'].values) and len({c.rope_scaling for c in drawn}) > 3

@@ -5,8 +5,12 @@ Most models here are written by hand: one that repeats a given text for ever sho
 """
 import json
 import re
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +18,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-from runs import assert_refused, dataset, flags, python, real_python, trained  # noqa: E402
+from runs import ENV, assert_refused, dataset, flags, python, real_python, trained  # noqa: E402
 from test_reliability import DAMAGES, damage  # noqa: E402
 
 from data.tokenizer import ByteTokenizer, from_meta  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from nanoblocks.pretrained.convert import tensors_of  # noqa: E402
 from nanoblocks.training import checkpoint  # noqa: E402
 
 CHARS = dict(pos='rope', dtype='float32', eval_interval=60)
@@ -61,7 +66,9 @@ def sample(out_dir, **settings):
     """[(text, tokens)] of each sample, and everything printed."""
     done = python('sample.py', *flags(out_dir=out_dir, device='cpu', **settings))
     assert done.code == 0 and not done.err, done
-    parts = re.split(r'\n-{15} (\d+) tokens, .*\n', done.out)
+    first, _, text = done.out.partition('\n')
+    assert first.startswith('model: '), 'the first line names the model'
+    parts = re.split(r'\n-{15} (\d+) tokens, .*\n', text)
     return list(zip(parts[:-1:2], map(int, parts[1::2]))), done.out
 
 
@@ -89,7 +96,7 @@ def test_the_same_in_a_process_of_its_own():
     args = flags(out_dir=chars(), start='abc', num_samples=1, max_new_tokens=20, device='cpu')
     done = real_python('sample.py', *args)
     assert done.code == 0 and not done.err, done
-    assert done.out.split('\n---')[0] == text_of(chars(), start='abc', max_new_tokens=20)
+    assert done.out.partition('\n')[2].split('\n---')[0] == text_of(chars(), start='abc', max_new_tokens=20)
 
 
 def test_text_is_what_the_model_generates():
@@ -250,7 +257,8 @@ def test_a_text_is_scored(tmp_path):
                                       out=tmp_path / 'out.jsonl'))
     assert done.code == 0 and not done.err, done
     row, = rows_of(tmp_path / 'out.jsonl')
-    count, size, nats, bpb = re.fullmatch(r'(\d+) tokens, (\d+) bytes: log-likelihood ([-\d.]+) nats, '
+    count, size, nats, bpb = re.fullmatch(r'model: .*\n(\d+) tokens, (\d+) bytes: log-likelihood '
+                                          r'([-\d.]+) nats, '
                                           r'.*, ([\d.]+) bits per byte\n', done.out).groups()
     assert (count, size) == ('60', '60') and row['text'] == text
     assert abs(float(nats) - sum(row['logprobs'])) < 0.01
@@ -266,7 +274,7 @@ def test_a_text_is_scored(tmp_path):
 def test_int8_prints_its_cost_before_the_samples():
     settings = dict(start='ab', max_new_tokens=20, temperature=0, num_samples=1)
     (one,), out = sample(chars(), quant='int8', **settings)
-    loss, more = map(float, re.match(r'int8: ([\d.]+) bits per byte on 256 tokens of its own text, '
+    loss, more = map(float, re.search(r'int8: ([\d.]+) bits per byte on 256 tokens of its own text, '
                                      r'([-+][\d.]+) against float32', out).groups())
     assert 0 < loss < 8 and abs(more) < 0.1
     assert one[0].startswith('int8: ') and one[0].splitlines()[1].startswith('ab')
@@ -286,13 +294,23 @@ def test_a_draft_changes_speed_and_not_the_text():
 
 
 def test_the_last_line_compares_the_speed_with_the_memory_bandwidth():
-    _, out = sample(chars(), start='ab', max_new_tokens=10, num_samples=2)
+    _, out = sample(chars(), start='ab', max_new_tokens=10, num_samples=2, bandwidth=True)
     assert re.fullmatch(r'2 rows together: 18 tokens in 9 steps of [\d.]+ ms; reading [\d.]+ MB per step '
                         r'uses \d+% of the measured [\d.]+ GB/s', out.splitlines()[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Which model
+
+
+def test_the_first_line_says_which_checkpoint_is_used():
+    state = checkpoint.load(chars() / 'best.pt')
+    _, out = sample(chars(), start='a', max_new_tokens=3)
+    assert re.fullmatch(rf'model: {chars()}/best\.pt, step {state["step"]}, validation loss '
+                        rf'{state["best_val_loss"]:.4f}, \d[\d.]*k parameters', out.splitlines()[0])
+    _, out = sample(chars(), start='a', max_new_tokens=3, ckpt='ckpt.pt')
+    assert re.match(rf'model: {chars()}/ckpt\.pt, step 60, lowest validation loss [\d.]+, ', out)
+    assert 'GB/s' not in out and re.search(r'3 rows together: 6 tokens in 2 steps of [\d.]+ ms\n$', out)
 
 
 def test_best_pt_is_read_unless_another_is_named(tmp_path):
@@ -388,6 +406,92 @@ def test_bad_input_is_refused_with_one_sentence(settings, words):
     done = python('sample.py', *flags(**usual | settings))
     assert_refused(done, *words)
     assert not done.out
+
+
+def test_a_published_checkpoint_drafts(tmp_path):
+    """Here one of nanoGPT, in a file and in a folder beside nothing else."""
+    meta = {'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}, 'prompt': 'a'}
+    args = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, bias=True, vocab_size=50304, dropout=0.0)
+    model = GPT(GPTConfig(**args))
+    (tmp_path / 'run').mkdir()
+    checkpoint.save(tmp_path / 'run' / 'best.pt', checkpoint.contents(model, settings={}, meta=meta, step=1))
+    theirs = {'transformer.' + name.replace('.mixer.', '.attn.').replace('.ffn.', '.mlp.'): p.detach()
+              for name, p in tensors_of(model).items()}
+    (tmp_path / 'nano').mkdir()
+    nano = {'model': theirs, 'model_args': args, 'iter_num': 1, 'config': {}}
+    torch.save(nano, tmp_path / 'nano' / 'ckpt.pt')
+    _, out = sample(tmp_path / 'run', start='a', draft=tmp_path / 'nano' / 'ckpt.pt', max_new_tokens=8)
+    assert 'draft: 100% of its tokens accepted' in out
+    done = python('sample.py', *flags(out_dir=tmp_path / 'run', draft=tmp_path / 'nano'))
+    assert_refused(done, f'draft={tmp_path}/nano must hold', f'use --draft={tmp_path}/nano/ckpt.pt')
+    done = python('sample.py', *flags(out_dir=tmp_path / 'nano'))
+    remedy = re.search(r'use (--init_from=\S+)', done.err)[1]
+    assert python('sample.py', remedy, '--device=cpu', '--max_new_tokens=3', '--start=a').code == 0
+    done = python('sample.py', *flags(out_dir=chars(), device='cpu', draft=tmp_path / 'nano' / 'ckpt.pt'))
+    assert_refused(done, 'draft=', 'another tokenizer')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Words without a flag, consoles that cannot print
+
+
+@pytest.mark.parametrize('words, remedy', [
+    (['RUN'], '--out_dir=RUN'), (['RUN/best.pt'], '--init_from=RUN/best.pt'),
+    (['--out_dir=RUN', '--start=def', 'main'], "--start='def main'"),
+    (['--out_dir=RUN', '--start', 'abc', 'de', 'f', '--device=cpu'], "--start='abc de f'"),
+    (['--out_dir=RUN', '--score=a', 'b'], "--score='a b'")], ids=str)
+def test_a_word_without_its_flag_gets_a_remedy_that_works(words, remedy):
+    words, remedy = [word.replace('RUN', str(chars())) for word in words], remedy.replace('RUN', str(chars()))
+    done = python('sample.py', *words)
+    assert_refused(done, 'is no config file', remedy)
+    done = python('sample.py', *[word for word in words if word.startswith('--out_dir')],
+                  *shlex.split(remedy.replace('def main', 'a b')), '--device=cpu', '--max_new_tokens=3')
+    assert done.code == 0, done.err
+
+
+def test_a_stream_without_reconfigure_is_printed_to():
+    """As in a notebook."""
+    before = """
+import sys
+class Cell:
+    encoding = 'UTF-8'
+    def __init__(self, to): self.to = to
+    def write(self, text): return self.to.write(text)
+    def flush(self): self.to.flush()
+sys.stdout = Cell(sys.stdout)
+"""
+    settings = dict(out_dir=chars(), start='a', device='cpu', max_new_tokens=3)
+    done = python('sample.py', *flags(**settings), before=before)
+    assert done.code == 0 and done.out.startswith('model: ') and not done.err, done
+
+
+def test_a_character_that_the_console_lacks_is_printed_as_its_number(tmp_path):
+    out_dir = parrot(tmp_path, 'é-')
+    done = real_python('sample.py', *flags(out_dir=out_dir, start='é', device='cpu', max_new_tokens=3),
+                       env={'PYTHONIOENCODING': 'ascii'})
+    assert done.code == 0 and not done.err and r'\xe9-\xe9' in done.out, done
+
+
+def test_a_closed_pipe_is_no_traceback():
+    command = shlex.join([sys.executable, 'sample.py', *flags(
+        out_dir=chars(), start='a', device='cpu', max_new_tokens=200, num_samples=2)])
+    done = subprocess.run(['bash', '-c', f'set -o pipefail; {command} | head -n 1'], cwd=ROOT, env=ENV,
+                          text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith('model: ') and not done.stderr, done
+
+
+@pytest.mark.parametrize('seconds', [0.5, None], ids=['while importing', 'while sampling'])
+def test_ctrl_c_ends_with_a_sentence(seconds):
+    args = flags(out_dir=chars(), start='a', device='cpu', max_new_tokens=10 ** 6)
+    process = subprocess.Popen([sys.executable, 'sample.py', *args], cwd=ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if seconds is None:
+        assert process.stdout.readline().startswith('model: ')
+    else:
+        time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert err.strip() == 'stopped by Ctrl-C' and process.returncode in (-signal.SIGINT, 130)
 
 
 def test_a_draft_of_another_vocabulary_is_refused():

@@ -159,8 +159,26 @@ def test_quantizing_measures_its_cost(tokens):
     assert cost.bytes < 0.5 * cost.bytes_before
     assert 0 < abs(cost.bpb - cost.bpb_before) < 0.5
     if tokens:
-        assert cost.bpb_before == before and cost.bpb == session.score_tokens(tokens).bits_per_byte
+        assert cost.bpb_before == before and cost.bpb == session.score_tokens(tokens, 16).bits_per_byte
+    assert cost.bf16_activations
     assert len(session.sample('ab')[0].tokens) > 0
+
+
+def test_the_cost_of_int8_is_the_cost_of_a_step():
+    """Steps of up to 16 rows round activations to bfloat16, and large passes do not: the cost is of steps."""
+    session, tokens = session_of(), [*range(70)]
+    session.model = scaled(build(toy(pos='rope', vocab_size=257, n_embd=64)), 10)
+    cost = session.quantize(tokens)
+    one_by_one, at_once = (session.score_tokens(tokens, step).bits_per_byte for step in (1, None))
+    assert 5 * abs(cost.bpb - one_by_one) < abs(cost.bpb - at_once)
+
+
+def test_scores_in_steps_are_those_of_one_pass():
+    session, tokens = session_of(), [*range(70)]
+    whole = session.score_tokens(tokens)
+    for step in (1, 16):
+        score = session.score_tokens(tokens, step)
+        assert max(abs(a - b) for a, b in zip(score.logprobs, whole.logprobs, strict=True)) < 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -171,9 +189,11 @@ def test_the_console_prints_and_writes_every_sample(tmp_path, capsys):
     session = Session.load(out_dir=parrot(tmp_path, 'abc'), device='cpu', max_new_tokens=4, num_samples=2)
     Console(session, tmp_path / 'out.jsonl').samples(['a', 'xb'])
     printed = capsys.readouterr().out.splitlines()
+    assert printed.pop(0) == f'model: {tmp_path}/best.pt, step 1, 1.4M parameters'
     assert printed[0::2][:4] == ['abcab', 'abcab', 'xbcabc', 'xbcabc']
     assert all(line.startswith('--------------- 4 tokens, ') for line in printed[1::2][:4])
-    assert printed[8].startswith('4 rows together: 12 tokens in 3 steps of ') and len(printed) == 9
+    assert printed[8].startswith('4 rows together: 12 tokens in 3 steps of ')
+    assert printed[8].endswith(' ms') and len(printed) == 9
     rows = rows_of(tmp_path / 'out.jsonl')
     assert [(row['prompt'], row['text'], len(row['logprobs'])) for row in rows] == [
         ('a', 'bcab', 4), ('a', 'bcab', 4), ('xb', 'cabc', 4), ('xb', 'cabc', 4)]
@@ -212,7 +232,7 @@ def test_typed_lines_survive_a_refusal_and_ctrl_c(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(Session, 'encode', interrupted)
     Console(session, tmp_path / 'out.jsonl').interactive()
     out = capsys.readouterr().out
-    assert out.startswith('abca\n') and '\nxbcab\n' in out and 'prompt has 16 tokens' in out
+    assert '\nabca\n' in out and '\nxbcab\n' in out and 'prompt has 16 tokens' in out
     assert [row['prompt'] for row in rows_of(tmp_path / 'out.jsonl')] == ['a', 'xb']
 
 

@@ -9,9 +9,12 @@ from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_tim
 class Console:
     """Runs a Session for a terminal: one method per mode of sample.py."""
 
-    def __init__(self, session, out='', quant='none'):
-        """out: a file for JSON lines, one per sample; quant: 'int8' rounds the weights beforehand"""
-        self.session, self.out, self.quant = session, out, quant
+    def __init__(self, session, out='', quant='none', bandwidth=False):
+        """
+        out: a file for JSON lines, one per sample; quant: 'int8' rounds the weights beforehand; bandwidth:
+        compare a step with the time of reading its bytes from memory
+        """
+        self.session, self.out, self.quant, self.bandwidth = session, out, quant, bandwidth
         self.file = None                # the open file, while `running`
         self.last = None                # the Generation shown last
         self.hit_limit = False          # whether learned positions ended a sample
@@ -48,13 +51,16 @@ class Console:
 
     @contextmanager
     def running(self, tokens=None):
-        """Open the file and quantise first, print the summary last. tokens: to measure the cost of int8."""
+        """Open the file, name the model and quantise, then print the summary. tokens: to measure int8 on."""
         with open(self.out, 'w', encoding='utf-8') if self.out else nullcontext() as self.file:
+            if self.session.source:
+                print(self.session.source)
             if self.quant == 'int8':
                 print(cost_line(self.session.quantize(tokens), 'the text' if tokens else 'its own text'))
             yield
         if self.last and self.last.steps and self.last.decoder.cache is not None:
-            print(draft_line(self.session, self.last) if self.session.draft else step_line(self.last))
+            print(draft_line(self.session, self.last) if self.session.draft else
+                  step_line(self.last, self.bandwidth))
         if self.hit_limit:
             print(f'stopped at block_size={self.session.position_limit}, where learned positions end; '
                   'a model with pos=rope has no such limit')
@@ -95,19 +101,23 @@ def typed_lines():
 
 def cost_line(cost, text):
     """What 8-bit weights cost and save."""
+    rounded = ', activations rounded to bfloat16' if cost.bf16_activations else ''
     return (f'int8: {cost.bpb:.4f} bits per byte on {cost.n_tokens} tokens of {text}, '
-            f'{cost.bpb - cost.bpb_before:+.4f} against {cost.dtype}; a step reads {cost.bytes / 1e6:.1f} MB '
-            f'of weights instead of {cost.bytes_before / 1e6:.1f} MB')
+            f'{cost.bpb - cost.bpb_before:+.4f} against {cost.dtype}{rounded}; a step reads '
+            f'{cost.bytes / 1e6:.1f} MB of weights instead of {cost.bytes_before / 1e6:.1f} MB')
 
 
-def step_line(generation):
-    """How long a step took, and how close that is to the time of reading its bytes from memory."""
+def step_line(generation, with_bandwidth):
+    """How long a step took; with_bandwidth: against the time of reading its bytes from memory."""
     decoder, steps, rows = generation.decoder, generation.steps, len(generation.samples)
     tokens = sum(len(sample.tokens) for sample in generation.samples) - rows
+    line = (f'{rows} {"row" if rows == 1 else "rows"} together: {tokens} tokens in {steps} steps of '
+            f'{generation.seconds / steps * 1e3:.2f} ms')
+    if not with_bandwidth:
+        return line
     size = bytes_per_step(decoder.model, decoder.cache, rows)
     bandwidth = read_bandwidth(min(size, 2 ** 29), decoder.idx.device, rounds=2)
-    return (f'{rows} {"row" if rows == 1 else "rows"} together: {tokens} tokens in {steps} steps of '
-            f'{generation.seconds / steps * 1e3:.2f} ms; reading {size / 1e6:.2f} MB per step uses '
+    return (f'{line}; reading {size / 1e6:.2f} MB per step uses '
             f'{size * steps / generation.seconds / bandwidth:.0%} of the measured {bandwidth / 1e9:.1f} GB/s')
 
 

@@ -9,9 +9,15 @@ token id). It needs no state, runs on the device inside the compiled step, and d
 share a batch.
 """
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
+
+from model import check_counts
+
+# below this temperature the likeliest token is all that can be drawn, and the quotient would overflow
+GREEDY = 1e-20
 
 
 @dataclass(frozen=True)
@@ -24,16 +30,18 @@ class Sampling:
     repetition_penalty: float = 1.0     # above 1: against tokens already in the text (Keskar et al. 2019)
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f'temperature={self.temperature} must be 0 (the likeliest token) or above')
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f'top_k={self.top_k} must be at least 1, or None for all tokens')
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f'temperature={self.temperature} must be a finite number of at least 0 (the '
+                             'likeliest token)')
+        if self.top_k is not None:
+            check_counts(1, top_k=self.top_k)
         for name in ('top_p', 'min_p'):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f'{name}={value} must be above 0 and at most 1, or None for all tokens')
-        if not self.repetition_penalty > 0:
-            raise ValueError(f'repetition_penalty={self.repetition_penalty} must be above 0; 1 is no penalty')
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f'repetition_penalty={self.repetition_penalty} must be a finite number above 0; '
+                             '1 is no penalty')
 
     def candidates(self, logits, seen=None):
         """
@@ -45,7 +53,7 @@ class Sampling:
         if self.repetition_penalty != 1:
             p = self.repetition_penalty
             logits = torch.where(seen, torch.where(logits > 0, logits / p, logits * p), logits)
-        if self.temperature == 0:
+        if self.temperature < GREEDY:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros(best.shape, device=best.device), best
         scores, ids = logits / self.temperature, None
@@ -71,7 +79,7 @@ class Sampling:
     def draw(self, logits, keys, seen=None):
         """logits (R,V), keys (R,1) that seed the noise -> one token per row, (R,1) int64"""
         scores, ids = self.candidates(logits, seen)
-        if self.temperature > 0:
+        if self.temperature >= GREEDY:
             noise_ids = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
             scores = scores + gumbel(keys, noise_ids)
         best = scores.argmax(-1, keepdim=True)
@@ -118,9 +126,16 @@ def gumbel(keys, ids):
 
 def check_room(model, idx, max_new_tokens, lengths=None):
     """ValueError where prompts (B,T) of these lengths cannot be continued by max_new_tokens."""
+    if idx.dim() != 2 or idx.dtype != torch.int64 or idx.numel() == 0:
+        raise ValueError(f'idx of shape {tuple(idx.shape)} and type {idx.dtype} must be rows of at least one '
+                         'token in int64, (B,T): give a prompt')
     T, limit, longest = idx.shape[1], model.wpe.max_tokens, model.wpe.longest
-    if T == 0 or lengths is not None and min(lengths) < 1:
-        raise ValueError('idx must hold at least one token to continue: give a prompt')
+    check_ids(model, idx)
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths).tolist()
+        if len(lengths) != len(idx) or not all(type(n) is int and 1 <= n <= T for n in lengths):
+            raise ValueError(f'lengths={lengths} must be {len(idx)} whole numbers from 1 to {T}, how many '
+                             'tokens at the end of each row are its prompt')
     if limit is not None and T + max_new_tokens > limit:
         raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
                          f'block_size={limit}, where learned positions end: shorten one of them, or train '
@@ -129,6 +144,19 @@ def check_room(model, idx, max_new_tokens, lengths=None):
         raise ValueError(f'prompts of unequal lengths must stay within rope_context={longest} tokens, new '
                          'tokens included, because the rotation beyond it depends on the length: run them '
                          'one by one')
+
+
+def check_seed(seed):
+    if seed is not None and not isinstance(seed, numbers.Integral):
+        raise ValueError(f'seed={seed} must be a whole number, or None for another text every time')
+
+
+def check_ids(model, idx):
+    """ValueError where idx holds an id that the model's vocabulary lacks."""
+    size, (low, high) = model.wte.weight.shape[0], torch.aminmax(idx)
+    if low < 0 or high >= size:
+        raise ValueError(f'token {int(low if low < 0 else high)} must be one of the {size} tokens that the '
+                         'model knows: take the tokenizer that it was trained with')
 
 
 def cache_slots(model, total, compiled):
@@ -158,9 +186,10 @@ class Decoder:
         chunk: tokens of the prompt in one forward pass
         logprobs: keep the log-probability of the last token, at temperature 1, in self.logprob (R,1)
         """
+        check_counts(0, max_new_tokens=max_new_tokens, first_row=first_row)
+        check_counts(1, num_samples=num_samples, chunk=chunk)
+        check_seed(seed)
         check_room(model, idx, max_new_tokens, lengths)
-        if chunk < 1:
-            raise ValueError(f'chunk={chunk} must be at least 1 token')
         (B, T), device = idx.shape, idx.device
         total, rows = T + max_new_tokens, B * num_samples
         self.model, self.idx, self.max_new_tokens, self.chunk = model, idx, max_new_tokens, chunk
@@ -346,7 +375,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     seed                the same seed gives the same text, in every batch; None: another text every time
     more                lengths, num_samples, first_row, chunk, compiled: see Decoder
 
-    ValueError where idx is empty, or where learned positions leave too little room.
+    ValueError where idx is empty or holds other ids, or where learned positions leave too little room.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     return Decoder(model, idx, max_new_tokens, sampling, stop, seed, **more).stream()

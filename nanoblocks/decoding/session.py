@@ -8,19 +8,21 @@ A model, its tokenizer and the settings of sampling in one object, which continu
 import itertools
 import math
 import os
+import shlex
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from model import GPT, ops
+from model import GPT, check_counts, ops
 from nanoblocks import pretrained
 from nanoblocks.decoding import quantize
-from nanoblocks.decoding.decode import Decoder, Sampling, left_padded
+from nanoblocks.decoding.decode import Decoder, Sampling, check_seed, left_padded
 from nanoblocks.decoding.generation import Generation, Sample
 from nanoblocks.decoding.scoring import Score, token_logprobs
 from nanoblocks.decoding.speculative import Speculative
 from nanoblocks.decoding.text import Text, special_token, stops_of
+from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
 from nanoblocks.tokenizer import from_meta
 from nanoblocks.training import checkpoint
@@ -40,6 +42,7 @@ class QuantizationCost(NamedTuple):
     bpb: float
     bytes_before: int       # of weights that one decoding step reads
     bytes: int
+    bf16_activations: bool  # whether a step rounds activations to bfloat16 (on a CPU)
 
 
 @dataclass
@@ -63,10 +66,12 @@ class Session:
     compiled: bool = False              # torch.compile the step
     logprobs: bool = True               # keep the log-probability of every token
     default_prompt: str = ''            # what `sample` continues when it is given nothing
+    source: str = ''                    # the model in words: its file, step, validation loss and size
 
     def __post_init__(self):
-        at_least_one(num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
+        check_counts(1, num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
                      batch_size=self.batch_size, draft_length=self.draft_length)
+        check_seed(self.seed)
         stops_of(self.stop, self.tokenizer)         # refuses a special token that the tokenizer lacks
 
     @classmethod
@@ -74,7 +79,7 @@ class Session:
              kernels='auto', **settings) -> 'Session':
         """
         init_from: 'resume' for the checkpoint `ckpt` of the run in out_dir; else a folder, file or hub id
-        draft: out_dir of the run that drafts; '' for none
+        draft: the out_dir of a run that drafts, or another checkpoint as for init_from; '' for none
         device, dtype, kernels: as the settings of sample.py
         settings: fields of Session
         """
@@ -86,14 +91,16 @@ class Session:
         if dtype not in ('float32', 'bfloat16', 'float16'):
             raise ValueError(f'dtype={dtype} must be one of auto, float32, bfloat16, float16')
         if init_from == 'resume':
-            model, tokenizer, meta = load_run(out_dir, ckpt)
+            model, tokenizer, meta, source = load_run(out_dir, ckpt)
         else:
-            model, tokenizer, meta = *load_published(init_from), {}
+            model, tokenizer, meta, source = *load_published(init_from), {}, init_from
+        source = f'model: {source}, {format_quantity(model.num_params())} parameters'
         draft_model = load_draft(draft, ckpt, tokenizer) if draft else None
         for m in (model, draft_model):
             if m is not None:
                 prepare(m, tokenizer, device, getattr(torch, dtype))
-        return cls(model, tokenizer, draft=draft_model, default_prompt=meta.get('prompt', ''), **settings)
+        return cls(model, tokenizer, draft=draft_model, default_prompt=meta.get('prompt', ''), source=source,
+                   **settings)
 
     @property
     def device(self):
@@ -214,24 +221,31 @@ class Session:
         check_vocabulary(self.model, self.tokenizer, tokens, 'score')
         return tokens
 
-    def score_tokens(self, tokens: list[int]) -> Score:
-        """How likely the tokens are, each but the first given those before it within block_size."""
+    def score_tokens(self, tokens: list[int], step: int | None = None) -> Score:
+        """
+        How likely the tokens are, each but the first given those before it within block_size. step: tokens of
+        one forward pass, through a cache as in sampling; None: all.
+        """
         window = min(self.model.config.block_size, self.model.wpe.max_tokens or math.inf)
-        logprobs = token_logprobs(self.model, torch.tensor(tokens, device=self.device), window)
+        logprobs = token_logprobs(self.model, torch.tensor(tokens, device=self.device), window, step)
         return Score(tokens, logprobs.tolist(), logprobs.sum().item(),
                      len(self.tokenizer.decode_bytes(tokens[1:])))
 
     def quantize(self, tokens: list[int] | None = None) -> QuantizationCost:
         """
-        Replace the weights by int8, in place, and measure the cost on these tokens. Without tokens, on a text
-        that the model draws beforehand.
+        Replace the weights by int8, in place, and measure the cost on these tokens, in the steps of sampling.
+        Without tokens, on a text that the model draws beforehand.
         """
         tokens = tokens or self.own_tokens()
         dtype = str(self.model.wte.weight.dtype).removeprefix('torch.')
         before, size = self.score_tokens(tokens).bits_per_byte, bytes_per_step(self.model, None)
         quantize.quantize(self.model)
-        return QuantizationCost(len(tokens) - 1, dtype, before, self.score_tokens(tokens).bits_per_byte,
-                                size, bytes_per_step(self.model, None))
+        # a pass of more rows would not round the activations as a step of sampling does
+        rounds = quantize.rounds_activations(self.model)
+        step = quantize.MAX_KERNEL_ROWS if rounds else None
+        return QuantizationCost(len(tokens) - 1, dtype, before,
+                                self.score_tokens(tokens, step).bits_per_byte, size,
+                                bytes_per_step(self.model, None), rounds and dtype != 'bfloat16')
 
     def own_tokens(self):
         """About 256 tokens drawn from the model's own distribution."""
@@ -239,12 +253,6 @@ class Session:
         first = [bos] if bos is not None else self.tokenizer.prompt(self.default_prompt or '\n')[:1]
         new = min(256, (self.model.wpe.max_tokens or 257) - 1)
         return self.model.generate(torch.tensor([first], device=self.device), new, seed=self.seed)[0].tolist()
-
-
-def at_least_one(**counts):
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f'{name}={value} must be at least 1')
 
 
 def check_vocabulary(model, tokenizer, tokens, name):
@@ -262,15 +270,34 @@ def check_vocabulary(model, tokenizer, tokens, name):
 # Loading
 
 
-def load_run(out_dir, ckpt):
-    """The model, tokenizer and dataset description (meta) of a run; ckpt.pt where it has no best.pt yet."""
+def load_run(out_dir, ckpt, setting='out_dir'):
+    """
+    The model, tokenizer and dataset description (meta) of a run, and its checkpoint in words. ckpt.pt is read
+    where there is no best.pt yet. setting: the one that named out_dir.
+    """
     path = os.path.join(out_dir, ckpt)
     if ckpt == 'best.pt' and not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')
-    state = checkpoint.load(path)
+    try:
+        state = checkpoint.load(path)
+    except checkpoint.Damaged:
+        raise
+    except ValueError:
+        if 'model_args' in checkpoint.load(path, needed=()):
+            remedy = 'init_from' if setting == 'out_dir' else setting
+            raise ValueError(f'{setting}={out_dir} must hold a run of train.py, and {path} is a checkpoint '
+                             f'of nanoGPT: use --{remedy}={shlex.quote(path)}') from None
+        raise
     model, tokenizer = checkpoint.build(state, path), from_meta(state['meta']['tokenizer'])
     model.texts = pretrained.texts.Texts(meta=tokenizer.meta())
-    return model, tokenizer, state['meta']
+    return model, tokenizer, state['meta'], in_words(state, path)
+
+
+def in_words(state, path):
+    """A checkpoint's file, step and validation loss. ckpt.pt has the lowest loss up to its step."""
+    loss, which = state.get('best_val_loss', math.inf), '' if path.endswith('best.pt') else 'lowest '
+    loss = f', {which}validation loss {loss:.4f}' if loss < math.inf else ''
+    return f'{path}, step {state["step"]}{loss}'
 
 
 def load_published(name):
@@ -282,9 +309,22 @@ def load_published(name):
     return model, tokenizer
 
 
+def holds_run(name):
+    """Whether `name` is the out_dir of a run, or nothing that GPT.from_pretrained could load either."""
+    if any(os.path.exists(os.path.join(name, file)) for file in ('best.pt', 'ckpt.pt')):
+        return True
+    published = os.path.exists(os.path.join(name, 'config.json')) or name.endswith('.pt')
+    return not published and (os.path.isdir(name) or '/' not in name and not name.startswith('gpt2'))
+
+
 def load_draft(out_dir, ckpt, tokenizer):
-    """The model of a run, to draft for a model with this tokenizer."""
-    model, its_tokenizer, _ = load_run(out_dir, ckpt)
+    """The model of a run or of another checkpoint, to draft for a model with this tokenizer."""
+    if not holds_run(out_dir):
+        if not pretrained.same_tokenizer(out_dir, tokenizer.meta()):
+            raise ValueError(f"draft={out_dir} has another tokenizer and must have the model's: take a "
+                             'smaller model of the same family')
+        return GPT.from_pretrained(out_dir)
+    model, its_tokenizer, *_ = load_run(out_dir, ckpt, 'draft')
     if vocabulary(its_tokenizer) != vocabulary(tokenizer):
         raise ValueError(f'draft={out_dir} has another vocabulary ({its_tokenizer.vocab_size} tokens) and '
                          "must have the model's: take a draft trained on the same dataset")

@@ -15,7 +15,8 @@ Shapes: A tokens of a draft, V vocabulary.
 """
 import torch
 
-from nanoblocks.decoding.decode import cache_slots, gumbel, key, uniform
+from model import check_counts
+from nanoblocks.decoding.decode import cache_slots, check_ids, check_seed, gumbel, key, uniform
 
 
 def acceptance(p, q, drafted):
@@ -89,14 +90,15 @@ class CachedModel:
 
 def check_pair(model, draft, idx, max_new_tokens):
     """ValueError where `draft` cannot draft for `model` after the prompt idx."""
-    T, (size, draft_size) = idx.shape[1], [m.lm_head.weight.shape[0] for m in (model, draft)]
-    if idx.shape[0] != 1 or T == 0:
+    if idx.dim() != 2 or idx.shape[0] != 1 or idx.shape[1] == 0:
         raise ValueError(f'idx of shape {tuple(idx.shape)} must be one row of at least one token: '
                          'speculative decoding continues one text at a time')
+    T, (size, draft_size) = idx.shape[1], [m.lm_head.weight.shape[0] for m in (model, draft)]
     if size != draft_size:
         raise ValueError(f"draft has a vocabulary of {draft_size} tokens and must have the model's {size}: "
                          'take a draft with the same tokenizer')
     for name, m in (('the model', model), ('draft', draft)):
+        check_ids(m, idx)
         if m.wpe.max_tokens is not None and T + max_new_tokens > m.wpe.max_tokens:
             raise ValueError(f'prompt ({T} tokens) and max_new_tokens={max_new_tokens} must stay within '
                              f'block_size={m.wpe.max_tokens} of {name}, where learned positions end: shorten '
@@ -114,8 +116,9 @@ class Speculative:
                  seed: int | None = None, *, first_row: int = 0, draft_length: int = 4, chunk: int = 2048,
                  compiled: bool = False):
         """Arguments as for decode.Decoder, with idx (1,T); draft_length: tokens proposed in each round."""
-        if draft_length < 1:
-            raise ValueError(f'draft_length={draft_length} must be at least 1 token')
+        check_counts(1, draft_length=draft_length, chunk=chunk)
+        check_counts(0, max_new_tokens=max_new_tokens, first_row=first_row)
+        check_seed(seed)
         check_pair(model, draft, idx, max_new_tokens)
         self.idx, self.max_new_tokens, self.sampling, self.chunk = idx, max_new_tokens, sampling, chunk
         self.draft_length = draft_length

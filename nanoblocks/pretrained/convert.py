@@ -12,7 +12,7 @@ from dataclasses import fields
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, with_fixed_norm
 from nanoblocks.pretrained import texts
 from nanoblocks.pretrained.families import FAMILIES
 from nanoblocks.pretrained.families.family import DEFAULTS
@@ -161,11 +161,20 @@ def read_key(name, key, hf):
         raise ValueError(f'{name}={hf[name]} in config.json must {error}') from None
 
 
+# what the rotation of w layers at rope_local_theta needs
+LOCAL_ROPE = ('rope_local_theta', 'rope_fraction', 'rope_head_dim')
+
+
 def meaningful(flags):
     """The flags that mean something beside the others: not a dense model's expert_width, for example."""
     config = GPTConfig.unchecked(**flags)
     kept = {name: value for name, value in flags.items() if not config.missing(name)}
-    return kept if 'f' in config.ffns() else without(kept, 'ffn_width')
+    kept = kept if 'f' in config.ffns() else without(kept, 'ffn_width')
+    if kept.get('qk_norm') == 'unit' and config.pos != 'rope':      # it norms only what rotates
+        kept = without(kept, 'qk_norm')
+    if config.rope_local_theta and not config.mixers() & set('ac'):     # nothing rotates at the other base
+        kept = without(kept, *(name for name in kept if name.startswith('rope_') and name not in LOCAL_ROPE))
+    return with_fixed_norm(kept)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -49,6 +49,10 @@ def whole_number(flag):
     return Key((flag,), read, lambda c: getattr(c, flag))
 
 
+# router_norm='fixed' is a True beside one expert per token
+ROUTER_NORM = Key(('router_norm',), lambda value, hf: value, lambda c: bool(c.router_norm))
+
+
 def width_of_head(hf):
     return hf.get('head_dim') or hf['hidden_size'] // hf['num_attention_heads']
 

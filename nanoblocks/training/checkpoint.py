@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 import numpy as np
 import torch
 
-from model import GPT, ROPE_CONTEXT, GPTConfig
+from model import GPT, ROPE_CONTEXT, GPTConfig, with_fixed_norm
 from nanoblocks.files import flush_file, flush_folder
 from nanoblocks.formats import first_line
 from nanoblocks.training.parallel import gather
@@ -188,7 +188,7 @@ def build(state: dict, path: str, flags=()) -> GPT:
     if unknown:
         raise ValueError(f'{path} has model flags that this version does not know ({", ".join(unknown)}): '
                          'use the version that wrote it')
-    trained, flags = state['config'], dict(flags)
+    trained, flags = with_fixed_norm(state['config']), dict(flags)
     if flags.get('rope_scaling') in ROPE_CONTEXT:
         # scaling starts from the context of training, not from the one asked for now
         flags = {'rope_context': trained['rope_context'] or trained['block_size']} | flags
@@ -220,7 +220,8 @@ def loaded_by(resumed: dict | None, digest: str, weights: GPT | None, meta: dict
 
 def overrides(trained: dict, config: GPTConfig) -> dict:
     """{name: (old, new)} of the flags of `config` that differ from the flags a model was trained with."""
-    trained = asdict(GPTConfig(**trained))  # an older checkpoint lacks the flags that came after it
+    # an older checkpoint lacks the flags that came after it
+    trained = asdict(GPTConfig(**with_fixed_norm(trained)))
     return {name: (trained[name], value) for name, value in asdict(config).items() if value != trained[name]}
 
 

@@ -3,7 +3,7 @@ import math
 
 from nanoblocks.pretrained.families.family import Family
 from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_FLAGS, LLAMA_KEYS, LLAMA_TENSORS
-from nanoblocks.pretrained.keys import expert_layers, pattern_of, refuse, without
+from nanoblocks.pretrained.keys import ROUTER_NORM, expert_layers, pattern_of, refuse, without
 from nanoblocks.pretrained.layouts import by_expert, gate_up, gate_up_by_expert, mla_latent, mla_query, same
 from nanoblocks.pretrained.rope import mscale, read_rope, rope_parameters, rope_parameters_of
 
@@ -85,7 +85,7 @@ def read_deepseek_v3(hf):
 FAMILIES['deepseek_v3'] = Family(
     architecture='DeepseekV3ForCausalLM',
     flags=DEEPSEEK_FLAGS | {'router': 'sigmoid'},
-    keys=DEEPSEEK_KEYS | {'norm_topk_prob': 'router_norm'},
+    keys=DEEPSEEK_KEYS | {'norm_topk_prob': ROUTER_NORM},
     defaults={'q_lora_rank': 1536, 'first_k_dense_replace': 3, 'n_group': 8, 'topk_group': 4,
               'n_shared_experts': 1, 'num_experts_per_tok': 8, 'norm_topk_prob': True,
               'routed_scaling_factor': 2.5, 'rope_interleave': True},

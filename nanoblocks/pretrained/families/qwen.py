@@ -2,6 +2,7 @@
 from nanoblocks.pretrained.families.family import Family
 from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_FLAGS, LLAMA_TENSORS, WINDOW_KEYS
 from nanoblocks.pretrained.keys import (
+    ROUTER_NORM,
     expert_layers,
     mixer_letters,
     pattern_of,
@@ -51,7 +52,7 @@ FAMILIES['qwen3'] = Family(
 
 QWEN_MOE_KEYS = WINDOW_KEYS | {
     'num_experts': 'n_expert', 'num_experts_per_tok': 'n_expert_used',
-    'moe_intermediate_size': 'expert_width', 'norm_topk_prob': 'router_norm'}
+    'moe_intermediate_size': 'expert_width', 'norm_topk_prob': ROUTER_NORM}
 QWEN_MOE_DEFAULTS = QWEN_DEFAULTS | {'decoder_sparse_step': 1, 'mlp_only_layers': [], 'norm_topk_prob': False}
 QWEN_MOE_TENSORS = LLAMA_TENSORS | {
     'h.{e}.ffn.router': 'model.layers.{i}.mlp.gate',
