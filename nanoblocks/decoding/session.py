@@ -74,7 +74,7 @@ class Session:
              kernels='auto', **settings) -> 'Session':
         """
         init_from: 'resume' for the checkpoint `ckpt` of the run in out_dir; else a folder, file or hub id
-        draft: out_dir of the run that drafts; '' for none
+        draft: out_dir of the run that drafts, or the folder of a published checkpoint; '' for none
         device, dtype, kernels: as the settings of sample.py
         settings: fields of Session
         """
@@ -283,8 +283,10 @@ def load_published(name):
 
 
 def load_draft(out_dir, ckpt, tokenizer):
-    """The model of a run, to draft for a model with this tokenizer."""
-    model, its_tokenizer, _ = load_run(out_dir, ckpt)
+    """The model of a run or a published checkpoint, to draft for a model with this tokenizer."""
+    files = [os.path.join(out_dir, name) for name in ('model.safetensors', 'model.safetensors.index.json')]
+    published = any(map(os.path.exists, files))
+    model, its_tokenizer, *_ = load_published(out_dir) if published else load_run(out_dir, ckpt)
     if vocabulary(its_tokenizer) != vocabulary(tokenizer):
         raise ValueError(f'draft={out_dir} has another vocabulary ({its_tokenizer.vocab_size} tokens) and '
                          "must have the model's: take a draft trained on the same dataset")
