@@ -415,6 +415,20 @@ def test_score_and_an_empty_start_begin_with_bos(tmp_path):
     assert session.encode('').tokens == [0] and session.encode('<|endoftext|>').tokens == [ours.eot]
 
 
+def test_a_published_checkpoint_drafts_for_another(tmp_path):
+    library = byte_level()
+    folders = [checkpoint_folder(tmp_path / name, library.get_vocab_size(), n_layer=n)
+               for name, n in (('model', 3), ('draft', 1), ('other', 1))]
+    for folder in folders[:2]:
+        written(folder, 'byte_level')
+    written(folders[2], 'byte_fallback')
+    alone, drafted = (sampled(init_from=folders[0], start='the cat', **draft)
+                      for draft in ({}, {'draft': folders[1]}))
+    assert drafted.code == 0 and 'of its tokens accepted' in drafted.out, drafted
+    assert drafted.out.split('-----')[0] == alone.out.split('-----')[0]
+    assert_refused(sampled(init_from=folders[0], start='a', draft=folders[2]), 'another vocabulary')
+
+
 def test_endoftext_is_the_token_of_that_name_where_there_is_one(tmp_path):
     from nanoblocks.decoding.text import stops_of
     library = byte_level()
