@@ -36,6 +36,11 @@ def preparation(folder, overwrite, resumes=False):
                 raise ValueError(f'overwrite={overwrite} must be True to replace the dataset in {folder}: '
                                  'add --overwrite=True, or write to another folder with --out=FOLDER')
             yield folder
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # such as a full disk
+            raise OSError(f'{folder} cannot be written ({error.strerror}): make room or choose --out=FOLDER, '
+                          'and run the same command again') from None
+        raise
     except KeyboardInterrupt:
         then = 'the same command resumes' if resumes else 'the same command begins anew'
         say(f'\ninterrupted before the dataset in {folder} was complete; {then}')

@@ -42,7 +42,7 @@ class Stream:
         return {'number': self.number, 'nulls': self.nulls, 'rows': self.rows.state_dict()}
 
     def load_state_dict(self, state):
-        self.number, self.nulls = state['number'], state['nulls']
+        self.number, self.nulls = state['number'], state.get('nulls', 0)
         self.rows.load_state_dict(state['rows'])
 
 

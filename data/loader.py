@@ -79,7 +79,8 @@ def read_meta(folder):
                 raise ValueError(f'{name}={str(value)[:60]} must {rule}')
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
-        raise ValueError(f'{path} is broken ({kind}{error}): run {prepare_command(folder)}') from None
+        raise ValueError(f'{path} is broken ({kind}{error}): prepare it again, '
+                         f'{prepare_command(folder)}') from None
     return meta
 
 
@@ -127,12 +128,12 @@ def check_hashes(folder, most_bytes=None):
     for split, digest in meta.get('sha256', {}).items():
         if sha256_of(paths[split]) != digest:
             raise ValueError(f'{" ".join(map(str, paths[split]))} must have the checksum in meta.json, but '
-                             f'was damaged: run {prepare_command(folder)}')
+                             f'was damaged: prepare it again, {prepare_command(folder)}')
     for path in (path for files in paths.values() for path in files):
         most = largest_token(path, DTYPES[meta['dtype']])
         if most >= meta['vocab_size']:
             raise ValueError(f'vocab_size={meta["vocab_size"]} in {folder}/meta.json must be above all '
-                             f'tokens, and {path} holds {most}: run {prepare_command(folder)}')
+                             f'tokens, and {path} holds {most}: prepare it again, {prepare_command(folder)}')
 
 
 def largest_token(path, dtype):
@@ -197,10 +198,11 @@ class Tokens:
         for name, n_tokens in files.items():
             path = folder / name
             if not path.is_file():
-                raise FileNotFoundError(f'{path} is missing: run {prepare_command(folder)}')
+                raise FileNotFoundError(f'{path} is missing: prepare it again, {prepare_command(folder)}')
             if path.stat().st_size != n_tokens * dtype.itemsize:
                 raise ValueError(f'{path} has {path.stat().st_size:,} bytes, not the {n_tokens:,} tokens of '
-                                 f'{dtype.itemsize} bytes in meta.json: run {prepare_command(folder)}')
+                                 f'{dtype.itemsize} bytes in meta.json: prepare it again, '
+                                 f'{prepare_command(folder)}')
             end += n_tokens
             with open(path, 'rb') as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

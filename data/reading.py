@@ -175,16 +175,19 @@ class Corpus:
 
     def _json_rows(self, path):
         for number, row in enumerate(json_values(path, self._chunks(path)), 1):
-            where = f'value {number} of {path}'
-            lists = [x for x in row.values() if isinstance(x, list)] if isinstance(row, dict) else []
-            if isinstance(row, dict) and self.column not in row and len(lists) == 1:  # {"data": [rows]}
-                for inner, x in enumerate(lists[0], 1):
+            if not isinstance(row, dict) or self.column in row:
+                yield self._text_of(row, f'value {number} of {path}')
+                continue
+            tables = [x for x in row.values() if isinstance(x, list) and x and isinstance(x[0], dict)
+                      and self.column in x[0]]
+            if len(tables) == 1:  # {"version": 1, "data": [rows]}
+                for inner, x in enumerate(tables[0], 1):
                     yield self._text_of(x, f'row {inner} of {path}')
-            elif isinstance(row, dict) and self.column not in row and number == 1 and self.root.is_dir():
+            elif number == 1 and self.root.is_dir():  # the settings of some program, say
                 self.no_rows += 1
                 return
             else:
-                yield self._text_of(row, where)
+                check_column(self.column, row, f'value {number} of {path}')
 
     def _csv_rows(self, path):
         csv.field_size_limit(2**31 - 1)

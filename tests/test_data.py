@@ -501,7 +501,7 @@ def edit_meta(**changes):
 
 @pytest.mark.parametrize('file, change, error, sentence', [
     ('meta.json', Path.unlink, FileNotFoundError, 'has not been prepared: run python data/text/prepare.py '),
-    ('train.bin', Path.unlink, FileNotFoundError, r'train.bin is missing: run python data/'),
+    ('train.bin', Path.unlink, FileNotFoundError, r'train.bin is missing: prepare it again, python data/'),
     ('val.bin', Path.unlink, FileNotFoundError, r'val.bin is missing'),
     ('train.bin', lambda path: os.truncate(path, 1999), ValueError, '1,999 bytes, not the 1,000 tokens of 2'),
     ('val.bin', lambda path: os.truncate(path, 2000), ValueError, '2,000 bytes, not the 500 tokens of 2'),
@@ -550,8 +550,8 @@ def test_the_remedy_of_a_damaged_dataset_works(tmp_path, monkeypatch):
         damage(folder / 'meta.json')
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             open_dataset(folder, 8, 0)
-        command = str(caught.value).split('run ')[1].replace('YOUR_TEXT', str(tmp_path / 'a.txt'))
-        command = command.replace('python ', f'{sys.executable} ', 1)
+        command = str(caught.value).partition('python ')[2].replace('YOUR_TEXT', str(tmp_path / 'a.txt'))
+        command = f'{sys.executable} {command}'
         assert not subprocess.run(f'{command} --tokenizer=bytes', shell=True, cwd=ROOT).returncode
         assert open_dataset(folder, 8, 0)
 
@@ -978,6 +978,24 @@ def test_files_that_are_not_what_they_are_called_are_refused(tmp_path, monkeypat
     (tmp_path / name).write_bytes(content)
     stop = prepare_text(monkeypatch, tmp_path, path=name)
     assert sentence.replace('{}', str(tmp_path)) in stop and '\n' not in stop
+
+
+def test_the_settings_of_a_program_are_no_rows(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'package.json').write_text(json.dumps({'name': 'x', 'keywords': ['one', 'two']}))
+    (tmp_path / 'in' / 'rows.json').write_bytes(table('data', ROWS))
+    assert prepare_text(monkeypatch, tmp_path) == sorted(ROWS)
+    assert "passed over: 1 .json that hold no rows with a 'text'" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abc ' * 99)
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('data.writer.SplitWriter.add', full)
+    stop = prepare_text(monkeypatch, tmp_path, path='a.txt')
+    assert stop.startswith(f'{tmp_path}/out cannot be written (No space left on device): make room')
 
 
 def test_rows_without_text_are_passed_over_and_counted(tmp_path, monkeypatch, capsys):

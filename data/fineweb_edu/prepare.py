@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import data  # noqa: F401  first, for it answers Ctrl-C during the other imports
 from configurator import configure, errors_as_messages, plain_settings
 from data.hub import prepare
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import data  # noqa: F401  first, for it answers Ctrl-C during the other imports
 from configurator import configure, errors_as_messages
 from data.common import make_tokenizer, preparation, print_summary, split_of
 from data.writer import write_dataset

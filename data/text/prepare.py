@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import data  # noqa: F401  first, for it answers Ctrl-C during the other imports
 from configurator import configure, errors_as_messages
 from data.common import check_val_fraction, make_tokenizer, preparation, print_summary, split_of
 from data.progress import Progress, say
@@ -79,6 +80,7 @@ def main():
     corpus = Corpus(root, column)
     with preparation(out or DATA / name, overwrite) as folder:
         say(corpus.files_in_words())
+        corpus.on_bytes = Progress('counting documents', corpus.size).add
         # with this many documents, the chance that none is for validation is e**-10
         lengths = few_lengths(corpus, int(10 / val_fraction))
 
