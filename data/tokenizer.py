@@ -303,6 +303,8 @@ class HFTokenizer(Vocabulary):
         steps = [step for step in (decoder, *decoder.get('decoders', ())) if step.get('type') != 'Sequence']
         kinds = {step['type'] for step in steps if 'type' in step}
         self.bytes_of = byte_alphabet() if 'ByteLevel' in kinds else None
+        self.blank = '\u2581' if kinds & {'Metaspace', 'Replace'} else ' '
+        self.byte_fallback = 'ByteFallback' in kinds
         self.joins = not kinds or not all(map(is_spelling, steps))
 
     @property
@@ -320,7 +322,7 @@ class HFTokenizer(Vocabulary):
         """The library's ids. special: whether it knows special tokens in a text, and adds those in front."""
         self.tokenizer.encode_special_tokens = not special
         try:
-            return self.tokenizer.encode(text, add_special_tokens=special).ids
+            return self.tokenizer.encode(utf8(text).decode(), add_special_tokens=special).ids
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f'the vocabulary of the checkpoint cannot spell {text[:20]!r} '
                              f'({error}): leave out characters that it lacks') from None
@@ -342,9 +344,9 @@ class HFTokenizer(Vocabulary):
             # as the library does, a special token too is read as bytes if the alphabet has all its characters
             spelt = [self.bytes_of.get(char) for char in token]
             return utf8(token) if None in spelt else bytes(spelt)
-        if re.fullmatch('<0x[0-9A-F]{2}>', token):
+        if self.byte_fallback and re.fullmatch('<0x[0-9A-F]{2}>', token):
             return bytes([int(token[3:5], 16)])
-        return utf8(token.replace('\u2581', ' '))
+        return utf8(token.replace(self.blank, ' '))
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -25,13 +25,13 @@ def run_of(folder, tokenizer):
 
 
 TOKENIZERS = {
-    'bytes': ByteTokenizer, 'chars': lambda: CharTokenizer(''.join(TEXTS)),
+    'bytes': ByteTokenizer, 'chars': lambda: CharTokenizer(''.join(TEXTS) + '▁'),
     'bpe': lambda: BPETokenizer.train(['the cat sat on the mat, the mat on the cat', 'aaaa aaaaaa'] * 9, 300)}
 
 
 def assert_same(ours, again, theirs):
     """The tokenizer of a run, of its export, and transformers' of the export."""
-    more = 'x<|endoftext|>y', "a  b\n\n\n  c 12345 they'll THEY'LL", 'aaaaaaaaaaa', '漢字漢字'
+    more = 'x<|endoftext|>y', "a  b\n\n\n  c 12345 they'll THEY'LL", 'aaaaaaaaaaa', '漢字漢字', 'a▁b'
     for text in (*TEXTS, *more):
         try:
             ids = ours.encode(text)

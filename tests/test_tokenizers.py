@@ -100,6 +100,12 @@ def test_ids_and_texts_are_the_librarys(kind, tmp_path):
     assert ours.vocab_size == library.get_vocab_size()
 
 
+def test_lone_surrogates_become_replacement_characters(kind, tmp_path):
+    ours, _ = written(tmp_path / kind, kind)
+    assert ours.encode('a\ud800b') == ours.encode('a\ufffdb')
+    assert ours.prompt('\ud800') == ours.prompt('\ufffd')
+
+
 def test_bytes_are_those_of_the_text_however_it_is_cut(kind, tmp_path):
     ours, _ = written(tmp_path / kind, kind)
     split = 0
