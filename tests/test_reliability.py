@@ -450,14 +450,15 @@ def test_a_signal_in_an_evaluation_saves_and_leaves_at_once(tmp_path):
 IN_SWAP = '''
 import os
 from nanoblocks.training import optim
-local, swap, calls = optim.local, optim.Average.swap, []
+local, swap, calls, swaps = optim.local, optim.Average.swap, [], []
 def hit(x):
     calls.append(x)
     if len(calls) == 5:
         os.kill(os.getpid(), 15)
     return local(x)
 def hit_swap(self):
-    optim.local = hit
+    swaps.append(1)
+    optim.local = hit if len(swaps) == 3 else local  # in the second evaluation
     swap(self)
     optim.local = local
 optim.Average.swap = hit_swap'''
