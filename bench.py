@@ -34,7 +34,7 @@ from model import GPTConfig
 from nanoblocks.experiments import attention, curves, decoding, gpu, speed, studies
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.files import ROOT
-from nanoblocks.hardware import check_device
+from nanoblocks.hardware import check_device, pick_device
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -45,7 +45,7 @@ tokens = ''                         # sequence lengths of a topic, such as 1024,
 width = ''                          # ffns, lengths: width of a layer; norms: widths, such as 256,512
 limit_s = 60.0                      # lengths: seconds for each kind of layer, which decide how far it goes
 nanogpt = ''                        # step: folder of a nanoGPT checkout to time as well, same flags
-device = 'cpu'                      # cpu, cuda or mps
+device = 'cpu'                      # auto, cpu, cuda or mps
 aot = False                         # kernels: compile for GPUs that this machine lacks, instead of timing
 out = 'out/bench'                   # gpu, kernels: folder for gpu.json
 parts = ''                          # gpu: some of checks,kernels,train,curve,decode,optimizer; empty: all
@@ -125,6 +125,7 @@ def main(name, argv):
     with errors_as_messages():
         refuse_ignored(name, options)
         check_settings(name)
+        globals()['device'] = pick_device(device)
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {card}')

@@ -191,7 +191,7 @@ def split_arguments(argv):
         name = name.replace('-', '_')
         if not equals and words and words[0].endswith('.py'):
             raise SystemExit(f'--{name} needs a value, and {words[0]} is a config file; '
-                             f'write --{name}={words[0]} if it is the value')
+                             f'write --{name}=VALUE')
         if not equals:
             text = None if not words or words[0].startswith('--') else words.popleft()
         yield name, text

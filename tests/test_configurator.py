@@ -450,7 +450,7 @@ def test_a_config_file_is_no_value_unless_an_equals_sign_says_so(files):
     for name in ('start', 'overwrite', 'n_layer'):
         assert refusal(f'--{name}', 'config/a.py') == (
             f'--{name} needs a value, and config/a.py is a config file; '
-            f'write --{name}=config/a.py if it is the value')
+            f'write --{name}=VALUE')
     same(ask('--start=config/a.py', 'config/a.py'), {'start': 'config/a.py', 'n_layer': 1})
     same(ask('--max_iters', '7', 'config/a.py'), {'max_iters': 7, 'n_layer': 1})
 
