@@ -650,10 +650,10 @@ ROWS = torch.tensor([[5, 6, 7, 8, 9]] * 2)
     ({'lengths': [3]}, r'lengths=\[3\] must be 2 whole numbers from 1 to 5'),
     ({'lengths': [0, 5]}, r'lengths=\[0, 5\] must be 2 whole numbers from 1 to 5'),
     ({'lengths': [2.5, 5.0]}, 'lengths=.* must be 2 whole numbers from 1 to 5'),
-    ({'idx': ROWS[:0]}, r'idx of shape \(0, 5\) .* must be rows of at least one token'),
-    ({'idx': ROWS[:, :0]}, r'idx of shape \(2, 0\) .* must be rows of at least one token'),
-    ({'idx': ROWS[0]}, r'idx of shape \(5,\) .* must be rows of at least one token'),
-    ({'idx': ROWS.float()}, r'idx of .* torch.float32 must be rows of at least one token'),
+    ({'idx': ROWS[:0]}, 'idx must hold at least one token to continue, in at least one row'),
+    ({'idx': ROWS[:, :0]}, 'idx must hold at least one token to continue'),
+    ({'idx': ROWS[0]}, r'idx of shape \(5,\) .* must be \(B,T\) in int64'),
+    ({'idx': ROWS.float()}, r'idx of .* torch.float32 must be \(B,T\) in int64'),
     ({'idx': ROWS + 60}, 'token 69 must be one of the 61 tokens that the model knows'),
     ({'idx': ROWS - 60}, 'token -55 must be one of the 61 tokens')], ids=str)
 def test_what_cannot_be_drawn_is_refused_in_a_sentence(options, sentence):

@@ -126,9 +126,10 @@ def gumbel(keys, ids):
 
 def check_room(model, idx, max_new_tokens, lengths=None):
     """ValueError where prompts (B,T) of these lengths cannot be continued by max_new_tokens."""
-    if idx.dim() != 2 or idx.dtype != torch.int64 or idx.numel() == 0:
-        raise ValueError(f'idx of shape {tuple(idx.shape)} and type {idx.dtype} must be rows of at least one '
-                         'token in int64, (B,T): give a prompt')
+    if idx.dim() != 2 or idx.dtype != torch.int64:
+        raise ValueError(f'idx of shape {tuple(idx.shape)} and type {idx.dtype} must be (B,T) in int64')
+    if idx.numel() == 0:
+        raise ValueError('idx must hold at least one token to continue, in at least one row: give a prompt')
     T, limit, longest = idx.shape[1], model.wpe.max_tokens, model.wpe.longest
     check_ids(model, idx)
     if lengths is not None:
