@@ -1,7 +1,7 @@
 """
 Weights in 8 bits, for faster sampling. A step of one row does little but read every weight once, so a quarter
 of the bytes makes it up to four times as fast. Norms, embeddings and the cache keep their type. Activations
-do too, except on a CPU, whose kernel for up to 16 rows reads and writes bfloat16 (relative errors of 0.4 %).
+do too, except on a CPU, whose kernel for up to 16 rows reads and writes bfloat16 (errors up to 0.2 %).
 
 Each output row of a matrix has its own scale, the largest absolute weight / 127 (symmetric, rounded to
 nearest). sample.py prints the cost in bits per byte, measured in the steps that sampling takes.
