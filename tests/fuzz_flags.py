@@ -147,7 +147,7 @@ def check_routers(model, parts):
         router, experts = torch.autograd.grad(parts['cross_entropy'], (moe.router.weight, moe.c_proj.weight),
                                               retain_graph=True)
         least = 1e-8 * experts.norm() * moe.c_proj.weight.norm()
-        assert router.norm() >= least, f'the router must learn: {router.norm():.1e}, experts {experts.norm():.1e}'
+        assert router.norm() >= least, f'the router must learn: {router.norm():.1e} of {experts.norm():.1e}'
 
 
 def pieces(total, most, rng):

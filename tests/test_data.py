@@ -1126,10 +1126,15 @@ def test_the_preparation_of_a_first_run_ends_with_the_run(tmp_path, kill):
     assert not (folder / 'alive').exists() and not (folder / 'meta.json').exists()
 
 
+def hear_ctrl_c():
+    """In a child: SIGINT as a terminal has it. A shell that starts the tests in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_preparation_says_so(tmp_path):
     folder = slow_dataset(tmp_path / 'pysource')
     process = subprocess.Popen([sys.executable, folder / 'prepare.py'], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+                               stderr=subprocess.STDOUT, text=True, preexec_fn=hear_ctrl_c)
     wait_for(folder / 'train.bin.tmp')
     process.send_signal(signal.SIGINT)
     out = process.communicate()[0]
@@ -1142,7 +1147,8 @@ def test_an_interrupted_preparation_says_so(tmp_path):
 def test_an_interrupt_of_the_imports_is_a_sentence_too(tmp_path):
     (tmp_path / 'numpy.py').write_text('import time\nprint("importing", flush=True)\ntime.sleep(20)')
     process = subprocess.Popen([sys.executable, PREPARE_TEXT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=os.environ | {'PYTHONPATH': str(tmp_path)})
+                               text=True, env=os.environ | {'PYTHONPATH': str(tmp_path)},
+                               preexec_fn=hear_ctrl_c)
     assert process.stdout.readline() == 'importing\n'
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1].strip() == 'interrupted: nothing has been prepared'

@@ -208,9 +208,9 @@ def test_name_in_backticks_exists(page, name):
 
 def test_a_wrong_name_would_be_seen():
     text = ('`modle.py` `model.py` `config/llama_smal.py` `config/<family>_small.py` `kernels/` `kernel/` '
-            '`last.pt` `ckpt.pt` `data/nothing` `tokens/s`')
+            '`last.pt` `ckpt.pt` `data/nowhere_at_all` `tokens/s`')
     assert [name for name in names(text) if not exists(name)] == [
-        'config/llama_smal.py', 'data/nothing', 'kernel/', 'last.pt', 'modle.py']
+        'config/llama_smal.py', 'data/nowhere_at_all', 'kernel/', 'last.pt', 'modle.py']
 
 
 def anchors(text):
