@@ -31,8 +31,8 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f'temperature={self.temperature} must be a finite number of at least 0 (the '
-                             'likeliest token)')
+            raise ValueError(f'temperature={self.temperature} must be at least 0 (the likeliest token) '
+                             'and finite')
         if self.top_k is not None:
             check_counts(1, top_k=self.top_k)
         for name in ('top_p', 'min_p'):
@@ -40,8 +40,8 @@ class Sampling:
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f'{name}={value} must be above 0 and at most 1, or None for all tokens')
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f'repetition_penalty={self.repetition_penalty} must be a finite number above 0; '
-                             '1 is no penalty')
+            raise ValueError(f'repetition_penalty={self.repetition_penalty} must be above 0 and '
+                             'finite; 1 is no penalty')
 
     def candidates(self, logits, seen=None):
         """
