@@ -493,7 +493,10 @@ def test_ctrl_c_ends_with_a_sentence(line, tmp_path):
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout.readline().startswith(line)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # where it does not listen, it would go on for hours
     assert err.strip() == 'stopped by Ctrl-C' and process.returncode in (-signal.SIGINT, 130)
 
 
