@@ -26,6 +26,9 @@ def ranks() -> tuple[int, int, int]:
 def start(device_type: str, backend: str) -> FailureWatch:
     """Meet the processes that torchrun has started. Returns the FailureWatch over them."""
     store, rank, world = next(dist.rendezvous('env://'))
+    # torchrun --max-restarts starts the processes again on the same store, where addresses and notes of the
+    # attempt before still stand
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     failure_watch = FailureWatch(store, rank, world)
     dist.init_process_group('gloo' if device_type == 'cpu' else backend, store=store, rank=rank,
                             world_size=world)

@@ -169,12 +169,10 @@ class FailureWatch(threading.Thread):
         super().__init__(daemon=True)
         # a connection of its own: the main thread's may be blocked in a wait
         self.store, self.rank, self.world = store.clone(), rank, world
-        # torchrun --max-restarts starts the processes again, on the same store
-        self.attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
         self.closed = threading.Event()
         self.print_exception = None
         atexit.register(self.at_exit)
-        self.store.add(f'{rank} lives {self.attempt}', 1)
+        self.store.add(f'{rank} lives', 1)
         self.start()
 
     def catch_exceptions(self):
@@ -194,7 +192,7 @@ class FailureWatch(threading.Thread):
 
     def silent_ranks(self):
         """The ranks whose watch has stopped: their processes have ended without a note."""
-        names = [f'{rank} lives {self.attempt}' for rank in range(self.world)]
+        names = [f'{rank} lives' for rank in range(self.world)]
         try:
             before = self.store.multi_get(names)
             time.sleep(2.5)
@@ -210,16 +208,16 @@ class FailureWatch(threading.Thread):
     def leave(self, text):
         """End this process and print the first note, because later ones are consequences of that failure."""
         try:
-            first = self.store.compare_set(f'failed {self.attempt}', '', text).decode()
+            first = self.store.compare_set('failed', '', text).decode()
         except RuntimeError:
             first = 'the process that hosts the store is gone'
         if first != text:
             print(f'rank {self.rank} leaves: {first}', file=sys.stderr)
         try:
-            self.store.set(f'{self.rank} knows {self.attempt}', '')
+            self.store.set(f'{self.rank} knows', '')
             if self.rank == 0:
                 # the store may end with this process: let the others read the note first
-                self.store.wait([f'{rank} knows {self.attempt}' for rank in range(self.world)],
+                self.store.wait([f'{rank} knows' for rank in range(self.world)],
                                 timedelta(seconds=5))
         except RuntimeError:
             pass
@@ -232,8 +230,8 @@ class FailureWatch(threading.Thread):
         unreachable = False
         while not self.closed.wait(5 if unreachable else 1):
             try:
-                self.store.add(f'{self.rank} lives {self.attempt}', 1)
-                if self.store.check([f'failed {self.attempt}']):
+                self.store.add(f'{self.rank} lives', 1)
+                if self.store.check(['failed']):
                     self.leave('')
             except RuntimeError:
                 # the first time, give the main thread time to report more, or to end normally
