@@ -371,7 +371,7 @@ class CachedAttention(nn.Module):
 
     def __init__(self, c, span):
         super().__init__()
-        self.window, self.rotary, self.local = span.window, span.rotary and c.pos == 'rope', span.local
+        self.window, self.rotary, self.local = span.window, span.rotary and c.pos == 'rope', int(span.local)
 
     def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
         slots = min(max_tokens, self.window + spare if self.window else max_tokens)
@@ -697,7 +697,7 @@ class HeadsNorm(nn.Module):
         self.eps = c.norm_eps
 
     def forward(self, x):
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return (F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
 
 # the norm of the queries or keys of n heads before they rotate
 QK_NORM = {
@@ -720,7 +720,7 @@ def temperature(attention, q, k, v, ctx, scale, floor):
 
 def value_embedding(attention, q, k, v, ctx):
     """The values plus a token embedding of their own, times a learned number (modded-nanogpt)."""
-    return q, k, v + attention.value_scale * ctx.values
+    return q, k, v + (attention.value_scale * ctx.values).to(v.dtype)
 
 def attention_extras(attention, c):
     """The functions above that a layer applies, (attention, q, k, v, ctx) -> (q, k, v)."""
@@ -1481,7 +1481,9 @@ class GPT(nn.Module):
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
         ctx = ctx._replace(embedding=x, values=values, losses=[])
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
-            x = block(x, ctx, entry)
+            own = ctx._replace(losses=[])   # an empty list, or each block would be compiled by itself
+            x = block(x, own, entry)
+            ctx.losses.extend(own.losses)
         if targets is not None:
             losses = self.losses(x, targets, ctx, z_loss)
             return None, losses if parts else losses['loss']

@@ -46,8 +46,9 @@ class _CausalConv(torch.autograd.Function):
         T = x.shape[1] - len(taps) + 1
         y = wide[:, :T] * taps[0]
         for k in range(1, len(taps)):
-            y.addcmul_(wide[:, k:k + T], taps[k])
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+            y = torch.addcmul(y, wide[:, k:k + T], taps[k])
+        y = y if bias is None else y + bias
+        return y if y.dtype == x.dtype else y.to(x.dtype)   # as in rms_norm.py
 
     @staticmethod
     def backward(ctx, grad):

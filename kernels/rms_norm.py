@@ -34,7 +34,10 @@ class _RMSNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).mul_(weight).to(x.dtype)
+        y = wide * r * weight
+        # torch 2.11 compiles wrong gradients where forward returns what .to() or an in-place operation
+        # handed through (pytorch issue 180642)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
