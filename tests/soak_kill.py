@@ -32,10 +32,14 @@ KINDS = [SHORT | more for more in (
 SIGNALS = [signal.SIGKILL] * 3 + [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1')
                                   if hasattr(signal, name)]
 SEND = '''
-import os, threading
-timer = threading.Timer({seconds}, os.kill, (os.getpid(), {number}))
-timer.daemon = True
-timer.start()
+import os, signal, threading, time
+def send():
+    time.sleep({seconds})
+    # Ctrl-C before train.py's first line is Python's to answer
+    while {number} != signal.SIGKILL and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        time.sleep(0.01)
+    os.kill(os.getpid(), {number})
+threading.Thread(target=send, daemon=True).start()
 '''
 
 
