@@ -74,3 +74,9 @@ def print_table(heads, rows):
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
         print('  '.join(cells).rstrip(), flush=True)
+
+
+def print_markdown(heads, rows):
+    """Print a table for a page in Markdown."""
+    for cells in (heads, ['---'] * len(heads), *rows):
+        print(f'| {" | ".join(map(str, cells))} |', flush=True)
