@@ -7,8 +7,8 @@ Attention is timed alone too, forward and backward, with the arguments that each
 within it count as attention.
 
 What the operators of a step take comes from PyTorch's profiler, which slows small operators more than large
-ones. A step, its products, its attention and Llama's step run in turns, so compare the numbers of one row: two
-rows may have met the machine under different loads.
+ones. A step, its products, its attention and Llama's step run in turns, so compare the numbers of one row:
+two rows may have met the machine under different loads.
 """
 import statistics
 from collections import Counter
@@ -24,7 +24,7 @@ from configurator import nearest
 from model import GPT, GPTConfig
 from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.timing import interleaved, print_markdown, timed
-from nanoblocks.experiments.topics import each, sizes, tell
+from nanoblocks.experiments.topics import each, sizes
 from nanoblocks.files import ROOT
 from nanoblocks.hardware import synchronized_time
 
@@ -33,14 +33,15 @@ DTYPES = ('float32', 'bfloat16')
 
 def limits(flags, models, tokens, rounds, device):
     """A training step over its own matrix products, for every family, and where the rest of it goes."""
-    times, shares = [], []
-    for case in each(cases(flags, models, tokens, large=('gpt2', 'llama')), Case.title):
-        found = measure(case, rounds, device)
-        times.append([*case.label(), *times_row(found)])
-        shares.append([*case.label(), *shares_row(found)])
-        tell(f'    a step takes {found.step:.0f} ms, {found.step / found.products:.2f} of its products')
+    shares = []
+
+    def times():
+        for case in each(cases(flags, models, tokens, large=('gpt2', 'llama')), Case.title):
+            found = measure(case, rounds, device)
+            shares.append([*case.label(), *shares_row(found)])
+            yield [*case.label(), *times_row(found)]
     print_markdown([*LABEL, 'parameters', 'step ms', 'products ms', 'attention ms', 'step / products',
-                    '(forward + backward) / (products + attention)', "step / Llama's"], times)
+                    '(forward + backward) / (products + attention)', "step / Llama's"], times())
     print('\nwhere the time of a step goes, by operators')
     print_markdown([*LABEL, *GROUPS, 'other', 'optimizer', 'largest of the rest'], shares)
 
@@ -103,8 +104,8 @@ def case_of(name, base, tokens, default, dtype):
     config = GPTConfig(**(own | base))
     count, = sizes('tokens', tokens, max(default, config.block_size))
     if count < config.block_size:
-        raise ValueError(f'tokens={tokens} must be at least block_size={config.block_size}, the tokens of one '
-                         f'sequence: --tokens={config.block_size}')
+        raise ValueError(f'tokens={tokens} must be at least block_size={config.block_size}, the tokens of '
+                         f'one sequence: --tokens={config.block_size}')
     return Case(name, base, config, count // config.block_size, dtype)
 
 
@@ -139,7 +140,8 @@ class Step:
 
 def products_in(dtype, device):
     """The context in which matrix products are of this number type."""
-    return nullcontext() if dtype == 'float32' else torch.autocast(device.split(':')[0], getattr(torch, dtype))
+    kind = device.split(':')[0]
+    return nullcontext() if dtype == 'float32' else torch.autocast(kind, getattr(torch, dtype))
 
 
 class Found(NamedTuple):
@@ -309,30 +311,23 @@ def attention_runs(step):
 # ----------------------------------------------------------------------------------------------------------
 # Operators
 
+ATTENTION = [f'_scaled_dot_product_{kind}' for kind in (
+    'flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention')] + [
+    f'_{kind}_attention' for kind in ('flash', 'efficient', 'cudnn')]
 GROUPS = {
-    'products': {'mm', 'addmm', 'addmm_', 'bmm', 'baddbmm', 'baddbmm_', '_grouped_mm', 'mv', 'addmv'},
-    'attention': {'_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_flash_attention',
-                  '_scaled_dot_product_flash_attention_for_cpu_backward',
-                  '_scaled_dot_product_flash_attention_backward', '_scaled_dot_product_efficient_attention',
-                  '_scaled_dot_product_efficient_attention_backward', '_scaled_dot_product_cudnn_attention',
-                  '_scaled_dot_product_cudnn_attention_backward', '_flash_attention_forward',
-                  '_flash_attention_backward', '_efficient_attention_forward', '_efficient_attention_backward',
-                  '_cudnn_attention_forward', '_cudnn_attention_backward'},
-    'casts and copies': {'copy_', 'clone', 'cat', 'fill_', 'zero_', 'index', 'index_put_', '_index_put_impl_',
-                         'index_select', 'index_add_', 'index_copy_', 'gather', 'scatter', 'scatter_',
-                         'scatter_add_', 'embedding_dense_backward', 'constant_pad_nd', 'repeat_interleave'},
-    'elementwise': {'add', 'add_', 'sub', 'sub_', 'rsub', 'mul', 'mul_', 'div', 'div_', 'neg', 'neg_', 'exp',
-                    'exp_', 'log', 'log1p', 'sqrt', 'rsqrt', 'pow', 'square', 'tanh', 'tanh_', 'tanh_backward',
-                    'sigmoid', 'sigmoid_', 'sigmoid_backward', 'silu', 'silu_backward', 'gelu', 'gelu_backward',
-                    'relu', 'relu_', 'threshold_backward', 'softplus', 'softplus_backward', 'sin', 'cos',
-                    'addcmul', 'addcmul_', 'addcdiv', 'lerp', 'where', 'masked_fill', 'masked_fill_', 'clamp',
-                    'clamp_', 'clamp_min', 'reciprocal', 'maximum', 'minimum', 'le', 'lt', 'ge', 'gt', 'eq',
-                    'ne', 'bitwise_and', 'logical_and', 'bernoulli_', 'native_dropout',
-                    'native_dropout_backward', 'triu', 'tril'},
-    'norms and reductions': {'native_layer_norm', 'native_layer_norm_backward', '_fused_rms_norm',
-                             '_fused_rms_norm_backward', 'sum', 'mean', 'amax', 'max', 'logsumexp', 'cumsum',
-                             'cumprod', '_softmax', '_softmax_backward_data', '_log_softmax',
-                             '_log_softmax_backward_data', 'linalg_vector_norm', 'norm', 'topk', 'sort'},
+    'products': 'mm addmm addmm_ bmm baddbmm baddbmm_ _grouped_mm mv addmv'.split(),
+    'attention': [name + end for name in ATTENTION for end in ('', '_forward', '_backward')],
+    'casts and copies': """copy_ clone cat fill_ zero_ index index_put_ _index_put_impl_ index_select index_add_
+        index_copy_ gather scatter scatter_ scatter_add_ embedding_dense_backward constant_pad_nd
+        repeat_interleave""".split(),
+    'elementwise': """add add_ sub sub_ rsub mul mul_ div div_ neg neg_ exp exp_ log log1p sqrt rsqrt pow square
+        reciprocal sin cos tanh tanh_ tanh_backward sigmoid sigmoid_ sigmoid_backward silu silu_backward gelu
+        gelu_backward relu relu_ threshold_backward softplus softplus_backward addcmul addcmul_ addcdiv lerp
+        where masked_fill masked_fill_ clamp clamp_ clamp_min maximum minimum le lt ge gt eq ne bitwise_and
+        logical_and bernoulli_ native_dropout native_dropout_backward triu tril""".split(),
+    'norms and reductions': """native_layer_norm native_layer_norm_backward _fused_rms_norm
+        _fused_rms_norm_backward sum mean amax max logsumexp cumsum cumprod _softmax _softmax_backward_data
+        _log_softmax _log_softmax_backward_data linalg_vector_norm norm topk sort""".split(),
 }
 
 

@@ -2,17 +2,20 @@
 Against other repositories: the same model, trained by each in turns, and read and continued with a cache.
 
 A peer's model has the sizes of ours, its head is tied to its embedding as ours is, and the numbers of
-parameters are compared. The loss is the peer's own, or PyTorch's cross entropy of its logits. What transformers
-runs is our model, exported with its weights, so there the losses and the logits are compared as well.
+parameters are compared. The loss is nanoGPT's own, and for others PyTorch's cross entropy of their logits.
+transformers runs our model, exported with its weights, so its losses and logits must be ours.
 """
+import math
 import statistics
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -20,10 +23,10 @@ import torch.nn.functional as F
 
 from model import GPT
 from nanoblocks.decoding.decode import Decoder, Sampling
-from nanoblocks.experiments.limits import Case, cases
+from nanoblocks.experiments.limits import LABEL, Case, cases
 from nanoblocks.experiments.speed import nanogpt_model, training_step
 from nanoblocks.experiments.timing import interleaved, print_markdown, times
-from nanoblocks.experiments.topics import each, tell
+from nanoblocks.experiments.topics import each
 from nanoblocks.hardware import synchronized_time
 
 FAMILIES = ['gpt2', 'llama', 'mixtral', 'mamba', 'mamba2']
@@ -34,24 +37,23 @@ def peers(flags, models, tokens, nanogpt, rounds, device):
     """The same models trained by nanoGPT, litgpt, x-transformers, transformers and mamba.py, in turns."""
     for name in flags:
         if name not in SIZES:
-            raise ValueError(f'{name}={flags[name]} must be left out: the peers have these models, of any size '
-                             f'({", ".join(SIZES)})')
+            raise ValueError(f'{name}={flags[name]} must be left out: the peers have these models as they are, '
+                             f'and only sizes are free: {", ".join(SIZES)}')
     everything = cases(flags, models, tokens, ('gpt2', 'llama'), FAMILIES, large_dtypes=('bfloat16',))
     missing = {peer: remedy for peer in PEERS if (remedy := remedy_for(peer, nanogpt))}
     for peer, remedy in missing.items():
         print(f'{peer} is left out: {remedy}')
-    rows = []
-    for case in each(everything, Case.title):
-        rows += train(case, [peer for peer in PEERS if peer not in missing], nanogpt, rounds, device)
+    here = [peer for peer in PEERS if peer not in missing]
     print('\na training step; above 1: ours is faster')
-    print_markdown(['model', 'tokens', 'products in', 'peer', 'ours ms', 'theirs ms', 'theirs / ours', 'parameters',
-                    'loss, ours and theirs'], rows)
-    if 'transformers' not in missing:
-        rows = []
-        for case in each([case for case in everything if with_cache(case, everything)], Case.title):
-            rows += generate(case, flags, rounds, device)
+    print_markdown([*LABEL, 'peer', 'ours ms', 'theirs ms', 'theirs / ours', 'parameters',
+                    'loss at first, ours and theirs'],
+                   (row for case in each(everything, Case.title)
+                    for row in train(case, here, nanogpt, rounds, device)))
+    if 'transformers' in here:
         print('\none row with a cache, against transformers; above 1: ours is faster')
-        print_markdown(['model', 'weights in', 'what', 'ours ms', 'theirs ms', 'theirs / ours'], rows)
+        print_markdown(['model', 'weights in', 'what', 'ours ms', 'theirs ms', 'theirs / ours'],
+                       (row for case in each(cached(everything), Case.title)
+                        for row in generate(case, flags, rounds, device)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -85,7 +87,8 @@ def litgpt_decoder(ours, folder):
     model = litgpt.GPT(litgpt.Config(
         block_size=c.block_size, n_layer=c.n_layer, n_embd=c.n_embd, vocab_size=c.vocab_size,
         padded_vocab_size=c.vocab_size, n_head=c.n_head, n_query_groups=c.n_kv_head, head_size=c.head_dim,
-        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name='RMSNorm', **width, **experts))
+        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name='RMSNorm', **width,
+        **experts))
     model.apply(model._init_weights)
     model.lm_head.weight = model.transformer.wte.weight
     return Theirs(model, c)
@@ -105,7 +108,7 @@ def mamba_py(ours, folder):
     """mamba.py's layers, whose last norm and tied head are put around them as its own LM does."""
     c, mamba = ours.config, import_module('mambapy.mamba')
     sizes = mamba.MambaConfig(d_model=c.n_embd, n_layers=c.n_layer, d_state=c.ssm_state,
-                              expand_factor=c.ssm_expand, d_conv=c.conv_width)
+                              expand_factor=c.ssm_expand, d_conv=c.ssm_conv)
     embedding, head = nn.Embedding(c.vocab_size, c.n_embd), nn.Linear(c.n_embd, c.vocab_size, bias=False)
     head.weight = embedding.weight
     nn.init.normal_(embedding.weight, std=sizes.base_std)
@@ -122,9 +125,14 @@ def in_transformers(ours):
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings('ignore', '.past_key_values. is deprecated')  # older versions have no other name
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the default of GPT-2 in transformers is 0.1
+    return model
 
 
 class Peer(NamedTuple):
@@ -160,26 +168,30 @@ def train(case, available, nanogpt, rounds, device):
     for peer in available:
         if case.name in PEERS[peer].builds:
             models[peer] = PEERS[peer].builds[case.name](models['ours'], nanogpt)
-    losses = {name: first_loss(model.to(device).train(), case, device) for name, model in models.items()}
+    losses = {name: first_loss(model.to(device), name, case) for name, model in models.items()}
+    if abs(losses.get('transformers', losses['ours']) - losses['ours']) > 1e-3:
+        raise ValueError(f'the loss of {case.name} must be {losses["ours"]:.4f} in transformers too, not '
+                         f'{losses["transformers"]:.4f}: they cannot be compared')
     steps = {name: training_step(model, case.dtype, case.sequences, device) for name, model in models.items()}
     found = {name: statistics.median(ms) for name, ms in times(steps, rounds, device, warmup=1).items()}
     rows = []
     for peer in list(models)[1:]:
-        tell(f'    {peer} takes {found[peer] / found["ours"]:.2f} times as long')
         rows.append([*case.label(), peer, f'{found["ours"]:.1f}', f'{found[peer]:.1f}',
                      f'{found[peer] / found["ours"]:.2f}', parameters(models['ours'], models[peer]),
                      f'{losses["ours"]:.4f} {losses[peer]:.4f}'])
     return rows
 
 
-def first_loss(model, case, device):
-    """The loss of the untrained model in fp32 on tokens that are the same for all; it must be finite."""
+@torch.no_grad()
+def first_loss(model, name, case):
+    """The loss of a model before training, in fp32 on the same tokens for all; ValueError if not finite."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randint(case.config.vocab_size, (2, 1, case.config.block_size), generator=generator).to(device)
-    with torch.no_grad():
-        loss = model(x, y)[1].item()
-    if not abs(loss) < 1e9:
-        raise ValueError(f'the loss of {type(model).__name__} must be finite, not {loss}: it cannot be compared')
+    x, y = torch.randint(case.config.vocab_size, (2, 1, case.config.block_size), generator=generator)
+    device = next(model.parameters()).device
+    loss = model.eval()(x.to(device), y.to(device))[1].item()
+    model.train()
+    if not math.isfinite(loss):
+        raise ValueError(f'the loss of {name} must be finite, not {loss}: leave out {case.name} with --models')
     return loss
 
 
@@ -193,11 +205,10 @@ def parameters(ours, theirs):
 # Reading a prompt and continuing it
 
 
-def with_cache(case, everything):
-    """Whether a case is one whose cache is measured: attention, at the largest of its sizes, once."""
-    same = [other for other in everything if other.name == case.name]
-    largest = max(same, key=lambda other: other.config.n_embd)
-    return case.name in ('gpt2', 'llama') and case is largest
+def cached(everything):
+    """The cases whose prompts and tokens are timed: each model with a cache of keys, at its largest size."""
+    largest = {case.name: case for case in sorted(everything, key=lambda case: case.config.n_embd)}
+    return [largest[name] for name in ('gpt2', 'llama') if name in largest]
 
 
 def generate(case, flags, rounds, device, prompt=2048, new=64):
@@ -211,7 +222,9 @@ def generate(case, flags, rounds, device, prompt=2048, new=64):
     theirs = in_transformers(ours).eval().to(device)
     idx = torch.randint(config.vocab_size, (1, prompt), device=device)
     apart = (last_logits(ours, idx) - theirs_prefill(theirs, idx, prompt)[0]).abs().max().item()
-    print(f'{case.name}: logits after {prompt} tokens differ from those of transformers by at most {apart:.1e}')
+    if not apart < 1e-2:
+        raise ValueError(f'the logits of {case.name} must be those of transformers, not {apart:.1e} apart: '
+                         'they cannot be compared')
     for dtype in (torch.float32, torch.bfloat16):
         ours, theirs = ours.to(dtype), theirs.to(dtype)
         rows += generate_in(case, str(dtype).removeprefix('torch.'), ours, theirs, idx, new, rounds, device)
