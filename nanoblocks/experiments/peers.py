@@ -37,8 +37,8 @@ def peers(flags, models, tokens, nanogpt, rounds, device):
     """The same models trained by nanoGPT, litgpt, x-transformers, transformers and mamba.py, in turns."""
     for name in flags:
         if name not in SIZES:
-            raise ValueError(f'{name}={flags[name]} must be left out: the peers have these models as they are, '
-                             f'and only sizes are free: {", ".join(SIZES)}')
+            raise ValueError(f'{name}={flags[name]} must be left out: the peers have these models as they '
+                             f'are, and only sizes are free: {", ".join(SIZES)}')
     everything = cases(flags, models, tokens, ('gpt2', 'llama'), FAMILIES, large_dtypes=('bfloat16',))
     missing = {peer: remedy for peer in PEERS if (remedy := remedy_for(peer, nanogpt))}
     for peer, remedy in missing.items():
@@ -191,7 +191,7 @@ def first_loss(model, name, case):
     loss = model.eval()(x.to(device), y.to(device))[1].item()
     model.train()
     if not math.isfinite(loss):
-        raise ValueError(f'the loss of {name} must be finite, not {loss}: leave out {case.name} with --models')
+        raise ValueError(f'the loss of {name} must be finite, not {loss}: leave {case.name} out of --models')
     return loss
 
 
