@@ -320,11 +320,12 @@ GROUPS = {
     'casts and copies': """copy_ clone cat fill_ zero_ index index_put_ _index_put_impl_ index_select
         index_add_ index_copy_ gather scatter scatter_ scatter_add_ embedding_dense_backward constant_pad_nd
         repeat_interleave""".split(),
-    'elementwise': """add add_ sub sub_ rsub mul mul_ div div_ neg neg_ exp exp_ log log1p sqrt rsqrt pow
-        square reciprocal sin cos tanh tanh_ tanh_backward sigmoid sigmoid_ sigmoid_backward silu silu_backward gelu
-        gelu_backward relu relu_ threshold_backward softplus softplus_backward addcmul addcmul_ addcdiv lerp
-        where masked_fill masked_fill_ clamp clamp_ clamp_min maximum minimum le lt ge gt eq ne bitwise_and
-        logical_and bernoulli_ native_dropout native_dropout_backward triu tril""".split(),
+    'elementwise': """
+        add add_ sub sub_ rsub mul mul_ div div_ neg neg_ exp exp_ log log1p sqrt rsqrt pow square
+        reciprocal sin cos tanh tanh_ tanh_backward sigmoid sigmoid_ sigmoid_backward silu silu_backward
+        gelu gelu_backward relu relu_ threshold_backward softplus softplus_backward addcmul addcmul_
+        addcdiv lerp where masked_fill masked_fill_ clamp clamp_ clamp_min maximum minimum le lt ge gt
+        eq ne bitwise_and logical_and bernoulli_ native_dropout native_dropout_backward triu tril""".split(),
     'norms and reductions': """native_layer_norm native_layer_norm_backward _fused_rms_norm
         _fused_rms_norm_backward sum mean amax max logsumexp cumsum cumprod _softmax _softmax_backward_data
         _log_softmax _log_softmax_backward_data linalg_vector_norm norm topk sort""".split(),
