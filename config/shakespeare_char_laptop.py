@@ -33,6 +33,6 @@ min_lr = 0.0
 
 log_interval = 50
 eval_interval = 500
-eval_iters = 20
+eval_tokens = 110_592  # all of the validation text
 device = 'cpu'
 compile = True
