@@ -42,7 +42,7 @@ def limits(flags, models, tokens, rounds, device):
             yield [*case.label(), *times_row(found)]
     print_markdown([*LABEL, 'parameters', 'step ms', 'products ms', 'attention ms', 'step / products',
                     '(forward + backward) / (products + attention)', "step / Llama's"], times())
-    print('\nwhere the time of a step goes, by operators')
+    print('\nwhere the time of a step goes, by operators; attention: its fused operators alone')
     print_markdown([*LABEL, *GROUPS, 'other', 'optimizer', 'largest of the rest'], shares)
 
 
