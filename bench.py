@@ -7,6 +7,8 @@ Measurements. Each topic prints a table; variants that are compared run interlea
     python bench.py kernels --aot=True
     python bench.py gpu --out=bench/results
     python bench.py optimizers config/gpt2_small.py
+    python bench.py limits --models=gpt2,llama
+    python bench.py peers --nanogpt=../nanoGPT
     python bench.py cache config/llama_1b.py --tokens=2048,32768
     python bench.py rope --rope_theta=5e5
     python bench.py plot out/* --figure=curves.png
@@ -31,7 +33,7 @@ from configurator import (
     within,
 )
 from model import GPTConfig
-from nanoblocks.experiments import attention, curves, decoding, gpu, speed, studies
+from nanoblocks.experiments import attention, curves, decoding, gpu, limits, peers, speed, studies
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.files import ROOT
 from nanoblocks.hardware import check_device, pick_device
@@ -40,11 +42,12 @@ from nanoblocks.hardware import check_device, pick_device
 # Settings
 
 batch_size = 12                     # step, families: sequences in a training step
-rounds = 30                         # how often each variant is timed
-tokens = ''                         # sequence lengths of a topic, such as 1024,4096; empty: its own
+rounds: int | None = None           # how often each variant is timed; None: 30, in limits and peers 3
+tokens = ''                         # lengths, such as 1024,4096; limits, peers: of a step; empty: its own
+models = ''                         # limits, peers: families, such as gpt2,llama; empty: all of them
 width = ''                          # ffns, lengths: width of a layer; norms: widths, such as 256,512
 limit_s = 60.0                      # lengths: seconds for each kind of layer, which decide how far it goes
-nanogpt = ''                        # step: folder of a nanoGPT checkout to time as well, same flags
+nanogpt = ''                        # step, peers: folder of a nanoGPT checkout to time as well, same flags
 device = 'cpu'                      # auto, cpu, cuda or mps
 aot = False                         # kernels: compile for GPUs that this machine lacks, instead of timing
 out = 'out/bench'                   # gpu, kernels: folder for gpu.json
@@ -65,8 +68,9 @@ TOPICS = {
     'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
     'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
     'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations, 'plot': curves.plot,
-    'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
+    'kernels': gpu.kernel_table, 'gpu': gpu.gpu, 'limits': limits.limits, 'peers': peers.peers,
 }
+ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
 
 
 def topics():
@@ -108,8 +112,10 @@ def check_settings(name):
         raise ValueError(f'dtype={dtype} must be float32 or bfloat16')
     for setting, limit in (('batch_size', {'least': 1}), ('rounds', {'least': 1}), ('seconds', {'least': 1}),
                            ('limit_s', {'above': 0})):
+        if setting not in reads or globals()[setting] is None:
+            continue
         ok, rule = within(globals()[setting], limit)
-        if setting in reads and not ok:
+        if not ok:
             raise ValueError(f'{setting}={globals()[setting]} must {rule}')
 
 
@@ -125,7 +131,7 @@ def main(name, argv):
     with errors_as_messages():
         refuse_ignored(name, options)
         check_settings(name)
-        globals()['device'] = pick_device(device)
+        globals().update(device=pick_device(device), rounds=rounds or ROUNDS.get(name, 30))
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {card}')

@@ -5,6 +5,7 @@ The clock rate of a machine and the load on it drift. Each round runs every vari
 round runs them in reverse order, so drift reaches all variants about equally.
 """
 import statistics
+from itertools import chain
 
 import torch
 
@@ -74,3 +75,9 @@ def print_table(heads, rows):
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
         print('  '.join(cells).rstrip(), flush=True)
+
+
+def print_markdown(heads, rows):
+    """Print a table for a page in Markdown, each row as soon as `rows` has it."""
+    for cells in chain((heads, ['---'] * len(heads)), rows):
+        print(f'| {" | ".join(map(str, cells))} |', flush=True)
