@@ -14,8 +14,16 @@ Measurements. Each topic prints a table; variants that are compared run interlea
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
 whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
 """
-import platform
 import sys
+
+from data import console
+
+if __name__ == '__main__':
+    # from the first line on: torch alone takes seconds to import
+    console.never_fail()
+    console.answer_ctrl_c()
+
+import platform
 from dataclasses import fields
 from inspect import signature
 

@@ -190,8 +190,7 @@ def split_arguments(argv):
         name, equals, text = word[2:].partition('=')
         name = name.replace('-', '_')
         if not equals and words and words[0].endswith('.py'):
-            raise SystemExit(f'--{name} needs a value, and {words[0]} is a config file; '
-                             f'write --{name}=VALUE')
+            raise SystemExit(f'--{name} needs a value, and {words[0]} is a config file; write --{name}=VALUE')
         if not equals:
             text = None if not words or words[0].startswith('--') else words.popleft()
         yield name, text
@@ -226,9 +225,10 @@ def no_file(word, known):
     key, kind = word.strip('-').split('=')[0].replace('-', '_'), 'flag' if 'input' in known else 'config file'
     if key in known or kind == 'flag':
         return f'{word} is no {kind}; did you mean --{"" if key in known else "input="}{word.lstrip("-")}?'
-    files = {p.stem: p for p in sorted([*Path(word).parent.glob('*.py'), *Path('config').glob('*.py')])}
-    near = get_close_matches(Path(word).stem, files, 1)
-    remedy = f'did you mean {files[near[0]]}?' if near else 'give a config file or --key=value, or see --help'
+    place = Path('config') if os.path.isdir('config') else HERE / 'config'
+    files = {p.stem: p for p in sorted([*Path(word).parent.glob('*.py'), *place.glob('*.py')])}
+    near = [] if os.path.isdir(word) else get_close_matches(Path(word).stem, files, 1)
+    remedy = f'did you mean {files[near[0]]}?' if near else f'give a file of {place} or a flag; see --help'
     return f'{word} {"is a folder" if os.path.isdir(word) else "does not exist"}; {remedy}'
 
 

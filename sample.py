@@ -12,12 +12,12 @@ In Python: nanoblocks/decoding/session.py.
 """
 import sys
 
-from nanoblocks import console
-from nanoblocks.decoding.commandline import answer_ctrl_c, refuse_words
+from data import console
+from nanoblocks.commandline import refuse_words
 
 # from the first line on: torch alone takes seconds to import
 console.never_fail()
-answer_ctrl_c()
+console.answer_ctrl_c()
 
 from configurator import configure, errors_as_messages
 from model import check_counts
@@ -62,7 +62,7 @@ kernels = 'auto'                    # Triton kernels on a GPU: auto, torch (none
 bandwidth = False                   # say what share of the memory's bandwidth a step used
 compile = False                     # torch.compile the step: a minute to the first token, faster afterwards
 
-refuse_words(sys.argv[1:])
+refuse_words(sys.argv[1:], globals())
 configure(globals())
 warn_of_torch_version()
 

@@ -26,6 +26,7 @@ from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
 from nanoblocks.tokenizer import from_meta
 from nanoblocks.training import checkpoint
+from nanoblocks.training.run_folder import refuse_misspelt
 
 
 class Prompt(NamedTuple):
@@ -278,6 +279,8 @@ def load_run(out_dir, ckpt, setting='out_dir'):
     path = os.path.join(out_dir, ckpt)
     if ckpt == 'best.pt' and not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')
+    if not os.path.exists(path):
+        refuse_misspelt(out_dir, setting)
     try:
         state = checkpoint.load(path)
     except checkpoint.Damaged:

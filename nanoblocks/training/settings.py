@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from configurator import within
 from model import GPTConfig
+from nanoblocks.formats import counted
 from nanoblocks.training.optim import SCHEDULES
 
 CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES),
@@ -45,7 +46,7 @@ def check_settings(s, world, done=0):
     must('min_lr', not s['decay_lr'] or s['min_lr'] is None or s['min_lr'] <= s['learning_rate'],
          f'be at most learning_rate={s["learning_rate"]}')
     must('gradient_accumulation_steps', s['batch_tokens'] or s['gradient_accumulation_steps'] % world == 0,
-         f'be a multiple of the {world} processes that share the micro-batches')
+         f'be a multiple of {world}, the number of processes')
     must('shard', world > 1 or not s['shard'], 'have several processes to shard over: start it with torchrun')
     must('dtype', s['dtype'] != 'float16' or not s['shard'],
          'not be used with shard=True: choose --dtype=bfloat16')
@@ -67,7 +68,7 @@ def check_lengths(s, world, block_size):
          f'be at least block_size={block_size}')
     tokens = s['batch_size'] * block_size * world
     must('batch_tokens', s['eval_only'] or not (s['batch_tokens'] or 0) % tokens,
-         f'be a multiple of {tokens}: batch_size * block_size tokens in each of {world} processes')
+         f'be a multiple of {tokens}: batch_size * block_size tokens in {counted(world, "process")}')
 
 
 def rule_of(settings):
@@ -90,7 +91,8 @@ def warn_of_tokenizer(published, dataset, known, same):
     """Warn if data may have other tokens than weights, whose tokenizer is not `known` or not the `same`."""
     if not known:
         print(f'warning: init_from={published} has no tokenizer to compare with: dataset={dataset} must have '
-              'been prepared with the one that its weights were trained with')
+              'been prepared with the one that its weights were trained with; to have that checked, put the '
+              'tokenizer.json that was published with them beside them')
     elif not same:
         print(f'warning: dataset={dataset} was not prepared with the tokenizer of {published}, so its token '
               f'numbers have other meanings: prepare it with --tokenizer={published}')
