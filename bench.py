@@ -96,15 +96,21 @@ def run(topic, given):
 def refuse_ignored(name, options):
     """ValueError for a flag or a config file that the topic would ignore."""
     reads = signature(TOPICS[name]).parameters
-    if 'argv' in reads:
-        return  # train.py's settings and the model's flags, which train.py checks
+    trains = settings_of(ROOT / 'train.py')
+    if 'argv' in reads:  # train.py's settings and the model's flags too, which train.py checks
+        foreign = {setting: '' for setting in plain_settings(globals())
+                   if setting not in reads and setting not in trains}
+        for key, text in split_arguments(options):
+            if key in foreign:
+                raise ValueError(f'{key}={text} must be left out: bench.py {name} does not read it')
+        return
     model = {f.name for f in fields(GPTConfig)}
     own = [f'--{setting}' for setting in plain_settings(globals()) if setting in reads]
     what = ', '.join(own + ['the model flags'] * ('flags' in reads)) or 'no flags'
     for key, text in split_arguments(options):
         if key is None and 'flags' not in reads:
             raise ValueError(f'{text} must be left out: bench.py {name} takes no config file, only {what}')
-        known = key in plain_settings(globals()) or key in model or key in settings_of(ROOT / 'train.py')
+        known = key in plain_settings(globals()) or key in model or key in trains
         if known and key not in reads and not (key in model and 'flags' in reads):
             raise ValueError(f'{key}={text} must be left out: bench.py {name} reads {what}')
 

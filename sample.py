@@ -19,13 +19,14 @@ from nanoblocks.commandline import refuse_words
 console.never_fail()
 console.answer_ctrl_c()
 
-from configurator import configure, errors_as_messages
-from model import check_counts
+from configurator import configure, errors_as_messages, model_flags
+from model import GPTConfig, check_counts
 from nanoblocks.decoding.console import Console
 from nanoblocks.decoding.decode import Sampling
 from nanoblocks.decoding.session import Session
 from nanoblocks.decoding.text import read_prompts, text_or_file
 from nanoblocks.hardware import warn_of_torch_version
+from nanoblocks.training.stopping import answer_out_of_memory
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -62,7 +63,8 @@ kernels = 'auto'                    # Triton kernels on a GPU: auto, torch (none
 bandwidth = False                   # say what share of the memory's bandwidth a step used
 compile = False                     # torch.compile the step: a minute to the first token, faster afterwards
 
-refuse_words(sys.argv[1:], globals())
+refuse_words(sys.argv[1:], globals(), model_flags(GPTConfig))
+answer_out_of_memory('lower --batch_size, --num_samples, --max_new_tokens or --chunk')
 configure(globals())
 warn_of_torch_version()
 

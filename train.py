@@ -96,6 +96,8 @@ shard = False                       # FSDP: shard weights, gradients and moments
 backend = 'nccl'                    # torch.distributed on GPUs: nccl or gloo; CPUs always use gloo
 
 signals.imported()
+stopping.answer_out_of_memory('lower --batch_size and raise --gradient_accumulation_steps as much, set '
+                              '--activation_checkpointing=True, or train a smaller model')
 refuse_words(sys.argv[1:], globals())
 given = {}                          # what the command line set: {name: the flag or file that set it}
 model_args = configure(globals(), GPTConfig, given=given)

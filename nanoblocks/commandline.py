@@ -2,7 +2,7 @@
 import os
 import shlex
 
-from configurator import split_arguments
+from configurator import settings_of, split_arguments
 
 # settings that are texts, which a shell splits at blanks unless they are quoted
 TEXTS = ('start', 'score', 'stop', 'vary', 'wandb_run_name')
@@ -11,10 +11,13 @@ HELD = {'out_dir': {'best.pt', 'ckpt.pt'}, 'report': {'sweep.json'}, 'dataset': 
         'init_from': {'config.json'}}
 
 
-def refuse_words(argv, settings):
+def refuse_words(argv, settings, foreign=()):
     """
     End the script with a remedy for a folder or checkpoint given without its flag, or a text without its
-    quotes. settings: names that the script has
+    quotes.
+
+    settings    names that the script has
+    foreign     model flags that it lacks: a config file that sets one is of train.py
     """
     if {'--help', '-h'} & set(argv):
         return
@@ -22,6 +25,10 @@ def refuse_words(argv, settings):
     for place, (name, word) in enumerate(pairs):
         if name is not None:
             continue
+        out_dir = out_dir_of(word, foreign)
+        if out_dir:
+            raise SystemExit(f'{word} is a config of train.py; name the run that it made: '
+                             f'--out_dir={shlex.quote(out_dir)}')
         flag = flag_of(word, settings)
         if flag:
             raise SystemExit(f'{word} is no config file; did you mean --{flag}={shlex.quote(word)}?')
@@ -30,6 +37,17 @@ def refuse_words(argv, settings):
             rest = [word for key, word in pairs[place:] if key is None]
             value = shlex.quote(' '.join([text, *rest]))
             raise SystemExit(f'{word} is no config file; write --{name}={value} if it belongs to the text')
+
+
+def out_dir_of(word, foreign):
+    """Where train.py writes the run of a config file that sets one of the model flags `foreign`; or None."""
+    if not foreign or not word.endswith('.py'):
+        return None
+    try:
+        names = settings_of(word)
+    except (OSError, SyntaxError, ValueError):  # which `configure` tells
+        return None
+    return str(names['out_dir'].default if 'out_dir' in names else 'out') if names.keys() & foreign else None
 
 
 def flag_of(word, settings):

@@ -295,7 +295,11 @@ def lock_folder(folder):
     Lock a sweep's folder; its runs inherit the lock. ValueError when it is taken by another sweep, or by a
     run that outlived its sweep: both would write the same files.
     """
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'out_dir={folder} must be a folder that can be made ({error.strerror}): choose '
+                         'another') from None
     if fcntl is None:
         return None
     lock = os.open(os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT)

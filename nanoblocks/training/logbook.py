@@ -199,7 +199,11 @@ def start_wandb(project, name, run_id, folder, config, log):
     A new W&B run, or the run `run_id` continued; None if wandb fails. Offline if WANDB_MODE says so, or if
     the server cannot be reached; log(line) prints such a failure.
     """
-    import wandb
+    try:
+        import wandb
+    except Exception as error:  # installed, but broken
+        log(f'wandb     does not work ({first_line(error)}): training continues without it')
+        return None
     mode = os.environ.get('WANDB_MODE', 'online')
     url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
     reason = unreachable(url) if mode == 'online' else None

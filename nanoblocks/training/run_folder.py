@@ -44,8 +44,8 @@ class RunFolder:
         return found
 
     def exists(self) -> bool:
-        """Whether the folder holds files of a run that could be lost."""
-        return any(map(os.path.exists, self.files))
+        """Whether the folder holds files of a run that could be lost; config.json alone is none."""
+        return any(os.path.exists(path) for path in self.files if path != self.config)
 
     def resumable(self) -> bool:
         """Whether the folder holds a checkpoint to resume from, damaged or not."""
@@ -88,7 +88,8 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """ValueError if a new run would replace the one in the folder."""
         if self.exists():
-            raise ValueError(f'out_dir={self.path} must not hold a run: resume it with --init_from=resume, '
+            resume = 'resume it with --init_from=resume, ' if self.resumable() else 'it has no ckpt.pt, '
+            raise ValueError(f'out_dir={self.path} must not hold a run: {resume}'
                              'replace it with --overwrite=True, or choose another folder')
 
     def delete(self) -> None:
@@ -217,7 +218,7 @@ class RunFolder:
 
 
 def refuse_misspelt(path: str | os.PathLike, setting: str = 'out_dir') -> None:
-    """FileNotFoundError if `path` holds no run and a folder in it or beside it does, with the nearest name."""
+    """FileNotFoundError if `path` holds no run and a folder in or beside it does, with the nearest name."""
     def runs(folder):
         return [os.path.dirname(file) for file in sorted(glob(os.path.join(escape(folder), '*', 'ckpt.pt')))]
     path = os.path.normpath(path)

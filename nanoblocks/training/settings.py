@@ -2,6 +2,7 @@
 import importlib.util
 import os
 import re
+import shlex
 from dataclasses import asdict
 
 from configurator import within
@@ -9,7 +10,7 @@ from model import GPTConfig
 from nanoblocks.formats import counted
 from nanoblocks.training.optim import SCHEDULES
 
-CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES),
+CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES), 'backend': ('nccl', 'gloo'),
            'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
 LIMITS = {
     'max_iters': {'least': 1}, 'bad_step_limit': {'least': 1},
@@ -42,6 +43,7 @@ def check_settings(s, world, done=0):
     for name, limits in LIMITS.items():
         if s[name] is not None:
             must(name, *within(s[name], limits))
+    must('dataset', s['dataset'], 'be a folder of data/, or a path: --dataset=pysource')
     must('max_iters', s['max_iters'] >= done, f'be at least {done}, the steps that the run has made')
     must('min_lr', not s['decay_lr'] or s['min_lr'] is None or s['min_lr'] <= s['learning_rate'],
          f'be at most learning_rate={s["learning_rate"]}')
@@ -129,6 +131,8 @@ def refuse_contradictions(resumed, path, model_args, settings, given, meta):
         raise ValueError(f'a resumed run must keep its model, seed, batches and optimizer: '
                          f'{"; ".join(changed)}; leave that out, or start a new run in another out_dir')
     if meta != resumed['meta']:
+        then = (f'to evaluate on it, start from --init_from={shlex.quote(path)}' if settings['eval_only']
+                else 'name the old one, or start a new run')
         raise ValueError(f'dataset={settings["dataset"]} must hold the data that {path} was trained on '
                          f'({resumed["settings"]["dataset"]}), but its meta.json differs, so it is another '
-                         'dataset or was prepared anew: name the old one, or start a new run')
+                         f'dataset or was prepared anew: {then}')
