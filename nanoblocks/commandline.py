@@ -22,13 +22,10 @@ def refuse_words(argv, settings, foreign=()):
     if {'--help', '-h'} & set(argv):
         return
     pairs = list(split_arguments(argv))
+    refuse_configs([word for name, word in pairs if name is None], foreign)
     for place, (name, word) in enumerate(pairs):
         if name is not None:
             continue
-        out_dir = out_dir_of(word, foreign)
-        if out_dir:
-            raise SystemExit(f'{word} is a config of train.py; name the run that it made: '
-                             f'--out_dir={shlex.quote(out_dir)}')
         flag = flag_of(word, settings)
         if flag:
             raise SystemExit(f'{word} is no config file; did you mean --{flag}={shlex.quote(word)}?')
@@ -39,15 +36,19 @@ def refuse_words(argv, settings, foreign=()):
             raise SystemExit(f'{word} is no config file; write --{name}={value} if it belongs to the text')
 
 
-def out_dir_of(word, foreign):
-    """Where train.py writes the run of a config file that sets one of the model flags `foreign`; or None."""
-    if not foreign or not word.endswith('.py'):
-        return None
-    try:
-        names = settings_of(word)
-    except (OSError, SyntaxError, ValueError):  # which `configure` tells
-        return None
-    return str(names['out_dir'].default if 'out_dir' in names else 'out') if names.keys() & foreign else None
+def refuse_configs(words, foreign):
+    """End the script if a config file sets one of the flags `foreign`; name the run that it describes."""
+    found, out_dir = [], 'out'
+    for word in words:
+        try:
+            names = settings_of(word) if word.endswith('.py') else {}
+        except (OSError, SyntaxError, ValueError):  # which `configure` tells
+            continue
+        found += [word] * bool(names.keys() & set(foreign))
+        out_dir = names['out_dir'].default if 'out_dir' in names else out_dir
+    if found:
+        raise SystemExit(f'{" ".join(found)} must be left to train.py, whose runs remember it: write '
+                         f'--out_dir={shlex.quote(str(out_dir))} instead')
 
 
 def flag_of(word, settings):

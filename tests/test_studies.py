@@ -52,6 +52,8 @@ def test_every_topic_takes_nothing_but_settings():
 
 
 @pytest.mark.parametrize('topic, options, words', [
+    ('context', ['--reuse=True'], 'reuse=True must be left out: bench.py context does not read it'),
+    ('ablations', ['--width=3'], 'width=3 must be left out: bench.py ablations does not read it'),
     ('norms', ['--n_layer=2'], 'n_layer=2 must be left out: bench.py norms reads --rounds'),
     ('norms', ['config/tiny.py'], 'config/tiny.py must be left out: bench.py norms takes no config file'),
     ('cache', ['--rounds=3'], 'rounds=3 must be left out: bench.py cache reads --tokens'),

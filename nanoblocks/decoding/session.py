@@ -325,6 +325,8 @@ def holds_run(name):
 
 def load_draft(out_dir, ckpt, tokenizer):
     """The model of a run or of another checkpoint, to draft for a model with this tokenizer."""
+    if '/' in out_dir and not os.path.exists(out_dir):
+        refuse_misspelt(out_dir, 'draft')
     if not holds_run(out_dir):
         if not pretrained.same_tokenizer(out_dir, tokenizer.meta()):
             raise ValueError(f"draft={out_dir} has another tokenizer and must have the model's: take a "
