@@ -519,8 +519,8 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(copy, place):
 
 
 def test_a_failed_run_has_no_time_left(copy, place):
-    (copy / 'llama_small' / 'seed1338' / 'ckpt.pt').write_bytes(b'damaged')
     cut(copy / 'llama_small' / 'seed1338', 10)
+    (copy / 'llama_small' / 'seed1338' / 'ckpt.pt').write_bytes(b'damaged')
     done = python('ablate.py', *command(place, copy))
     line, = [line for line in done.stdout.splitlines() if line.startswith('[1/1]')]
     assert 'with exit code 1: ' in line and 'left' not in line, line
