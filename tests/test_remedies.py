@@ -34,7 +34,7 @@ def other_place(argv):
 
 # (what a message says, what its reader then does: match m, command a, message t -> commands that must work)
 ADVICE = [
-    (r'has no ckpt.pt: did you mean --(\w+)=(\S+)\?$', lambda m, a, t: [set_to(a, m[1], m[2])]),
+    (r'ckpt.pt does not exist: did you mean --(\w+)=(\S+)\?$', lambda m, a, t: [set_to(a, m[1], m[2])]),
     (r'whose runs remember it: write --out_dir=out/llama_small instead$', lambda m, a, t: [
         set_to([word for word in a if not word.startswith('config/')], 'out_dir', runs.trained())]),
     (r'start from (--init_from=\S+)$', lambda m, a, t: [
@@ -48,7 +48,7 @@ ADVICE = [
     (r'download it first$', lambda m, a, t: [set_to(a, 'input', text_file())]),
     (r'did you mean (--[\w]+)\?$', lambda m, a, t: [
         [re.sub(r'^--[\w-]+', m[1], word) if word.startswith(wrong(t)) else word for word in a]]),
-    (r'(?<!no ckpt.pt: )did you mean ([\w./]+|--\w+=\S+)\?$', lambda m, a, t: [
+    (r'(?<!ckpt.pt does not exist: )did you mean ([\w./]+|--\w+=\S+)\?$', lambda m, a, t: [
         [word.replace(t.split()[0].partition('vary=')[2] or t.split()[0], m[1]) for word in a]]),
     (r'write (--\w+=)VALUE', lambda m, a, t: [[*a[:a.index(m[1][:-1])], f'{m[1]}2']]),
     (r'write (--\w+=(?!VALUE)\S+)$', lambda m, a, t: [[m[1] if word == m[1].partition('=')[0] else word

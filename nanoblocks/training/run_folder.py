@@ -224,5 +224,5 @@ def refuse_misspelt(path: str | os.PathLike, setting: str = 'out_dir') -> None:
     path = os.path.normpath(path)
     near = get_close_matches(path, runs(path) + runs(os.path.dirname(path)), 1, 0.0)
     if near and not RunFolder(path).exists():
-        raise FileNotFoundError(f'{setting}={path} must hold a run of train.py and has no ckpt.pt: did you '
-                                f'mean --{setting}={shlex.quote(near[0])}?')
+        raise FileNotFoundError(f'{os.path.join(path, "ckpt.pt")} does not exist: did you mean '
+                                f'--{setting}={shlex.quote(near[0])}?')
