@@ -19,8 +19,16 @@ nanoblocks/experiments/sweep.py.
 """
 import sys
 
+from data import console
+
+if __name__ == '__main__':
+    # from the first line on: torch alone takes seconds to import
+    console.never_fail()
+    console.answer_ctrl_c('stopped by Ctrl-C; the same command continues the sweep')
+
 from configurator import configure, errors_as_messages
 from model import GPTConfig
+from nanoblocks.commandline import refuse_words
 from nanoblocks.experiments import sweep
 
 # ----------------------------------------------------------------------------------------------------------
@@ -41,5 +49,6 @@ report = ''                         # folder of a trained sweep: only write its 
 if __name__ == '__main__':
     if '--help' in sys.argv or '-h' in sys.argv:
         configure(globals(), GPTConfig, ['--help'])
+    refuse_words(sys.argv[1:], ('report', 'dataset', 'vary'))
     with errors_as_messages():
         sweep.main(sys.argv[1:])

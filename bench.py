@@ -16,8 +16,16 @@ Measurements. Each topic prints a table; variants that are compared run interlea
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
 whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
 """
-import platform
 import sys
+
+from data import console
+
+if __name__ == '__main__':
+    # from the first line on: torch alone takes seconds to import
+    console.never_fail()
+    console.answer_ctrl_c()
+
+import platform
 from dataclasses import fields
 from inspect import signature
 
@@ -92,15 +100,21 @@ def run(topic, given):
 def refuse_ignored(name, options):
     """ValueError for a flag or a config file that the topic would ignore."""
     reads = signature(TOPICS[name]).parameters
-    if 'argv' in reads:
-        return  # train.py's settings and the model's flags, which train.py checks
+    trains = settings_of(ROOT / 'train.py')
+    if 'argv' in reads:  # train.py's settings and the model's flags too, which train.py checks
+        foreign = {setting: '' for setting in plain_settings(globals())
+                   if setting not in reads and setting not in trains}
+        for key, text in split_arguments(options):
+            if key in foreign:
+                raise ValueError(f'{key}={text} must be left out: bench.py {name} does not read it')
+        return
     model = {f.name for f in fields(GPTConfig)}
     own = [f'--{setting}' for setting in plain_settings(globals()) if setting in reads]
     what = ', '.join(own + ['the model flags'] * ('flags' in reads)) or 'no flags'
     for key, text in split_arguments(options):
         if key is None and 'flags' not in reads:
             raise ValueError(f'{text} must be left out: bench.py {name} takes no config file, only {what}')
-        known = key in plain_settings(globals()) or key in model or key in settings_of(ROOT / 'train.py')
+        known = key in plain_settings(globals()) or key in model or key in trains
         if known and key not in reads and not (key in model and 'flags' in reads):
             raise ValueError(f'{key}={text} must be left out: bench.py {name} reads {what}')
 

@@ -170,8 +170,7 @@ def model_flags(config_class):
 
 
 def make_setting(default, hint=None, meaning='', group=''):
-    if hint is None:
-        hint = PLAIN if default is None else type(default)
+    hint = hint or (PLAIN if default is None else type(default))
     return Setting(default, hint | None if default is None else hint, meaning, group)
 
 
@@ -190,8 +189,7 @@ def split_arguments(argv):
         name, equals, text = word[2:].partition('=')
         name = name.replace('-', '_')
         if not equals and words and words[0].endswith('.py'):
-            raise SystemExit(f'--{name} needs a value, and {words[0]} is a config file; '
-                             f'write --{name}=VALUE')
+            raise SystemExit(f'--{name} needs a value, and {words[0]} is a config file; write --{name}=VALUE')
         if not equals:
             text = None if not words or words[0].startswith('--') else words.popleft()
         yield name, text
@@ -206,8 +204,9 @@ def run_file(path, known, now):
     try:
         tree = ast.parse(Path(path).read_bytes(), path)
         for n in tree.body:  # to Python, n_layer: 2 is an annotation and n_layer == 2 a comparison
-            if getattr(n, 'value', 0) is None or type(n) is ast.Expr and type(n.value) is ast.Compare:
-                raise SyntaxError(f'{ast.unparse(n)} sets nothing: write NAME = VALUE', ('', n.lineno, 0, ''))
+            if getattr(n, 'value', 0) is None or type(n) is ast.Expr and type(n.value) in IDLE:
+                raise SyntaxError(f'{ast.unparse(n):.60} sets nothing: write NAME = VALUE',
+                                  ('', n.lineno, 0, ''))
         exec(compile(tree, path, 'exec'), names)
     except Exception as error:
         rows = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -223,12 +222,14 @@ def run_file(path, known, now):
 
 def no_file(word, known):
     """The message for a word that is neither a flag nor a config file."""
-    key, kind = word.strip('-').split('=')[0].replace('-', '_'), 'flag' if 'input' in known else 'config file'
+    kind = 'flag' if 'input' in known else 'config file'
+    key = word.strip('-–—').split('=')[0].replace('-', '_')
     if key in known or kind == 'flag':
-        return f'{word} is no {kind}; did you mean --{"" if key in known else "input="}{word.lstrip("-")}?'
-    files = {p.stem: p for p in sorted([*Path(word).parent.glob('*.py'), *Path('config').glob('*.py')])}
-    near = get_close_matches(Path(word).stem, files, 1)
-    remedy = f'did you mean {files[near[0]]}?' if near else 'give a config file or --key=value, or see --help'
+        return f'{word} is no {kind}; did you mean --{"" if key in known else "input="}{word.lstrip("-–—")}?'
+    place = Path('config') if os.path.isdir('config') else HERE / 'config'
+    files = {p.stem: p for p in sorted([*Path(word).parent.glob('*.py'), *place.glob('*.py')])}
+    near = [] if os.path.isdir(word) else get_close_matches(Path(word).stem, files, 1)
+    remedy = f'did you mean {files[near[0]]}?' if near else f'give a file of {place} or a flag; see --help'
     return f'{word} {"is a folder" if os.path.isdir(word) else "does not exist"}; {remedy}'
 
 
@@ -237,7 +238,7 @@ def no_file(word, known):
 
 RULES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string', tuple: 'a list of numbers',
          NoneType: 'None'}
-NOT_FINITE = ('nan', 'inf', 'infinity')
+NOT_FINITE, IDLE = ('nan', 'inf', 'infinity'), (ast.Compare, ast.Dict, ast.List, ast.Tuple, ast.Name)
 
 
 def convert(value, setting, label, is_flag):
@@ -302,8 +303,7 @@ def help_text(script, settings, config_class, own, model):
     if '__file__' in settings:
         own = describe(own, Path(settings['__file__']).read_text(encoding='utf-8'))
     lines += section(f'settings of {script}:', own)
-    if model:
-        lines += section('model flags:', describe_model(config_class, model))
+    lines += section('model flags:', describe_model(config_class, model)) if model else []
     return '\n'.join(lines)
 
 

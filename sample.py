@@ -12,20 +12,21 @@ In Python: nanoblocks/decoding/session.py.
 """
 import sys
 
-from nanoblocks import console
-from nanoblocks.decoding.commandline import answer_ctrl_c, refuse_words
+from data import console
+from nanoblocks.commandline import refuse_words
 
 # from the first line on: torch alone takes seconds to import
 console.never_fail()
-answer_ctrl_c()
+console.answer_ctrl_c()
 
-from configurator import configure, errors_as_messages
-from model import check_counts
+from configurator import configure, errors_as_messages, model_flags
+from model import GPTConfig, check_counts
 from nanoblocks.decoding.console import Console
 from nanoblocks.decoding.decode import Sampling
 from nanoblocks.decoding.session import Session
 from nanoblocks.decoding.text import read_prompts, text_or_file
 from nanoblocks.hardware import warn_of_torch_version
+from nanoblocks.training.stopping import answer_out_of_memory
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -62,7 +63,8 @@ kernels = 'auto'                    # Triton kernels on a GPU: auto, torch (none
 bandwidth = False                   # say what share of the memory's bandwidth a step used
 compile = False                     # torch.compile the step: a minute to the first token, faster afterwards
 
-refuse_words(sys.argv[1:])
+refuse_words(sys.argv[1:], globals(), model_flags(GPTConfig))
+answer_out_of_memory('lower --batch_size, --num_samples, --max_new_tokens or --chunk')
 configure(globals())
 warn_of_torch_version()
 

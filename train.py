@@ -8,7 +8,7 @@ Train a model. A flat script: settings, setup, helpers, the loop.
 
 --help lists every setting and model flag. Exit codes: nanoblocks/training/stopping.py.
 """
-from nanoblocks import console
+from data import console
 from nanoblocks.training import stopping
 
 # from the first line to the last: torch alone takes seconds to import
@@ -28,6 +28,7 @@ from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
 from kernels import use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
+from nanoblocks.commandline import refuse_words
 from nanoblocks.decoding.preview import sample_texts
 from nanoblocks.files import ROOT
 from nanoblocks.training import checkpoint, debug, optim, parallel
@@ -95,6 +96,9 @@ shard = False                       # FSDP: shard weights, gradients and moments
 backend = 'nccl'                    # torch.distributed on GPUs: nccl or gloo; CPUs always use gloo
 
 signals.imported()
+stopping.answer_out_of_memory('lower --batch_size and raise --gradient_accumulation_steps as much, set '
+                              '--activation_checkpointing=True, or train a smaller model')
+refuse_words(sys.argv[1:], globals())
 given = {}                          # what the command line set: {name: the flag or file that set it}
 model_args = configure(globals(), GPTConfig, given=given)
 settings = plain_settings(globals())
@@ -259,7 +263,9 @@ def evaluate():
                 loss = fast_model(x, y)[1]
             count = (y >= 0).sum()
             sums.append(torch.stack([loss.float() * count, count.float()]))
+            log.evaluating(min(1, len(sums) * batch_size * T * world / tokens))
             signals.poll()
+    log.evaluating(1)
     raw_model.train()
     # in float64, which Apple's GPUs do not have
     loss, count = parallel.summed(list(map(math.fsum, zip(*torch.stack(sums).tolist()))), device_type)

@@ -2,14 +2,9 @@
 import os
 import sys
 
-
-def say_interrupted(kind, error, traceback):
-    """sys.excepthook of the prepare.py scripts: Ctrl-C is answered by a sentence from the first import on."""
-    if kind is KeyboardInterrupt:
-        print('\ninterrupted: nothing has been prepared', file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
+from . import console
 
 if os.path.basename(sys.argv[0]) == 'prepare.py':
-    sys.excepthook = say_interrupted
+    # from the first import on
+    console.never_fail()
+    console.answer_ctrl_c('interrupted: nothing has been prepared')

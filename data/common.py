@@ -31,6 +31,10 @@ def preparation(folder, overwrite, resumes=False):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f'out={folder} must be a folder that can be made ({error.strerror}): choose another '
+                      'with --out=FOLDER') from None
+    try:
         with locked(folder):
             if (folder / 'meta.json').exists() and not overwrite:
                 raise ValueError(f'overwrite={overwrite} must be True to replace the dataset in {folder}: '

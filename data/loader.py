@@ -183,9 +183,13 @@ def prepare_command(folder):
 
 
 def unprepared(folder):
+    if folder.is_file():
+        command = ['python', 'data/text/prepare.py', f'--input={folder}', f'--name={folder.stem}']
+        return f'the dataset {folder} is a file, not a prepared folder: run {shlex.join(command)}'
     if folder.exists():
         return f'the dataset {folder} has not been prepared: run {prepare_command(folder)}'
     near = get_close_matches(folder.name, [path.parent.name for path in HERE.glob('*/prepare.py')], 1)
+    near = [f'./{folder.name}'] if (Path(folder.name) / 'meta.json').exists() else near
     hint = f'; did you mean {near[0]}?' if near else ''
     return f'the dataset {folder} does not exist: run {prepare_command(folder)}{hint}'
 

@@ -1,19 +1,11 @@
-"""Progress of a preparation on the console, which may be gone, full or unable to print a character."""
-import os
+"""Progress of a preparation on the console (which data/console.py keeps from ending it)."""
 import sys
 import time
 
 
 def say(text, end='\n'):
-    """print(text), except that no console can stop a preparation."""
-    try:
-        print(text, end=end, flush=True)
-    except UnicodeEncodeError:
-        encoding = getattr(sys.stdout, 'encoding', None) or 'ascii'
-        say(text.encode(encoding, 'replace').decode(encoding), end)
-    except (OSError, ValueError):
-        # the reader of a pipe is gone, or the disk of a log is full: Python would try again when it ends
-        sys.stdout = open(os.devnull, 'w')
+    """print(text) at once, so that a log shows how far a preparation is."""
+    print(text, end=end, flush=True)
 
 
 class Progress:

@@ -9,6 +9,11 @@ def format_quantity(number):
     return f'{number:.3g}'
 
 
+def counted(number, noun):
+    """1 step, 2 steps, 2 batches"""
+    return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith(('ch', 's')) else 's')
+
+
 def format_duration(seconds):
     """3723 -> 1 h 2 min"""
     h, m, s = int(seconds // 3600), int(seconds // 60 % 60), int(seconds % 60)

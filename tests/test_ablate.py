@@ -9,8 +9,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from nanoblocks.experiments.arms import MODEL, arms_between, arms_of_vary, confi
 from nanoblocks.experiments.budget import WIDTHS, cost, match_budgets
 from nanoblocks.experiments.runs import check_pair, progress, read_lines, recorded
 from nanoblocks.experiments.statistics import effect, seeds_needed, t_quantile, t_within
+from nanoblocks.training import checkpoint
 
 SIZE = '''
 n_layer = 2
@@ -513,6 +516,52 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(copy, place):
     assert done.returncode == 1 and 'llama_small/seed1338 ended at step 10 of 20' in done.stderr, done
     assert 'damaged' in done.stderr and progress(copy / 'norm=layernorm' / 'seed1338')[0] == 20
     assert 'llama_small/seed1338: step 10 of 20' in (copy / 'report.md').read_text()
+
+
+def test_a_failed_run_has_no_time_left(copy, place):
+    cut(copy / 'llama_small' / 'seed1338', 10)
+    (copy / 'llama_small' / 'seed1338' / 'ckpt.pt').write_bytes(b'damaged')
+    done = python('ablate.py', *command(place, copy))
+    line, = [line for line in done.stdout.splitlines() if line.startswith('[1/1]')]
+    assert 'with exit code 1: ' in line and 'left' not in line, line
+
+
+@pytest.mark.parametrize('vary, begins', [
+    ('norm=batchnorm', 'norm=batchnorm must be one of '), ('n_head=3', 'n_head=3: n_embd=256 must be '),
+    ('Mamba: layer_pattern=m', 'Mamba: n_kv_head=2 must be left out ')])
+def test_what_an_arm_is_refused_for_is_labelled_once(vary, begins):
+    flags = flags_of('config/llama_small.py', 'config/tiny.py')
+    with pytest.raises(ValueError) as refused:
+        arms_of_vary(flags, 'llama_small', vary)
+    assert str(refused.value).startswith(begins)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+@pytest.mark.parametrize('how', ['ctrl-c', 'one signal', 'hangup'])
+def test_a_sweep_that_is_stopped_loses_no_step(place, tmp_path, how):
+    """A terminal sends Ctrl-C to all its processes; a scheduler or kill, to one of them."""
+    out = tmp_path / 'sweep'
+    argv = [*command(place, out, '--evals=1', '--max_iters=100000', '--log_interval=1')]
+    process = subprocess.Popen([sys.executable, 'ablate.py', *argv], cwd=ROOT, stderr=subprocess.PIPE,
+                               env=os.environ | {'OMP_NUM_THREADS': '1'}, start_new_session=True, text=True,
+                               stdout=subprocess.DEVNULL, preexec_fn=hear_ctrl_c)
+    run = out / 'llama_small' / 'seed1337'
+    while not (run / 'metrics.jsonl').exists() or len(read_lines(run / 'metrics.jsonl')) < 5:
+        assert process.poll() is None
+        time.sleep(0.1)
+    if how == 'ctrl-c':
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT if how == 'one signal' else signal.SIGHUP)
+    err = process.communicate(timeout=60)[1]
+    assert 'Traceback' not in err and ('the same command continues' in err) == (how != 'hangup'), err
+    saved = checkpoint.step_of(str(run / 'ckpt.pt'))
+    assert saved and saved >= read_lines(run / 'metrics.jsonl')[-1]['step'] >= 3
+    assert not (run / '.lock').exists()
+
+
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_another_sweep_in_the_same_folder_is_refused(copy, place):

@@ -380,8 +380,8 @@ def test_a_missing_file_is_refused_with_the_nearest_one(files):
     assert refusal('llama_small') == 'llama_small does not exist; did you mean config/llama_small.py?'
     assert refusal('confg/tiny.py') == 'confg/tiny.py does not exist; did you mean config/tiny.py?'
     assert refusal('config/gpt9.py') == \
-        'config/gpt9.py does not exist; give a config file or --key=value, or see --help'
-    assert refusal('config') == 'config is a folder; give a config file or --key=value, or see --help'
+        'config/gpt9.py does not exist; give a file of config or a flag; see --help'
+    assert refusal('config') == 'config is a folder; give a file of config or a flag; see --help'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_stray_words_are_refused():
     assert refusal('-n_layer=3') == '-n_layer=3 is no config file; did you mean --n_layer=3?'
     assert refusal('n_layer=3') == 'n_layer=3 is no config file; did you mean --n_layer=3?'
     assert refusal('n-layer=3') == 'n-layer=3 is no config file; did you mean --n-layer=3?'
-    remedy = 'give a config file or --key=value, or see --help'
+    remedy = 'give a file of config or a flag; see --help'
     assert refusal('-x') == f'-x does not exist; {remedy}'
     assert refusal('--start=hello', 'world') == f'world does not exist; {remedy}'
 
@@ -681,7 +681,7 @@ def test_a_script_runs_as_configured(tmp_path):
     (['--learning_rat=1'],
      '--learning_rat is no setting of toy.py and no model flag; did you mean --learning_rate?'),
     (['--compile=2'], '--compile=2 must be True or False or None (default None)'),
-    (['gone.py'], 'gone.py does not exist; give a config file or --key=value, or see --help'),
+    (["gone.py"], f"gone.py does not exist; give a file of {ROOT / 'config'} or a flag; see --help"),
     (['bad.py'], 'bad.py, line 2 does not run: ZeroDivisionError: division by zero'),
 ])
 def test_a_script_that_refuses_says_one_sentence_and_fails(tmp_path, argv, words):

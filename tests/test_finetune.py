@@ -122,6 +122,12 @@ def test_a_checkpoint_without_a_tokenizer_is_warned_of(tmp_path):
     published(tmp_path / 'hf')
     done = python('train.py', *settings(tmp_path, init_from=tmp_path / 'hf', max_iters=1, block_size=32))
     assert done.code == 0 and f'warning: init_from={tmp_path}/hf has no tokenizer' in done.out, done
+    # what the message advises
+    tokenizers = pytest.importorskip('tokenizers', reason='makes a tokenizer.json')
+    known = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={chr(33 + i): i for i in range(90)}, merges=[]))
+    known.save(str(tmp_path / 'hf' / 'tokenizer.json'))
+    again = settings(tmp_path, init_from=tmp_path / 'hf', max_iters=1, block_size=32, overwrite=True)
+    assert 'was not prepared with the tokenizer' in python('train.py', *again).out
 
 
 def test_exported_run_is_the_same_model(tmp_path):

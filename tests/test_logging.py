@@ -103,6 +103,39 @@ def broken(*args, **kwargs):
         assert_same_run(tmp_path / name, trained())
 
 
+def test_a_wandb_that_cannot_be_imported_does_not_stop_training(tmp_path):
+    (tmp_path / 'site' / 'wandb').mkdir(parents=True)
+    (tmp_path / 'site' / 'wandb' / '__init__.py').write_text('raise RuntimeError("half installed")')
+    done = python('train.py', *toy(tmp_path / 'run', wandb_log=True), before=f"""
+import sys
+sys.path.insert(1, {str(tmp_path / 'site')!r})""")
+    assert done.code == 0 and 'wandb     does not work (half installed)' in done.out, done
+    assert_same_run(tmp_path / 'run', trained())
+
+
+def test_a_preview_that_fails_ends_no_run(tmp_path):
+    """Its model is left in training mode, so the run goes on as if there had been none."""
+    done = python('train.py', *toy(tmp_path / 'run', wandb_log=True, dropout=0.1), env=OFFLINE, before="""
+import model
+def generate(self, *args, **kwargs):
+    self.eval()
+    raise RuntimeError('no room')
+model.GPT.generate = generate""")
+    assert done.code == 0, done
+    assert_same_run(tmp_path / 'run', trained(dropout=0.1))
+
+
+@pytest.mark.parametrize('fault', ['profile.start', 'profile.stop', 'profile.export_chrome_trace'])
+def test_a_profile_that_fails_ends_no_run(tmp_path, fault):
+    done = python('train.py', *toy(tmp_path / 'run', profile=True), before=f"""
+import torch
+def broken(*args, **kwargs):
+    raise RuntimeError('it is down')
+torch.profiler.{fault} = broken""")
+    assert done.code == 0 and 'it is down' in done.out, done
+    assert_same_run(tmp_path / 'run', trained())
+
+
 def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch):
     """Each line once, complete and in order; half a line is removed again."""
     log = Logbook(RunFolder(tmp_path), False, 0, 10)

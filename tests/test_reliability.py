@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -588,7 +589,7 @@ model.GPT.losses = bad'''
 def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(tmp_path, settings, value):
     settings = dict(max_iters=30, lr_decay_iters=40, eval_interval=30) | settings
     done = python('train.py', *toy(tmp_path / 'run', **settings), before=poisoned(30, value=value))
-    assert done.code == 0 and 'warning: 1 steps were skipped' in done.out, done
+    assert done.code == 0 and 'warning: 1 step skipped' in done.out, done
     bad, before = load(tmp_path / 'run'), load(trained(**settings | {'max_iters': 29}))
     assert not differences(bad['model'], before['model'])
     for one, two in zip(bad['optimizers'], before['optimizers']):
@@ -816,11 +817,45 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path):
     assert_same_run(tmp_path / 'run', trained())
 
 
+@pytest.mark.parametrize('script', ['train', 'bench', 'ablate', 'sample', 'prepare'])
+@pytest.mark.parametrize('console', ['closed', 'full'])
+def test_no_console_ends_a_script(tmp_path, script, console):
+    """All streams closed at the start, as by `>&-`, or on a full disk."""
+    if console == 'full' and not os.path.exists('/dev/full'):
+        pytest.skip('a disk that is always full')
+    (tmp_path / 'a.txt').write_text('hello there ' * 99)
+    out = tmp_path / 'out'
+    words = {'train': ['train.py', *toy(out, max_iters=2)],
+             'bench': ['bench.py', 'cache', f'--figures={out}'],
+             'sample': ['sample.py', f'--out_dir={trained()}', '--max_new_tokens=4', f'--out={out}'],
+             'ablate': ['ablate.py', '--help'],
+             'prepare': ['data/text/prepare.py', f'--input={tmp_path / "a.txt"}', '--tokenizer=bytes',
+                         f'--out={out}']}[script]
+    redirect = '<&- >&- 2>&-' if console == 'closed' else '> /dev/full 2> /dev/full'
+    line = f'{shlex.join(map(str, [sys.executable, *words]))} {redirect}'
+    done = subprocess.run(line, shell=True, cwd=ROOT, env=ENV, timeout=120)
+    assert done.returncode == 0
+    if script == 'train':
+        assert [line['step'] for line in metrics(out)] == [0, 2, 2]
+        assert_same_run(out, train(tmp_path / 'other', max_iters=2)[0])
+    elif script != 'ablate':
+        assert out.exists()
+
+
 def test_a_console_without_a_character_does_not_end_the_run(tmp_path):
     run = tmp_path / 'läuft 漢'
     done = real_python('train.py', *toy(run), env={'PYTHONIOENCODING': 'ascii'})
     assert done.code == 0 and 'l\\xe4uft' in done.out, done
     assert_same_run(run, trained())
+
+
+def test_too_little_memory_is_one_sentence(tmp_path):
+    done = real_python('train.py', *toy(tmp_path / 'run', n_embd=2**20))
+    assert_refused(done, 'out of memory', 'lower --batch_size')
+    done = real_python('sample.py', f'--out_dir={trained(pos="rope")}', f'--max_new_tokens={2**45}')
+    assert_refused(done, 'out of memory', 'lower')
+    # what is left of the failed start keeps nobody from the next
+    train(tmp_path / 'run', max_iters=1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -918,6 +953,31 @@ def refuse(path, mode='r', *args, **kwargs):
 builtins.open = refuse''')
     assert_refused(done, f'out_dir={run_copy}', os.strerror(number), 'make room')
     assert files(run_copy) == before
+
+
+def test_a_full_disk_does_not_keep_a_run_from_going_on(tmp_path):
+    """Nothing can be written when it resumes; there is room again at step 45."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('this user may not mount a tmpfs')
+    try:
+        train(disk / 'run', max_iters=20, lr_decay_iters=60)
+        # of a step that the checkpoint does not have
+        with open(disk / 'run' / 'metrics.jsonl', 'a') as f:
+            f.write('{"step": 25, "train_loss": 1.0}\n')
+        with open(disk / 'other', 'wb', buffering=0) as f, pytest.raises(OSError):
+            while True:
+                f.write(bytes(4096))
+        room = at_step(26, f"""
+        import os
+        os.remove('{disk}/other')""")
+        done = python('train.py', *flags(init_from='resume', out_dir=disk / 'run', max_iters=60), before=room)
+        assert done.code == 0 and 'make room there; training continues' in done.out, done
+        assert_same_run(disk / 'run', trained())
+    finally:
+        subprocess.run(['umount', disk])
 
 
 @pytest.mark.parametrize('bad', [b'{"step": 1, \n', b'\xff\xfe\0\n', b'[]\n', b'{}\n'])

@@ -34,9 +34,21 @@ def other_place(argv):
 
 # (what a message says, what its reader then does: match m, command a, message t -> commands that must work)
 ADVICE = [
+    (r'ckpt.pt does not exist: did you mean --(\w+)=(\S+)\?$', lambda m, a, t: [set_to(a, m[1], m[2])]),
+    (r'whose runs remember it: write --out_dir=out/llama_small instead$', lambda m, a, t: [
+        set_to([word for word in a if not word.startswith('config/')], 'out_dir', runs.trained())]),
+    (r'start from (--init_from=\S+)$', lambda m, a, t: [
+        ['train.py', m[1], '--eval_only=True', *(word for word in a if word.startswith('--dataset'))]]),
+    (r'it has no ckpt.pt, replace it with (--overwrite=True)', lambda m, a, t: [[*a, m[1]]]),
+    (r'is no config file; write (--vary=.*) if it belongs to the text$', lambda m, a, t: [
+        [*a[:-2], *shlex.split(m[1]), '--n_kv_head=None', '--pos=none']]),
+    (r'choose another with (--out)=FOLDER', lambda m, a, t: [set_to(a, 'out', next(runs.names))]),
+    (r'the dataset .* is a file, not a prepared folder: run python (.*) --name=', lambda m, a, t: [
+        [*shlex.split(m[1]), '--tokenizer=bytes']]),
+    (r'download it first$', lambda m, a, t: [set_to(a, 'input', text_file())]),
     (r'did you mean (--[\w]+)\?$', lambda m, a, t: [
         [re.sub(r'^--[\w-]+', m[1], word) if word.startswith(wrong(t)) else word for word in a]]),
-    (r'did you mean ([\w./]+|--\w+=\S+)\?$', lambda m, a, t: [
+    (r'(?<!ckpt.pt does not exist: )did you mean ([\w./]+|--\w+=\S+)\?$', lambda m, a, t: [
         [word.replace(t.split()[0].partition('vary=')[2] or t.split()[0], m[1]) for word in a]]),
     (r'write (--\w+=)VALUE', lambda m, a, t: [[*a[:a.index(m[1][:-1])], f'{m[1]}2']]),
     (r'write (--\w+=(?!VALUE)\S+)$', lambda m, a, t: [[m[1] if word == m[1].partition('=')[0] else word
@@ -80,7 +92,7 @@ ADVICE = [
     (r'must be flag=value,value or name: flag=value', lambda m, a, t: [
         [*a, '--vary=norm=layernorm,rmsnorm; Name: ffn=gelu']]),
     (r'must be a config file', lambda m, a, t: [[*a, 'config/llama_small.py', '--vary=norm=layernorm']]),
-    (r': run (python .*)', lambda m, a, t: [given_text(shlex.split(m[1])[1:])]),
+    (r'(?<!a prepared folder): run (python .*)', lambda m, a, t: [given_text(shlex.split(m[1])[1:])]),
     (r'python bench.py plot out/\*$', lambda m, a, t: [['bench.py', 'plot', str(runs.trained())]]),
     (r'--input=PATH', lambda m, a, t: [[*a, f'--input={text_file()}', '--tokenizer=bytes']]),
 ]
@@ -141,6 +153,19 @@ def prepare(*words, file='a.txt', line='hello there\n'):
     return lambda: ['data/text/prepare.py', f'--input={text_file(file, line)}', '--tokenizer=bytes', *words]
 
 
+def misspelt():
+    """The path of a run with a letter too many."""
+    return f'{runs.trained()}x'
+
+
+def metrics_alone():
+    """A folder in which a run was stopped before its first checkpoint."""
+    path = next(runs.names)
+    path.mkdir()
+    (path / 'metrics.jsonl').write_text('{"step": 1}\n')
+    return path
+
+
 SMALL = '--tokens=8', '--width=8', '--rounds=1'
 MISTAKES = [
     train('--norn=rmsnorm'), train('--learning-rte=1e-3'), train('config/llama_smal.py', '--n_kv_head=1'),
@@ -172,6 +197,19 @@ MISTAKES = [
         '--tokenizer=bytes'], prepare('--tokenizer=gtp2'),
     prepare('--tokenizer=bpe', '--vocab_size=3'), prepare(file='rows.jsonl',
         line='{"body": "hello there"}\n'),
+    train('—n_layer=2'), train('--dataset='), train('--backend=mpi'),
+    lambda: ['train.py', f'--out_dir={misspelt()}', '--init_from=resume'],
+    lambda: train(f'--dataset={text_file("b.txt")}')(), lambda: train(str(runs.trained()))(),
+    lambda: train(str(runs.dataset()))(), lambda: train()()[:1] + ['llama_small', *train()()[1:]],
+    lambda: ['train.py', *runs.toy(metrics_alone(), **SHORT)],
+    lambda: ['train.py', f'--out_dir={runs.trained()}', '--init_from=resume', '--eval_only=True',
+             f'--dataset={runs.dataset("other")}'],
+    sample('config/llama_small.py', 'config/tiny.py'), sample('--ckpt=newest.pt'),
+    lambda: sample(f'--out_dir={misspelt()}')(), lambda: sample(f'--draft={misspelt()}')(),
+    lambda: ['sample.py', str(runs.trained()), '--max_new_tokens=4'],
+    llama('--vary=Mamba:', 'layer_pattern=m'),
+    prepare('--input=https://example.com/a.txt'),
+    lambda: ['data/text/prepare.py', f'--input={text_file()}', '--tokenizer=bytes', f'--out={text_file()}'],
     lambda: ['data/text/prepare.py'], lambda: ['data/text/prepare.py', str(text_file())],
 ]
 
@@ -179,7 +217,8 @@ MISTAKES = [
 def run(argv):
     """A Result of the command, which writes into a folder of the tests."""
     place = {'bench.py': 'figures', 'data/text/prepare.py': 'out'}.get(argv[0])
-    if place and not {'plot', 'cache'} & set(argv[1:2]):
+    given = any(word.startswith(f'--{place}=') for word in argv)
+    if place and not given and not {'plot', 'cache'} & set(argv[1:2]):
         argv = set_to(argv, place, next(runs.names))
     if 'plot' in argv:
         argv = set_to(argv, 'figure', next(runs.names))
@@ -204,7 +243,7 @@ def test_what_a_message_advises_works(mistake, monkeypatch):
     assert cures, f'{message!r} names no remedy that this test knows'
     for cure in cures:
         assert cure != argv, message
-        if cure[0] == 'train.py' and new:
+        if cure[0] == 'train.py' and new and '--init_from=resume' not in cure:
             cure = other_place(cure)  # each remedy is a run of its own
         done = run(cure)
         assert done.code == 0, f'{message}\n{shlex.join(cure)}\n{done.err}'

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from runs import (
 from data.tokenizer import ByteTokenizer
 from data.writer import write_dataset
 from model import GPT, GPTConfig
-from nanoblocks.training import checkpoint
+from nanoblocks.training import checkpoint, logbook
 
 # ----------------------------------------------------------------------------------------------------------
 # What a run leaves
@@ -194,6 +195,35 @@ def test_progress_is_told_without_a_terminal(tmp_path):
     out = train(tmp_path / 'run')[1]
     assert re.search(r'step 30: loss .*, 50% done, \d+ s left', out), out
     assert re.search(r'step 60: loss .*, 100% done', out), out
+
+
+def test_a_long_evaluation_shows_how_far_it_is(monkeypatch, capsys):
+    """On the bar of a terminal every second, in a log every half minute."""
+    now = [0.0]
+    monkeypatch.setattr(logbook.time, 'monotonic', lambda: now[0])
+    log = logbook.Logbook(None, True, 0, 10)
+    for terminal in (False, True):
+        if terminal:
+            monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+            log = logbook.Logbook(None, True, 0, 10)
+        for share in range(1, 100):
+            now[0] += 0.5
+            log.evaluating(share / 100)
+        log.evaluating(1)
+        out = capsys.readouterr().out
+        if terminal:
+            assert 'evaluating: 3%' in out and 'evaluating: 99%' in out and log.bar.desc == ''
+        else:
+            assert out == 'evaluating: 61%\n'
+    log.close()
+
+
+def test_a_folder_of_a_run_without_a_checkpoint_is_replaced_as_its_message_says(tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'metrics.jsonl').write_text('{"step": 1}\n')
+    done = python('train.py', *toy(tmp_path / 'run'))
+    assert_refused(done, 'no ckpt.pt', '--overwrite=True')
+    assert 'resume' not in done.err
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -664,7 +694,8 @@ PathFinder.find_spec = staticmethod(lambda name, path=None, target=None: find(
 def test_warmup_longer_than_the_run_is_said(tmp_path):
     """nanoGPT's command lines cut short by --max_iters must run, but the rate never gets where it was set."""
     out = train(tmp_path / 'run', max_iters=10, warmup_iters=100)[1]
-    assert 'warmup_iters=100' in out
+    assert '; set --warmup_iters=1\n' in out
+    assert 'warning' not in train(tmp_path / 'other', max_iters=10, warmup_iters=1)[1]
     assert metrics(tmp_path / 'run')[-1]['lr'] == pytest.approx(3e-3 * 10 / 101, rel=1e-9)
     assert 'warmup_iters=' not in first_run()[1]
 

@@ -72,6 +72,8 @@ def by_cut(corpus, lengths):
 def main():
     if not input:
         raise ValueError('input must be set to a file or a folder: --input=PATH')
+    if '://' in input:
+        raise ValueError(f'input={input} must be a file or a folder of this machine: download it first')
     check_val_fraction(val_fraction)
     taken = name != 'text' and (DATA / name / 'prepare.py').exists()
     if taken or not re.fullmatch(r'\w[\w.-]*', name):

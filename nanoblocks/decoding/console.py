@@ -3,6 +3,7 @@ import json
 from contextlib import contextmanager, nullcontext
 
 from nanoblocks.decoding.session import Prompt
+from nanoblocks.formats import counted
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
 
@@ -45,8 +46,9 @@ class Console:
         tokens = self.session.tokens_to_score(text)
         with self.running(tokens):
             score = self.session.score_tokens(tokens)
-            print(f'{len(score.logprobs)} tokens, {score.bytes} bytes: log-likelihood {score.nats:.3f} nats, '
-                  f'perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.4f} bits per byte')
+            print(f'{counted(len(score.logprobs), "token")}, {counted(score.bytes, "byte")}: '
+                  f'log-likelihood {score.nats:.3f} nats, perplexity {score.perplexity:.3f} per token, '
+                  f'{score.bits_per_byte:.4f} bits per byte')
             self.write(text=text, tokens=tokens, logprobs=score.logprobs, bits_per_byte=score.bits_per_byte)
 
     @contextmanager
@@ -74,7 +76,7 @@ class Console:
         for n, sample in enumerate(generation.samples):
             if n > 0:
                 print(sample.prompt + sample.text)
-            print(f'--------------- {len(sample.tokens)} tokens, the first after '
+            print(f'--------------- {counted(len(sample.tokens), "token")}, the first after '
                   f'{sample.seconds_to_first:.3f} s, then {sample.tokens_per_s:.1f} tokens/s')
             self.write(prompt=sample.prompt, text=sample.text, tokens=sample.tokens, logprobs=sample.logprobs)
         self.last = generation
@@ -102,7 +104,7 @@ def typed_lines():
 def cost_line(cost, text):
     """What 8-bit weights cost and save."""
     rounded = ', activations rounded to bfloat16' if cost.bf16_activations else ''
-    return (f'int8: {cost.bpb:.4f} bits per byte on {cost.n_tokens} tokens of {text}, '
+    return (f'int8: {cost.bpb:.4f} bits per byte on {counted(cost.n_tokens, "token")} of {text}, '
             f'{cost.bpb - cost.bpb_before:+.4f} against {cost.dtype}{rounded}; a step reads '
             f'{cost.bytes / 1e6:.1f} MB of weights instead of {cost.bytes_before / 1e6:.1f} MB')
 
@@ -111,7 +113,7 @@ def step_line(generation, with_bandwidth):
     """How long a step took; with_bandwidth: against the time of reading its bytes from memory."""
     decoder, steps, rows = generation.decoder, generation.steps, len(generation.samples)
     tokens = sum(len(sample.tokens) for sample in generation.samples) - rows
-    line = (f'{rows} {"row" if rows == 1 else "rows"} together: {tokens} tokens in {steps} steps of '
+    line = (f'{counted(rows, "row")} together: {counted(tokens, "token")} in {counted(steps, "step")} of '
             f'{generation.seconds / steps * 1e3:.2f} ms')
     if not with_bandwidth:
         return line

@@ -8,12 +8,20 @@ from nanoblocks.tokenizer import from_meta
 def sample_texts(model, meta, count, max_tokens=200):
     """
     `count` continuations of the prompt in a dataset's `meta`. The seeds are 0, 1, ... every time, so that
-    only the weights make a difference between two evaluations.
+    only the weights make a difference between two evaluations. What fails here ends no training: the text
+    then says why there is none.
     """
+    training = model.training
     try:
-        tokenizer = from_meta(meta['tokenizer'])
-    except Exception as error:  # a tokenizer may need a network; training does not need the tokenizer
-        return [f'no text, because the tokenizer cannot be loaded: {first_line(error)}'] * count
+        return texts(model, meta, count, max_tokens)
+    except Exception as error:  # such as a tokenizer that needs a network, or a prompt that is too long
+        return [f'no text: {first_line(error)}'] * count
+    finally:
+        model.train(training)
+
+
+def texts(model, meta, count, max_tokens):
+    tokenizer = from_meta(meta['tokenizer'])
     first = tokenizer.encode('\n') if tokenizer.bos is None else [tokenizer.bos]
     prompt = tokenizer.encode(meta.get('prompt', '')) or first
     idx = torch.tensor([prompt], device=model.wte.weight.device)

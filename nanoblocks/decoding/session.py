@@ -26,6 +26,7 @@ from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
 from nanoblocks.tokenizer import from_meta
 from nanoblocks.training import checkpoint
+from nanoblocks.training.run_folder import RunFolder, refuse_misspelt
 
 
 class Prompt(NamedTuple):
@@ -217,7 +218,8 @@ class Session:
         if self.tokenizer.bos is not None:          # so that the first token of the text is scored too
             tokens = [self.tokenizer.bos, *tokens]
         if len(tokens) < 2:
-            raise ValueError(f'score={text} must have at least two tokens: the first is given, not scored')
+            raise ValueError(f'score={text} must have at least two tokens: the first is given, not scored; '
+                             'give a longer text')
         check_vocabulary(self.model, self.tokenizer, tokens, 'score')
         return tokens
 
@@ -278,6 +280,10 @@ def load_run(out_dir, ckpt, setting='out_dir'):
     path = os.path.join(out_dir, ckpt)
     if ckpt == 'best.pt' and not os.path.exists(path):
         path = os.path.join(out_dir, 'ckpt.pt')
+    if not os.path.exists(path):
+        refuse_misspelt(out_dir, setting)
+        if ckpt not in ('best.pt', 'ckpt.pt') and RunFolder(out_dir).exists():
+            raise FileNotFoundError(f'ckpt={ckpt} must be one of best.pt, ckpt.pt: {path} does not exist')
     try:
         state = checkpoint.load(path)
     except checkpoint.Damaged:
@@ -319,6 +325,8 @@ def holds_run(name):
 
 def load_draft(out_dir, ckpt, tokenizer):
     """The model of a run or of another checkpoint, to draft for a model with this tokenizer."""
+    if '/' in out_dir and not os.path.exists(out_dir):
+        refuse_misspelt(out_dir, 'draft')
     if not holds_run(out_dir):
         if not pretrained.same_tokenizer(out_dir, tokenizer.meta()):
             raise ValueError(f"draft={out_dir} has another tokenizer and must have the model's: take a "

@@ -11,8 +11,8 @@ from kernels import rope as rotate
 from model import GPT, GPTConfig, RotaryPositions, kv_cache_bytes
 from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
 from nanoblocks.experiments.timing import print_table
-from nanoblocks.experiments.topics import counted, in_short, sizes, tell
-from nanoblocks.formats import format_quantity
+from nanoblocks.experiments.topics import in_short, sizes, tell
+from nanoblocks.formats import counted, format_quantity
 
 
 def fitted(flags):

@@ -15,8 +15,7 @@ from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.experiments import figures
 from nanoblocks.experiments.runs import read_run
 from nanoblocks.experiments.statistics import deviation, effect, seeds_needed
-from nanoblocks.experiments.topics import counted
-from nanoblocks.formats import format_quantity
+from nanoblocks.formats import counted, format_quantity
 
 # ----------------------------------------------------------------------------------------------------------
 # Reading

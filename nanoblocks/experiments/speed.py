@@ -13,8 +13,9 @@ from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.runs import read_lines, run_script
 from nanoblocks.experiments.timing import medians, print_table, times
-from nanoblocks.experiments.topics import counted, each, sizes, tell
+from nanoblocks.experiments.topics import each, sizes, tell
 from nanoblocks.files import ROOT
+from nanoblocks.formats import counted
 from nanoblocks.training import checkpoint, optim
 
 

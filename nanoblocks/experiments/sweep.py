@@ -31,9 +31,9 @@ from nanoblocks.experiments.arms import (
 from nanoblocks.experiments.budget import MATCHES, WIDTHS, match_budgets
 from nanoblocks.experiments.runs import check_pair, check_run, progress, read_lines
 from nanoblocks.experiments.timing import interleaved
-from nanoblocks.experiments.topics import counted, tell
+from nanoblocks.experiments.topics import tell
 from nanoblocks.files import ROOT
-from nanoblocks.formats import format_duration
+from nanoblocks.formats import counted, format_duration
 from nanoblocks.hardware import synchronized_time
 from nanoblocks.training import checkpoint
 from nanoblocks.training.run_folder import RunFolder
@@ -188,7 +188,9 @@ def start_run(plan, run, slot, lock):
     with open(os.path.join(out, 'log.txt'), 'a') as log:
         return subprocess.Popen(command_of(run, plan['folder']), stdout=log, stderr=log,
                                 stdin=subprocess.DEVNULL, env=environment(plan, slot),
-                                pass_fds=() if lock is None else (lock,))
+                                pass_fds=() if lock is None else (lock,),
+                                # or Ctrl-C would reach it twice, and a second signal ends it unsaved
+                                start_new_session=True)
 
 
 def train_all(plan, lock=None):
@@ -219,6 +221,8 @@ def train_all(plan, lock=None):
     finally:
         for _, _, process in running.values():
             process.terminate()
+        for _, _, process in running.values():
+            process.wait()  # until it has saved
     return failed
 
 
@@ -291,7 +295,11 @@ def lock_folder(folder):
     Lock a sweep's folder; its runs inherit the lock. ValueError when it is taken by another sweep, or by a
     run that outlived its sweep: both would write the same files.
     """
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'out_dir={folder} must be a folder that can be made ({error.strerror}): choose '
+                         'another') from None
     if fcntl is None:
         return None
     lock = os.open(os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT)
@@ -326,7 +334,8 @@ def sweep(argv):
         check_same_sweep(report.read_plan(folder), plan)
     guard(plan, folder)
     (folder / 'sweep.json').write_text(json.dumps(plan, indent=1))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended too
+    for name in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):  # so that the runs are ended too
+        signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     failed = train_all(plan, lock)
     guard(plan, folder)
     (folder / 'measured.json').write_text(json.dumps(measure_decoding(plan, folder), indent=1))

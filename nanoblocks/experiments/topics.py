@@ -25,21 +25,13 @@ def in_short(tokens):
     return f'{tokens // 1024}K' if tokens % 1024 == 0 else str(tokens)
 
 
-def counted(number, noun):
-    """1 step, 2 steps"""
-    return f'{number:,} {noun}' if number == 1 else f'{number:,} {noun}s'
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Progress
 
 
 def tell(line):
-    """A line on stderr. A console that is gone or cannot print it does not end a measurement."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass
+    """A line on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def each(items, name=str):

@@ -60,7 +60,10 @@ def tokenizer_of(name):
 
 
 def same_tokenizer(name, meta):
-    """Whether the tokenizer that `meta` describes encodes as the one of from_pretrained(name) does."""
+    """
+    Whether the tokenizer that `meta` describes encodes as the one of from_pretrained(name) does, or that one
+    is not known (see tokenizer_of).
+    """
     text = "def main(): return {'naïve': 3.14159}  # the Quick brown fox, 漢字 🙂\n\n\tand so on"
     ours, theirs = from_meta(meta), tokenizer_of(name)
     try:

@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from nanoblocks.formats import first_line
 from nanoblocks.tokenizer import read_json
 
 # the files that say where the tensors are, in the order in which they are looked for
@@ -29,9 +30,8 @@ def folder_of(name):
             folder = snapshot_download(name, allow_patterns=[*texts, 'pytorch_model*.bin'])
         return folder
     except Exception as error:  # no network, no such repository, no permission: many classes
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f'{name} is not a folder here, and downloading it from the hub failed '
-                                f'({reason})') from None
+                                f'({first_line(error)}): name a folder, or go online once') from None
 
 
 class TensorFiles:

@@ -63,8 +63,15 @@ class StepProfiler:
         self.steps, self.profiler = 0, None
 
     def step(self):
-        """To be called after every step."""
+        """To be called after every step. What fails here ends no training."""
         self.steps += 1
+        try:
+            self.advance()
+        except Exception as error:  # another profiler runs, or the machine forbids it
+            self.steps = 6
+            self.log.print(f'profile   does not work ({first_line(error)}): training continues without it')
+
+    def advance(self):
         if self.steps == 3:
             kinds = [torch.profiler.ProfilerActivity.CPU]
             if self.device.startswith('cuda'):

@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import sys
+import time
 import urllib.error
 import urllib.request
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from model import kv_cache_bytes
 from nanoblocks.files import ROOT, flush_file, git_commit
-from nanoblocks.formats import first_line, format_duration, format_quantity
+from nanoblocks.formats import counted, first_line, format_duration, format_quantity
 from nanoblocks.training.checkpoint import overrides
 
 
@@ -32,6 +33,7 @@ class Logbook:
         self.resume_command = f'python train.py --init_from=resume --out_dir={shlex.quote(self.out_dir)}'
         self.wandb_run = None
         self.pending = b''  # lines that could not be written yet
+        self.told = None    # when the evaluation that is running was last told of
         self.bar = tqdm(total=max_iters, initial=step, disable=not (prints and sys.stdout.isatty()),
                         dynamic_ncols=True, file=sys.stdout)
 
@@ -54,6 +56,19 @@ class Logbook:
         if seconds_left:
             parts.append(f'{format_duration(seconds_left)} left')
         self.print(f'step {step}: {", ".join(parts)}')
+
+    def evaluating(self, share):
+        """Show how far an evaluation is, up to 1: every second on the bar, every half minute in a log."""
+        now = time.monotonic()
+        self.told, every = self.told or now, 30 if self.bar.disable else 1
+        if share < 1 and now < self.told + every:
+            return
+        self.told = None if share == 1 else now
+        words = f'evaluating: {share:.0%}' if share < 1 else ''
+        if not self.bar.disable:
+            self.bar.set_description_str(words)
+        elif words:
+            self.print(words)
 
     def record(self, line):
         """Add a dict to metrics.jsonl and to W&B. A number that is not finite becomes null."""
@@ -124,8 +139,8 @@ class Logbook:
     def done(self, seconds, steps):
         """Say that a run has ended; `steps`: those that this process made."""
         if steps == 0:
-            self.print(f'done      before this start: all {self.max_iters} steps were made; for more, resume '
-                       'with a larger --max_iters')
+            self.print(f'done      before this start: the last step, {self.max_iters}, was made; for more, '
+                       'resume with a larger --max_iters')
         self.print(f'done      {format_duration(seconds)}; to see what it writes: '
                    f'python sample.py --out_dir={shlex.quote(self.out_dir)}')
 
@@ -145,8 +160,9 @@ def describe_run(log, model, meta, settings, optimizers, resumed, machine):
     log.print(f'data      {s["dataset"]}: {quantity(meta["train_tokens"])} tokens to train on, '
               f'vocabulary {meta["vocab_size"]}')
     if not s['eval_only']:
-        log.print(f'step      {s["gradient_accumulation_steps"]} micro-batches of {s["batch_size"]} x {T}: '
-                  f'{tokens:,} tokens; {s["max_iters"]} steps: {quantity(s["max_iters"] * tokens)} tokens')
+        number = counted(s['gradient_accumulation_steps'], 'micro-batch')
+        log.print(f'step      {number} of {s["batch_size"]} x {T}: {tokens:,} tokens; '
+                  f'{counted(s["max_iters"], "step")}: {quantity(s["max_iters"] * tokens)} tokens')
     log.print(f'machine   {machine}')
     for line in () if s['eval_only'] else optimizers.lines():
         log.print(f'optimizer {line}')
@@ -157,10 +173,10 @@ def describe_run(log, model, meta, settings, optimizers, resumed, machine):
         log.print(f'changed   {line}')
     if s['decay_lr'] and s['warmup_iters'] >= s['max_iters']:
         log.print(f'warning: warmup_iters={s["warmup_iters"]} is not below max_iters={s["max_iters"]}: '
-                  'learning_rate is never reached')
+                  f'learning_rate is never reached; set --warmup_iters={s["max_iters"] // 10}')
     on_cpu, steps = model.wte.weight.device.type == 'cpu', 0 if s['eval_only'] else s['max_iters']
-    if on_cpu and flops * tokens * steps > 1e16:
-        log.print('warning: this is a large model for a CPU and may take days: add config/tiny.py for a size '
+    if on_cpu and flops * tokens * steps > 1e15:
+        log.print('warning: this is much for a CPU and may take hours or days: add config/tiny.py for a size '
                   'that takes minutes')
 
 
@@ -183,7 +199,11 @@ def start_wandb(project, name, run_id, folder, config, log):
     A new W&B run, or the run `run_id` continued; None if wandb fails. Offline if WANDB_MODE says so, or if
     the server cannot be reached; log(line) prints such a failure.
     """
-    import wandb
+    try:
+        import wandb
+    except Exception as error:  # installed, but broken
+        log(f'wandb     does not work ({first_line(error)}): training continues without it')
+        return None
     mode = os.environ.get('WANDB_MODE', 'online')
     url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
     reason = unreachable(url) if mode == 'online' else None

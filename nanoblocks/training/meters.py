@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from nanoblocks.formats import format_duration
+from nanoblocks.formats import counted, format_duration
 from nanoblocks.hardware import card_name, peak_flops, synchronize
 
 
@@ -87,7 +87,7 @@ class Progress:
             self.estimate_began = self.training_seconds()
         if self.steps == 12:
             self.log.print(f'time      about {format_duration(self.seconds_left(step))} for '
-                           f'{self.max_iters - step} steps, evaluations not counted')
+                           f'{counted(self.max_iters - step, "step")}, evaluations not counted')
 
     def seconds_left(self, step: int) -> float | None:
         """Seconds for the steps after `step`, evaluations not counted; None as long as that is unknown."""
@@ -109,8 +109,8 @@ class Progress:
             mfu = rate * self.flops_per_token / (self.peak_flops * self.meter.world)
         self.log.step(step, loss, rate, mfu, self.seconds_left(step))
         if skipped > self.skipped:
-            self.log.print(f'warning: {skipped - self.skipped} steps were skipped, because a gradient was '
-                           'not finite')
+            self.log.print(f'warning: {counted(skipped - self.skipped, "step")} skipped, because a gradient '
+                           'was not finite')
         if loss is not None and self.spikes.is_spike(largest):
             self.log.print(f'warning: the loss jumped to {largest:.4f} since the last log line')
         self.skipped = skipped

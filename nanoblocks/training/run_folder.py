@@ -1,9 +1,13 @@
 """The folder of one run: which files it has, whether it can be resumed, how a killed run is repaired."""
 import atexit
+import errno
 import json
 import os
+import shlex
 import sys
 import time
+from difflib import get_close_matches
+from glob import escape, glob
 
 from nanoblocks.files import Lock, replace_file, write_json
 from nanoblocks.training import checkpoint, parallel
@@ -40,8 +44,8 @@ class RunFolder:
         return found
 
     def exists(self) -> bool:
-        """Whether the folder holds files of a run that could be lost."""
-        return any(map(os.path.exists, self.files))
+        """Whether the folder holds files of a run that could be lost; config.json alone is none."""
+        return any(os.path.exists(path) for path in self.files if path != self.config)
 
     def resumable(self) -> bool:
         """Whether the folder holds a checkpoint to resume from, damaged or not."""
@@ -84,7 +88,8 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """ValueError if a new run would replace the one in the folder."""
         if self.exists():
-            raise ValueError(f'out_dir={self.path} must not hold a run: resume it with --init_from=resume, '
+            resume = 'resume it with --init_from=resume, ' if self.resumable() else 'it has no ckpt.pt, '
+            raise ValueError(f'out_dir={self.path} must not hold a run: {resume}'
                              'replace it with --overwrite=True, or choose another folder')
 
     def delete(self) -> None:
@@ -103,6 +108,7 @@ class RunFolder:
             return state, self.newest, digest
         except (FileNotFoundError, checkpoint.Damaged) as error:
             if not os.path.isfile(self.previous):
+                refuse_misspelt(self.path)
                 raise
             try:
                 state, digest = checkpoint.load_verified(self.previous, checkpoint.RESUME_KEYS)
@@ -146,9 +152,16 @@ class RunFolder:
                 self.repair(loaded, state['step'], state['evaluated'])
             else:
                 self.delete()
-            write_json(self.config, config)
         except OSError as error:
             raise self.not_writable(error) from None
+        try:
+            write_json(self.config, config)
+        except OSError as error:
+            # as in the middle of a run, a full disk costs nothing as long as there is room in the end
+            if not loaded or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise self.not_writable(error) from None
+            print(f'warning: out_dir={self.path} cannot be written now ({error.strerror}): make room there; '
+                  'training continues, and each save is tried')
 
     def repair(self, loaded: str, step: int, evaluated: int) -> None:
         """
@@ -198,5 +211,18 @@ class RunFolder:
         if bad:
             print(f'warning: {self.metrics} has lines that cannot be read, which are dropped: '
                   f'{", ".join(map(str, bad))}')
-        if kept != lines:
+        if kept == lines[:len(kept)]:  # needs no room on a full disk
+            os.truncate(self.metrics, sum(map(len, kept)))
+        else:
             replace_file(self.metrics, b''.join(kept))
+
+
+def refuse_misspelt(path: str | os.PathLike, setting: str = 'out_dir') -> None:
+    """FileNotFoundError if `path` holds no run and a folder in or beside it does, with the nearest name."""
+    def runs(folder):
+        return [os.path.dirname(file) for file in sorted(glob(os.path.join(escape(folder), '*', 'ckpt.pt')))]
+    path = os.path.normpath(path)
+    near = get_close_matches(path, runs(path) + runs(os.path.dirname(path)), 1, 0.0)
+    if near and not RunFolder(path).exists():
+        raise FileNotFoundError(f'{os.path.join(path, "ckpt.pt")} does not exist: did you mean '
+                                f'--{setting}={shlex.quote(near[0])}?')

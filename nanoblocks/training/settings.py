@@ -2,13 +2,15 @@
 import importlib.util
 import os
 import re
+import shlex
 from dataclasses import asdict
 
 from configurator import within
 from model import GPTConfig
+from nanoblocks.formats import counted
 from nanoblocks.training.optim import SCHEDULES
 
-CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES),
+CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES), 'backend': ('nccl', 'gloo'),
            'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
 LIMITS = {
     'max_iters': {'least': 1}, 'bad_step_limit': {'least': 1},
@@ -41,11 +43,12 @@ def check_settings(s, world, done=0):
     for name, limits in LIMITS.items():
         if s[name] is not None:
             must(name, *within(s[name], limits))
+    must('dataset', s['dataset'], 'be a folder of data/, or a path: --dataset=pysource')
     must('max_iters', s['max_iters'] >= done, f'be at least {done}, the steps that the run has made')
     must('min_lr', not s['decay_lr'] or s['min_lr'] is None or s['min_lr'] <= s['learning_rate'],
          f'be at most learning_rate={s["learning_rate"]}')
     must('gradient_accumulation_steps', s['batch_tokens'] or s['gradient_accumulation_steps'] % world == 0,
-         f'be a multiple of the {world} processes that share the micro-batches')
+         f'be a multiple of {world}, the number of processes')
     must('shard', world > 1 or not s['shard'], 'have several processes to shard over: start it with torchrun')
     must('dtype', s['dtype'] != 'float16' or not s['shard'],
          'not be used with shard=True: choose --dtype=bfloat16')
@@ -67,7 +70,7 @@ def check_lengths(s, world, block_size):
          f'be at least block_size={block_size}')
     tokens = s['batch_size'] * block_size * world
     must('batch_tokens', s['eval_only'] or not (s['batch_tokens'] or 0) % tokens,
-         f'be a multiple of {tokens}: batch_size * block_size tokens in each of {world} processes')
+         f'be a multiple of {tokens}: batch_size * block_size tokens in {counted(world, "process")}')
 
 
 def rule_of(settings):
@@ -90,7 +93,8 @@ def warn_of_tokenizer(published, dataset, known, same):
     """Warn if data may have other tokens than weights, whose tokenizer is not `known` or not the `same`."""
     if not known:
         print(f'warning: init_from={published} has no tokenizer to compare with: dataset={dataset} must have '
-              'been prepared with the one that its weights were trained with')
+              'been prepared with the one that its weights were trained with; to have that checked, put the '
+              'tokenizer.json that was published with them beside them')
     elif not same:
         print(f'warning: dataset={dataset} was not prepared with the tokenizer of {published}, so its token '
               f'numbers have other meanings: prepare it with --tokenizer={published}')
@@ -127,6 +131,8 @@ def refuse_contradictions(resumed, path, model_args, settings, given, meta):
         raise ValueError(f'a resumed run must keep its model, seed, batches and optimizer: '
                          f'{"; ".join(changed)}; leave that out, or start a new run in another out_dir')
     if meta != resumed['meta']:
+        then = (f'to evaluate on it, start from --init_from={shlex.quote(path)}' if settings['eval_only']
+                else 'name the old one, or start a new run')
         raise ValueError(f'dataset={settings["dataset"]} must hold the data that {path} was trained on '
                          f'({resumed["settings"]["dataset"]}), but its meta.json differs, so it is another '
-                         'dataset or was prepared anew: name the old one, or start a new run')
+                         f'dataset or was prepared anew: {then}')

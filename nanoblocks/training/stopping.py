@@ -1,6 +1,6 @@
 """
-How a run ends before its last step: by a signal, or because another process failed. train.py imports this
-first, so nothing here may import torch, which takes seconds. Exit codes of train.py:
+How a run ends before its last step: by a signal, for want of memory, or because another process failed.
+train.py imports this first, so nothing here may import torch, which takes seconds. Exit codes of train.py:
 
     0        all steps are done
     1        refused with a message, or failed with a traceback; torchrun turns every other code into 1 too
@@ -156,6 +156,19 @@ def leave(exit_code):
 def ignore_signals():
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def answer_out_of_memory(remedy):
+    """From now on, an allocation that fails ends Python with a sentence instead of a traceback."""
+    others = sys.excepthook
+
+    def hook(kind, error, trace):
+        from nanoblocks.training.checkpoint import out_of_memory
+        if out_of_memory(error):
+            print(f'out of memory ({first_line(error)}): {remedy}', file=sys.stderr)
+        else:
+            others(kind, error, trace)
+    sys.excepthook = hook
 
 
 class FailureWatch(threading.Thread):
