@@ -1182,17 +1182,21 @@ class MoE(nn.Module):
         counts_E = flat.new_zeros(self.c.n_expert).scatter_add_(0, flat, torch.ones_like(flat))
         if self.training:
             self.account(logits_NE, scores_NE, counts_E, ctx)
-        # 4. run them on the pairs (token, choice), sorted by expert
+        # 4. run them on the pairs (token, choice), sorted by expert: M = N K rows
         order = flat.argsort(stable=True)
-        token = order // self.c.n_expert_used
-        weight = (weight_NK * self.c.router_scale).to(x.dtype).flatten()[order].unsqueeze(-1)
-        rows = x_NC[token] * weight if self.c.router_input else x_NC[token]
+        token, rank = order // self.c.n_expert_used, torch.arange(len(order), device=x.device)
+        place_NK = torch.empty_like(order).scatter_(0, order, rank).view_as(expert_NK)     # order's inverse
+        x_NC = ops.as_products(x_NC)
+        weight = (weight_NK * self.c.router_scale).to(x_NC.dtype).flatten()[order].unsqueeze(-1)   # (M,1)
+        rows = ops.spread(x_NC, token, place_NK)
+        rows = rows * weight if self.c.router_input else rows
         rows = self.c_proj(self.act(self.c_fc(rows, counts_E)), counts_E)
         rows = rows if self.c.router_input else rows * weight
-        y = torch.zeros_like(x_NC, dtype=rows.dtype).index_add(0, token, rows).view(x.shape)
+        y = ops.collect(rows, token, place_NK).view(x.shape)
         # 5. add the shared experts, which every token passes through
         if self.shared is None:
             return y
+        x = x_NC.view(x.shape)
         shared = self.shared(x, ctx)
         return y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import INTERPRETED, capability, cdiv, check, clamp, fits, kernel, pow2, randn, tl
+from .common import INTERPRETED, as_products, capability, cdiv, check, clamp, fits, kernel, pow2, randn, tl
 
 
 def grouped_linear_reference(x, weight, bias, counts):
@@ -28,12 +28,15 @@ def grouped_linear_reference(x, weight, bias, counts):
     return y if bias is None else y + bias[expert]
 
 
+STEP = 64   # products in 16 bits have multiples of so many rows, or a power of two below it
+
+
 def _pieces(counts, dtype):
     """For each expert with rows: (expert, its first row, the one behind its last, rows of its products)"""
     rounds, start = dtype in (torch.bfloat16, torch.float16), 0
     for expert, count in enumerate(counts.tolist()):
         if count:
-            whole = pow2(count) if count < 64 else 64 * cdiv(count, 64)
+            whole = pow2(count) if count < STEP else STEP * cdiv(count, STEP)
             yield expert, start, start + count, whole if rounds else count
         start += count
 
@@ -46,27 +49,31 @@ def _window(rows, start, size):
 
 @torch.library.custom_op('nanoblocks::grouped_linear', mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    y = x.new_empty(len(x), weight.shape[1])
-    for e, start, end, size in _pieces(counts, x.dtype):
-        b = None if bias is None else bias[e].to(x.dtype)
-        y[start:end] = F.linear(_window(x, start, size), weight[e].to(x.dtype), b)[:end - start]
-    return y
+    # every product writes all its rows; the next one writes over those that were not this expert's
+    y = x.new_empty(len(x) + STEP, weight.shape[1])
+    for e, start, _, size in _pieces(counts, x.dtype):
+        rows, w, out = _window(x, start, size), weight[e].T.to(x.dtype), y[start:start + size]
+        if bias is None:
+            torch.mm(rows, w, out=out)
+        else:
+            torch.addmm(bias[e].to(x.dtype), rows, w, out=out)
+    return y[:len(x)]
 
 
 @torch.library.custom_op('nanoblocks::grouped_linear_backward', mutates_args=())
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor,
               with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dw = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    dx, dw = x.new_empty(len(x) + STEP, x.shape[1]), weight.new_empty(weight.shape)
     db = weight.new_zeros(weight.shape[:2] if with_bias else 0)
-    dw[counts == 0] = 0
+    dw.index_fill_(0, (counts == 0).nonzero().squeeze(1), 0)
     for e, start, end, size in _pieces(counts, x.dtype):
         d = _window(dy, start, size)
-        dx[start:end] = (d @ weight[e].to(d.dtype))[:end - start]
-        # one factor is zero in the rows that are not this expert's
+        torch.mm(d, weight[e].to(d.dtype), out=dx[start:start + size])
+        # a sum over rows, so those of others are zero in one factor
         dw[e] = d.T @ _window(x[:end], start, size)
         if with_bias:
             db[e] = dy[start:end].sum(0, dtype=db.dtype)
-    return dx, dw, db
+    return dx[:len(x)], dw, db
 
 
 @_forward.register_fake
@@ -100,9 +107,7 @@ def grouped_linear(x, weight, bias, counts):
     the rows of each expert, M together -> (M,out). Under autocast the products are in its
     dtype, as in F.linear.
     """
-    kind = x.device.type
-    x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-    return _forward(x, weight, bias, counts)
+    return _forward(as_products(x), weight, bias, counts)
 
 
 # ----------------------------------------------------------------------------------------------------------
