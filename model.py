@@ -1168,9 +1168,9 @@ class MoE(nn.Module):
     def forward(self, x, ctx):
         x_NC = x.flatten(0, 1)
         # 1. score the experts, in fp32 because near ties decide the choice
-        with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.router.bias is None else ops.at_least_fp32(self.router.bias)
-            logits_NE = F.linear(ops.at_least_fp32(x_NC), ops.at_least_fp32(self.router.weight), bias)
+        weight, bias = self.router.weight, self.router.bias
+        logits_NE = ops.exact_linear(ops.at_least_fp32(x_NC), ops.at_least_fp32(weight),
+                                     None if bias is None else ops.at_least_fp32(bias))
         scores_NE = self.score(logits_NE)
         # 2. choose some for each token, and weight them
         expert_NK = self.choose(scores_NE)

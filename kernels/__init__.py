@@ -29,6 +29,7 @@ from . import (
     ssd,
 )
 from .common import HAS_TRITON, INTERPRETED, as_products, at_least_fp32, runs_triton  # noqa: F401
+from .exact_linear import exact_linear  # noqa: F401
 from .expert_rows import collect, spread  # noqa: F401
 from .spans import spans  # noqa: F401
 
@@ -93,4 +94,4 @@ def _dispatch(name):
 
 
 globals().update({name: _dispatch(name) for name in OPS} | {'attention': attention.attention})
-__all__ = sorted([*OPS, 'collect', 'spans', 'spread'])
+__all__ = sorted([*OPS, 'collect', 'exact_linear', 'spans', 'spread'])
