@@ -1,6 +1,6 @@
 """
-A linear layer without TF32, whatever torch.set_float32_matmul_precision says, and without autocast: for products
-that decide something. TF32 keeps 10 bits of each factor, and among many experts two scores are often closer.
+A linear layer without TF32, whatever torch.set_float32_matmul_precision says, and without autocast: for what
+decides. TF32 keeps 10 bits of each factor, and the scores of two experts are often closer than that.
 
     y = x W^T + b        dx = dy W        dW = dy^T x
 

@@ -1,6 +1,6 @@
 """
-From tokens to the rows of their experts, and back. Each of N tokens has a row for each of its K experts; row m
-is of token[m], and the K rows of token n are place[n]:
+From tokens to the rows of their experts, and back. Each of N tokens has a row for each of its K experts: row
+m is of token[m], and the K rows of token n are place[n].
 
     spread    rows_m = x_token[m]                         dx_n = sum over k of drows_place[n,k]
     collect   y_n = sum over k of rows_place[n,k]         drows_m = dy_token[m]
