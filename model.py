@@ -1196,7 +1196,7 @@ class MoE(nn.Module):
         return weight_NK * self.c.router_scale, expert_NK, counts_E
 
     def experts(self, x_NC, weight_NK, expert_NK, counts_E):
-        """The chosen experts' weighted sum (N,C), made on the M = N K pairs (token, choice), sorted by expert"""
+        """Their weighted sum (N,C), computed on the M = N K pairs (token, choice) sorted by expert."""
         order = expert_NK.flatten().argsort(stable=True)                                # the pair of each row
         token, row = order // expert_NK.shape[1], torch.arange(len(order), device=order.device)
         place_NK = torch.empty_like(order).scatter_(0, order, row).view_as(expert_NK)   # the row of each pair
