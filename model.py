@@ -1167,10 +1167,21 @@ class MoE(nn.Module):
 
     def forward(self, x, ctx):
         x_NC = x.flatten(0, 1)
+        weight_NK, expert_NK, counts_E = self.route(x_NC, ctx)
+        x_NC = ops.as_products(x_NC)
+        y_NC = self.experts(x_NC, weight_NK.to(x_NC.dtype), expert_NK, counts_E)
+        if self.shared is not None:     # which every token passes through
+            shared = self.shared(x_NC, ctx)
+            gate = None if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_NC))
+            y_NC = y_NC + (shared if gate is None else gate * shared)
+        return y_NC.view(x.shape)
+
+    def route(self, x_NC, ctx):
+        """-> weights and numbers of every token's experts, (N,K) each, and how many tokens each has, (E,)"""
         # 1. score the experts, in fp32 because near ties decide the choice
-        with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.router.bias is None else ops.at_least_fp32(self.router.bias)
-            logits_NE = F.linear(ops.at_least_fp32(x_NC), ops.at_least_fp32(self.router.weight), bias)
+        weight, bias = self.router.weight, self.router.bias
+        logits_NE = ops.exact_linear(ops.at_least_fp32(x_NC), ops.at_least_fp32(weight),
+                                     None if bias is None else ops.at_least_fp32(bias))
         scores_NE = self.score(logits_NE)
         # 2. choose some for each token, and weight them
         expert_NK = self.choose(scores_NE)
@@ -1182,19 +1193,19 @@ class MoE(nn.Module):
         counts_E = flat.new_zeros(self.c.n_expert).scatter_add_(0, flat, torch.ones_like(flat))
         if self.training:
             self.account(logits_NE, scores_NE, counts_E, ctx)
-        # 4. run them on the pairs (token, choice), sorted by expert
-        order = flat.argsort(stable=True)
-        token = order // self.c.n_expert_used
-        weight = (weight_NK * self.c.router_scale).to(x.dtype).flatten()[order].unsqueeze(-1)
-        rows = x_NC[token] * weight if self.c.router_input else x_NC[token]
+        return weight_NK * self.c.router_scale, expert_NK, counts_E
+
+    def experts(self, x_NC, weight_NK, expert_NK, counts_E):
+        """Their weighted sum (N,C), computed on the M = N K pairs (token, choice) sorted by expert."""
+        order = expert_NK.flatten().argsort(stable=True)                                # the pair of each row
+        token, row = order // expert_NK.shape[1], torch.arange(len(order), device=order.device)
+        place_NK = torch.empty_like(order).scatter_(0, order, row).view_as(expert_NK)   # the row of each pair
+        weight = ops.spread(weight_NK.view(-1, 1), order, place_NK.view(-1, 1))         # (M,1)
+        rows = ops.spread(x_NC, token, place_NK)
+        rows = rows * weight if self.c.router_input else rows
         rows = self.c_proj(self.act(self.c_fc(rows, counts_E)), counts_E)
         rows = rows if self.c.router_input else rows * weight
-        y = torch.zeros_like(x_NC, dtype=rows.dtype).index_add(0, token, rows).view(x.shape)
-        # 5. add the shared experts, which every token passes through
-        if self.shared is None:
-            return y
-        shared = self.shared(x, ctx)
-        return y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+        return ops.collect(rows, token, place_NK)
 
     def choose(self, scores_NE):
         """The experts of every token, (N,K) int64: the best, within the best groups if there are groups."""

@@ -28,7 +28,9 @@ from . import (
     selective_scan,
     ssd,
 )
-from .common import HAS_TRITON, INTERPRETED, at_least_fp32, runs_triton  # noqa: F401
+from .common import HAS_TRITON, INTERPRETED, as_products, at_least_fp32, runs_triton  # noqa: F401
+from .exact_linear import exact_linear  # noqa: F401
+from .expert_rows import collect, spread  # noqa: F401
 from .spans import spans  # noqa: F401
 
 
@@ -92,4 +94,4 @@ def _dispatch(name):
 
 
 globals().update({name: _dispatch(name) for name in OPS} | {'attention': attention.attention})
-__all__ = sorted([*OPS, 'spans'])
+__all__ = sorted([*OPS, 'collect', 'exact_linear', 'spans', 'spread'])

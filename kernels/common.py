@@ -121,6 +121,12 @@ def at_least_fp32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def as_products(x):
+    """x as F.linear takes it: in autocast's dtype where that is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def cdiv(a, b):
     """a / b, rounded up."""
     return -(-a // b)

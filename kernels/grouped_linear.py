@@ -3,8 +3,12 @@ One linear layer per expert, over rows that are sorted by expert: rows of expert
 
     dx = dy W_e        dW_e = dy_e^T x_e        db_e = sum of dy_e
 
-No row is padded or dropped: every expert takes all rows that are given to it.
-Saved for the backward pass: x, W and the counts.
+No row is dropped: every expert takes all rows that are given to it. Saved for the backward pass: x, W and the
+counts.
+
+On a CPU each expert has products of its own. In 16 bits their numbers of rows are rounded up, because oneDNN
+builds a program for every new number, in more time than such a product takes, and keeps it: the rows of the
+next experts fill up, and what they give is dropped. Weights are cast one expert at a time, near its product.
 
 On a GPU the host reads no count: shapes are of all rows together, and each program finds its expert from the
 counts. F.grouped_mm computes the products where it can, in bf16 on Hopper and later; elsewhere Triton kernels
@@ -14,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import INTERPRETED, capability, cdiv, check, clamp, fits, kernel, pow2, randn, tl
+from .common import INTERPRETED, as_products, capability, cdiv, check, clamp, fits, kernel, pow2, randn, tl
 
 
 def grouped_linear_reference(x, weight, bias, counts):
@@ -24,24 +28,52 @@ def grouped_linear_reference(x, weight, bias, counts):
     return y if bias is None else y + bias[expert]
 
 
+STEP = 64   # products in 16 bits have multiples of so many rows, or a power of two below it
+
+
+def _pieces(counts, dtype):
+    """For each expert with rows: (expert, its first row, the one behind its last, rows of its products)"""
+    rounds, start = dtype in (torch.bfloat16, torch.float16), 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            whole = pow2(count) if count < STEP else STEP * cdiv(count, STEP)
+            yield expert, start, start + count, whole if rounds else count
+        start += count
+
+
+def _window(rows, start, size):
+    """`size` rows from `start` on, zeros behind the last one."""
+    part = rows[start:start + size]
+    return part if len(part) == size else F.pad(part, (0, 0, 0, size - len(part)))
+
+
 @torch.library.custom_op('nanoblocks::grouped_linear', mutates_args=())
-def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-             counts: torch.Tensor) -> torch.Tensor:
-    rows = x.split(counts.tolist())
-    parts = [torch.nn.functional.linear(r, w, None if bias is None else bias[e])
-             for e, (r, w) in enumerate(zip(rows, weight))]
-    return torch.cat(parts)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    # every product writes all its rows; the next one writes over those that were not this expert's
+    y = x.new_empty(len(x) + STEP, weight.shape[1])
+    for e, start, _, size in _pieces(counts, x.dtype):
+        rows, w, out = _window(x, start, size), weight[e].T.to(x.dtype), y[start:start + size]
+        if bias is None:
+            torch.mm(rows, w, out=out)
+        else:
+            torch.addmm(bias[e].to(x.dtype), rows, w, out=out)
+    return y[:len(x)]
 
 
 @torch.library.custom_op('nanoblocks::grouped_linear_backward', mutates_args=())
-def _backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor,
-              with_bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sizes = counts.tolist()
-    dys, xs = dy.split(sizes), x.split(sizes)
-    dx = torch.cat([d @ w for d, w in zip(dys, weight)])
-    dw = torch.stack([d.T @ r for d, r in zip(dys, xs)])
-    db = torch.stack([d.sum(0) for d in dys]) if with_bias else dy.new_empty(0)
-    return dx, dw, db
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor,
+              with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dw = x.new_empty(len(x) + STEP, x.shape[1]), weight.new_empty(weight.shape)
+    db = weight.new_zeros(weight.shape[:2] if with_bias else 0)
+    dw.index_fill_(0, (counts == 0).nonzero().squeeze(1), 0)
+    for e, start, end, size in _pieces(counts, x.dtype):
+        d = _window(dy, start, size)
+        torch.mm(d, weight[e].to(d.dtype), out=dx[start:start + size])
+        # a sum over rows, so those of others are zero in one factor
+        dw[e] = d.T @ _window(x[:end], start, size)
+        if with_bias:
+            db[e] = dy[start:end].sum(0, dtype=db.dtype)
+    return dx[:len(x)], dw, db
 
 
 @_forward.register_fake
@@ -51,18 +83,19 @@ def _(x, weight, bias, counts):
 
 @_backward.register_fake
 def _(dy, x, weight, counts, with_bias):
-    return torch.empty_like(x), torch.empty_like(weight), dy.new_empty(weight.shape[:2] if with_bias else 0)
+    db = weight.new_empty(weight.shape[:2] if with_bias else 0)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), db
 
 
 def _setup(ctx, inputs, output):
     x, weight, bias, counts = inputs
-    ctx.with_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, counts)
 
 
 def _autograd(ctx, dy):
-    dx, dw, db = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.with_bias)
-    return dx, dw, db if ctx.with_bias else None, None
+    dx, dw, db = _backward(dy, *ctx.saved_tensors, ctx.bias_dtype is not None)
+    return dx, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -74,11 +107,7 @@ def grouped_linear(x, weight, bias, counts):
     the rows of each expert, M together -> (M,out). Under autocast the products are in its
     dtype, as in F.linear.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _forward(x, weight, bias, counts)
+    return _forward(as_products(x), weight, bias, counts)
 
 
 # ----------------------------------------------------------------------------------------------------------

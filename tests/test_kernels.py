@@ -98,6 +98,30 @@ def plain_grouped_linear(x, weight, bias, counts):
                       for e, (r, w) in enumerate(zip(rows, weight))])
 
 
+def spread(x, token, place):
+    return torch.stack([x[n] for n in token.tolist()])
+
+
+def collect(rows, token, place):
+    y = [0 * rows[0]] * len(place)
+    for row, n in zip(rows, token.tolist()):
+        y[n] = y[n] + row
+    return torch.stack(y)
+
+
+def exact_linear(x, weight, bias):
+    return torch.stack([weight @ row + (0 if bias is None else bias) for row in x])
+
+
+def plain_collect(rows, token, place):
+    return rows.new_zeros(len(place), rows.shape[1]).index_add(0, token, rows)
+
+
+def exact_linear_without_autocast(x, weight, bias):
+    with torch.autocast('cpu', enabled=False):
+        return F.linear(x, weight, bias)
+
+
 # recurrences, whose state is an input and a result as well: tested in test_state_space.py
 WITH_STATE = {'causal_conv', 'selective_scan', 'ssd'}
 # made of others, and tested by themselves below
@@ -110,6 +134,9 @@ OPS = {
     'linear_cross_entropy': (linear_cross_entropy, plain_linear_cross_entropy),
     'grouped_linear': (grouped_linear, plain_grouped_linear),
     'spans': (spans, spans),
+    'spread': (spread, lambda x, token, place: x[token]),
+    'collect': (collect, plain_collect),
+    'exact_linear': (exact_linear, exact_linear_without_autocast),
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -140,6 +167,13 @@ def head(N, C, V, ignored=(), softcap=None):
     targets = randint(V, N, seed=2)
     targets[list(ignored)] = -1
     return randn(N, C), randn(V, C, seed=1), targets, softcap
+
+
+def choices(N, K, E):
+    """K different experts of each token, sorted by expert: the token of each row, the rows of each token."""
+    expert = torch.rand(N, E, generator=torch.Generator().manual_seed(0)).topk(K).indices
+    order = expert.flatten().argsort(stable=True)
+    return order // K, order.argsort().view(N, K)
 
 
 class Wide(NamedTuple):
@@ -191,6 +225,18 @@ CASES = {
         'one block': (randn(2, 3, 1, 2), 3, 1),
         'no block back': (randn(2, 4, 1, 2), 2, 0),
         'not contiguous': (strided(randn(2, 6, 3, 4)), 2, 2),
+    },
+    **{name: {
+        'odd sizes': (randn(11 * k, 7), *choices(11, 3, 5)),
+        'one choice': (randn(9, 6), *choices(9, 1, 4)),
+        'one token': (randn(k, 5), *choices(1, 3, 4)),
+        'not contiguous': (strided(randn(4 * k, 6)), *choices(4, 3, 3)),
+    } for name, k in (('spread', 1), ('collect', 3))},
+    'exact_linear': {
+        'odd sizes': (randn(11, 7), randn(5, 7, seed=1), randn(5, seed=2)),
+        'no bias': (randn(6, 8), randn(4, 8, seed=1), None),
+        'one row': (randn(1, 8), randn(4, 8, seed=1), None),
+        'not contiguous': (strided(randn(6, 5)), strided(randn(4, 5, seed=1)), None),
     },
     'linear_cross_entropy': {
         'odd sizes': head(13, 7, 19),
@@ -459,6 +505,73 @@ def test_gradient_sums_of_bf16_do_not_lose_late_chunks(monkeypatch):
     linear_cross_entropy(x.double(), truth, targets).backward()
     error = (weight.grad.double() - truth.grad).abs().max() / truth.grad.abs().max()
     assert error < 3 * torch.finfo(BF16).eps, f'error {error:.2e} of the largest gradient'
+
+
+@pytest.mark.parametrize('dtype', [BF16, torch.float16], ids=['bf16', 'fp16'])
+def test_experts_have_products_of_few_sizes(dtype, monkeypatch):
+    # oneDNN builds a program for every new number of rows, in more time than the product takes
+    seen, generator = set(), torch.Generator().manual_seed(0)
+
+    def spy(name, function):
+        def product(*args, **options):
+            *_, a, b = args
+            seen.add((name, *a.shape, *b.shape))
+            return function(*args, **options)
+        return product
+    for name in ('mm', 'addmm'):
+        monkeypatch.setattr(torch, name, spy(name, getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, '__matmul__', spy('@', torch.Tensor.__matmul__))
+    weight, bias = randn(8, 5, 6).to(dtype).requires_grad_(), randn(8, 5, seed=1).to(dtype).requires_grad_()
+    for step in range(40):
+        expert = torch.multinomial(torch.rand(8, generator=generator) ** 3, 700, True, generator=generator)
+        counts = expert.bincount(minlength=8)
+        x = randn(700, 6, seed=step).to(dtype).requires_grad_()
+        kernels.grouped_linear(x, weight, bias, counts).sum().backward()
+    # 1, 2, 4, ..., 32 and 64, 128, ..., 704 rows, forward and in two products backward
+    assert 3 < len(seen) <= 3 * (6 + 11), f'{len(seen)} different products: {sorted(seen)}'
+
+
+def test_rows_of_other_experts_reach_no_result():
+    # products take rows of the next experts along: theirs are large here, and would show in any number
+    x, dy, counts = randn(200, 6).to(BF16), randn(200, 5, seed=2).to(BF16), torch.tensor([70, 0, 3, 127])
+    x[70:], dy[70:] = 1e6 * x[70:], 1e6 * dy[70:]
+    x, weight = x.requires_grad_(), randn(4, 5, 6, seed=1).to(BF16).requires_grad_()
+    y = kernels.grouped_linear(x, weight, None, counts)
+    y.backward(dy)
+    with torch.no_grad():
+        rows, w, d = x[:70].double(), weight[0].double(), dy[:70].double()
+        for got, want in ((y[:70], rows @ w.T), (x.grad[:70], d @ w), (weight.grad[0], d.T @ rows)):
+            conftest.assert_close(got, want, 2 * torch.finfo(BF16).eps, 'the first expert')
+
+
+def in_compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend='aot_eager', dynamic=False)
+
+
+@pytest.mark.parametrize('wrap', [lambda function: function, in_compiled], ids=['eager', 'compiled'])
+def test_an_exact_product_is_made_in_fp32_whatever_is_set(wrap, monkeypatch):
+    module, seen = importlib.import_module('kernels.exact_linear'), []
+    x, weight = randn(64, 256).float().requires_grad_(), randn(256, 256, seed=1).float().requires_grad_()
+    linear, function = F.linear, wrap(kernels.exact_linear)
+
+    def spy(*args):
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled('cpu')))
+        return linear(*args)
+    monkeypatch.setattr(module.F, 'linear', spy)
+    torch.set_float32_matmul_precision('medium')    # bf16 or TF32, where a device has it
+    try:
+        with torch.autocast('cpu', BF16):
+            y = function(x, weight)
+        y.backward(incoming_gradient(y))
+        assert torch.get_float32_matmul_precision() == 'medium', 'what the caller set must stay'
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert ('highest', False) in seen and len(set(seen)) == 1
+    exact = as_float64([x, weight])
+    want = run(lambda x, weight: x @ weight.T, exact)
+    for got, name in zip((y, x.grad, weight.grad), want):
+        conftest.assert_close(got, want[name], 2e-6, name)
 
 
 # ----------------------------------------------------------------------------------------------------------
