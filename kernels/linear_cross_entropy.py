@@ -12,9 +12,13 @@ The gradients are made chunk by chunk during the forward pass, when the logits a
 With a z-loss (PaLM, https://arxiv.org/abs/2204.02311) the mean of z_weight * logsumexp(z)^2 is added, which
 keeps logits from drifting, and softmax(z) above becomes softmax(z) * (1 + 2 z_weight logsumexp(z)).
 
-Saved for the backward pass: dx (N,C) and dW (V,C), which backward only has to scale by the incoming gradient.
-With N = 12288 tokens and V = 50257, fp32 logits take 2.5 GB and autograd as much again for their softmax;
-eight chunks keep an eighth of one.
+Saved for the backward pass: dx (N,C) and dW (V,C), which backward only has to scale by the incoming gradient,
+and by 1 / count in fp16, where dz would lose small numbers. With N = 12288 tokens and V = 50257, fp32 logits
+take 2.5 GB and autograd as much again for their softmax; eight chunks keep an eighth of one.
+
+On a CPU the products are most of the time. Memory that is fresh costs more to get than to compute in, so one
+buffer holds the logits of each chunk, in the products' dtype; between the products, some rows at a time are
+widened, turned into their gradient, and written back, all in the cache; and dW is added up by blocks of rows.
 
 On a GPU the three products of a chunk are PyTorch's, and one Triton kernel between them reads a row of logits
 twice and writes its gradient over it. The logits stay in the products' dtype, in rows padded to a multiple of
@@ -25,11 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import cdiv, check, clamp, fits, kernel, pow2, randint, randn, tanh, tl
+from .common import at_least_fp32, cdiv, check, clamp, fits, kernel, pow2, randint, randn, tanh, tl
 
-# Chunks have about CHUNK_NUMEL logits, which makes them worth a loop. More than MAX_CHUNKS would save little
-# memory, and be too many for a compiler to unroll.
-CHUNK_NUMEL, MAX_CHUNKS = 2**24, 8
+# Chunks of logits take about CHUNK_BYTES, which makes their products worth a loop. More than MAX_CHUNKS would
+# save little memory, and be too many for a compiler to unroll.
+CHUNK_BYTES, MAX_CHUNKS = 2**26, 8
+# What stays in a CPU's cache between passes: logits of a softmax, rows of dW
+BLOCK_NUMEL, BLOCK_ROWS = 2**19, 4096
 
 
 def capped_logits(x, weight, softcap):
@@ -48,55 +54,102 @@ def linear_cross_entropy_reference(x, weight, targets, softcap=None, z_weight=0.
     return total / (targets >= 0).sum().clamp(min=1)
 
 
-def _chunk(x, weight, targets, softcap, z_weight, grads):
-    """Over one chunk of rows: the sum of the losses, and its gradients (dx, dW) or (None, None)."""
-    z = capped_logits(x, weight, softcap)
+def _buffer(x, weight, n_chunk):
+    """
+    Memory for the logits of one chunk after the other, or None where a compiler plans the memory. Rows begin
+    on multiples of 64 bytes: MKL takes up to half longer for products of fp32 in rows that do not.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return x.new_empty(cdiv(x.shape[0], n_chunk), cdiv(weight.shape[0], 32) * 32)
+
+
+def _loss(z, targets, softcap, z_weight, scale):
+    """
+    The sum of the losses of rows of products z (n,V), which become `scale` times their gradient; they are
+    lost if scale is None.
+    """
     counts, index = (targets >= 0).unsqueeze(-1), targets.clamp(min=0).unsqueeze(-1)
-    slope = 1 - (z / softcap).square() if grads and softcap is not None else None
+    wide, slope = at_least_fp32(z), None
+    if softcap is not None:
+        wide = torch.tanh(wide / softcap)
+        slope = 1 - wide.square() if scale is not None else None
+        wide = wide.mul_(softcap)
     # one buffer from here on: the logits, below their largest, become exponentials and then their gradient
-    largest = z.amax(dim=-1, keepdim=True)
-    z = z.sub_(largest)
-    z_target = z.gather(-1, index)
-    total = z.exp_().sum(dim=-1, keepdim=True)
+    largest = wide.amax(dim=-1, keepdim=True)
+    wide = wide.sub_(largest)
+    z_target = wide.gather(-1, index)
+    total = wide.exp_().sum(dim=-1, keepdim=True)
     loss = ((total.log() - z_target) * counts).sum()
     if z_weight:
         norm = total.log() + largest
         loss = loss + z_weight * (norm.square() * counts).sum()
-    if not grads:
-        return loss, None, None
-    dz = z.div_(total)
-    if z_weight:
-        dz = dz.mul_(1 + 2 * z_weight * norm)
-    dz = dz.scatter_add_(-1, index, torch.full_like(total, -1.0)).mul_(counts)
-    if slope is not None:
-        dz = dz.mul_(slope)
-    dz = dz.to(x.dtype)
-    return loss, dz @ weight, dz.T @ x
+        wide = wide.mul_(1 + 2 * z_weight * norm) if scale is not None else wide
+    if scale is not None:
+        wide = wide.scatter_add_(-1, index, -total)
+        if slope is not None:
+            wide = wide.mul_(slope)
+        z.copy_(wide.mul_(counts * scale / total))
+    return loss
+
+
+def _chunk(x, weight, targets, softcap, z_weight, scale, buffer):
+    """Over one chunk of rows: the sum of the losses, and dz, `scale` times their gradient, or None."""
+    n, V = x.shape[0], weight.shape[0]
+    z = x @ weight.T if buffer is None else torch.mm(x, weight.T, out=buffer[:n, :V])
+    if buffer is not None and x.is_cpu:
+        n = max(1, BLOCK_NUMEL // V)
+    loss = sum(_loss(*rows, softcap, z_weight, scale) for rows in zip(z.split(n), targets.split(n)))
+    return loss, z if scale is not None else None
+
+
+def _add_product(total, a, b):
+    """total += a b, where the product has the dtype of a and b, total at least fp32."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif torch.compiler.is_compiling():
+        total.add_(a @ b)
+    else:
+        # by rows, as the product in between would be another W to write and read
+        for rows, a_rows in zip(total.split(BLOCK_ROWS), a.split(BLOCK_ROWS)):
+            rows.add_(a_rows @ b)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, z_weight, grads):
-        n_chunk = min(MAX_CHUNKS, -(-x.shape[0] * weight.shape[0] // CHUNK_NUMEL))
-        loss, dx, dw = 0.0, [], 0.0
-        for xs, ts in zip(x.chunk(n_chunk), targets.chunk(n_chunk)):
-            part, dxs, dws = _chunk(xs, weight, ts, softcap, z_weight, grads)
-            loss = loss + part
-            if grads:
-                dx.append(dxs)
-                # summed in fp32 whatever the products' dtype, or late chunks would be rounded away
-                dw = dw + dws.to(part.dtype)
-        # divided by the count here, not in dz, where fp16 would lose small numbers
-        mean = 1 / (targets >= 0).sum().clamp(min=1).to(loss.dtype)
+        ctx.dtypes, device = (x.dtype, weight.dtype), x.device.type
+        # cast once and not for each chunk; autocast leaves fp64 alone
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+        mean = 1 / (targets >= 0).sum().clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
+        # divided by the count in the backward pass, where a scaled loss has made small numbers large: fp16
+        # would lose them in dz
+        ctx.divide_later = x.dtype == torch.float16
+        scale = (1.0 if ctx.divide_later else mean) if grads else None
+        n_chunk = clamp(cdiv(x.shape[0] * weight.shape[0] * x.itemsize, CHUNK_BYTES), 1, MAX_CHUNKS)
+        buffer, loss, dx = _buffer(x, weight, n_chunk), 0.0, []
+        dw = torch.zeros_like(weight, dtype=mean.dtype) if grads else None
+        with torch.autocast(device, enabled=False):
+            for xs, ts in zip(x.chunk(n_chunk), targets.chunk(n_chunk)):
+                part, dz = _chunk(xs, weight, ts, softcap, z_weight, scale, buffer)
+                loss = loss + part
+                if grads:
+                    dx.append(dz @ weight)
+                    # summed in fp32 whatever the products' dtype, or late chunks would be rounded away
+                    _add_product(dw, dz.T, xs)
         if grads:
-            ctx.save_for_backward((torch.cat(dx) * mean).to(x.dtype), (dw * mean).to(weight.dtype))
+            ctx.save_for_backward(torch.cat(dx), dw, mean)
         return loss * mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None, None, None
+        dx, dw, mean = ctx.saved_tensors
+        factor = grad * mean if ctx.divide_later else grad
+        if not (dw.is_cpu and not torch.compiler.is_compiling() and factor == 1):
+            dx, dw = at_least_fp32(dx) * factor, dw * factor
+        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None
 
 
 def linear_cross_entropy(x, weight, targets, softcap=None, z_weight=0.0):

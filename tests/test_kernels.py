@@ -17,6 +17,7 @@ import conftest  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 
@@ -265,9 +266,11 @@ def test_every_operation_has_a_definition_and_cases():
 
 @pytest.fixture
 def chunks(request, monkeypatch):
-    """linear_cross_entropy goes chunk by chunk only where a chunk is worth it."""
+    """linear_cross_entropy goes chunk by chunk, and in blocks, only where they are worth it."""
     if request.param == 'many chunks':
-        monkeypatch.setattr(importlib.import_module('kernels.linear_cross_entropy'), 'CHUNK_NUMEL', 1)
+        module = importlib.import_module('kernels.linear_cross_entropy')
+        for name, value in (('CHUNK_BYTES', 1), ('BLOCK_NUMEL', 1), ('BLOCK_ROWS', 4)):
+            monkeypatch.setattr(module, name, value)
 
 
 def arguments(op, case, dtype, draw=0):
@@ -449,10 +452,10 @@ def test_loss_of_many_chunks_is_that_of_one(softcap, monkeypatch):
     module, calls = importlib.import_module('kernels.linear_cross_entropy'), []
     chunk, want = module._chunk, loss_and_gradients()
     monkeypatch.setattr(module, '_chunk', lambda x, *rest: calls.append(len(x)) or chunk(x, *rest))
-    for numel, rows in ((37 * 50, [37]), (37 * 50 - 1, [19, 18]), (500, [10, 10, 10, 7]), (1, [5] * 7 + [2])):
-        monkeypatch.setattr(module, 'CHUNK_NUMEL', numel)
+    for size, rows in ((7400, [37]), (7399, [19, 18]), (2000, [10, 10, 10, 7]), (1, [5] * 7 + [2])):
+        monkeypatch.setattr(module, 'CHUNK_BYTES', size)
         got = loss_and_gradients()
-        assert calls == rows, f'CHUNK_NUMEL={numel}'
+        assert calls == rows, f'CHUNK_BYTES={size}'
         calls.clear()
         for name in want:
             torch.testing.assert_close(got[name], want[name])
@@ -493,10 +496,54 @@ def test_gradients_of_fp16_keep_what_is_small(chunks):
         assert error < 4 * torch.finfo(torch.float16).eps, f'error {error:.2e} of the gradient'
 
 
+@IN_CHUNKS
+def test_gradients_of_fp16_inputs_are_divided_after_they_are_scaled(chunks):
+    # weights as small as a model's: divided first, gradients would be below fp16's normal numbers
+    x, weight = randn(4096, 8).half(), (0.02 * randn(500, 8, seed=1)).half()
+    targets = randint(500, 4096, seed=2)
+    args = [x.requires_grad_(), weight.requires_grad_(), targets]
+    (kernels.linear_cross_entropy(*args) * 2**16).backward()
+    exact = as_float64(args)
+    (linear_cross_entropy(*exact) * 2**16).backward()
+    for got, want in zip(args[:2], exact):
+        error = (got.grad - want.grad).norm() / want.grad.norm()
+        assert error < 4 * torch.finfo(torch.float16).eps, f'error {error:.2e} of the gradient'
+
+
+@IN_CHUNKS
+def test_gradients_of_the_loss_itself_add_up_over_backward_passes(chunks):
+    # a gradient of one is handed on without a copy, which must not make .grad and what is kept one tensor
+    args = arguments('linear_cross_entropy', 'some ignored', torch.float32)
+    loss = kernels.linear_cross_entropy(*args)
+    loss.backward(retain_graph=True)
+    first = [a.grad.clone() for a in args[:2]]
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for a, grad in zip(args[:2], first):
+        torch.testing.assert_close(a.grad, 3 * grad)
+
+
+def test_logits_of_bf16_are_never_all_in_fp32(monkeypatch):
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+    monkeypatch.setattr(importlib.import_module('kernels.linear_cross_entropy'), 'BLOCK_NUMEL', 3 * 1000)
+    args = [randn(64, 8).float().requires_grad_(), randn(1000, 8).float().requires_grad_(), randint(1000, 64)]
+    with torch.autocast('cpu', BF16), Largest() as largest:
+        kernels.linear_cross_entropy(*args).backward()
+    assert largest.numel == 8 * 1000, 'a block of 3 rows of logits is smaller than the weights'
+
+
 def test_gradient_sums_of_bf16_do_not_lose_late_chunks(monkeypatch):
     # 512 chunks of one row with nearly the same gradient: a running sum in bf16 would stop growing at 256
     module = importlib.import_module('kernels.linear_cross_entropy')
-    monkeypatch.setattr(module, 'CHUNK_NUMEL', 1)
+    monkeypatch.setattr(module, 'CHUNK_BYTES', 1)
     monkeypatch.setattr(module, 'MAX_CHUNKS', 512)
     x, weight = (1 + 0.1 * randn(512, 8)).to(BF16), randn(16, 8, seed=1).to(BF16).requires_grad_()
     targets = torch.zeros(512, dtype=torch.int64)
