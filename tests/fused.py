@@ -187,6 +187,23 @@ def check_operators(op):
         'no operator was called'] * (not calls.found)
 
 
+def check_loss_scale(dtype):
+    """Gradients of the loss whose sums over tokens, or whose means without a loss scale, are beyond fp16."""
+    generator = torch.Generator().manual_seed(0)
+    x = (400 + torch.randn(300, 3, generator=generator)).to(getattr(torch, dtype)).requires_grad_()
+    weight = (1e-3 * torch.randn(7, 3, generator=generator)).to(x).requires_grad_()
+    row, targets = kernels.OPS['linear_cross_entropy'], torch.zeros(300, dtype=torch.int64)
+    wrong = []
+    for name, scale in (('x', 2.0**16), ('weight', 1.0)):
+        inputs = dict(x=x, weight=weight, targets=targets)
+        got = torch.autograd.grad(row.fused(**inputs), inputs[name], torch.tensor(scale))[0].double()
+        inputs = {key: v.double() if key != 'targets' else v for key, v in inputs.items()}
+        want = torch.autograd.grad(row.plain(**inputs), inputs[name], torch.tensor(scale).double())[0]
+        error = ((got - want).norm() / want.norm()).item()
+        wrong += [f'gradient of {name}: error {error:.1e}'] * (not error < 2e-3)
+    return wrong
+
+
 def check_model(name):
     """Loss, gradients, and the logits of a prefill and two steps must be equal with and without kernels."""
     import conftest
@@ -212,6 +229,8 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     if DEVICE == 'cpu':
         repair_interpreter()
+        # chunks of as few rows as there can be, so that small cases have some
+        sys.modules['kernels.linear_cross_entropy'].FUSED_NUMEL = 1
     for job in json.load(sys.stdin):
         try:
             answer = globals()[job[0]](*job[1:], *[DEVICE] * (job[0] == 'check'))
