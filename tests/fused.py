@@ -204,6 +204,20 @@ def check_loss_scale(dtype):
     return wrong
 
 
+def check_far_apart(op):
+    """Tokens so far apart in memory that 32 bits do not hold the distance: the same results, bit by bit."""
+    (T, H, D), found = (3, 2, 8), []
+    generator, row = torch.Generator().manual_seed(0), kernels.OPS[op]
+    drawn = torch.randn(3, 1, T, H, D, generator=generator).bfloat16()
+    for stride in (3 * H * D, 2**30 + 8):
+        # of this memory, only the pages that are written to exist
+        qkv = torch.empty(T * stride, dtype=drawn.dtype).as_strided(drawn.shape, (H * D, 0, stride, D, 1))
+        args = [x.requires_grad_(row.backward) for x in qkv.copy_(drawn).unbind()]
+        args += [torch.arange(T), torch.arange(T), 0.3, *[None] * 4, *[True] * row.backward]
+        found.append(run(row.fused, args, row.backward))
+    return [f'{name} differs' for name in found[0] if not torch.equal(found[0][name], found[1][name])]
+
+
 def check_model(name):
     """Loss, gradients, and the logits of a prefill and two steps must be equal with and without kernels."""
     import conftest

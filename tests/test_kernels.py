@@ -606,6 +606,13 @@ def test_kernel_is_a_proper_operator_and_part_of_one_graph(job, interpreted):
 
 
 @needs_triton
+@every_job([['check_far_apart', op] for op in ('attention', 'decode_attention')])
+def test_tokens_may_be_further_apart_than_32_bits_count(job, interpreted):
+    wrong = interpreted[json.dumps(job)]
+    assert not wrong, '\n'.join(wrong)
+
+
+@needs_triton
 @every_job([['check_loss_scale', 'float16']])
 def test_gradients_of_the_loss_kernel_keep_their_digits_under_a_loss_scale(job, interpreted):
     wrong = interpreted[json.dumps(job)]
@@ -631,6 +638,20 @@ def test_every_kernel_fits_in_registers_and_shared_memory():
     source = '\n'.join(path.read_text() for path in (ROOT / 'kernels').glob('*.py'))
     assert len({line.split()[0] for line in table}) > source.count('\n@kernel\n') / 2
     assert {line.split()[1] for line in table} == {'80', '90', '100'}
+
+
+@needs_triton
+@pytest.mark.parametrize('arch', [80, 90])
+def test_the_widest_state_spaces_that_kernels_take_fit_in_shared_memory(arch):
+    # a launch beyond it is an error on a GPU, and nothing else finds it
+    from nanoblocks.experiments import aot, examples
+    widest = {'ssd': examples._ssd(256, 'cpu', 1, 2, 128, 1, 256),
+              'selective_scan': examples._scan(256, 'cpu', 64, 64)}
+    assert not [op for op, args in widest.items() if not kernels.OPS[op].ok(*args)]
+    for op, args in widest.items():
+        for launch in aot.launches(lambda: examples.forward_and_backward(op, args), arch):
+            made = aot.compile_for(arch, launch)
+            assert made.shared <= aot.SHARED_LIMIT[arch], f'{made.name} takes {made.shared} bytes'
 
 
 @needs_triton
