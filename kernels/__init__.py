@@ -46,16 +46,14 @@ class Op(NamedTuple):
 
 OPS = {
     'rms_norm': Op(rms_norm.rms_norm, rms_norm.fused, rms_norm.ok, rms_norm.cases, compiles=True),
-    'add_rms_norm': Op(rms_norm.add_rms_norm, rms_norm.fused_add, rms_norm.ok_add, rms_norm.cases_add,
-                       compiles=True),
     'rope': Op(rope.rope, rope.fused, rope.ok, rope.cases, compiles=True),
     'rope_qk': Op(rope.rope_qk, rope.fused_qk, rope.ok_qk, rope.cases_qk, compiles=True),
     'swiglu': Op(gated.swiglu, gated.fused_swiglu, gated.ok, gated.cases, compiles=True),
     'geglu': Op(gated.geglu, gated.fused_geglu, gated.ok, gated.cases, compiles=True),
     'linear_cross_entropy': Op(linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.fused,
                                linear_cross_entropy.ok, linear_cross_entropy.cases),
-    'causal_conv': Op(causal_conv.causal_conv, causal_conv.fused, causal_conv.ok, causal_conv.cases,
-                      compiles=True),
+    # torch.compile would make several kernels of it: copies behind the tail, and a sum for each tap backward
+    'causal_conv': Op(causal_conv.causal_conv, causal_conv.fused, causal_conv.ok, causal_conv.cases),
     'selective_scan': Op(selective_scan.selective_scan, selective_scan.fused, selective_scan.ok,
                          selective_scan.cases),
     'ssd': Op(ssd.ssd, ssd.fused, ssd.ok, ssd.cases),

@@ -116,7 +116,10 @@ def _forward_kernel(x_ptr, w_ptr, bias_ptr, tail_ptr, y_ptr, T, I, tiles, x_stri
 def _backward_kernel(dy_ptr, x_ptr, w_ptr, tail_ptr, dx_ptr, d_tail_ptr, dw_ptr, T, I, tiles, dy_stride_b,
                      dy_stride_t, x_stride_b, x_stride_t, TAPS: tl.constexpr, HAS_TAIL: tl.constexpr,
                      BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Positions s of the input from 1 - TAPS on, so that the tail gets its gradient; dw (tiles,TAPS+1,I)."""
+    """
+    Positions s of the input from 1 - TAPS on, so that the tail gets its gradient; dw (tiles,TAPS+1,I). w is
+    (TAPS,I) here, because stores between the taps keep the compiler from joining the loads of a channel's.
+    """
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     s = (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T) - (TAPS - 1)
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -129,7 +132,7 @@ def _backward_kernel(dy_ptr, x_ptr, w_ptr, tail_ptr, dx_ptr, d_tail_ptr, dw_ptr,
         t = s + TAPS - 1 - k
         dy = tl.load(dy_ptr + batch * dy_stride_b + t[:, None] * dy_stride_t + i[None, :],
                      mask=(t[:, None] >= 0) & (t[:, None] < T) & channel, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + i * TAPS + k, mask=i < I, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + k * I + i, mask=i < I, other=0.0).to(tl.float32)
         dx += w[None, :] * dy
         tl.store(dw_ptr + k * I + i, tl.sum(dy * x, 0), mask=i < I)
         if k == TAPS - 1:
@@ -173,7 +176,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor,
     tiles = cdiv(T + W - 1, block_t)
     dw = x.new_empty(B * tiles, W + 1, I, dtype=torch.float32)
     _backward_kernel[(B * tiles, cdiv(I, block_i))](
-        dy, x, weight.contiguous(), x if tail is None else tail.contiguous(), dx, d_tail, dw, T, I, tiles,
+        dy, x, weight.T.contiguous(), x if tail is None else tail.contiguous(), dx, d_tail, dw, T, I, tiles,
         *dy.stride()[:2], *x.stride()[:2], W, tail is not None, block_t, block_i, num_warps=4)
     dw = dw.sum(0)
     return dx, dw[:W].T.to(weight.dtype).contiguous(), dw[W].clone(), d_tail

@@ -6,10 +6,10 @@ of its own part, and a second kernel merges the parts:
     y = sum over parts of exp(z_part - z) y_part        z = log(sum over parts of exp z_part + exp sink)
 
 The query heads that share a key are rows of one tile, so that the key is read once for all of them. Masks
-are made of positions: slots may be in any order, as in a ring buffer, and tiles that no query sees are not
-read. In MLA (DeepSeek V2, https://arxiv.org/abs/2405.04434) the latent is key and value at once, and is read
-once, beside the rotated part of the key. The definition is in attention.py. No gradients. Not measured on a
-GPU yet.
+are made of positions: slots may be in any order, as in a ring buffer, and tiles in front of the first key or
+behind the last that a query sees are not read. In MLA (DeepSeek V2, https://arxiv.org/abs/2405.04434) the
+latent is key and value at once, and is read once, beside the rotated part of the key. The definition is in
+attention.py. No gradients. Not measured on a GPU yet.
 """
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def _part_kernel(q_ptr, k_ptr, more_ptr, v_ptr, pos_ptr, key_pos_ptr, slopes_ptr
                  pos_stride_b, key_pos_stride_b, scale, cap, window, WINDOW: tl.constexpr, CAP: tl.constexpr,
                  ALIBI: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, MORE: tl.constexpr,
                  DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_MORE: tl.constexpr, BLOCK_DV: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_POS: tl.constexpr):
     """BLOCK_M rows (query heads of one key head, times tokens) against `span` keys."""
     b, head = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
     rows = H // K * T
@@ -42,7 +42,7 @@ def _part_kernel(q_ptr, k_ptr, more_ptr, v_ptr, pos_ptr, key_pos_ptr, slopes_ptr
     h, t = head * (H // K) + m // T, m % T
     d, i, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_MORE), tl.arange(0, BLOCK_DV)
     q_ptr += b * q_stride_b
-    at = (t * q_stride_t + h * q_stride_h)[:, None]
+    at = (t.to(tl.int64) * q_stride_t + h * q_stride_h)[:, None]
     q = tl.load(q_ptr + at + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
     if MORE:
         q_more = tl.load(q_ptr + at + D + i[None, :], mask=inside[:, None] & (i[None, :] < MORE), other=0.0)
@@ -52,30 +52,42 @@ def _part_kernel(q_ptr, k_ptr, more_ptr, v_ptr, pos_ptr, key_pos_ptr, slopes_ptr
         slope = tl.load(slopes_ptr + h, mask=inside, other=0.0)
     top, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    k_ptr += b * k_stride_b + head * k_stride_h
+    more_ptr += b * more_stride_b + head * more_stride_h
+    v_ptr += b * v_stride_b + head * v_stride_h
+    key_pos_ptr += b * key_pos_stride_b
     split = tl.program_id(2)
-    for start in range(split * span, tl.minimum(S, (split + 1) * span), BLOCK_N):
+    begin, end = split * span, tl.minimum(S, (split + 1) * span)
+    # the keys from the first to the last that a query may see. A branch in the loop over tiles would keep it
+    # from reading one tile while it computes with another
+    first, last = end, begin
+    oldest, newest = tl.min(tl.where(inside, query, 2147483647), 0), tl.max(query, 0)
+    for start in range(begin, end, BLOCK_POS):
+        n = start + tl.arange(0, BLOCK_POS)
+        key = positions(key_pos_ptr, n, end, False)
+        seen = visible(newest, key, window + newest - oldest, WINDOW)
+        first = tl.minimum(first, tl.min(tl.where(seen, n, end), 0))
+        last = tl.maximum(last, tl.max(tl.where(seen, n + 1, begin), 0))
+    for start in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        key = positions(key_pos_ptr + b * key_pos_stride_b, n, S, False)
-        seen = visible(query[:, None], key[None, :], window, WINDOW)
-        if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
-            k = tile(k_ptr + b * k_stride_b + head * k_stride_h, n, k_stride_s, S, D, BLOCK_D)
-            products = tl.dot(q, tl.trans(k))
-            if MORE:
-                more = tile(more_ptr + b * more_stride_b + head * more_stride_h, n, more_stride_s, S, MORE,
-                            BLOCK_MORE)
-                products += tl.dot(q_more, tl.trans(more))
-            if SHARED:
-                v = k
-            else:
-                v = tile(v_ptr + b * v_stride_b + head * v_stride_h, n, v_stride_s, S, DV, BLOCK_DV)
-            s, _ = score(products, query[:, None], key[None, :], scale, cap, slope[:, None], CAP, ALIBI)
-            s = tl.where(seen, s, -1e30)
-            higher = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - tl.maximum(higher, -1e29)[:, None])
-            shrink = tl.exp2(top - higher)
-            total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-            top = higher
+        key = positions(key_pos_ptr, n, S, False)
+        k = tile(k_ptr, n, k_stride_s, S, D, BLOCK_D)
+        products = tl.dot(q, tl.trans(k))
+        if MORE:
+            more = tile(more_ptr, n, more_stride_s, S, MORE, BLOCK_MORE)
+            products += tl.dot(q_more, tl.trans(more))
+        if SHARED:
+            v = k
+        else:
+            v = tile(v_ptr, n, v_stride_s, S, DV, BLOCK_DV)
+        s, _ = score(products, query[:, None], key[None, :], scale, cap, slope[:, None], CAP, ALIBI)
+        s = tl.where(visible(query[:, None], key[None, :], window, WINDOW), s, -1e30)
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - tl.maximum(higher, -1e29)[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+        top = higher
     part = (tl.num_programs(2) * tl.program_id(0) + split) * rows + m
     tl.store(part_ptr + part[:, None] * DV + e[None, :], acc, mask=inside[:, None] & (e[None, :] < DV))
     tl.store(top_ptr + part, top, mask=inside)
@@ -121,7 +133,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, scale
     rows = H // K * T
     block_m, block_n = clamp(pow2(rows), 16, 32 if block_d > 256 else 64), 32 if block_d > 256 else 64
     blocks = cdiv(rows, block_m)
-    # two parts for each program that a GPU runs at once, but none too short to be worth its merge
+    # four parts for each multiprocessor, which runs as many at once, but none too short to be worth its merge
     splits = clamp(cdiv(2 * programs(q), B * K * blocks), 1, cdiv(S, 4 * block_n))
     span = cdiv(cdiv(S, splits), block_n) * block_n
     splits = cdiv(S, span)
@@ -134,7 +146,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, scale
         q, k, k_more, v, pos, key_pos, slopes, part, top, total, T, S, H, K, span, *q.stride()[:3],
         *k.stride()[:3], *k_more.stride()[:3], *v.stride()[:3], pos_stride, key_stride, scale, softcap or 1.0,
         window or 0, window is not None, softcap is not None, slopes is not None, shared, D, more, DV,
-        block_d, block_more, block_dv, block_m, block_n,
+        block_d, block_more, block_dv, block_m, block_n, 1024,
         num_warps=8 if block_d > 128 and capability(q) >= 90 else 4, num_stages=2)
     _merge_kernel[(B * H * T,)](part, top, total, sinks, y, T, H, K, splits, sinks is not None, DV, block_dv,
                                 num_warps=1 if block_dv <= 128 else 4)

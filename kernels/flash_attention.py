@@ -69,17 +69,17 @@ def tile(ptr, row, stride, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     inside = row[:, None] < rows
     if DIM != BLOCK_D:
         inside = inside & (d[None, :] < DIM)
-    return tl.load(ptr + row[:, None] * stride + d[None, :], mask=inside, other=0.0)
+    return tl.load(ptr + row[:, None].to(tl.int64) * stride + d[None, :], mask=inside, other=0.0)
 
 
 @jit
-def _attend(acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, first, last, S,
-            scale, cap, slope, window, IN_ORDER: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
-            CAP: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Adds keys first..last, a multiple of BLOCK_N, to the running softmax."""
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
+def _attend(acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, first, last, gap,
+            skipped, S, scale, cap, slope, window, IN_ORDER: tl.constexpr, MASKED: tl.constexpr,
+            WINDOW: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Adds keys first..last without `skipped` ones from `gap` on to the running softmax, tile by tile."""
+    for start in range(first, last - skipped, BLOCK_N):
+        n = tl.where(start < gap, start, start + skipped) + tl.arange(0, BLOCK_N)
         k = tile(k_ptr, n, k_stride_s, S, D, BLOCK_D)
         key = positions(key_pos_ptr, n, S, IN_ORDER)
         s, _ = score(tl.dot(q, tl.trans(k)), query[:, None], key[None, :], scale, cap, slope, CAP, ALIBI)
@@ -110,34 +110,30 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, key_pos_ptr, slopes_ptr, sinks
     v_ptr += b * v_stride_b + (h // GROUP) * v_stride_h
     key_pos_ptr += b * key_pos_stride_b
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = tile(q_ptr + b * q_stride_b + h * q_stride_h, m.to(tl.int64), q_stride_t, T, D, BLOCK_D)
+    q = tile(q_ptr + b * q_stride_b + h * q_stride_h, m, q_stride_t, T, D, BLOCK_D)
     query = positions(pos_ptr + b * pos_stride_b, m, T, IN_ORDER)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes_ptr + h)
     top, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    first, inner, edge, end = 0, 0, 0, S
     if IN_ORDER:
-        # tiles at either edge of the window are masked; those between need no mask
-        end = tl.minimum(S, (block + 1) * BLOCK_M)
-        first, inner, edge = 0, 0, (block * BLOCK_M + 1) // BLOCK_N * BLOCK_N
+        # tiles at either edge of the window are masked; those between, from inner to edge, need no mask
+        end, edge = tl.minimum(S, (block + 1) * BLOCK_M), (block * BLOCK_M + 1) // BLOCK_N * BLOCK_N
         if WINDOW:
             first = tl.maximum(0, block * BLOCK_M - window + 1) // BLOCK_N * BLOCK_N
             inner = tl.maximum(0, (block + 1) * BLOCK_M - window + BLOCK_N - 1) // BLOCK_N * BLOCK_N
             inner = tl.minimum(inner, (end + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
             edge = tl.maximum(inner, edge)
-            acc, top, total = _attend(
-                acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, first, inner, S,
-                scale, cap, slope, window, True, True, WINDOW, CAP, ALIBI, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
         acc, top, total = _attend(
-            acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, inner, edge, S,
-            scale, cap, slope, window, True, False, WINDOW, CAP, ALIBI, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
-        first = edge
-    else:
-        first, end = 0, S
+            acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, inner, edge, edge,
+            0, S, scale, cap, slope, window, True, False, WINDOW, CAP, ALIBI, D, DV, BLOCK_D, BLOCK_DV,
+            BLOCK_N)
     acc, top, total = _attend(
-        acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, first, end, S,
-        scale, cap, slope, window, IN_ORDER, True, WINDOW, CAP, ALIBI, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
+        acc, top, total, q, query, k_ptr, v_ptr, key_pos_ptr, k_stride_s, v_stride_s, first, end, inner,
+        edge - inner, S, scale, cap, slope, window, IN_ORDER, True, WINDOW, CAP, ALIBI, D, DV, BLOCK_D,
+        BLOCK_DV, BLOCK_N)
     if SINKS:
         sink = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
         higher = tl.maximum(top, sink)
@@ -157,8 +153,8 @@ def _delta_kernel(y_ptr, dy_ptr, delta_ptr, T, H, dy_stride_b, dy_stride_t, dy_s
                   BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    y = tile(y_ptr + (b * T * H + h) * DV, m.to(tl.int64), H * DV, T, DV, BLOCK_DV).to(tl.float32)
-    dy = tile(dy_ptr + b * dy_stride_b + h * dy_stride_h, m.to(tl.int64), dy_stride_t, T, DV, BLOCK_DV)
+    y = tile(y_ptr + (b * T * H + h) * DV, m, H * DV, T, DV, BLOCK_DV).to(tl.float32)
+    dy = tile(dy_ptr + b * dy_stride_b + h * dy_stride_h, m, dy_stride_t, T, DV, BLOCK_DV)
     tl.store(delta_ptr + (b * H + h) * T + m, tl.sum(y * dy.to(tl.float32), 1), mask=m < T)
 
 
@@ -173,8 +169,8 @@ def _key_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, pos_ptr, key_pos_ptr, slopes_ptr, z
     start_n, group = tl.program_id(0) * BLOCK_N, H // K
     b, head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
     n = start_n + tl.arange(0, BLOCK_N)
-    k = tile(k_ptr + b * k_stride_b + head * k_stride_h, n.to(tl.int64), k_stride_s, S, D, BLOCK_D)
-    v = tile(v_ptr + b * v_stride_b + head * v_stride_h, n.to(tl.int64), v_stride_s, S, DV, BLOCK_DV)
+    k = tile(k_ptr + b * k_stride_b + head * k_stride_h, n, k_stride_s, S, D, BLOCK_D)
+    v = tile(v_ptr + b * v_stride_b + head * v_stride_h, n, v_stride_s, S, DV, BLOCK_DV)
     key = positions(key_pos_ptr + b * key_pos_stride_b, n, S, IN_ORDER)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     first, end = 0, T
@@ -224,8 +220,8 @@ def _query_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, pos_ptr, key_pos_ptr, slopes_ptr,
     v_ptr += b * v_stride_b + (h // GROUP) * v_stride_h
     key_pos_ptr += b * key_pos_stride_b
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = tile(q_ptr + b * q_stride_b + h * q_stride_h, m.to(tl.int64), q_stride_t, T, D, BLOCK_D)
-    dy = tile(dy_ptr + b * dy_stride_b + h * dy_stride_h, m.to(tl.int64), dy_stride_t, T, DV, BLOCK_DV)
+    q = tile(q_ptr + b * q_stride_b + h * q_stride_h, m, q_stride_t, T, D, BLOCK_D)
+    dy = tile(dy_ptr + b * dy_stride_b + h * dy_stride_h, m, dy_stride_t, T, DV, BLOCK_DV)
     query = positions(pos_ptr + b * pos_stride_b, m, T, IN_ORDER)
     z = tl.load(z_ptr + (b * H + h) * T + m, mask=m < T, other=0.0)
     delta = tl.load(delta_ptr + (b * H + h) * T + m, mask=m < T, other=0.0)
@@ -289,14 +285,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, in_o
     y, z = q.new_empty(B, T, H, DV), q.new_empty(B, H, T, dtype=torch.float32)
     (pos, pos_stride), (key_pos, key_stride) = by_row(pos), by_row(key_pos)
     wide = max(block_d, block_dv)
-    block_m = clamp(pow2(T), 16, 128 if wide <= 128 else 64)
+    # two or three programs for each multiprocessor, so that the softmax of one runs under products of another
+    block_m = clamp(pow2(T), 16, 64)
     block_n = 32 if wide > 128 or (wide > 64 and capability(q) < 90) else 64
     if y.numel():
         _forward_kernel[(cdiv(T, block_m), B * H)](
             q, k, v, pos, key_pos, slopes, sinks, y, z, T, S, H, H // K, *q.stride()[:3], *k.stride()[:3],
             *v.stride()[:3], pos_stride, key_stride, scale, softcap or 1.0, window or 0, in_order,
             window is not None, softcap is not None, slopes is not None, sinks is not None, D, DV, block_d,
-            block_dv, block_m, block_n, num_warps=8, num_stages=2)
+            block_dv, block_m, block_n, num_warps=4 if wide <= 128 else 8, num_stages=2)
     return y, z
 
 
@@ -314,17 +311,17 @@ def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, z: Tensor,
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3], pos_stride, key_stride]
     flags = [scale, softcap or 1.0, window or 0, in_order, window is not None, softcap is not None,
              slopes is not None, D, DV, block_d, block_dv]
-    # tiles that fit in registers: Hopper's products take one side from shared memory
+    # tiles that fit in registers: Hopper's products take one side from shared memory, and want 64 rows
     wide, hopper = max(block_d, block_dv), capability(q) == 90
     block = 64 if wide <= 128 else 32
-    block_m = 64 if wide <= 64 or (wide <= 128 and hopper and softcap is None) else 32
-    warps = 4 if wide <= 64 and hopper else 8
+    block_m = 64 if hopper and wide <= 128 and (wide <= 64 or (in_order and softcap is None)) else 32
     _key_kernel[(cdiv(S, block), B * K)](
         q, k, v, dy, pos, key_pos, slopes, z, delta, dk, dv, T, S, H, K, *strides, *flags, block_m, block,
-        num_warps=warps, num_stages=2)
+        num_warps=4 if hopper and wide <= 64 else 8, num_stages=2)
+    block = 64 if hopper else block
     _query_kernel[(cdiv(T, block), B * H)](
         q, k, v, dy, pos, key_pos, slopes, z, delta, dq, T, S, H, H // K, *strides, *flags, block, block,
-        num_warps=warps, num_stages=2)
+        num_warps=4 if hopper and wide <= 128 else 8, num_stages=2)
     if sinks is None:
         return dq, dk, dv, q.new_empty(0)
     share = torch.exp2(sinks.float().view(1, -1, 1) * LOG2_E - z)

@@ -11,8 +11,8 @@ builds a program for every new number, in more time than such a product takes, a
 next experts fill up, and what they give is dropped. Weights are cast one expert at a time, near its product.
 
 On a GPU the host reads no count: shapes are of all rows together, and each program finds its expert from the
-counts. F.grouped_mm computes the products where it can, in bf16 on Hopper and later; elsewhere Triton kernels
-do, one for y and dx and one for dW. Not measured on a GPU yet.
+counts. F.grouped_mm computes the products where it can, in bf16 on Hopper; elsewhere Triton kernels do, one
+for y and dx and one for dW. Not measured on a GPU yet.
 """
 import torch
 import torch.nn.functional as F
@@ -215,9 +215,12 @@ _fused.register_autograd(_fused_autograd, setup_context=_fused_save)
 
 
 def _library(x, weight):
-    """Whether PyTorch has a kernel for these: rows on multiples of 16 bytes, and the right GPU."""
+    """
+    Whether PyTorch has a kernel for these: rows on multiples of 16 bytes, and Hopper. On Blackwell its
+    gradient of the weights of experts without tokens is not zero (pytorch issue 172439).
+    """
     return (hasattr(F, 'grouped_mm') and x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
-            and capability(x) >= 90 and all(n % 8 == 0 for n in weight.shape[1:]))
+            and capability(x) == 90 and all(n % 8 == 0 for n in weight.shape[1:]))
 
 
 def ok(x, weight, bias, counts):
@@ -247,6 +250,9 @@ def cases():
         'no bias': (randn(10, 7), randn(3, 5, 7, seed=1), None, torch.tensor([4, 1, 5])),
         'idle experts': (randn(36, 4), randn(4, 3, 4, seed=1), randn(4, 3, seed=2),
                          torch.tensor([0, 36, 0, 0])),
+        # what F.grouped_mm takes, where a GPU has it
+        'idle experts, aligned widths': (randn(36, 16), randn(4, 24, 16, seed=1), randn(4, 24, seed=2),
+                                         torch.tensor([0, 20, 0, 16])),
         'wider than a tile': (randn(40, 140), randn(2, 136, 140, seed=1), None, torch.tensor([22, 18])),
         'not contiguous': (randn(4, 6).mT, randn(2, 4, 3, seed=1).mT, None, torch.tensor([2, 4])),
     }

@@ -165,8 +165,9 @@ def linear_cross_entropy(x, weight, targets, softcap=None, z_weight=0.0):
 # ----------------------------------------------------------------------------------------------------------
 # Triton
 
-# numbers of a chunk of logits: 256 MB in 16 bit, which keeps the products large
-FUSED_NUMEL = 2**27
+# numbers of a chunk of logits: 256 MB in 16 bit, which keeps the products large. Its rows are a multiple of
+# the tiles of the products
+FUSED_NUMEL, FUSED_ROWS = 2**27, 256
 
 
 @kernel
@@ -175,15 +176,16 @@ def _loss_kernel(z_ptr, target_ptr, loss_ptr, V, z_stride, cap, z_weight, CAP: t
     """
     The loss of one row of logits, 0 without a target; and its gradient, written over the logits. The first
     pass keeps a largest logit and a sum for each lane, and rescales a lane's sum when its largest grows.
+    Loads and stores reach to the row's padded end: a mask that ends at V would make each of one number.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     z_ptr += row * z_stride
     lane = tl.arange(0, BLOCK)
     top, total = tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=3):
         col = start + lane
-        z = tl.load(z_ptr + col, mask=col < V, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + col, mask=col < z_stride, other=0.0).to(tl.float32)
         if CAP:
             z = cap * tanh(z / cap)
         z = tl.where(col < V, z, -1e30)
@@ -203,15 +205,15 @@ def _loss_kernel(z_ptr, target_ptr, loss_ptr, V, z_stride, cap, z_weight, CAP: t
         tl.debug_barrier()
         for start in range(0, V, BLOCK):
             col = start + lane
-            z = tl.load(z_ptr + col, mask=col < V, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + col, mask=col < z_stride, other=0.0).to(tl.float32)
             slope = tl.full([BLOCK], 1.0, tl.float32)
             if CAP:
                 t = tanh(z / cap)
                 z, slope = cap * t, 1 - t * t
             p = tl.exp(z - norm) * (1 + 2 * z_weight * norm)
             dz = (p - tl.where(col == target, 1.0, 0.0)) * slope
-            dz = tl.where(counts, dz, 0.0)
-            tl.store(z_ptr + col, dz.to(z_ptr.dtype.element_ty), mask=col < V)
+            dz = tl.where(counts & (col < V), dz, 0.0)
+            tl.store(z_ptr + col, dz.to(z_ptr.dtype.element_ty), mask=col < z_stride)
 
 
 def _accumulate(total, a, b):
@@ -226,52 +228,60 @@ def _accumulate(total, a, b):
 
 @torch.library.custom_op('nanoblocks::linear_cross_entropy', mutates_args=())
 def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
-             z_weight: float, grads: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dx, dW), the gradients empty unless they are asked for"""
+             z_weight: float, grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    (loss, dx, dW, count of rows that count): gradients of the sum of losses, empty unless they are asked for.
+    """
     check('linear_cross_entropy', x=(x, 'N C'), weight=(weight, 'V C'), targets=(targets, 'int N'))
     N, V = x.shape[0], weight.shape[0]
     # rows of logits begin on multiples of 16 bytes, which the products need to be fast
     width = cdiv(V, 16) * 16
-    n = clamp(FUSED_NUMEL // width, 1, max(1, N))
-    n = cdiv(max(1, N), cdiv(max(1, N), n))  # chunks of one size
-    buffer, losses = x.new_empty(n, width), x.new_empty(N, dtype=torch.float32)
+    chunks = cdiv(N, max(1, FUSED_NUMEL // width // FUSED_ROWS) * FUSED_ROWS)
+    n = cdiv(N, max(1, chunks) * FUSED_ROWS) * FUSED_ROWS
+    buffer, losses = x.new_empty(min(n, N), width), x.new_empty(N, dtype=torch.float32)
     dx = x.new_empty(x.shape if grads else 0)
     dw = x.new_zeros(weight.shape if grads else 0, dtype=torch.float32)
     targets = targets.contiguous()
     count = (targets >= 0).sum().clamp(min=1)
-    block = clamp(pow2(V), 64, 4096)
+    block = clamp(pow2(V), 64, 2048)
     # products in the dtype of their inputs, under any autocast of the caller
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, N, n):
+        for start in range(0, N, max(1, n)):
             part = slice(start, min(start + n, N))
             z = buffer[:part.stop - start, :V]
             torch.mm(x[part], weight.T, out=z)
             _loss_kernel[(len(z),)](z, targets[part], losses[part], V, width, softcap or 1.0, z_weight,
-                                    softcap is not None, grads, block, num_warps=8 if block == 4096 else 4)
+                                    softcap is not None, grads, block, num_warps=4)
             if grads:
                 torch.mm(z, weight, out=dx[part])
                 _accumulate(dw, z.T, x[part])
-        if grads:
-            # divided by the count here, not in dz, where fp16 would lose small numbers
-            dx, dw = (dx / count).to(x.dtype), (dw / count).to(weight.dtype)
-    return losses.sum() / count, dx, dw
+    return losses.sum() / count, dx, dw.to(_kept(weight)), count
+
+
+def _kept(weight):
+    """The dtype of dW until the backward pass divides it by the count: the sum may be beyond fp16's range."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
 @_forward.register_fake
 def _(x, weight, targets, softcap, z_weight, grads):
     shapes = (x.shape, weight.shape) if grads else (0, 0)
-    dw = weight.new_empty(shapes[1]) if grads else x.new_empty(0, dtype=torch.float32)
-    return x.new_empty((), dtype=torch.float32), x.new_empty(shapes[0]), dw
+    return (x.new_empty((), dtype=torch.float32), x.new_empty(shapes[0]),
+            weight.new_empty(shapes[1], dtype=_kept(weight)), targets.new_empty((), dtype=torch.int64))
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[1].dtype
     ctx.save_for_backward(*output[1:])
 
 
 def _autograd(ctx, grad, *_):
-    dx, dw = ctx.saved_tensors
-    return (dx * grad).to(dx.dtype), (dw * grad).to(dw.dtype), None, None, None, None
+    dx, dw, count = ctx.saved_tensors
+    # one number in fp32 with one dimension: without, it would be rounded to the gradients' dtype. fp16 would
+    # lose small gradients that were divided by the count before a loss scale in `grad` makes them large
+    scale = (grad / count).view(1)
+    return (dx * scale).to(dx.dtype), (dw * scale).to(ctx.dtype), None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
@@ -306,4 +316,5 @@ def cases():
         'large numbers': (20 * randn(5, 4), randn(7, 4, seed=1), randint(7, 5), None),
         'not contiguous': (randn(6, 9).T, randn(8, 12, seed=1)[:, ::2], randint(8, 9, 3)[:, 1], None),
         'rows of a larger head': (randn(9, 6), randn(30, 6, seed=1)[:11], randint(11, 9), None),
+        'more rows than a chunk may have': head(300, 3, 7),
     }

@@ -199,7 +199,8 @@ def _fused_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, state_ptr, y_ptr, e
     if HAS_STATE:
         state += tl.load(state_ptr + row * I * N + at_IN, mask=in_IN, other=0.0).to(tl.float32)
     step = tl.arange(0, L)
-    for chunk in range(chunks):
+    # chunks are read ahead, which Triton by itself does only in loops with matrix products
+    for chunk in tl.range(chunks, num_stages=3):
         if KEEP:
             tl.store(starts_ptr + (row * chunks + chunk) * I * N + at_IN, state, mask=in_IN)
         t = chunk * L + step
@@ -230,7 +231,7 @@ def _fused_backward_kernel(dy_ptr, d_end_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr
     dA, dD = tl.zeros([BLOCK_I, BLOCK_N], tl.float32), tl.zeros([BLOCK_I], tl.float32)
     step = tl.arange(0, L)
     part = (tl.program_id(0) * tl.num_programs(1) + row) * T
-    for index in range(chunks):
+    for index in tl.range(chunks, num_stages=2):
         chunk = chunks - 1 - index
         t = chunk * L + step
         start = tl.load(starts_ptr + (row * chunks + chunk) * I * N + at_IN, mask=in_IN, other=0.0)
@@ -241,27 +242,29 @@ def _fused_backward_kernel(dy_ptr, d_end_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr
         decay, added = tl.associative_scan(
             (tl.exp(dt[:, :, None] * A[None, :, :]), (dt * x)[:, :, None] * B[:, None, :]), 0, _after)
         found = decay * start[None, :, :] + added
-        # the gradients of the states they leave: a scan of the tokens behind them
-        later = (step < L - 1) & (t + 1 < T)
-        dt = _tile(dt_ptr, row, t + 1, later, i, T, I)
-        C, dy = _tile(C_ptr, row, t, t < T, n, T, N), _tile(dy_ptr, row, t, t < T, i, T, I)
-        decay, added = tl.associative_scan(
-            (tl.exp(dt[:, :, None] * A[None, :, :]), dy[:, :, None] * C[:, None, :]), 0, _after, reverse=True)
-        g = decay * d_s[None, :, :] + added
 
         x, dt = _tile(x_ptr, row, t, t < T, i, T, I), _tile(dt_ptr, row, t, t < T, i, T, I)
-        B = _tile(B_ptr, row, t, t < T, n, T, N)
-        decay = tl.exp(dt[:, :, None] * A[None, :, :])
+        B, dy = _tile(B_ptr, row, t, t < T, n, T, N), _tile(dy_ptr, row, t, t < T, i, T, I)
         u = dt * x
-        left = decay * found + u[:, :, None] * B[:, None, :]
+        kept = tl.exp(dt[:, :, None] * A[None, :, :]) * found
         at_TN = (part + t[:, None]) * N + n[None, :]
         in_TN = (t[:, None] < T) & (n[None, :] < N)
+        left = kept + u[:, :, None] * B[:, None, :]
         tl.store(dC_ptr + at_TN, tl.sum(dy[:, :, None] * left, 1), mask=in_TN)
+
+        # the gradients of the states they leave: a scan of the tokens behind them, read from the last to the
+        # first, because Triton's reversed scans move every number to another thread and back
+        back = chunk * L + L - 1 - step
+        dt_next = _tile(dt_ptr, row, back + 1, (step > 0) & (back + 1 < T), i, T, I)
+        C, dy_back = _tile(C_ptr, row, back, back < T, n, T, N), _tile(dy_ptr, row, back, back < T, i, T, I)
+        decay, added = tl.associative_scan(
+            (tl.exp(dt_next[:, :, None] * A[None, :, :]), dy_back[:, :, None] * C[:, None, :]), 0, _after)
+        g = tl.flip(decay * d_s[None, :, :] + added, 0)
         tl.store(dB_ptr + at_TN, tl.sum(u[:, :, None] * g, 1), mask=in_TN)
         du = tl.sum(g * B[:, None, :], 2)
-        g = g * decay
-        d_s = tl.sum(tl.where(step[:, None, None] == 0, g, 0.0), 0)
-        q = g * found
+        first = tl.sum(tl.where(step[:, None] == 0, dt, 0.0), 0)
+        d_s = tl.exp(first[:, None] * A) * tl.sum(tl.where(step[:, None, None] == 0, g, 0.0), 0)
+        q = g * kept
         at_TI, in_TI = (row * T + t[:, None]) * I + i[None, :], (t[:, None] < T) & (i[None, :] < I)
         tl.store(dx_ptr + at_TI, (dt * du + D[None, :] * dy).to(dx_ptr.dtype.element_ty), mask=in_TI)
         d_dt = x * du + tl.sum(q * A[None, :, :], 2)
@@ -273,10 +276,13 @@ def _fused_backward_kernel(dy_ptr, d_end_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr
     tl.store(d_state_ptr + row * I * N + at_IN, d_s, mask=in_IN)
 
 
-def _blocks(I, N, numel):
-    """Channels in a program so that a tile of CHUNK tokens has about numel numbers, and N rounded up."""
+def _blocks(I, N):
+    """
+    Channels in a program, so that a tile of CHUNK tokens has about 4096 numbers, and N rounded up. Fewer
+    channels would read half a sector of memory, and have more parts of dB and dC.
+    """
     block_n = pow2(N)
-    return clamp(pow2(I), 1, max(1, numel // (CHUNK * block_n))), block_n
+    return clamp(pow2(I), 1, max(1, 4096 // (CHUNK * block_n))), block_n
 
 
 @torch.library.custom_op('nanoblocks::selective_scan_fused', mutates_args=())
@@ -290,7 +296,7 @@ def _fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, st
     x, dt, A, B, C, D = (v.contiguous() for v in (x, dt, A, B, C, D))
     y, end = x.new_empty(batch, T, I), x.new_empty(batch, I, N, dtype=torch.float32)
     starts = x.new_empty(batch, chunks if keep else 0, I, N, dtype=torch.float32)
-    block_i, block_n = _blocks(I, N, 2048)
+    block_i, block_n = _blocks(I, N)
     _fused_kernel[(cdiv(I, block_i), batch)](
         x, dt, A, B, C, D, end if state is None else state.contiguous(), y, end, starts, T, I, N, chunks,
         state is not None, keep, CHUNK, block_i, block_n, num_warps=4)
@@ -305,8 +311,7 @@ def _fused_backward(dy: Tensor, d_end: Tensor | None, x: Tensor, dt: Tensor, A: 
     x, dt, A, B, C, D, dy = (v.contiguous() for v in (x, dt, A, B, C, D, dy))
     wide = dict(dtype=torch.float32, device=x.device)
     d_end = torch.zeros(batch, I, N, **wide) if d_end is None else d_end.contiguous()
-    # fewer blocks of channels than forward, as each has a part of dB and dC
-    block_i, block_n = _blocks(I, N, 4096)
+    block_i, block_n = _blocks(I, N)
     parts = cdiv(I, block_i)
     dx, d_dt, d_state = torch.empty_like(x), torch.empty_like(dt), torch.empty(batch, I, N, **wide)
     dA, dD = torch.empty(batch, I, N, **wide), torch.empty(batch, I, **wide)

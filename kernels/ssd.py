@@ -16,7 +16,9 @@ that is, causal attention without a softmax. It is computed in chunks of L token
 The backward pass is autograd's. Saved are two (L,L) matrices per head and chunk: as much as 2 L / P times x.
 
 The Triton kernels never write an (L,L) matrix. One goes through the chunks in order, with the state in
-registers, and leaves the state in front of each; one makes the outputs of all chunks at once. Backward, with
+registers, and leaves the state in front of each; one makes the outputs of all chunks at once. Where sequences
+and heads are too few to fill a GPU, segments of chunks run at once, and twice: first each finds the state
+that it leaves behind from nothing, and then it begins with what those before it left. Backward, with
 c the running sum of dt A in a chunk, S the state in front of it and Z = dL/d(state behind it):
 
     dM = dy x^T * dt_j * decay       du = (C B^T * decay)^T dy + exp(c_L - c) B Z^T       dx = dt du + D dy
@@ -31,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import capability, cdiv, check, fits, jit, kernel, leaf, pow2, randn, tl
+from .common import capability, cdiv, check, clamp, fits, jit, kernel, leaf, pow2, programs, randn, tl
 
 CHUNK = 64
 
@@ -138,6 +140,21 @@ def _state(ptr, index, p, n, P: tl.constexpr, N: tl.constexpr):
 
 
 @jit
+def _leave(state, decay, left_ptr, decay_ptr, index, p, n, P: tl.constexpr, N: tl.constexpr):
+    """Store what segment `index` leaves of nothing, and the exp of its decay."""
+    at, inside = _state(left_ptr, index, p, n, P, N)
+    tl.store(at, state, mask=inside)
+    tl.store(decay_ptr + index, tl.exp(decay))
+
+
+@jit
+def _pass_on(state, left_ptr, decay_ptr, index, p, n, P: tl.constexpr, N: tl.constexpr):
+    """The state behind segment `index`, from the state in front of it."""
+    at, inside = _state(left_ptr, index, p, n, P, N)
+    return tl.load(decay_ptr + index) * state + tl.load(at, mask=inside, other=0.0)
+
+
+@jit
 def _decay(total, step):
     """exp of the sum over j < t <= i in row i and column j, 0 where j > i: (L,L)."""
     past = step[:, None] >= step[None, :]
@@ -145,28 +162,40 @@ def _decay(total, step):
 
 
 @kernel
-def _states_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, state_ptr, starts_ptr, end_ptr, T, H, G, chunks, x_stride_b,
-                   x_stride_t, B_stride_b, B_stride_t, HAS_STATE: tl.constexpr, P: tl.constexpr,
-                   N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The state in front of every chunk (B,chunks,H,P,N), and the one behind the last (B,H,P,N)."""
+def _states_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, state_ptr, left_ptr, decay_ptr, starts_ptr, end_ptr, T, H, G,
+                   chunks, length, x_stride_b, x_stride_t, B_stride_b, B_stride_t, HAS_STATE: tl.constexpr,
+                   ALONE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+                   BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """
+    For segments of `length` chunks: the state in front of every chunk (B,chunks,H,P,N), and the one behind
+    the last (B,H,P,N). ALONE: what each segment leaves by itself (B,segments,H,P,N), and its decay.
+    """
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    step = tl.arange(0, L)
-    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    step, segment, segments = tl.arange(0, L), tl.program_id(2), tl.num_programs(2)
+    state, decay = tl.zeros([BLOCK_P, BLOCK_N], tl.float32), 0.0
     if HAS_STATE:
         given, inside = _state(state_ptr, b * H + h, p, n, P, N)
-        state += tl.load(given, mask=inside, other=0.0).to(tl.float32)
-    for chunk in range(chunks):
-        at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, p, n, P, N)
-        tl.store(at, state.to(starts_ptr.dtype.element_ty), mask=inside)
+        state += tl.load(given, mask=inside & (segment == 0), other=0.0).to(tl.float32)
+    if not ALONE:
+        for earlier in range(segment):
+            state = _pass_on(state, left_ptr, decay_ptr, (b * segments + earlier) * H + h, p, n, P, N)
+    for chunk in range(segment * length, tl.minimum(chunks, (segment + 1) * length)):
+        if not ALONE:
+            at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, p, n, P, N)
+            tl.store(at, state.to(starts_ptr.dtype.element_ty), mask=inside)
         t = chunk * L + step
         dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
         x = _tokens(x_ptr, b, t, h, x_stride_b, x_stride_t, T, P, p)
         B = _tokens(B_ptr, b, t, h // (H // G), B_stride_b, B_stride_t, T, N, n)
         u = x.to(tl.float32) * (tl.exp(last - total) * dt)[:, None]
         state = tl.exp(last) * state + tl.dot(tl.trans(u.to(x.dtype)), B)
-    to_end, inside = _state(end_ptr, b * H + h, p, n, P, N)
-    tl.store(to_end, state, mask=inside)
+        decay += last
+    if ALONE:
+        _leave(state, decay, left_ptr, decay_ptr, (b * segments + segment) * H + h, p, n, P, N)
+    else:
+        to_end, inside = _state(end_ptr, b * H + h, p, n, P, N)
+        tl.store(to_end, state, mask=inside & (segment == segments - 1))
 
 
 @kernel
@@ -190,35 +219,46 @@ def _output_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, y_ptr,
 
 
 @kernel
-def _state_grads_kernel(dy_ptr, dt_ptr, A_ptr, C_ptr, starts_ptr, d_end_ptr, ends_ptr, kept_ptr, d_state_ptr,
-                        T, H, G, chunks, C_stride_b, C_stride_t, P: tl.constexpr, N: tl.constexpr,
-                        L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+def _state_grads_kernel(dy_ptr, dt_ptr, A_ptr, C_ptr, starts_ptr, d_end_ptr, left_ptr, decay_ptr, ends_ptr,
+                        kept_ptr, d_state_ptr, T, H, G, chunks, length, C_stride_b, C_stride_t,
+                        ALONE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+                        BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """
-    Z, the gradient of the state behind every chunk (B,chunks,H,P,N); the gradient of the first state
-    (B,H,P,N); and this program's part of <Z, exp(c_L) S> (B,chunks,H,blocks of P).
+    The same from the last segment to the first: Z, the gradient of the state behind every chunk
+    (B,chunks,H,P,N); the gradient of the first state (B,H,P,N); and this program's part of <Z, exp(c_L) S>
+    (B,chunks,H,blocks of P).
     """
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    step = tl.arange(0, L)
+    step, segment, segments, decay = tl.arange(0, L), tl.program_id(2), tl.num_programs(2), 0.0
     from_end, inside = _state(d_end_ptr, b * H + h, p, n, P, N)
-    d_state = tl.load(from_end, mask=inside, other=0.0).to(tl.float32)
-    for index in range(chunks):
-        chunk = chunks - 1 - index
-        number = (b * chunks + chunk) * H + h
-        to, inside = _state(ends_ptr, number, p, n, P, N)
-        tl.store(to, d_state.to(ends_ptr.dtype.element_ty), mask=inside)
-        start, inside = _state(starts_ptr, number, p, n, P, N)
-        state = tl.load(start, mask=inside, other=0.0).to(tl.float32)
-        t = chunk * L + step
+    d_state = tl.load(from_end, mask=inside & (segment == segments - 1), other=0.0).to(tl.float32)
+    if not ALONE:
+        for index in range(1, segments - segment):
+            d_state = _pass_on(d_state, left_ptr, decay_ptr, (b * segments + segments - index) * H + h, p, n,
+                               P, N)
+    first, behind = segment * length, tl.minimum(chunks, (segment + 1) * length)
+    for index in range(first, behind):
+        chunk = first + behind - 1 - index
+        t, number = chunk * L + step, (b * chunks + chunk) * H + h
         dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
-        kept = tl.sum(tl.sum(d_state * state, 1), 0) * tl.exp(last)
-        tl.store(kept_ptr + number * tl.num_programs(1) + tl.program_id(1), kept)
+        if not ALONE:
+            to, inside = _state(ends_ptr, number, p, n, P, N)
+            tl.store(to, d_state.to(ends_ptr.dtype.element_ty), mask=inside)
+            start, inside = _state(starts_ptr, number, p, n, P, N)
+            state = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+            kept = tl.sum(tl.sum(d_state * state, 1), 0) * tl.exp(last)
+            tl.store(kept_ptr + number * tl.num_programs(1) + tl.program_id(1), kept)
         dy = _tokens(dy_ptr, b, t, h, T * H * P, H * P, T, P, p)
         C = _tokens(C_ptr, b, t, h // (H // G), C_stride_b, C_stride_t, T, N, n)
         read = dy.to(tl.float32) * tl.exp(total)[:, None]
         d_state = tl.exp(last) * d_state + tl.dot(tl.trans(read.to(dy.dtype)), C)
-    to_start, inside = _state(d_state_ptr, b * H + h, p, n, P, N)
-    tl.store(to_start, d_state, mask=inside)
+        decay += last
+    if ALONE:
+        _leave(d_state, decay, left_ptr, decay_ptr, (b * segments + segment) * H + h, p, n, P, N)
+    else:
+        to_start, inside = _state(d_state_ptr, b * H + h, p, n, P, N)
+        tl.store(to_start, d_state, mask=inside & (segment == 0))
 
 
 @kernel
@@ -318,7 +358,20 @@ def _packed(x):
 def _blocks(P, N):
     """Heads' and states' widths as tiles, and a head's as it is split where the chunks go in order."""
     block_p, block_n = max(16, pow2(P)), max(16, pow2(N))
-    return block_p, block_n, min(block_p, 32)
+    # Hopper's products want 64 rows
+    return block_p, block_n, min(block_p, 64 if block_n <= 128 else 32)
+
+
+def _segments(starts, parts):
+    """
+    For the kernels that go through the chunks in order: segments that fill the GPU, the chunks of each, the
+    passes (whether segments are by themselves), and memory for what they leave there, and its decay.
+    """
+    batch, chunks, H, P, N = starts.shape
+    length = cdiv(chunks, clamp(programs(starts) // (batch * H * parts), 1, chunks))
+    segments = cdiv(chunks, length)
+    left = starts.new_empty(batch, segments, H, P, N, dtype=torch.float32)
+    return segments, length, [True, False][segments == 1:], left, left.new_empty(left.shape[:3])
 
 
 @torch.library.custom_op('nanoblocks::ssd', mutates_args=())
@@ -335,9 +388,12 @@ def _fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     x, B, C, dt, A, D = *map(_packed, (x, B, C)), dt.contiguous(), A.contiguous(), D.contiguous()
     y, end = x.new_empty(batch, T, H, P), x.new_empty(batch, H, P, N, dtype=torch.float32)
     starts = x.new_empty(batch, chunks, H, P, N)
-    _states_kernel[(batch * H, cdiv(P, split))](
-        x, dt, A, B, end if state is None else state.contiguous(), starts, end, T, H, G, chunks,
-        *x.stride()[:2], *B.stride()[:2], state is not None, P, N, L, split, block_n, num_warps=4)
+    segments, length, passes, left, decay = _segments(starts, cdiv(P, split))
+    for alone in passes:
+        _states_kernel[(batch * H, cdiv(P, split), segments)](
+            x, dt, A, B, end if state is None else state.contiguous(), left, decay, starts, end, T, H, G,
+            chunks, length, *x.stride()[:2], *B.stride()[:2], state is not None, alone, P, N, L, split,
+            block_n, num_warps=4, num_stages=3 if block_n <= 128 else 2)
     _output_kernel[(chunks, batch * H)](
         x, dt, A, B, C, D, starts, y, T, H, G, chunks, *x.stride()[:2], *B.stride()[:2], *C.stride()[:2], P,
         N, L, block_p, block_n, num_warps=4)
@@ -355,9 +411,12 @@ def _fused_backward(dy: Tensor, d_end: Tensor | None, x: Tensor, dt: Tensor, A: 
     d_end = torch.zeros(batch, H, P, N, **wide) if d_end is None else d_end.contiguous()
     parts, ends = cdiv(P, split), torch.empty_like(starts)
     kept, d_state = torch.empty(batch, chunks, H, parts, **wide), torch.empty(batch, H, P, N, **wide)
-    _state_grads_kernel[(batch * H, parts)](
-        dy, dt, A, C, starts, d_end, ends, kept, d_state, T, H, G, chunks, *C.stride()[:2], P, N, L, split,
-        block_n, num_warps=4)
+    segments, length, passes, left, decay = _segments(starts, parts)
+    for alone in passes:
+        _state_grads_kernel[(batch * H, parts, segments)](
+            dy, dt, A, C, starts, d_end, left, decay, ends, kept, d_state, T, H, G, chunks, length,
+            *C.stride()[:2], alone, P, N, L, split, block_n, num_warps=4,
+            num_stages=3 if block_n <= 128 else 2)
     dx, d_dt = x.new_empty(batch, T, H, P), torch.empty_like(dt)
     dA, dD = torch.empty(batch * T, H, **wide), torch.empty(batch * chunks, H, **wide)
     strides = [*x.stride()[:2], *B.stride()[:2], *C.stride()[:2]]
@@ -368,7 +427,7 @@ def _fused_backward(dy: Tensor, d_end: Tensor | None, x: Tensor, dt: Tensor, A: 
     dB, dC = torch.empty(2, cdiv(H // G, heads), batch, T, G, N, **wide)
     _group_grads_kernel[(chunks, batch * G, len(dB))](
         dy, x, dt, A, B, C, starts, ends, dB, dC, T, H, G, chunks, heads, *strides, P, N, L, block_p,
-        block_n, num_warps=8)
+        block_n, num_warps=8, num_stages=clamp(2**15 // (block_p * block_n), 1, 3))
     dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
     return dx, d_dt, dA.sum(0).to(A.dtype), dB, dC, dD.sum(0).to(D.dtype), d_state
 
@@ -427,6 +486,7 @@ def cases():
         'no state, one group': scan(1, 130, 3, 20, 1, 18, state=False, speed=0.05),
         'two tokens': scan(2, 2, 2, 6, 1, 5),
         'many heads': scan(1, 20, 10, 4, 1, 4),
+        'one head, segments of chunks': scan(1, 300, 1, 4, 1, 4, speed=0.05),
         'a token that forgets all': forgets,
         'slices of one buffer': (both[..., :24].unflatten(-1, (4, 6)), dt, A,
                                  both[..., 24:].unflatten(-1, (2, 5)), C, D, state),

@@ -187,6 +187,37 @@ def check_operators(op):
         'no operator was called'] * (not calls.found)
 
 
+def check_loss_scale(dtype):
+    """Gradients of the loss whose sums over tokens, or whose means without a loss scale, are beyond fp16."""
+    generator = torch.Generator().manual_seed(0)
+    x = (400 + torch.randn(300, 3, generator=generator)).to(getattr(torch, dtype)).requires_grad_()
+    weight = (1e-3 * torch.randn(7, 3, generator=generator)).to(x).requires_grad_()
+    row, targets = kernels.OPS['linear_cross_entropy'], torch.zeros(300, dtype=torch.int64)
+    wrong = []
+    for name, scale in (('x', 2.0**16), ('weight', 1.0)):
+        inputs = dict(x=x, weight=weight, targets=targets)
+        got = torch.autograd.grad(row.fused(**inputs), inputs[name], torch.tensor(scale))[0].double()
+        inputs = {key: v.double() if key != 'targets' else v for key, v in inputs.items()}
+        want = torch.autograd.grad(row.plain(**inputs), inputs[name], torch.tensor(scale).double())[0]
+        error = ((got - want).norm() / want.norm()).item()
+        wrong += [f'gradient of {name}: error {error:.1e}'] * (not error < 2e-3)
+    return wrong
+
+
+def check_far_apart(op):
+    """Tokens so far apart in memory that 32 bits do not hold the distance: the same results, bit by bit."""
+    (T, H, D), found = (3, 2, 8), []
+    generator, row = torch.Generator().manual_seed(0), kernels.OPS[op]
+    drawn = torch.randn(3, 1, T, H, D, generator=generator).bfloat16()
+    for stride in (3 * H * D, 2**30 + 8):
+        # of this memory, only the pages that are written to exist
+        qkv = torch.empty(T * stride, dtype=drawn.dtype).as_strided(drawn.shape, (H * D, 0, stride, D, 1))
+        args = [x.requires_grad_(row.backward) for x in qkv.copy_(drawn).unbind()]
+        args += [torch.arange(T), torch.arange(T), 0.3, *[None] * 4, *[True] * row.backward]
+        found.append(run(row.fused, args, row.backward))
+    return [f'{name} differs' for name in found[0] if not torch.equal(found[0][name], found[1][name])]
+
+
 def check_model(name):
     """Loss, gradients, and the logits of a prefill and two steps must be equal with and without kernels."""
     import conftest
@@ -212,6 +243,8 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     if DEVICE == 'cpu':
         repair_interpreter()
+        # chunks of as few rows as there can be, so that small cases have some
+        sys.modules['kernels.linear_cross_entropy'].FUSED_NUMEL = 1
     for job in json.load(sys.stdin):
         try:
             answer = globals()[job[0]](*job[1:], *[DEVICE] * (job[0] == 'check'))

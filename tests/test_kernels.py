@@ -126,7 +126,7 @@ def exact_linear_without_autocast(x, weight, bias):
 # recurrences, whose state is an input and a result as well: tested in test_state_space.py
 WITH_STATE = {'causal_conv', 'selective_scan', 'ssd'}
 # made of others, and tested by themselves below
-COMPOSED = {'add_rms_norm', 'rope_qk', 'attention', 'decode_attention'}
+COMPOSED = {'rope_qk', 'attention', 'decode_attention'}
 OPS = {
     'rms_norm': (rms_norm, plain_rms_norm),
     'rope': (rope, plain_rope),
@@ -625,13 +625,6 @@ def test_an_exact_product_is_made_in_fp32_whatever_is_set(wrap, monkeypatch):
 # Operations made of others
 
 
-def test_add_rms_norm_norms_the_sum_and_returns_it():
-    x, residual, weight = randn(2, 3, 7), randn(2, 3, 7, seed=1), randn(7, seed=2)
-    y, total = kernels.add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(total, x + residual)
-    torch.testing.assert_close(y, rms_norm(x + residual, weight, 1e-5))
-
-
 def test_rope_qk_norms_each_head_and_then_turns_it():
     (q, cos, sin), k = turned(2, 5, 4, 6, rows=True), randn(2, 5, 2, 6, seed=3)
     cos, sin, weights = cos.tensor, sin.tensor, (randn(6, seed=4), randn(6, seed=5))
@@ -773,6 +766,20 @@ def test_kernel_is_a_proper_operator_and_part_of_one_graph(job, interpreted):
 
 
 @needs_triton
+@every_job([['check_far_apart', op] for op in ('attention', 'decode_attention')])
+def test_tokens_may_be_further_apart_than_32_bits_count(job, interpreted):
+    wrong = interpreted[json.dumps(job)]
+    assert not wrong, '\n'.join(wrong)
+
+
+@needs_triton
+@every_job([['check_loss_scale', 'float16']])
+def test_gradients_of_the_loss_kernel_keep_their_digits_under_a_loss_scale(job, interpreted):
+    wrong = interpreted[json.dumps(job)]
+    assert not wrong, '\n'.join(wrong)
+
+
+@needs_triton
 @every_job([['check_model', name] for name in MODELS])
 def test_model_is_the_same_with_kernels(job, interpreted):
     wrong, called = interpreted[json.dumps(job)]
@@ -791,6 +798,20 @@ def test_every_kernel_fits_in_registers_and_shared_memory():
     source = '\n'.join(path.read_text() for path in (ROOT / 'kernels').glob('*.py'))
     assert len({line.split()[0] for line in table}) > source.count('\n@kernel\n') / 2
     assert {line.split()[1] for line in table} == {'80', '90', '100'}
+
+
+@needs_triton
+@pytest.mark.parametrize('arch', [80, 90])
+def test_the_widest_state_spaces_that_kernels_take_fit_in_shared_memory(arch):
+    # a launch beyond it is an error on a GPU, and nothing else finds it
+    from nanoblocks.experiments import aot, examples
+    widest = {'ssd': examples._ssd(256, 'cpu', 1, 2, 128, 1, 256),
+              'selective_scan': examples._scan(256, 'cpu', 64, 64)}
+    assert not [op for op, args in widest.items() if not kernels.OPS[op].ok(*args)]
+    for op, args in widest.items():
+        for launch in aot.launches(lambda: examples.forward_and_backward(op, args), arch):
+            made = aot.compile_for(arch, launch)
+            assert made.shared <= aot.SHARED_LIMIT[arch], f'{made.name} takes {made.shared} bytes'
 
 
 @needs_triton

@@ -17,11 +17,6 @@ def _norm(n, device, C):
     return _randn(n, C, device=device), _randn(C, device=device, dtype=torch.float32), 1e-5
 
 
-def _add_norm(n, device, C):
-    x, *rest = _norm(n, device, C)
-    return x, _randn(n, C, device=device), *rest
-
-
 def _rope_qk(n, device, norm=False):
     # 32 heads of 128 and 8 for keys and values, in the buffer of their projection
     qkv = _randn(1, n, 48, 128, device=device)
@@ -126,8 +121,6 @@ class Example(NamedTuple):
 EXAMPLES = [
     Example('rms_norm', '768 wide', lambda n, d: _norm(n, d, 768), 65536),
     Example('rms_norm', '4096 wide', lambda n, d: _norm(n, d, 4096), 16384, hard=True),
-    Example('add_rms_norm', '768 wide', lambda n, d: _add_norm(n, d, 768), 65536),
-    Example('add_rms_norm', '4096 wide', lambda n, d: _add_norm(n, d, 4096), 16384, hard=True),
     Example('rope_qk', '32 and 8 heads of 128', lambda n, d: _rope_qk(n, d), 16384),
     Example('rope_qk', 'the same with QK-norm', lambda n, d: _rope_qk(n, d, norm=True), 16384, hard=True),
     Example('swiglu', '2048 wide', lambda n, d: (_randn(n, 4096, device=d),), 65536),
