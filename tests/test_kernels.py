@@ -645,13 +645,13 @@ class Wanted(NamedTuple):
 PIPELINED = Wanted(hgmma=True, copies=True)
 # at sizes of GPT-2 and of a model 4096 wide: {example: {kernel: what it must be}}
 WANTED = {
-    'rms_norm, 768 wide': {'forward': Wanted(12), 'backward': Wanted(4)},
+    'rms_norm, 768 wide': {'forward': Wanted(12), 'backward': Wanted(4, copies=True)},
     # rows of 50257 numbers; the one narrow load is the target's logit
     'linear_cross_entropy, GPT-2 small': {'loss': Wanted(4, narrow=1)},
     'linear_cross_entropy, soft-capped': {'loss': Wanted(3, narrow=1)},
     'causal_conv, 1536 wide, 4 taps': {'forward': Wanted(4), 'backward': Wanted(4)},
-    'selective_scan, 1536 channels, N = 16': {'fused': Wanted(6, narrow=2),
-                                              'fused_backward': Wanted(narrow=7)},
+    'selective_scan, 1536 channels, N = 16': {'fused': Wanted(5, copies=True),
+                                              'fused_backward': Wanted(copies=True, narrow=8)},
     'ssd, 24 heads of 64, N = 128': {
         'states': Wanted(2, hgmma=True), 'state_grads': Wanted(2, hgmma=True), 'output': Wanted(hgmma=True),
         'head_grads': Wanted(hgmma=True), 'group_grads': PIPELINED},
