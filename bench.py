@@ -5,7 +5,7 @@ Measurements. Each topic prints a table; variants that are compared run interlea
     python bench.py step --nanogpt=../nanoGPT --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
     python bench.py families config/tiny.py --max_iters=100
     python bench.py kernels --aot=True
-    python bench.py gpu --out=bench/results
+    python bench.py gpu --out=bench/results --parts=train
     python bench.py optimizers config/gpt2_small.py
     python bench.py limits --models=gpt2,llama
     python bench.py peers --nanogpt=../nanoGPT
@@ -59,7 +59,7 @@ nanogpt = ''                        # step, peers: folder of a nanoGPT checkout 
 device = 'cpu'                      # auto, cpu, cuda or mps
 aot = False                         # kernels: compile for GPUs that this machine lacks, instead of timing
 out = 'out/bench'                   # gpu, kernels: folder for gpu.json
-parts = ''                          # gpu: some of checks,kernels,train,curve,decode,optimizer; empty: all
+parts = ''                          # gpu: some of checks,decode,curve,train,kernels,optimizer; empty: all
 seconds = 510                       # gpu, kernels: time limit; what does not fit is skipped and named
 dry = False                         # gpu, kernels: everything at toy size on a CPU, to test that it runs
 dtype = 'bfloat16'                  # families: number type of matrix products, float32 or bfloat16

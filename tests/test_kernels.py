@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from nanoblocks.experiments import gpu, gpu_models
 
 BF16 = torch.bfloat16
 
@@ -800,6 +801,71 @@ def test_every_kernel_fits_in_registers_and_shared_memory():
     assert {line.split()[1] for line in table} == {'80', '90', '100'}
 
 
+class Wanted(NamedTuple):
+    """What the code of a kernel must be, compiled for sm_90."""
+    programs: int = 1       # at least so many on a multiprocessor at once
+    hgmma: bool = False     # products by Hopper's tensor cores, none by Ampere's
+    copies: bool = False    # loads that a loop makes ahead of their use
+    narrow: int = 0         # at most so many loads and stores of fewer than 4 bytes
+
+
+PIPELINED = Wanted(hgmma=True, copies=True)
+# at sizes of GPT-2 and of a model 4096 wide: {example: {kernel: what it must be}}
+WANTED = {
+    'rms_norm, 768 wide': {'forward': Wanted(12), 'backward': Wanted(4, copies=True)},
+    # rows of 50257 numbers; the one narrow load is the target's logit
+    'linear_cross_entropy, GPT-2 small': {'loss': Wanted(4, narrow=1)},
+    'linear_cross_entropy, soft-capped': {'loss': Wanted(3, narrow=1)},
+    'causal_conv, 1536 wide, 4 taps': {'forward': Wanted(4), 'backward': Wanted(4)},
+    'selective_scan, 1536 channels, N = 16': {'fused': Wanted(5, copies=True),
+                                              'fused_backward': Wanted(copies=True, narrow=8)},
+    'ssd, 24 heads of 64, N = 128': {
+        'states': Wanted(2, hgmma=True), 'state_grads': Wanted(2, hgmma=True), 'output': Wanted(hgmma=True),
+        'head_grads': Wanted(hgmma=True), 'group_grads': PIPELINED},
+    # two programs: one's softmax runs beside the other's products
+    'attention, 32 heads of 128, 4096 tokens': {
+        'forward': PIPELINED._replace(programs=2), 'key': PIPELINED, 'query': PIPELINED},
+    'attention, window of 1024': {'forward': PIPELINED, 'key': PIPELINED, 'query': PIPELINED},
+    'attention, soft-capped': {'forward': PIPELINED, 'key': PIPELINED, 'query': PIPELINED},
+    'attention, by position, after a cache': {'forward': PIPELINED, 'key': PIPELINED, 'query': PIPELINED},
+    'attention, ALiBi, 12 heads of 64': {
+        'forward': PIPELINED._replace(programs=3), 'key': PIPELINED._replace(programs=2),
+        'query': PIPELINED._replace(programs=3)},
+    # its key kernel spills in the tiles that Hopper's products need
+    'attention, window of 512, heads of 256': {'forward': PIPELINED, 'key': Wanted(copies=True),
+                                               'query': PIPELINED},
+    # a tile of queries has too few rows for Hopper's products
+    'decode_attention, 64 x 4K tokens': {'part': Wanted(4, copies=True)},
+    'decode_attention, MLA, 16 x 8K tokens': {'part': Wanted(2, copies=True)},
+    'grouped_linear, 8 experts, 768 to 4096': {'rows': PIPELINED._replace(programs=2),
+                                               'weight': PIPELINED._replace(programs=2)},
+}
+
+
+@needs_triton
+@pytest.mark.parametrize('what', WANTED)
+def test_code_of_a_kernel_loads_and_multiplies_as_a_hopper_gpu_wants_it(what):
+    from nanoblocks.experiments import aot, examples
+    example = next(e for e in examples.EXAMPLES if f'{e.op}, {e.what}' == what)
+    wrong, seen = [], set()
+    for found in aot.compiled(example, 90):
+        name = next((n for n in WANTED[what] if found.name.endswith(f'_{n}')), None)
+        wanted = WANTED[what].get(name, Wanted())
+        seen.add(name)
+        wrong += [f'{found.name}: {problem}' for problem, is_so in (
+            (f'{found.spilled} bytes of a thread spilled', found.spilled),
+            (f'{found.programs} at once must be {wanted.programs}', found.programs < wanted.programs),
+            (f'{found.narrow} narrow accesses must be {wanted.narrow}', found.narrow > wanted.narrow),
+            (f'{found.hmma} HMMA and {found.hgmma} HGMMA', wanted.hgmma and (found.hmma or not found.hgmma)),
+            ('no copies ahead', wanted.copies and not found.copies)) if is_so]
+    assert seen >= WANTED[what].keys(), f'{WANTED[what].keys() - seen} must be launched'
+    assert not wrong, '\n'.join(wrong)
+
+
+# the calls that docs/kernels.md names
+CALLS = ('checks,decode,curve', 'train', 'kernels,optimizer')
+
+
 @needs_triton
 @pytest.mark.parametrize('arch', [80, 90])
 def test_the_widest_state_spaces_that_kernels_take_fit_in_shared_memory(arch):
@@ -816,14 +882,80 @@ def test_the_widest_state_spaces_that_kernels_take_fit_in_shared_memory(arch):
 
 @needs_triton
 def test_everything_that_needs_a_gpu_runs_through_at_toy_size_without_one(tmp_path):
-    run = subprocess.run([sys.executable, 'bench.py', 'gpu', f'--out={tmp_path}', '--dry=True'], cwd=ROOT,
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads((tmp_path / 'gpu.json').read_text())
-    assert not found['failed'] and not found['skipped']
+    for parts in CALLS:
+        run = subprocess.run([sys.executable, 'bench.py', 'gpu', f'--out={tmp_path}', f'--parts={parts}',
+                              '--dry=True'], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        found = json.loads((tmp_path / 'gpu.json').read_text())
+        assert not found['failed'] and not found['skipped']
+        assert set(parts.split(',')) <= set(found)
+    assert set(gpu.PARTS) <= set(found), 'a call must keep what earlier ones found'
     assert found['checks']['all']['answered'] == 1 and not found['checks']['all']['wrong']
-    assert {'kernels', 'train', 'curve', 'decode', 'optimizer'} <= set(found)
     assert not [row for rows in found['kernels'].values() for row in rows.values() if 'error' in row]
+
+
+def test_each_of_the_three_calls_is_planned_to_take_less_than_nine_minutes(tmp_path):
+    items = list(gpu.items(gpu.Measurement(tmp_path, 510, dry=False)))
+    assert sorted(','.join(CALLS).split(',')) == sorted(gpu.PARTS)
+    planned = {}
+    for parts in CALLS:
+        left, planned[parts] = 510, []
+        for part, name, _, needed in items:
+            if part in ('machine', *parts.split(',')) and left >= needed:
+                left -= needed
+                planned[parts].append(f'{part}: {name}')
+    dropped = {f'{part}: {name}' for part, name, *_ in items} - set(sum(planned.values(), []))
+    # of complete models, there are more rows than time
+    assert all(item.startswith('train: ') for item in dropped) and len(dropped) < 6, dropped
+    for words in (['as nanoGPT'], ['gpt2_small', 'batch=32, bias=False'], ['vocab_size=50257'], ['batch=64'],
+                  ['max-autotune-no-cudagraphs'], ['mamba2_small', 'kernels=triton'], ['mixtral_small']):
+        assert any(all(word in name for word in words) for name in planned['train']), words
+
+
+def test_results_of_an_earlier_call_stay_unless_measured_again_or_elsewhere(tmp_path):
+    first = gpu.Measurement(tmp_path, 60, True, ['train', 'curve'])
+    first.item('machine', 'environment', lambda: gpu.environment(first), 0)
+    first.item('train', 'old', lambda: 1, 0)
+    first.item('curve', 'old', lambda: 1, 0)
+    first.item('train', 'broken', lambda: 1 / 0, 0)
+    first.item('curve', 'long', lambda: 1, 100)
+    first.write()
+    second = gpu.Measurement(tmp_path, 60, True, ['train'])
+    assert second.found == {'curve': {'old': 1}, 'skipped': ['curve: long'], 'failed': {}}
+    elsewhere = gpu.Measurement(tmp_path, 60, False, ['train'])
+    assert elsewhere.found == {'skipped': [], 'failed': {}}
+
+
+def test_a_model_whose_compiled_gradients_are_wrong_is_not_timed(tmp_path, monkeypatch):
+    row = gpu_models.Row('llama_small', 2)
+    m = gpu.Measurement(tmp_path, 60, True)
+    monkeypatch.setattr(m, 'time', lambda run: pytest.fail('timed'))
+
+    def detached(x, weight, eps):
+        # what torch 2.11 made of a forward pass that returned what it was given
+        y = rms_norm(x, weight, eps)
+        return y.detach().requires_grad_() if torch.compiler.is_compiling() else y
+    m.item('train', row.name(), lambda: gpu_models.train(m, row), 0)
+    assert m.found['train'][row.name()]['tokens_per_s'] > 0 and not m.found['failed']
+    monkeypatch.setattr(kernels, 'rms_norm', detached)
+    m.item('train', 'wrong', lambda: gpu_models.train(m, row), 0)
+    assert 'wrong' not in m.found['train']
+    assert 'compiled gradients differ from eager ones: wte.weight: error' in m.found['failed']['train: wrong']
+
+
+def test_grouped_products_of_pytorch_serve_hopper_alone(monkeypatch):
+    # on Blackwell they leave gradients of idle experts unwritten
+    from torch._subclasses import FakeTensorMode
+    module = importlib.import_module('kernels.grouped_linear')
+    chosen = {}
+    with FakeTensorMode():
+        x, weight = (torch.empty(*shape, device='cuda', dtype=BF16) for shape in ((8, 24), (2, 16, 24)))
+        for arch in (80, 90, 100, 120):
+            monkeypatch.setattr(module, 'capability', lambda x, arch=arch: arch)
+            chosen[arch] = module._library(x, weight)
+    assert chosen == {80: False, 90: True, 100: False, 120: False}
+    widths = [case[1].shape[1:] for case in module.cases().values() if 0 in case[3]]
+    assert any(n_out % 8 == n_in % 8 == 0 for n_out, n_in in widths), 'idle experts of aligned widths'
 
 
 @pytest.mark.gpu

@@ -116,18 +116,6 @@ def test_config_file_makes_a_model_and_names_no_unknown_flag(path):
     GPTConfig(**conftest.flags_of(path))
 
 
-@every_family
-def test_training_step_is_one_graph(flags):
-    torch._dynamo.reset()
-    assert_compiled_equals_eager(flags, 'eager')
-
-
-@pytest.mark.parametrize('flags', [toy(), LLAMA], ids=['gpt2', 'llama'])
-def test_training_step_is_one_graph_forward_and_backward(flags):
-    torch._dynamo.reset()
-    assert_compiled_equals_eager(flags, 'aot_eager')
-
-
 def assert_compiled_equals_eager(flags, backend):
     idx = tokens(flags, 3, 17)
     eager = scaled(build(flags), 5).train()

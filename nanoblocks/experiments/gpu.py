@@ -1,13 +1,19 @@
 """
-Everything that needs a GPU, in one process and one call: `python bench.py gpu --out=DIR`. Items run one after
-another. An item that fails is recorded and the next begins; items with too little time left are skipped
-and named. DIR/gpu.json is complete after every item, so a call that is cut short keeps its results.
+Everything that needs a GPU, in three calls of less than nine minutes:
+
+    python bench.py gpu --out=DIR --parts=checks,decode,curve
+    python bench.py gpu --out=DIR --parts=train
+    python bench.py gpu --out=DIR --parts=kernels,optimizer
+
+Items run one after another, the most telling ones first. An item that fails is recorded and the next begins;
+items with too little time left are skipped and named. DIR/gpu.json is complete after every item, so a call
+that is cut short keeps its results, and it keeps what earlier calls on the same machine found in other parts.
 
     checks      every kernel against float64 by the rule of the tests, in several processes
-    kernels     every kernel against eager PyTorch, torch.compile and the limit set by bytes or operations
-    train       tokens/s, MFU and peak memory of complete models
-    curve       the loss over 200 steps with kernels, without, and without at another seed
     decode      tokens/s against the bandwidth of memory
+    curve       the loss over 200 steps with kernels, without, and without at another seed
+    train       tokens/s, MFU and peak memory of complete models, whose compiled gradients are right
+    kernels     every kernel against eager PyTorch, torch.compile and the limit set by bytes or operations
     optimizer   a step of AdamW and of Muon, ours and PyTorch's
 """
 import importlib.util
@@ -20,22 +26,25 @@ import traceback
 
 import torch
 
+import kernels
 from nanoblocks.experiments import gpu_kernels, gpu_models
 from nanoblocks.experiments.examples import EXAMPLES
 from nanoblocks.experiments.timing import cold_time
 from nanoblocks.files import ROOT, write_json
 
-PARTS = ('checks', 'kernels', 'train', 'curve', 'decode', 'optimizer')
+PARTS = ('checks', 'decode', 'curve', 'train', 'kernels', 'optimizer')
+# operations whose examples take Triton's interpreter seconds, others minutes: a dry run times these
+QUICK = ('linear_cross_entropy', 'attention', 'decode_attention', 'swiglu')
 
 
 def gpu(out, parts='', seconds=510, dry=False):
-    """Everything that needs a GPU: checks, kernels, training, decoding; into --out, within --seconds."""
+    """What needs a GPU: checks, decoding, training, kernels; some --parts, into --out, within --seconds."""
     wanted = [part for part in parts.split(',') if part] or PARTS
     unknown = sorted(set(wanted) - set(PARTS))
     if unknown:
         raise ValueError(f'parts={parts} must be some of {",".join(PARTS)}')
     prepare(dry)
-    m = Measurement(out, seconds, dry)
+    m = Measurement(out, seconds, dry, wanted)
     # an item that hangs must not prevent the table
     signal.signal(signal.SIGALRM, lambda *_: too_long(m))
     signal.alarm(int(seconds) + 30)
@@ -75,10 +84,10 @@ def prepare(dry):
 class Measurement:
     """The state of one call: the results, the deadline, and how fast this card is."""
 
-    def __init__(self, out, seconds, dry):
+    def __init__(self, out, seconds, dry, parts=PARTS):
         self.out, self.dry, self.device = out, dry, 'cpu' if dry else 'cuda'
         self.began, self.end = time.time(), time.time() + seconds
-        self.found = {'skipped': [], 'failed': {}}
+        self.found = {'skipped': [], 'failed': {}} | self.earlier(parts)
         self.bandwidth, self.rate = 1e10, 1e10  # bytes and FLOPs per second, until `ceilings` has run
         os.makedirs(out, exist_ok=True)
 
@@ -96,6 +105,22 @@ class Measurement:
             torch.cuda.empty_cache()
         self.write()
 
+    def earlier(self, parts):
+        """What earlier calls on this machine wrote about other parts than these."""
+        try:
+            with open(os.path.join(self.out, 'gpu.json')) as f:
+                found = json.load(f)
+        except (OSError, ValueError):
+            return {}
+        if found['machine']['environment'] != environment(self):
+            return {}
+
+        def other(item):
+            return item.split(': ')[0] in set(PARTS) - set(parts)
+        return {part: rows for part, rows in found.items() if other(part)} | {
+            'skipped': [item for item in found['skipped'] if other(item)],
+            'failed': {item: why for item, why in found['failed'].items() if other(item)}}
+
     def write(self):
         write_json(os.path.join(self.out, 'gpu.json'), self.found | {'seconds': time.time() - self.began})
 
@@ -107,9 +132,11 @@ class Measurement:
         if self.device == 'cuda':
             torch.cuda.synchronize()
 
-    def compile(self, function):
+    def compile(self, function, mode=None):
         torch._dynamo.reset()
-        return torch.compile(function, backend='eager' if self.dry else 'inductor', dynamic=False)
+        if self.dry:
+            return torch.compile(function, backend='eager', dynamic=False)
+        return torch.compile(function, mode=mode, dynamic=False)
 
 
 def too_long(m):
@@ -118,21 +145,22 @@ def too_long(m):
 
 
 def items(m):
-    """(part, name, function, seconds it needs) of every item; a dry run takes the first few of each part."""
-    def first(n, values):
-        return values[:n] if m.dry else values
+    """(part, name, function, seconds it needs) of every item; a dry run takes one of each kind."""
+    def some(rows, kind):
+        kinds = list(map(kind, rows))
+        return [row for n, row in enumerate(rows) if not m.dry or kinds.index(kinds[n]) == n]
     yield 'machine', 'environment', lambda: environment(m), 5
     yield 'machine', 'ceilings', lambda: ceilings(m), 5
-    yield 'checks', 'all', lambda: gpu_kernels.checks(m), 60
-    for example in first(5, sorted(EXAMPLES, key=lambda e: not e.hard)):
+    yield 'checks', 'all', lambda: gpu_kernels.checks(m), 120
+    for name, batch in some(gpu_models.DECODED, lambda row: row[0]):
+        yield 'decode', f'{name} x {batch}', lambda: gpu_models.decode(m, name, 2 if m.dry else batch), 20
+    yield 'curve', 'gemma2_small', lambda: gpu_models.curve(m), 60
+    for row in some(gpu_models.TRAINED, lambda row: (row.config, row.full_logits)):
+        yield 'train', row.name(), lambda: gpu_models.train(m, row), 90 if row.mode else 40
+    # operations that a compiled model leaves to torch.compile come last
+    timed = [e for e in EXAMPLES if e.op in QUICK and e.hard] if m.dry else EXAMPLES
+    for example in sorted(timed, key=lambda e: kernels.OPS[e.op].compiles):
         yield 'kernels', f'{example.op}, {example.what}', lambda: gpu_kernels.compare(m, example), 15
-    yield ('train', 'gpt2_small as nanoGPT',
-           lambda: gpu_models.train(m, 'gpt2_small', 'torch', 32, full_logits=True), 45)
-    for name, choice, batch in first(5, gpu_models.TRAINED):
-        yield 'train', f'{name}, kernels={choice}', lambda: gpu_models.train(m, name, choice, batch), 45
-    yield 'curve', 'gemma2_small', lambda: gpu_models.curve(m), 30
-    for name, batch in first(3, gpu_models.DECODED):
-        yield 'decode', f'{name} x {batch}', lambda: gpu_models.decode(m, name, 2 if m.dry else batch), 15
     yield 'optimizer', 'gpt2_small', lambda: gpu_models.optimizers(m), 40
 
 
@@ -175,7 +203,7 @@ def print_summary(m):
     for name, times in found.get('kernels', {}).items():
         print_kernel(name, times)
     for name, v in found.get('train', {}).items():
-        print(f'{name:36} {v["tokens_per_s"]:10,.0f} tokens/s  MFU {v["mfu"]:6.1%}  '
+        print(f'{name:52} {v["tokens_per_s"]:10,.0f} tokens/s  MFU {v["mfu"]:6.1%}  '
               f'{v["peak_bytes"] / 2**30:6.1f} GiB  batch {v["batch"]}')
     for name, v in found.get('decode', {}).items():
         print(f'decode {name:29} {v["tokens_per_s"]:10,.0f} tokens/s  {v["of_bandwidth"]:6.1%} of bandwidth')

@@ -16,7 +16,7 @@ from nanoblocks.files import ROOT
 NARROW = ('attention', 'decode_attention', 'grouped_linear', 'ssd')
 
 
-def checks(m, processes=8):
+def checks(m, processes=16):
     """The checks of tests/fused.py on this GPU -> their number, {failed check: what is wrong}, and errors"""
     jobs = [['check', op, case, dtype] for op, row in kernels.OPS.items() for case in row.cases()
             for dtype in (('float32', 'bfloat16') if op not in NARROW else ('float16', 'bfloat16'))]
@@ -89,13 +89,14 @@ def times_of(m, function, args, has_backward):
     def both():
         seen = [y for y in forward() if y.requires_grad]
         torch.autograd.grad(seen, inputs, [torch.ones_like(y) for y in seen], allow_unused=True)
-    if m.device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     found = {'forward': m.time(forward)}
     if has_backward:
         found['both'] = m.time(both)
     if m.device == 'cuda':
+        # of a call by itself: timing takes a buffer of its own
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        (both if has_backward else forward)()
         found['bytes'] = torch.cuda.max_memory_allocated() - before
     return found
 

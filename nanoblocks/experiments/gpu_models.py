@@ -3,6 +3,7 @@ import glob
 import os
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,35 @@ from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.speed import optimizer_steps
 from nanoblocks.hardware import peak_flops
 
-# (config, --kernels, sequences in a batch), the most telling ones first
-TRAINED = [('gpt2_small', 'auto', 32), ('llama_small', 'auto', 32), ('gpt2_small', 'torch', 32),
-           ('llama_1b', 'auto', 8), ('mamba2_small', 'auto', 16), ('mixtral_small', 'auto', 16),
-           ('llama_small', 'triton', 32), ('jamba_small', 'auto', 8), ('gemma2_small', 'auto', 16),
-           ('mamba2_small', 'torch', 16), ('gemma2_small', 'torch', 16)]
+NO_BIAS = {'bias': False}
+
+
+class Row(NamedTuple):
+    """A model to train, and how."""
+    config: str
+    batch: int                  # sequences
+    kernels: str = 'auto'
+    flags: dict = {}
+    mode: str | None = None     # of torch.compile
+    full_logits: bool = False   # as nanoGPT computes the loss, from all logits at once
+
+    def name(self):
+        if self.full_logits:
+            return f'{self.config} as nanoGPT'
+        flags = ''.join(f', {name}={value}' for name, value in self.flags.items())
+        return f'{self.config}, kernels={self.kernels}, batch={self.batch}{flags}' + (
+            f', {self.mode}' if self.mode else '')
+
+
+# the most telling ones first: nanoGPT's model beside ours, then what train.py makes of its tokenizer
+TRAINED = [Row('gpt2_small', 32, 'torch', NO_BIAS, full_logits=True), Row('gpt2_small', 32, flags=NO_BIAS),
+           Row('gpt2_small', 32, flags=NO_BIAS | {'vocab_size': 50257}), Row('llama_small', 32),
+           Row('gpt2_small', 64, flags=NO_BIAS), Row('mamba2_small', 16), Row('mamba2_small', 16, 'triton'),
+           Row('llama_1b', 8), Row('mixtral_small', 16), Row('gemma2_small', 16),
+           Row('gpt2_small', 32, flags=NO_BIAS, mode='max-autotune-no-cudagraphs'),
+           # in time that others leave
+           Row('gpt2_small', 32, 'torch', NO_BIAS), Row('gemma2_small', 16, 'torch'),
+           Row('mamba2_small', 16, 'torch'), Row('llama_small', 32, 'triton'), Row('jamba_small', 8)]
 # (config, sequences)
 DECODED = [('llama_1b', 1), ('llama_1b', 64), ('llama_small', 1), ('llama_small', 64), ('deepseek_small', 64),
            ('mamba2_small', 64), ('gemma2_small', 64)]
@@ -38,41 +63,44 @@ def config_of(m, name, **more):
 # Training
 
 
-def train(m, name, choice, batch, full_logits=False):
-    """
-    Compiled training steps in bf16 with fused AdamW, the batch halved until it fits. choice: --kernels.
-    full_logits: compute the loss as nanoGPT does, from all logits at once.
-    """
-    batch, steps = (2, 2) if m.dry else (batch, 8)
-    kernels.use_kernels('auto' if m.dry else choice, m.device)
-    while True:
-        try:
-            found = train_once(m, name, batch, steps, full_logits)
-            break
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            batch //= 2
-            if not batch:
-                raise
-    kernels.use_kernels('auto', m.device)
-    print(f'train {name}, kernels={choice}' + ', full logits' * full_logits + ': ' + ', '.join(
-        f'{k} {v:.4g}' for k, v in found.items()), flush=True)
+def train(m, row):
+    """Compiled training steps in bf16 with fused AdamW, the batch halved until it fits."""
+    batch, steps = (2, 2) if m.dry else (row.batch, 8)
+    kernels.use_kernels('auto' if m.dry else row.kernels, m.device)
+    try:
+        while True:
+            try:
+                found = train_once(m, row, batch, steps)
+                break
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                batch //= 2
+                if not batch:
+                    raise
+    finally:
+        kernels.use_kernels('auto', m.device)
+    print(f'train {row.name()}: ' + ', '.join(f'{k} {v:.4g}' for k, v in found.items()), flush=True)
     return found
 
 
-def train_once(m, name, batch, steps, full_logits):
-    """The measurements of `train` at one batch size; OutOfMemoryError where it does not fit."""
-    config = config_of(m, name, **({'bias': False} if full_logits else {}))
+def train_once(m, row, batch, steps):
+    """
+    The measurements of `train` at one batch size; OutOfMemoryError where it does not fit, ArithmeticError
+    where compiled gradients are wrong.
+    """
+    config = config_of(m, row.config, **row.flags)
     model = GPT(config, seed=1).to(m.device)
     T, V = config.block_size, config.vocab_size
     x, y = torch.randint(V, (2, batch, T), device=m.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def loss_of(x, y):
-        if not full_logits:
+        if not row.full_logits:
             return model(x, y)[1]
         return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
-    loss_fn = m.compile(loss_of)
+    loss_fn = m.compile(loss_of, row.mode)
+    if wrong := wrong_gradients(m, model, loss_fn, loss_of, x, y):
+        raise ArithmeticError(f'compiled gradients differ from eager ones: {"; ".join(wrong)}')
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def step():
         step_on(lambda: loss_fn(x, y), model, optimizer, m.device)
@@ -87,6 +115,35 @@ def train_once(m, name, batch, steps, full_logits):
     peak = torch.cuda.max_memory_allocated() if m.device == 'cuda' else 0
     return {'tokens_per_s': rate, 'mfu': rate * flops / sheet, 'of_measured_rate': rate * flops / m.rate,
             'batch': batch, 'T': T, 'parameters': model.num_params(), 'peak_bytes': peak, 'warm_s': warm}
+
+
+def wrong_gradients(m, model, loss_fn, loss_of, x, y):
+    """
+    What is wrong with the gradients of the compiled loss_fn, in bf16: sentences. The truth is loss_of in
+    fp32; an error may be four times the error of loss_of in bf16, plus a hundredth of the gradient.
+    """
+    # losses of experts depend on who else is in the batch; others are the means of their parts, which need
+    # less memory
+    part = len(x) if model.moes else -(-len(x) // 8)
+    got = gradients(m, model, loss_fn, x, y, len(x), True)
+    eager, truth = (gradients(m, model, loss_of, x, y, part, narrow) for narrow in (True, False))
+    wrong = []
+    for name, want in truth.items():
+        error, rounding, size = (v.norm().item() for v in (got[name] - want, eager[name] - want, want))
+        if not error <= 4 * rounding + 0.01 * size:
+            wrong.append(f'{name}: error {error:.1e} of {size:.1e}, eagerly {rounding:.1e}')
+    return wrong
+
+
+def gradients(m, model, loss_of, x, y, rows, narrow):
+    """{name: gradient} of the mean loss of x (B,T) and y (B,T), summed over parts of some rows."""
+    for a, b in zip(x.split(rows), y.split(rows)):
+        with torch.autocast(m.device, torch.bfloat16, enabled=narrow):
+            loss = loss_of(a, b)
+        (loss * (len(a) / len(x))).backward()
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def step_on(loss_fn, model, optimizer, device):
@@ -197,7 +254,8 @@ def captured(step):
 def optimizers(m):
     """{optimizer: milliseconds of a step} on GPT-2."""
     steps = optimizer_steps(GPT(config_of(m, 'gpt2_small'), seed=1).to(m.device))
-    found = {name: m.time(step) for name, step in steps.items()}
+    with torch.compiler.set_stance('force_eager' if m.dry else 'default'):
+        found = {name: m.time(step) for name, step in steps.items()}
     print('optimizer gpt2_small: ' + ', '.join(f'{name} {ms:.2f} ms' for name, ms in found.items()),
           flush=True)
     return found
