@@ -5,6 +5,7 @@ made infinite. Afterwards the run is resumed, and ends in the same bits as an un
 Runs that are to be hit hit themselves, with real signals: so each is hit in a place that is known.
 """
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -211,12 +213,26 @@ def flipped(data, bit):
     return bytes(data)
 
 
-def test_no_flipped_bit_goes_unseen(tmp_path):
-    """For every bit: the checkpoint is refused, or loads with the values that were written."""
-    path = tmp_path / 'ckpt.pt'
+def small_checkpoint(path):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=50))
     state = checkpoint.contents(model, settings={'seed': 1}, meta={'vocab_size': 50}, step=7)
     checkpoint.save(str(path), state)
+    return state
+
+
+def sealed_as_before(data):
+    """The bytes of a checkpoint with the seal that older versions wrote: SHA-256 of all bytes before it."""
+    data = data[:-73] + bytes(2)
+    return data[:-2] + (71).to_bytes(2, 'little') + b'sha256:' + hashlib.sha256(data).hexdigest().encode()
+
+
+@pytest.mark.parametrize('sealed', [bytes, sealed_as_before])
+def test_no_flipped_bit_goes_unseen(tmp_path, sealed):
+    """For every bit: the checkpoint is refused, or loads with the values that were written."""
+    path = tmp_path / 'ckpt.pt'
+    state = small_checkpoint(path)
+    path.write_bytes(sealed(path.read_bytes()))
+    assert not differences(checkpoint.load(str(path)), state)
     data, rng, refused = path.read_bytes(), random.Random(0), 0
     for bit in rng.sample(range(8 * len(data)), 300):
         path.write_bytes(flipped(data, bit))
@@ -225,6 +241,32 @@ def test_no_flipped_bit_goes_unseen(tmp_path):
         except checkpoint.Damaged:
             refused += 1
     assert refused > 250, 'only the seal itself may be hit'
+
+
+def test_the_seal_is_its_definition(tmp_path):
+    """Of pieces of 1 MiB, however the bytes come: of many pieces, of one that is just full, of none."""
+    path = tmp_path / 'ckpt.pt'
+    checkpoint.save(str(path), {'x': torch.arange(700_000)})
+    data = path.read_bytes()
+
+    def defined(data):
+        crcs = [zlib.crc32(data[at:at + 2**20]) for at in range(0, len(data), 2**20)]
+        return hashlib.sha256(b''.join(crc.to_bytes(4, 'little') for crc in crcs)).hexdigest()
+    seal = defined(data[:-73] + bytes(2))
+    assert data[-73:] == (71).to_bytes(2, 'little') + b'crc32s:' + seal.encode()
+    for size in (0, 1, 2**20, 2**20 + 1, 2**22):
+        parts = checkpoint.Checksum()
+        for at in range(0, size, 99_991):
+            parts.update(memoryview(data)[at:min(size, at + 99_991)])
+        assert parts.hexdigest() == defined(data[:size])
+
+
+def test_a_checkpoint_is_hashed_once(tmp_path, monkeypatch):
+    """torch.save computes checksums of its own unless it is told not to, and for others it goes on to."""
+    save, options = torch.save, torch.serialization.get_crc32_options
+    monkeypatch.setattr(torch, 'save', lambda *args: save(*args) if not options() else pytest.fail('twice'))
+    small_checkpoint(tmp_path / 'ckpt.pt')
+    assert options()
 
 
 def test_no_truncation_goes_unseen(run_copy):

@@ -5,7 +5,7 @@ import os
 import random
 import warnings
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -31,14 +31,16 @@ def save(path: str, state: dict, previous: str | None = None) -> None:
     there moves to `previous`, if that is given. At every moment a complete file stands under path or under
     `previous`. OSError if writing fails; then nothing has changed.
 
-    The file is the zip archive of torch.save, with the checksum of its bytes as the archive's comment.
+    The file is the zip archive of torch.save, with the checksum of its bytes as the archive's comment. The
+    checksums that torch.save could put inside would take as long again, and cover less.
     """
     part = f'{path}.part'
     try:
         with open(part, 'wb') as f:
             hashed = HashedFile(f)
             try:
-                torch.save(state, hashed)
+                with without_inner_checksums():
+                    torch.save(state, hashed)
             except RuntimeError as error:  # how torch reports a failed write
                 raise hashed.error or OSError(errno.EIO, str(error).split('\n')[0]) from None
             hashed.append_checksum()
@@ -53,19 +55,55 @@ def save(path: str, state: dict, previous: str | None = None) -> None:
         raise
 
 
+@contextmanager
+def without_inner_checksums():
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class Checksum:
+    """
+    The SHA-256 of the CRC-32s of a file's pieces of 1 MiB, with the methods of hashlib. A third of the time
+    of a SHA-256 of all bytes, and as good against accidents, though not against intent.
+    """
+    piece = 1 << 20
+
+    def __init__(self):
+        self.digest, self.crc, self.left = hashlib.sha256(), 0, self.piece
+
+    def update(self, data):
+        data = memoryview(data)
+        while len(data):
+            part, data = data[:self.left], data[self.left:]
+            self.crc, self.left = zlib.crc32(part, self.crc), self.left - len(part)
+            if not self.left:
+                self.digest.update(self.crc.to_bytes(4, 'little'))
+                self.crc, self.left = 0, self.piece
+
+    def hexdigest(self):
+        digest = self.digest.copy()
+        if self.left < self.piece:
+            digest.update(self.crc.to_bytes(4, 'little'))
+        return digest.hexdigest()
+
+
 class HashedFile:
     """
     A file that hashes the bytes written to it. The checksums inside a zip archive do not cover its directory,
     where one wrong bit can make torch.load skip a record and return uninitialised memory.
     """
-    mark = b'sha256:'
+    mark, old_mark = b'crc32s:', b'sha256:'  # before the checksum; old: of files that are hashed with SHA-256
     size = len(mark) + 64
 
     def __init__(self, file):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
+        self.file, self.checksum, self.error = file, Checksum(), None
 
     def write(self, data):
-        self.digest.update(data)
+        self.checksum.update(data)
         try:
             return self.file.write(data)
         except OSError as error:
@@ -78,7 +116,7 @@ class HashedFile:
     def append_checksum(self):
         # an archive ends with the length of its comment, and the comment
         self.file.seek(-2, os.SEEK_END)
-        self.file.write(self.size.to_bytes(2, 'little') + self.mark + self.digest.hexdigest().encode())
+        self.file.write(self.size.to_bytes(2, 'little') + self.mark + self.checksum.hexdigest().encode())
 
     @classmethod
     def check(cls, path):
@@ -87,21 +125,25 @@ class HashedFile:
         of plain torch.save has none.
         """
         left = max(0, os.path.getsize(path) - cls.size)
-        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(1 << 20))
         with open(path, 'rb') as f:
-            while left > 2:
-                left -= len(piece := f.read(min(left - 2, 1 << 20)))
-                digest.update(piece)
+            f.seek(left)
+            mark = f.read(len(cls.mark))
+            checksum = hashlib.sha256() if mark == cls.old_mark else Checksum()
+            f.seek(0)
+            while left > 2 and (n := f.readinto(buffer[:left - 2])):
+                checksum.update(buffer[:n])
+                left -= n
             # the length of the comment: it was zero when the bytes were hashed
-            digest.update(bytes(2))
+            checksum.update(bytes(2))
             length, comment = f.read(left), f.read()
-        sealed = comment == cls.mark + digest.hexdigest().encode()
+        sealed = mark in (cls.mark, cls.old_mark) and comment == mark + checksum.hexdigest().encode()
         if not sealed:
             # a plain archive ends with a record of 22 bytes, the last two of which say: no comment
             end = (length + comment)[-22:]
             if end[:4] != b'PK\5\6' or end[-2:] != bytes(2):
                 raise ValueError('checksum mismatch')
-        return digest.hexdigest(), sealed
+        return checksum.hexdigest(), sealed
 
 
 def link_or_move(path, other):
