@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels.attention import visible
 
 BF16 = torch.bfloat16
 
@@ -582,6 +583,39 @@ def test_a_window_makes_fewer_scores_than_full_attention(T, window, chunked, mon
     if window >= 256 or chunked:
         # nor many more than are seen
         assert sum(made) <= 1.3 * T * window
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('window', [None, 100])
+def test_a_long_piece_behind_a_cache_skips_what_no_query_sees(window, monkeypatch):
+    made, compute = [], F.scaled_dot_product_attention
+
+    def counted(q, k, *args, **options):
+        made.append(q.shape[2] * k.shape[2])
+        return compute(q, k, *args, **options)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', counted)
+    q, k, v = randn(2, 600, 2, 4), randn(2, 1000, 2, 4, seed=1), randn(2, 1000, 2, 4, seed=2)
+    pos, key_pos = torch.arange(300, 900), torch.arange(1000)
+    # one row begins with padding; and slots of any order, some empty
+    padded = torch.stack((pos, torch.arange(600) - 40))
+    shuffled = torch.where(key_pos < 250, -1, (key_pos + 700) % 1000)
+    for at, held, share in ((pos, key_pos, 0.75), (padded, key_pos, 1), (pos, shuffled, 1)):
+        made.clear()
+        got = kernels.attention(q, k, v, at, held, 0.5, window)
+        want = kernels.OPS['attention'].plain(q, k, v, at, held, 0.5, window)
+        sees = visible(at, held, window)[:, 0].any(-1).expand(2, -1)
+        torch.testing.assert_close(got[sees], want[sees])
+        assert got.isfinite().all()
+        assert sum(made) <= share * (600 * 1000 if window is None or share == 1 else 600 * 450)
+
+
+@torch.no_grad()
+def test_a_few_queries_in_16_bits_are_computed_in_32_bits_on_a_cpu():
+    q, k, v = (randn(2, n, 2, 8, seed=n).bfloat16() for n in (1, 40, 41))
+    v, pos = v[:, 1:], torch.tensor([39])
+    got = kernels.attention(q, k, v, pos, torch.arange(40), 0.5)
+    want = kernels.attention(q.float(), k.float(), v.float(), pos, torch.arange(40), 0.5)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
 
 
 # ----------------------------------------------------------------------------------------------------------
