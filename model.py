@@ -279,7 +279,9 @@ class TokenCache:
         if self.empty and pos_BT.shape[1] > 1:  # prefill takes the path of training
             seen = (pos_BT, *new)
         elif pos_BT.shape[1] <= (1 if beyond else self.max_chunk):
-            seen = (self.pos, *self.rows)
+            # no slot after that of the last position is seen; a GPU would wait to read which one that is
+            end = pos.max() + 1 if pos.is_cpu and not torch.compiler.is_compiling() else None
+            seen = [held[:, :end] for held in (self.pos, *self.rows)]
         else:
             # copy the old slots before they are overwritten; a replaced position must not be seen twice
             old = torch.where(self.pos >= pos_BT[:, :1], -1, self.pos)

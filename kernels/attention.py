@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import decode_attention, flash_attention
-from .common import at_least_fp32, runs_triton
+from .common import at_least_fp32, cdiv, runs_triton
 from .spans import spans
 
 # The score of a key that may not be seen. Finite, because a query that sees no key at all, as padding does,
@@ -163,27 +163,67 @@ def by_position(q, k, v, pos, key_pos, scoring):
     return sdpa(q, k, v, scoring, bias.clamp(min=least).to(q.dtype)).transpose(1, 2)
 
 
+def by_head(x):
+    """x (B,T,H,D) with the tokens of each head next to each other in memory: a CPU reads them faster."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def without_unseen(q, k, v, pos, key_pos, scoring, size=256):
+    """
+    by_position for many queries behind a cache on a CPU: in blocks of `size` queries, each without the keys
+    in front and at the end that none of them sees. Reads positions, for which a GPU would have to wait.
+    """
+    k, v, parts = by_head(k), by_head(v), []
+    for block, at in zip(q.split(size, dim=1), pos.split(size, dim=-1)):
+        seen = visible(at, key_pos, scoring.window, scoring.chunked).flatten(0, -2).any(0).nonzero()
+        # queries of padding alone may see no key
+        keys = slice(seen.min(), seen.max() + 1) if len(seen) else slice(None)
+        parts.append(by_position(by_head(block), k[:, keys], v[:, keys], at, key_pos[..., keys], scoring))
+    return torch.cat(parts, dim=1)
+
+
+def in_pieces(q, k, v, scoring):
+    """
+    Tokens 0..T-1 under a window shorter than T, at most at the cost of full attention. Shapes as in
+    `attention`. Its first tokens see all before them: a triangle. Chunks are triangles all.
+    """
+    T, window = q.shape[1], scoring.window
+    first = T // window * window if scoring.chunked else window
+    pieces = [x.split((first, T - first), dim=1) for x in (q, k, v)]
+    if scoring.chunked:
+        whole = triangle(*(x.unflatten(1, (-1, window)).flatten(0, 1) for x, _ in pieces), scoring)
+        whole = whole.unflatten(0, (len(q), -1)).flatten(1, 2)
+        rest = [triangle(*(x for _, x in pieces), scoring)] if first < T else []
+    else:
+        whole = triangle(*(x for x, _ in pieces), scoring)
+        rest = [blockwise(pieces[0][1], k, v, scoring)]
+    return torch.cat((whole, *rest), dim=1)
+
+
+def triangle(q, k, v, scoring):
+    """Tokens 0..T-1 of which each sees all before it."""
+    pos, scoring = torch.arange(q.shape[1], device=q.device), scoring._replace(window=None, chunked=False)
+    return attention(q, k, v, pos, pos, **scoring._asdict(), in_order=True)
+
+
 def blockwise(q, k, v, scoring):
     """
-    Tokens 0..T-1 under a window W, in blocks of queries, each with the keys of its own block and of as many
-    blocks before it as the window reaches: about 1.5 W T scores in place of T T. The blocks become a batch.
-    Shapes as in `attention`.
+    The queries after the first `window` tokens, in blocks that become a batch: each reads the keys of its own
+    block and of the window before it, about 1.25 T scores per token of the window. Smaller blocks would waste
+    fewer scores and copy more keys.
     """
     (B, T), window = q.shape[:2], scoring.window
-    # smaller blocks waste fewer scores, and have more overhead
-    size = window if window <= 128 or scoring.chunked else window // 2
-    # the number of blocks that the window reaches back
-    back = 0 if scoring.chunked else -(-(window - 1) // size)
-    pad = -T % size
+    n = cdiv(T, max(window // 4, min(window, 64)))
+    size = cdiv(T, n)
+    pad = n * size - T
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
-    pos = torch.arange(T + pad, device=q.device).view(-1, size)
-    # before the first token, positions are negative and no query sees them
-    key_pos = torch.cat([pos - i * size for i in range(back, -1, -1)], dim=1)
-    q = q.unflatten(1, (-1, size)).flatten(0, 1)                            # (B n,size,H,D), n blocks a row
-    k, v = spans(k, size, back), spans(v, size, back)                       # (B n,(back+1) size,K,D)
-    y = by_position(q, k, v, pos.repeat(B, 1), key_pos.repeat(B, 1), scoring)
-    return y.unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
+    q = q.unflatten(1, (n, size)).flatten(0, 1)                                     # (B n,size,H,D)
+    k, v = spans(k, window + size, size), spans(v, window + size, size)             # (B n,window+size,K,D)
+    # distances alone count, so the positions of the first block stand for those of every block
+    key_pos = torch.arange(window + size, device=q.device)
+    y = by_position(q, k, v, key_pos[window:], key_pos, scoring)
+    return y.unflatten(0, (B, n)).flatten(1, 2)[:, :T]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -207,9 +247,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
     in_order    promises that pos and key_pos are both 0..T-1 in every row, so that they need not be read
     dropout     the share of weights that are dropped
     """
-    T, scoring = q.shape[1], Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout)
+    if in_order and window is not None and q.shape[1] <= window:
+        window, chunked = None, False   # a window as long as the text is full attention
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout)
     # PyTorch's fastest path, on any device
-    if in_order and scoring.by_products_alone and (window is None or T <= window):
+    if in_order and scoring.by_products_alone and window is None:
+        if q.is_cpu and q.shape[1] >= 1024:
+            q, k, v = by_head(q), by_head(k), by_head(v)
         return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scoring).transpose(1, 2)
     if runs_triton(q) and not (chunked or alibi_bf16 or dropout):
         arguments = q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks
@@ -217,6 +261,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
             return decode_attention.fused(*arguments)
         if flash_attention.ok(*arguments, in_order):
             return flash_attention.fused(*arguments, in_order)
-    if in_order and window is not None and T >= 2 * window:
-        return blockwise(q, k, v, scoring)
+    # what Falcon rounds depends on where a text begins
+    if in_order and window is not None and not alibi_bf16:
+        return in_pieces(q, k, v, scoring)
+    reads = q.is_cpu and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if reads and q.shape[1] >= 512:
+        return without_unseen(q, k, v, pos, key_pos, scoring)
+    if q.is_cpu and q.shape[1] <= 4 and q.dtype in (torch.bfloat16, torch.float16):
+        # for a few queries, a CPU's kernel takes half the time in fp32
+        return by_position(q.float(), k.float(), v.float(), pos, key_pos, scoring).to(q.dtype)
     return by_position(q, k, v, pos, key_pos, scoring)

@@ -374,6 +374,15 @@ def test_what_was_returned_does_not_change_under_a_later_chunk():
     assert torch.equal(k, before)
 
 
+def test_a_step_reads_no_slot_beyond_its_own():
+    cache = TokenCache(2, 30, [(1,)], torch.float32, 'cpu', max_tokens=30)
+    cache.update(torch.arange(4), torch.zeros(2, 4, 1))
+    for pos in (torch.arange(4, 9), torch.tensor([9]), torch.tensor([[10], [7]])):
+        key_pos, (k,) = cache.update(pos, one_number(pos, 1).expand(2, -1, 1))
+        assert k.shape[1] == key_pos.shape[1] == pos.max() + 1
+        assert k.untyped_storage().data_ptr() == cache.rows[0].untyped_storage().data_ptr(), 'copied'
+
+
 def test_padding_is_never_seen():
     cache = TokenCache(2, 6, [(1,)], torch.float32, 'cpu')
     pos = torch.tensor([[-2, -1, 0], [0, 1, 2]])

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels.attention import visible
 from nanoblocks.experiments import gpu, gpu_models
 
 BF16 = torch.bfloat16
@@ -84,14 +85,10 @@ def grouped_linear(x, weight, bias, counts):
     return torch.stack(rows)
 
 
-def spans(x, size, back):
-    B, T = x.shape[:2]
-    rows = []
-    for b in range(B):
-        for start in range(0, T, size):
-            rows.append(torch.stack([x[b, t] if t >= 0 else 0 * x[b, 0]
-                                     for t in range(start - back * size, start + size)]))
-    return torch.stack(rows)
+def spans(x, length, step):
+    starts = range(0, x.shape[1] - length + 1, step)
+    return torch.stack([torch.stack([row[t] for t in range(start, start + length)])
+                        for row in x for start in starts])
 
 
 def plain_grouped_linear(x, weight, bias, counts):
@@ -221,12 +218,11 @@ CASES = {
         'not contiguous': (strided(randn(6, 4)), strided(randn(2, 3, 4, seed=1)), None, torch.tensor([2, 4])),
     },
     'spans': {
-        'a block back': (randn(2, 6, 3, 5), 2, 1),
-        'two blocks back': (randn(2, 12, 2, 3), 3, 2),
-        'further than there are blocks': (randn(1, 4, 2, 3), 2, 3),
-        'one block': (randn(2, 3, 1, 2), 3, 1),
-        'no block back': (randn(2, 4, 1, 2), 2, 0),
-        'not contiguous': (strided(randn(2, 6, 3, 4)), 2, 2),
+        'each block reads the next as well': (randn(2, 6, 3, 5), 4, 2),
+        'blocks that share most': (randn(2, 11, 2, 3), 5, 2),
+        'blocks of one token': (randn(1, 6, 2, 3), 3, 1),
+        'nothing shared': (randn(2, 4, 1, 2), 2, 2),
+        'not contiguous': (strided(randn(2, 6, 3, 4)), 4, 2),
     },
     **{name: {
         'odd sizes': (randn(11 * k, 7), *choices(11, 3, 5)),
@@ -678,6 +674,9 @@ def patterns():
     late = q[:, :3], k, v, torch.tensor([[110, 111, 112], [106, 107, 108]]), slots, 0.5
     return {
         'window, one short of the text': (q, k, v, pos, pos, 0.5, 12, None, None, None, True),
+        'window, half of the text': (q, k, v, pos, pos, 0.5, 6, None, None, None, True),
+        'window, many of a text': (q, k, v, pos, pos, 0.5, 2, None, None, None, True),
+        'window, all options': (q, k, v, pos, pos, 0.5, 4, 2.0, slopes, sinks, True),
         'chunks': (q, k, v, pos, pos, 0.5, 4, None, None, None, True, True),
         'chunks, two to a text': (q, k, v, pos, pos, 0.5, 8, None, None, None, True, True),
         'one chunk': (q, k, v, pos, pos, 0.5, 20, None, None, None, True, True),
@@ -704,7 +703,9 @@ def test_attention_equals_the_sum_over_keys(kind, case):
         torch.testing.assert_close(function(*args[:10], in_order=False, **more), want)
 
 
-@pytest.mark.parametrize('case', ['chunks', 'chunks, soft-cap, sinks', 'chunks by position', 'ALiBi in bf16',
+@pytest.mark.parametrize('case', ['window, one short of the text', 'window, half of the text',
+                                  'window, many of a text', 'window, all options', 'chunks',
+                                  'chunks, soft-cap, sinks', 'chunks by position', 'ALiBi in bf16',
                                   'ALiBi in bf16, window'])
 def test_gradients_of_attention_equal_those_of_the_definition(case):
     found = []
@@ -715,6 +716,60 @@ def test_gradients_of_attention_equal_those_of_the_definition(case):
     got, want = found
     for name in want:
         torch.testing.assert_close(got[name], want[name])
+
+
+@pytest.mark.parametrize('chunked', [False, True])
+@pytest.mark.parametrize('T, window', [(257, 256), (320, 256), (512, 256), (600, 100), (2048, 256), (70, 8)])
+def test_a_window_makes_fewer_scores_than_full_attention(T, window, chunked, monkeypatch):
+    made = []
+
+    def counted(q, k, v, attn_mask=None, is_causal=False, **options):
+        batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+        # PyTorch skips what lies beyond the diagonal, but for blocks of 64 queries on it
+        made.append(batch * queries * (min(keys, keys / 2 + 32) if is_causal else keys))
+        return q
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', counted)
+    x, pos = torch.zeros(1, T, 1, 1), torch.arange(T)
+    kernels.attention(x, x, x, pos, pos, 1.0, in_order=True)
+    full = made.pop()
+    kernels.attention(x, x, x, pos, pos, 1.0, window, in_order=True, chunked=chunked)
+    assert sum(made) <= full
+    if window >= 256 or chunked:
+        # nor many more than are seen
+        assert sum(made) <= 1.3 * T * window
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('window', [None, 100])
+def test_a_long_piece_behind_a_cache_skips_what_no_query_sees(window, monkeypatch):
+    made, compute = [], F.scaled_dot_product_attention
+
+    def counted(q, k, *args, **options):
+        made.append(q.shape[2] * k.shape[2])
+        return compute(q, k, *args, **options)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', counted)
+    q, k, v = randn(2, 600, 2, 4), randn(2, 1000, 2, 4, seed=1), randn(2, 1000, 2, 4, seed=2)
+    pos, key_pos = torch.arange(300, 900), torch.arange(1000)
+    # one row begins with padding; and slots of any order, some empty
+    padded = torch.stack((pos, torch.arange(600) - 40))
+    shuffled = torch.where(key_pos < 250, -1, (key_pos + 700) % 1000)
+    for at, held, share in ((pos, key_pos, 0.75), (padded, key_pos, 1), (pos, shuffled, 1)):
+        made.clear()
+        got = kernels.attention(q, k, v, at, held, 0.5, window)
+        want = kernels.OPS['attention'].plain(q, k, v, at, held, 0.5, window)
+        sees = visible(at, held, window)[:, 0].any(-1).expand(2, -1)
+        torch.testing.assert_close(got[sees], want[sees])
+        assert got.isfinite().all()
+        assert sum(made) <= share * (600 * 1000 if window is None or share == 1 else 600 * 450)
+
+
+@torch.no_grad()
+def test_a_few_queries_in_16_bits_are_computed_in_32_bits_on_a_cpu():
+    q, k, v = (randn(2, n, 2, 8, seed=n).bfloat16() for n in (1, 40, 41))
+    v, pos = v[:, 1:], torch.tensor([39])
+    got = kernels.attention(q, k, v, pos, torch.arange(40), 0.5)
+    want = kernels.attention(q.float(), k.float(), v.float(), pos, torch.arange(40), 0.5)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -68,9 +68,9 @@ def nanogpt_model(folder, config):
 
 
 def window(rounds, tokens, device):
-    """Attention in a window against full attention, forward and backward, from 1K to 8K tokens."""
+    """Attention in a window against full attention, forward and backward, from 256 to 8K tokens."""
     n_head, head_dim, windows, rows = 8, 64, (None, 256, 1024), []
-    for T in each(sizes('tokens', tokens, 1024, 2048, 4096, 8192), '{} tokens'.format):
+    for T in each(sizes('tokens', tokens, 256, 512, 1024, 2048, 4096, 8192), '{} tokens'.format):
         q, k, v = (torch.randn(1, T, n_head, head_dim, device=device, requires_grad=True) for _ in range(3))
         pos = torch.arange(T, device=device)
 
