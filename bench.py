@@ -25,6 +25,7 @@ if __name__ == '__main__':
     console.never_fail()
     console.answer_ctrl_c()
 
+import os
 import platform
 from dataclasses import fields
 from inspect import signature
@@ -145,6 +146,8 @@ def main(name, argv):
     with errors_as_messages():
         refuse_ignored(name, options)
         check_settings(name)
+        if 'figures' in signature(TOPICS[name]).parameters:
+            os.makedirs(figures, exist_ok=True)  # refused here, not after minutes of measuring
         globals().update(device=pick_device(device), rounds=rounds or ROUNDS.get(name, 30))
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device

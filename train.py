@@ -28,7 +28,7 @@ from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
 from kernels import use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
-from nanoblocks.commandline import refuse_words
+from nanoblocks.commandline import refuse_words, warn_of_unread
 from nanoblocks.decoding.preview import sample_texts
 from nanoblocks.files import ROOT
 from nanoblocks.training import checkpoint, debug, optim, parallel
@@ -119,6 +119,8 @@ with errors_as_messages():
                      if k in settings and k not in given and k != 'out_dir'}
         globals().update(settings)
     rules.check_settings(settings, world, resumed['step'] if resumed else 0)
+    if is_main:
+        warn_of_unread(given, rules.unread(settings, world))
     rates = optim.parse_rates(group_lr)
     if not resumed and init_from in rules.STARTS:
         GPTConfig(**model_args)  # a wrong flag is refused before anything that is in the folder

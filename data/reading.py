@@ -49,7 +49,8 @@ class Part(NamedTuple):
 class Corpus:
     """
     The documents of a file or a folder, as `Part`s, sorted by path. `kinds` and `passed_over` count files,
-    `nulls` and `markers` what the last iteration met: rows without text, and markers amid a line.
+    `nulls` and `markers` what the last iteration met: rows without text, null or empty, and markers amid a
+    line.
 
     Raises ValueError for what cannot be read.
     """
@@ -240,7 +241,7 @@ class Corpus:
 
     def rows_in_words(self):
         """What the last iteration passed over or took for text, in up to three lines."""
-        lines = [f'passed over: {count(self.nulls, "row")} without text (null or empty)'] if self.nulls else []
+        lines = [f'passed over: {count(self.nulls, "row")} without text'] if self.nulls else []
         if self.no_rows:
             lines.append(f'passed over: {self.no_rows:,} .json that hold no rows with a {self.column!r}')
         if self.markers:
