@@ -16,7 +16,10 @@ Measurements. Each topic prints a table; variants that are compared run interlea
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
 whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
 """
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which `python -P` leaves out
 
 from data import console
 
@@ -25,7 +28,6 @@ if __name__ == '__main__':
     console.never_fail()
     console.answer_ctrl_c()
 
-import os
 import platform
 from dataclasses import fields
 from inspect import signature

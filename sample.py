@@ -10,7 +10,10 @@ Write text with a trained model, or say how likely a text is.
 
 In Python: nanoblocks/decoding/session.py.
 """
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which `python -P` leaves out
 
 from data import console
 from nanoblocks.commandline import refuse_words, warn_of_unread

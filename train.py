@@ -8,6 +8,11 @@ Train a model. A flat script: settings, setup, helpers, the loop.
 
 --help lists every setting and model flag. Exit codes: nanoblocks/training/stopping.py.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which `python -P` leaves out
+
 from data import console
 from nanoblocks.training import stopping
 
@@ -16,8 +21,6 @@ console.never_fail()
 signals = stopping.Signals()
 
 import math
-import os
-import sys
 import zlib
 from contextlib import nullcontext
 

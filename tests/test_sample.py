@@ -402,7 +402,8 @@ def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
     (dict(out='no_such_folder/a.jsonl'), ['no_such_folder/a.jsonl', 'check the path']),
 ], ids=lambda value: '-'.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else '')
 def test_bad_input_is_refused_with_one_sentence(settings, words):
-    usual = dict(out_dir=chars(), start='a', device='cpu') | ({} if settings.get('score') == 'a' else dict(max_new_tokens=5))
+    usual = dict(out_dir=chars(), start='a', device='cpu')
+    usual |= {} if settings.get('start') == '' else dict(max_new_tokens=5)
     done = python('sample.py', *flags(**usual | settings))
     assert_refused(done, *words)
     assert not done.out
