@@ -17,7 +17,10 @@ An arm is an ordinary run of train.py in a folder of its own, and takes train.py
 flags. Give the same command again to continue a sweep that was stopped. The body of this script is
 nanoblocks/experiments/sweep.py.
 """
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which `python -P` leaves out
 
 from data import console
 

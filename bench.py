@@ -16,7 +16,10 @@ Measurements. Each topic prints a table; variants that are compared run interlea
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
 whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
 """
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which `python -P` leaves out
 
 from data import console
 
@@ -145,6 +148,8 @@ def main(name, argv):
     with errors_as_messages():
         refuse_ignored(name, options)
         check_settings(name)
+        if 'figures' in signature(TOPICS[name]).parameters:
+            os.makedirs(figures, exist_ok=True)  # refused here, not after minutes of measuring
         globals().update(device=pick_device(device), rounds=rounds or ROUNDS.get(name, 30))
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device

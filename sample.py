@@ -10,10 +10,13 @@ Write text with a trained model, or say how likely a text is.
 
 In Python: nanoblocks/decoding/session.py.
 """
+import os
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which `python -P` leaves out
+
 from data import console
-from nanoblocks.commandline import refuse_words
+from nanoblocks.commandline import refuse_words, warn_of_unread
 
 # from the first line on: torch alone takes seconds to import
 console.never_fail()
@@ -24,7 +27,7 @@ from model import GPTConfig, check_counts
 from nanoblocks.decoding.console import Console
 from nanoblocks.decoding.decode import Sampling
 from nanoblocks.decoding.session import Session
-from nanoblocks.decoding.text import read_prompts, text_or_file
+from nanoblocks.decoding.text import read_prompts, refuse_to_overwrite, text_or_file
 from nanoblocks.hardware import warn_of_torch_version
 from nanoblocks.training.stopping import answer_out_of_memory
 
@@ -65,7 +68,8 @@ compile = False                     # torch.compile the step: a minute to the fi
 
 refuse_words(sys.argv[1:], globals(), model_flags(GPTConfig))
 answer_out_of_memory('lower --batch_size, --num_samples, --max_new_tokens or --chunk')
-configure(globals())
+given = {}                          # what the command line set: {name: the flag or file that set it}
+configure(globals(), given=given)
 warn_of_torch_version()
 
 # ----------------------------------------------------------------------------------------------------------
@@ -80,7 +84,14 @@ with errors_as_messages():
         given = ' and '.join(name for name in modes if modes[name])
         raise ValueError(f'{given} must not be set together: each says what to do')
 
+    warn_of_unread(given, [
+        (init_from != 'resume', f'with init_from={init_from}', ['out_dir'] + ['ckpt'] * (not draft)),
+        (score, 'with score', ['num_samples', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p',
+                               'repetition_penalty', 'stop', 'draft']),
+        (draft, 'with a draft', ['bandwidth']), (not draft, 'without a draft', ['ahead'])])
+
     # read before the model is loaded, so that a wrong path is refused at once
+    refuse_to_overwrite(out, prompts, *(text for text in (start, score) if text.startswith('FILE:')))
     text = text_or_file(score or start)
     texts = read_prompts(prompts) if prompts else []
     session = Session.load(

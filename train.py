@@ -8,6 +8,11 @@ Train a model. A flat script: settings, setup, helpers, the loop.
 
 --help lists every setting and model flag. Exit codes: nanoblocks/training/stopping.py.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which `python -P` leaves out
+
 from data import console
 from nanoblocks.training import stopping
 
@@ -16,8 +21,6 @@ console.never_fail()
 signals = stopping.Signals()
 
 import math
-import os
-import sys
 import zlib
 from contextlib import nullcontext
 
@@ -28,7 +31,7 @@ from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
 from kernels import use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
-from nanoblocks.commandline import refuse_words
+from nanoblocks.commandline import refuse_words, warn_of_unread
 from nanoblocks.decoding.preview import sample_texts
 from nanoblocks.files import ROOT
 from nanoblocks.training import checkpoint, debug, optim, parallel
@@ -119,6 +122,8 @@ with errors_as_messages():
                      if k in settings and k not in given and k != 'out_dir'}
         globals().update(settings)
     rules.check_settings(settings, world, resumed['step'] if resumed else 0)
+    if is_main:
+        warn_of_unread(given, rules.unread(settings, world))
     rates = optim.parse_rates(group_lr)
     if not resumed and init_from in rules.STARTS:
         GPTConfig(**model_args)  # a wrong flag is refused before anything that is in the folder

@@ -33,7 +33,7 @@ class Stream:
             split = split_of(str(self.number), self.val_fraction)
             # counted before the yield: the writer asks for the state after it has written this document
             self.number += 1
-            if row[self.column] is None:
+            if not row[self.column]:
                 self.nulls += 1
             else:
                 yield split, row[self.column]
@@ -66,7 +66,7 @@ def prepare(folder, train, *, repo, config, revision, column, input, max_documen
         meta = write_dataset(out, documents, tokenizer, source, shard_tokens=shard_tokens,
                              save_every=save_every)
     if documents.nulls:
-        say(f'passed over: {count(documents.nulls, "row")} without text (null)')
+        say(f'passed over: {count(documents.nulls, "row")} without text')
     print_summary(out, meta, train)
 
 

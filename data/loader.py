@@ -31,8 +31,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .files import lock
 from .progress import say
-from .writer import DTYPES, lock, sha256_of
+from .writer import DTYPES, sha256_of
 
 HERE = Path(__file__).resolve().parent
 # datasets whose prepare.py needs no network: a first run may prepare them itself
@@ -70,14 +71,15 @@ def read_meta(folder):
     if not path.exists():
         raise FileNotFoundError(unprepared(folder))
     try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
+        meta = json.loads(path.read_bytes())
         meta['vocab_size'], meta['tokenizer'], meta['val_bytes_per_token'], meta['files']
         meta['files']['train'], meta['files']['val'], DTYPES[meta['dtype']]
         for name, ok, rule in meta_rules(meta):
             if not ok:
                 value = meta if name == 'meta.json' else meta.get(name)
                 raise ValueError(f'{name}={str(value)[:60]} must {rule}')
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
+        # any other OSError is no damage: preparing again would replace a dataset that is whole
         kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
         raise ValueError(f'{path} is broken ({kind}{error}): prepare it again, '
                          f'{prepare_command(folder)}') from None
@@ -153,9 +155,9 @@ def ensure_prepared(folder):
         raise FileNotFoundError(unprepared(folder))
     with open(script) as file:
         # several runs may come here at once: the first one prepares, the others wait and find it done
-        if not lock_script(file):
+        if lock_script(file) is False:
             say(f'waiting for another run, which prepares {folder}')
-            while not lock_script(file):
+            while lock_script(file) is False:
                 time.sleep(0.2)
         if (folder / 'meta.json').exists():
             return

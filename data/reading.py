@@ -49,7 +49,8 @@ class Part(NamedTuple):
 class Corpus:
     """
     The documents of a file or a folder, as `Part`s, sorted by path. `kinds` and `passed_over` count files,
-    `nulls` and `markers` what the last iteration met: rows without text, and markers amid a line.
+    `nulls` and `markers` what the last iteration met: rows without text, null or empty, and markers amid a
+    line.
 
     Raises ValueError for what cannot be read.
     """
@@ -103,7 +104,7 @@ class Corpus:
                 yield from self._documents(name, self._chunks(path))
                 continue
             for number, text in enumerate(self._rows(path, kind, packing), 1):
-                if text is None:
+                if text is None or text == '':
                     self.nulls += 1
                     continue
                 if not isinstance(text, str):
@@ -198,7 +199,10 @@ class Corpus:
                 names = next(csv.reader([header], delimiter=delimiter, strict=True), [])
                 check_column(self.column, names, path)
                 at = names.index(self.column)
-                for row in csv.reader(file, delimiter=delimiter, strict=True):
+                for number, row in enumerate(csv.reader(file, delimiter=delimiter, strict=True), 1):
+                    if any(row[len(names):]):  # part of the text may be in another column
+                        raise csv.Error(f'row {number} has {len(row)} fields, not {len(names)}: a text with '
+                                        f'{delimiter!r} in it needs quotes')
                     if row:  # else a blank line
                         yield row[at] or None if at < len(row) else None
         except UnicodeDecodeError as error:
@@ -237,7 +241,7 @@ class Corpus:
 
     def rows_in_words(self):
         """What the last iteration passed over or took for text, in up to three lines."""
-        lines = [f'passed over: {count(self.nulls, "row")} without text (null)'] if self.nulls else []
+        lines = [f'passed over: {count(self.nulls, "row")} without text'] if self.nulls else []
         if self.no_rows:
             lines.append(f'passed over: {self.no_rows:,} .json that hold no rows with a {self.column!r}')
         if self.markers:
@@ -311,8 +315,37 @@ def open_zstandard(file):
         from compression import zstd
         return zstd.ZstdFile(file)
     except ImportError:
-        reader = need('zstandard', 'a file that ends in .zst').ZstdDecompressor()
-        return io.BufferedReader(reader.stream_reader(file, read_across_frames=True), PIECE)
+        return io.BufferedReader(Zstandard(file), PIECE)
+
+
+class Zstandard(io.RawIOBase):
+    """
+    A .zst file, read by the package zstandard frame by frame: its own reader takes a file that was cut off
+    for one that ends there.
+    """
+
+    def __init__(self, file):
+        self.package, self.file = need('zstandard', 'a file that ends in .zst'), file
+        self.packed, self.unpacked, self.frame = b'', b'', None
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.unpacked:
+            self.packed = self.packed or self.file.read(PIECE // 8)
+            if not self.packed:
+                if self.frame:
+                    raise EOFError('it ends amid a frame')
+                return 0
+            self.frame = self.frame or self.package.ZstdDecompressor().decompressobj()
+            self.unpacked = self.frame.decompress(self.packed)
+            self.packed = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+        n = min(len(buffer), len(self.unpacked))
+        buffer[:n], self.unpacked = self.unpacked[:n], self.unpacked[n:]
+        return n
 
 
 def json_values(path, chunks):

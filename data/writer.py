@@ -9,7 +9,6 @@ meta.json is written last, and a folder is a dataset when it holds one. Until th
 interrupted preparation is never mistaken for a complete one, and an older dataset in the same folder stays
 usable until the new one is complete.
 """
-import errno
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import Lock, flush_file, write_json
 from .progress import say
 from .reading import in_pieces
 from .tokenizer import utf8
@@ -117,8 +117,7 @@ class SplitWriter:
     def save(self):
         """Bring everything to the disk. Returns the state that a resume needs."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            flush_file(self.file)
         return self.state
 
     def close(self):
@@ -175,20 +174,36 @@ def publish(folder, settings, splits):
 
 
 def load_progress(folder, settings):
-    """The progress that an interrupted call with the same settings saved, or None if it cannot be resumed."""
+    """
+    The progress that an interrupted call with the same settings saved; None if there is none, or, with a line
+    that says why, if it cannot be resumed. OSError where it cannot be read.
+    """
+    path = folder / 'progress.json'
+    if not path.exists():
+        return None
     try:
-        saved = json.loads((folder / 'progress.json').read_text())
-    except (OSError, ValueError):
+        saved = json.loads(path.read_bytes())
+        reason = why_not_resumed(folder, settings, saved)
+        done, _ = sum(split['tokens'] for split in saved['splits'].values()), saved['documents']
+    except (ValueError, KeyError, TypeError, AttributeError):
+        reason = 'progress.json is damaged'
+    if reason:
+        say(f'an interrupted preparation in {folder} cannot be resumed ({reason}): beginning anew')
         return None
-    if saved['settings'] != settings:
-        return None
+    say(f'resuming in {folder} after {done:,} tokens')
+    return saved
+
+
+def why_not_resumed(folder, settings, saved):
+    """What keeps the progress `saved` from being continued with these settings; None if nothing does."""
+    differ = [name for name, value in settings.items() if saved['settings'].get(name) != value]
+    if differ:
+        return f'another {" and ".join(differ)}'
     for split in saved['splits'].values():
         for name, n_tokens in split['files'].items():
             path = temporary(folder / name)
             if not path.exists() or path.stat().st_size < n_tokens * DTYPES[settings['dtype']].itemsize:
-                return None
-    say(f'resuming in {folder} after {sum(split["tokens"] for split in saved["splits"].values()):,} tokens')
-    return saved
+                return f'{path.name} is missing or too short'
 
 
 def sha256_of(paths):
@@ -207,51 +222,18 @@ def locked(folder):
     Within it, no other process prepares a dataset in `folder`; ValueError if one does. The lock is dropped by
     the system when its process ends, however it ends.
     """
-    path = folder / 'prepare.lock'
-    while True:
-        with open(path, 'a') as file:
-            if not lock(file):
-                raise ValueError(f'out={folder} must be used by one preparation at a time, and another one '
-                                 'runs: wait until it is done, or write to another folder with --out=FOLDER')
-            # whoever held the lock may have removed the file while this process opened it
-            if path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                try:
-                    yield
-                finally:
-                    remove(path)
-                return
-
-
-def lock(file):
-    """Lock an open file, without waiting. False if another process holds it; True without locks."""
     try:
-        if os.name == 'nt':
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # others, such as ENOLCK or ENOTSUP: a file system that has no locks
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
-    return True
-
-
-def remove(path):
+        lock = Lock(folder / 'prepare.lock')
+    except BlockingIOError:
+        raise ValueError(f'out={folder} must be used by one preparation at a time, and another one runs: '
+                         'wait until it is done, or write to another folder with --out=FOLDER') from None
+    if not lock.works:
+        say(f'warning: the file system of {folder} has no locks: start no second preparation there')
     try:
-        path.unlink()
-    except OSError:
-        pass  # on Windows an open file stays
+        yield
+    finally:
+        lock.release()
 
 
 def temporary(path):
     return path.with_name(path.name + '.tmp')
-
-
-def write_json(path, value):
-    """Write a JSON file in one step: a crash leaves the old file or the new one."""
-    with open(temporary(path), 'w') as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary(path), path)

@@ -1,6 +1,7 @@
-"""What the scripts say of a word that is neither a flag nor a config file. Needs no torch."""
+"""What the scripts say of words that are neither flags nor files, and of flags without effect. No torch."""
 import os
 import shlex
+import sys
 
 from configurator import settings_of, split_arguments
 
@@ -49,6 +50,20 @@ def refuse_configs(words, foreign):
     if found:
         raise SystemExit(f'{" ".join(found)} must be left to train.py, whose runs remember it: write '
                          f'--out_dir={shlex.quote(str(out_dir))} instead')
+
+
+def warn_of_unread(given, rows):
+    """
+    Print a line for flags of the command line that do nothing. A file may set them for other runs.
+
+    given   {name: the flag or file that set it}
+    rows    [(whether the rest applies, why settings are not read, their names)]
+    """
+    for applies, reason, names in rows:
+        flags = [f'--{name}' for name in names if applies and given.get(name) == f'--{name}']
+        if flags:
+            has = 'has' if len(flags) == 1 else 'have'
+            print(f'warning: {" ".join(flags)} {has} no effect {reason}', file=sys.stderr)
 
 
 def flag_of(word, settings):

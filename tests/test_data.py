@@ -3,6 +3,7 @@
 Tests that need GPT-2's vocabulary look for it in TIKTOKEN_CACHE_DIR, else in ../shared/tiktoken_cache.
 """
 
+import errno
 import hashlib
 import inspect
 import json
@@ -26,10 +27,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from data.common import preparation  # noqa: E402
 from data.hub import Stream  # noqa: E402
 from data.loader import check_hashes, ensure_prepared, mix, open_dataset, permute  # noqa: E402
 from data.progress import Progress  # noqa: E402
-from data.reading import in_pieces  # noqa: E402
+from data.reading import Corpus, in_pieces  # noqa: E402
 from data.tokenizer import (  # noqa: E402
     SPLIT,
     BPETokenizer,
@@ -347,7 +349,7 @@ def test_a_killed_stream_goes_on_and_gives_identical_files(web, tmp_path, kind):
     assert contents(tmp_path / 'late') == whole
 
 
-def test_progress_with_other_settings_or_lost_files_is_not_continued(web, tmp_path):
+def test_progress_with_other_settings_or_lost_files_is_not_continued(web, tmp_path, capsys):
     class Broken(Stream):
         def __iter__(self):
             return interrupted(super().__iter__(), 800)
@@ -363,10 +365,32 @@ def test_progress_with_other_settings_or_lost_files_is_not_continued(web, tmp_pa
     os.truncate(tmp_path / 'c' / 'train.bin.tmp', 100)
     killed(tmp_path / 'd')
     (tmp_path / 'd' / 'progress.json').write_text('{"settings"')
+    for name, text in ('e', '[]'), ('f', '{}'), ('g', '{"settings": {}, "splits": {"train": 1}}'):
+        killed(tmp_path / name)
+        (tmp_path / name / 'progress.json').write_text(text)
     write(tmp_path / 'whole', stream(web['parquet']))
-    for name in 'abcd':
+    for name in 'abcdefg':
+        capsys.readouterr()
         write(tmp_path / name, stream(web['parquet']), save_every=2000)
         assert contents(tmp_path / name) == contents(tmp_path / 'whole'), name
+        reason = {'a': 'another shard_tokens', 'b': 'train.bin.tmp is missing or too short',
+                  'c': 'train.bin.tmp is missing or too short'}.get(name, 'progress.json is damaged')
+        assert f'cannot be resumed ({reason}): beginning anew' in capsys.readouterr().out
+
+
+def test_a_file_system_without_flush_and_locks_holds_a_dataset(tmp_path, monkeypatch, capsys):
+    """As some network and FUSE file systems. That two preparations are not kept apart there is said."""
+    import fcntl
+
+    def refused(*args):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    write(tmp_path / 'a', [('train', 'one'), ('val', 'two')])
+    monkeypatch.setattr(os, 'fsync', refused)
+    monkeypatch.setattr(fcntl, 'flock', refused)
+    with preparation(tmp_path / 'b', overwrite=False) as folder:
+        write(folder, [('train', 'one'), ('val', 'two')])
+    assert contents(tmp_path / 'b') == contents(tmp_path / 'a')
+    assert 'has no locks: start no second preparation there' in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------
@@ -540,6 +564,17 @@ def test_damaged_datasets_are_refused_in_a_sentence(tmp_path, file, change, erro
     with pytest.raises(error, match=sentence) as caught:
         open_dataset(tmp_path, 16, 0)
     assert '\n' not in str(caught.value)
+
+
+def test_a_dataset_that_cannot_be_read_now_is_not_called_broken(tmp_path, monkeypatch):
+    """The remedy of a broken one would replace it."""
+    dataset(tmp_path)
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+    monkeypatch.setattr(Path, 'read_bytes', denied)
+    with pytest.raises(PermissionError):
+        open_dataset(tmp_path, 16, 0)
 
 
 def test_the_remedy_of_a_damaged_dataset_works(tmp_path, monkeypatch):
@@ -952,6 +987,28 @@ def test_packed_files_are_read_and_damaged_ones_refused(tmp_path, monkeypatch, p
     assert 'is damaged' in stop and '\n' not in stop
 
 
+def test_a_zst_file_that_was_cut_is_not_taken_for_a_short_one(tmp_path, monkeypatch):
+    """Of several frames, as the tool's parallel mode writes; zlib has the same reader of a frame."""
+    from types import SimpleNamespace
+    from zlib import compress, decompressobj
+    package = SimpleNamespace(ZstdDecompressor=lambda: SimpleNamespace(decompressobj=decompressobj))
+    monkeypatch.setitem(sys.modules, 'compression', None)
+    monkeypatch.setitem(sys.modules, 'zstandard', package)
+    text = ' '.join(map(str, range(200_000)))
+    packed = compress(text[:500_000].encode()) + compress(text[500_000:].encode())
+    (tmp_path / 'a.txt.zst').write_bytes(packed)
+    assert ''.join(part.text for part in Corpus(tmp_path / 'a.txt.zst')) == text
+    for cut in (1, 3, len(packed) // 2, len(packed) - 1):
+        (tmp_path / 'a.txt.zst').write_bytes(packed[:cut])
+        with pytest.raises(ValueError, match='a.txt.zst is damaged .it ends amid a frame'):
+            list(Corpus(tmp_path / 'a.txt.zst'))
+
+
+def test_a_csv_row_may_end_with_empty_fields(tmp_path):
+    (tmp_path / 'a.csv').write_text('id,text\n1,one,\n2,two,,\n')
+    assert [part.text for part in Corpus(tmp_path / 'a.csv')] == ['one', 'two']
+
+
 def test_a_package_for_zst_that_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / 'a.txt.zst').write_bytes(b'(\xb5/\xfd')
     for module in ('compression', 'zstandard'):
@@ -970,6 +1027,7 @@ def test_a_package_for_zst_that_is_missing_is_named(tmp_path, monkeypatch):
     ('a.csv', b'id,body\n1,x', "a.csv has no column 'text': choose one of id, body"),
     ('a.csv', b'id,text\n1,"x', 'a.csv is not CSV (unexpected end of data)'),
     ('a.csv', b'id,text\n1,\xff', 'a.csv is not UTF-8'),
+    ('a.csv', b'id,text\n1,x\n2,a b, and c', "a.csv is not CSV (row 2 has 3 fields, not 2: a text with ','"),
     ('a.parquet', b'PAR1', 'a.parquet is no parquet file'),
     ('a.zip', b'PK', 'a.zip must be unpacked first'), ('a.tar.gz', b'', 'a.tar.gz must be unpacked first'),
     ('a.txt.gz', b'plain', 'a.txt.gz is damaged'),
@@ -1003,13 +1061,14 @@ def test_rows_without_text_are_passed_over_and_counted(tmp_path, monkeypatch, ca
     import pyarrow.parquet
     rows = [None if i in (7, 70) else text for i, text in enumerate(ROWS)]
     pyarrow.parquet.write_table(pyarrow.table({'text': rows}), tmp_path / 'a.parquet')
+    rows[70] = ''
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in rows))
     for name in 'a.parquet', 'b.jsonl':
         assert prepare_text(monkeypatch, tmp_path, path=name, out=name[0]) == sorted(filter(None, rows))
-        assert 'passed over: 2 rows without text (null)' in capsys.readouterr().out
+        assert 'passed over: 2 rows without text' in capsys.readouterr().out
         flags = f'--input={tmp_path / name}', '--tokenizer=bytes', '--val_fraction=0.1'
         assert prepare(monkeypatch, 'fineweb_edu', *flags, f'--out={tmp_path / name}s') is None
-        assert 'passed over: 2 rows without text (null)' in capsys.readouterr().out
+        assert 'passed over: 2 rows without text' in capsys.readouterr().out
 
 
 def test_lines_with_a_marker_part_documents(tmp_path, monkeypatch, capsys):

@@ -252,6 +252,14 @@ def test_pip_installs_it_for_every_folder(tmp_path, theirs):
 # Sizes, versions
 
 
+@pytest.mark.parametrize('script', ['train', 'sample', 'ablate', 'bench', 'data/text/prepare'])
+def test_a_script_finds_its_neighbours_under_a_safe_path(script, tmp_path):
+    """`python -P` and PYTHONSAFEPATH leave the folder of a script out of sys.path."""
+    done = subprocess.run([sys.executable, '-P', ROOT / f'{script}.py', '--help'], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith('usage: python'), done.stderr
+
+
 def test_six_python_files_lie_on_the_ground():
     assert {path.stem for path in ROOT.glob('*.py')} == COMMANDS | {'model', 'configurator'}
 

@@ -104,6 +104,21 @@ def test_a_pickled_checkpoint_loads_and_runs_no_code(made, tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
+@pytest.mark.parametrize('pickled', [False, True])
+def test_want_of_memory_is_no_damage(made, pickled, tmp_path, monkeypatch):
+    """Whoever is told so downloads gigabytes again, for nothing."""
+    def fails(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+    tensors = safetensors_torch.load_file(copy_of(made('llama'), tmp_path) / 'model.safetensors')
+    if pickled:
+        (tmp_path / 'model.safetensors').unlink()
+        torch.save(tensors, tmp_path / 'pytorch_model.bin')
+    monkeypatch.setattr(*(torch, 'load') if pickled else ('safetensors.safe_open',), fails)
+    with pytest.raises(ValueError, match='needs more memory than is free') as error:
+        GPT.from_pretrained(tmp_path)
+    one_sentence(error.value)
+
+
 @pytest.mark.parametrize('legacy', [False, True])
 def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
     made = made('gpt2')

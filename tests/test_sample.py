@@ -402,10 +402,34 @@ def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
     (dict(out='no_such_folder/a.jsonl'), ['no_such_folder/a.jsonl', 'check the path']),
 ], ids=lambda value: '-'.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else '')
 def test_bad_input_is_refused_with_one_sentence(settings, words):
-    usual = dict(out_dir=chars(), start='a', device='cpu', max_new_tokens=5)
+    usual = dict(out_dir=chars(), start='a', device='cpu')
+    usual |= {} if settings.get('start') == '' else dict(max_new_tokens=5)
     done = python('sample.py', *flags(**usual | settings))
     assert_refused(done, *words)
     assert not done.out
+
+
+def test_the_file_to_write_is_not_one_that_is_read(tmp_path):
+    (tmp_path / 'a.txt').write_text('a\n')
+    (tmp_path / 'b.txt').symlink_to(tmp_path / 'a.txt')
+    for settings in (dict(prompts=tmp_path / 'b.txt'), dict(start=f'FILE:{tmp_path / "b.txt"}'),
+                     dict(score=f'FILE:{tmp_path / "b.txt"}')):
+        done = python('sample.py', *flags(out_dir=chars(), out=tmp_path / 'a.txt', **settings))
+        assert_refused(done, f'out={tmp_path / "a.txt"} must not be a file that is read')
+        assert (tmp_path / 'a.txt').read_text() == 'a\n'
+
+
+@pytest.mark.parametrize('settings, line', [
+    (dict(start='ab', ahead=3), '--ahead has no effect without a draft'),
+    (dict(score='abc', temperature=1, draft=True), '--temperature --draft have no effect with score'),
+    (dict(start='ab', draft=True, bandwidth=True), '--bandwidth has no effect with a draft'),
+    (dict(start='ab', init_from=True), '--out_dir --ckpt have no effect with init_from=')])
+def test_flags_without_effect_are_said(settings, line):
+    settings |= {name: chars() / 'ckpt.pt' for name in ('init_from', 'draft') if settings.get(name) is True}
+    usual = dict(out_dir=chars(), ckpt='ckpt.pt', device='cpu')
+    short = {} if 'score' in settings else dict(max_new_tokens=2)
+    done = python('sample.py', *flags(**usual | short | settings))
+    assert done.code == 0 and done.err.startswith(f'warning: {line}') and done.err.count('\n') == 1, done
 
 
 def test_a_published_checkpoint_drafts(tmp_path):

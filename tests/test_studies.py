@@ -78,6 +78,15 @@ def test_a_flag_that_a_topic_cannot_use_is_refused(topic, options, words, monkey
     assert words in str(refusal.value) and '\n' not in str(refusal.value)
 
 
+def test_a_folder_for_figures_that_cannot_be_made_is_refused_before_the_work(monkeypatch, tmp_path):
+    for name in bench.plain_settings(vars(bench)):
+        monkeypatch.setattr(bench, name, getattr(bench, name))  # main changes them
+    monkeypatch.setitem(bench.TOPICS, 'reach', lambda figures: pytest.fail('measured first'))
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match='cannot be read or written .Not a directory.: check the path'):
+        bench.main('reach', [f'--figures={tmp_path / "file" / "x"}'])
+
+
 def test_the_cache_is_that_of_the_flags(tmp_path, capsys):
     flags = dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, pos='rope', block_size=2048)
     attention.cache(flags, '1024', tmp_path)

@@ -2,12 +2,14 @@
 Training, as a user runs it: a run learns, reports, resumes bit for bit, refuses bad input in one sentence.
 """
 import functools
+import io
 import json
 import math
 import os
 import re
 import shutil
 import sys
+from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
@@ -36,10 +38,14 @@ from runs import (
     trained,
 )
 
+from configurator import settings_of
 from data.tokenizer import ByteTokenizer
 from data.writer import write_dataset
 from model import GPT, GPTConfig
+from nanoblocks.commandline import warn_of_unread
+from nanoblocks.files import ROOT
 from nanoblocks.training import checkpoint, logbook
+from nanoblocks.training import settings as rules
 
 # ----------------------------------------------------------------------------------------------------------
 # What a run leaves
@@ -689,6 +695,35 @@ find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(lambda name, path=None, target=None: find(
     name, [{str(tmp_path)!r}] if name == 'wandb' and path is None else path, target))""")
     assert_refused(done, 'wandb', 'pip install wandb')
+
+
+@pytest.mark.parametrize('settings, line', [
+    (dict(optimizer='adamw', muon_lr=0.1), '--muon_lr has no effect with optimizer=adamw'),
+    (dict(optimizer='muon', muon_lr=0.1), ''),
+    (dict(decay_lr=False, schedule='wsd', min_lr=0),
+     '--schedule --min_lr have no effect with decay_lr=False'),
+    (dict(schedule='constant', min_lr=0), '--min_lr has no effect with schedule=constant'),
+    (dict(schedule='linear', wsd_decay=0.1), '--wsd_decay has no effect with schedule=linear'),
+    (dict(schedule='wsd', wsd_decay=0.1), ''),
+    (dict(eval_tokens=320, eval_iters=7), '--eval_iters has no effect with eval_tokens=320'),
+    (dict(batch_tokens=256, gradient_accumulation_steps=7),
+     '--gradient_accumulation_steps has no effect with batch_tokens=256'),
+    (dict(wandb_project='x'), '--wandb_project has no effect with wandb_log=False'),
+    (dict(backend='gloo'), '--backend has no effect in one process')])
+def test_flags_without_effect_are_said(settings, line):
+    """Those of the command line: a file may set them for other runs."""
+    given = {name: f'--{name}' for name in settings}
+    defaults = {name: setting.default for name, setting in settings_of(ROOT / 'train.py').items()}
+    found = rules.unread(defaults | settings, world=1)
+    for by, shown in (given, line and f'warning: {line}\n'), (dict.fromkeys(given, 'config/a.py'), ''):
+        with redirect_stderr(io.StringIO()) as err:
+            warn_of_unread(by, found)
+        assert err.getvalue() == shown
+
+
+def test_a_run_says_which_flags_have_no_effect(tmp_path):
+    done = python('train.py', *toy(tmp_path / 'run', max_iters=1, muon_lr=0.1))
+    assert done.code == 0 and '--muon_lr has no effect with optimizer=adamw\n' in done.err, done
 
 
 def test_warmup_longer_than_the_run_is_said(tmp_path):

@@ -1,6 +1,7 @@
 """Tokens to text as they arrive, the strings and special tokens that end a text, and prompts from files."""
 import codecs
 import json
+import os
 
 from nanoblocks.tokenizer import read_text
 
@@ -80,6 +81,14 @@ def special_token(tokenizer, text):
 def text_or_file(value):
     """The text itself, or with FILE: in front the content of that file."""
     return read_text(value.removeprefix('FILE:')) if value.startswith('FILE:') else value
+
+
+def refuse_to_overwrite(out, *sources):
+    """ValueError if the file to write is one of the files that are read, given as a path or as FILE:path."""
+    for source in sources:
+        path = source.removeprefix('FILE:')
+        if out and os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
+            raise ValueError(f'out={out} must not be a file that is read, or that is lost: name another')
 
 
 def read_prompts(path):

@@ -6,6 +6,7 @@ import torch
 
 from nanoblocks.formats import first_line
 from nanoblocks.tokenizer import read_json
+from nanoblocks.training.checkpoint import out_of_memory
 
 # the files that say where the tensors are, in the order in which they are looked for
 LAYOUTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin',
@@ -96,6 +97,7 @@ def open_safetensors(path):
     try:
         return safe_open(path, framework='pt')
     except Exception as error:  # safetensors has its own class
+        refuse_want_of_memory(error, path)
         raise ValueError(f'{path} is damaged ({error}): download it again') from None
 
 
@@ -106,12 +108,21 @@ def open_pickled(path):
         try:
             tensors = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
             break
-        except Exception:  # damaged, or with code: many classes
-            continue
+        except Exception as error:  # damaged, or with code: many classes
+            refuse_want_of_memory(error, path)
     if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise ValueError(f'{path} must hold tensors and nothing else: download it again, or download its '
                          'safetensors instead')
     return tensors
+
+
+def refuse_want_of_memory(error, path):
+    """ValueError if this is why a file cannot be read, which is then no reason to download it again."""
+    if out_of_memory(error):
+        raise ValueError(f'{path} needs more memory than is free: end other programs, or use a machine with '
+                         'more memory') from None
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def refuse_adapter(folder):

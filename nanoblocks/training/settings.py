@@ -73,6 +73,21 @@ def check_lengths(s, world, block_size):
          f'be a multiple of {tokens}: batch_size * block_size tokens in {counted(world, "process")}')
 
 
+def unread(s, world):
+    """The rows of `warn_of_unread` for a run with the settings s."""
+    decays, schedule = s['decay_lr'], s['schedule']
+    return [
+        (s['optimizer'] == 'adamw', 'with optimizer=adamw', ['muon_lr']),
+        (not decays, 'with decay_lr=False',
+         ['schedule', 'warmup_iters', 'lr_decay_iters', 'min_lr', 'wsd_decay']),
+        (decays and schedule == 'constant', 'with schedule=constant', ['lr_decay_iters', 'min_lr']),
+        (decays and schedule != 'wsd', f'with schedule={schedule}', ['wsd_decay']),
+        (s['eval_tokens'], f'with eval_tokens={s["eval_tokens"]}', ['eval_iters']),
+        (s['batch_tokens'], f'with batch_tokens={s["batch_tokens"]}', ['gradient_accumulation_steps']),
+        (not s['wandb_log'], 'with wandb_log=False', ['wandb_project', 'wandb_run_name', 'wandb_samples']),
+        (world == 1, 'in one process', ['backend'])]
+
+
 def rule_of(settings):
     """must(name, ok, rule) raises a ValueError unless ok."""
     def must(name, ok, rule):
