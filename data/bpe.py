@@ -87,7 +87,7 @@ class Pairs:
             heapq.heappush(self.heap, (-now, a, b, key))
 
     def merge(self, a, b):
-        """Join each occurrence of the tokens a and b, from the left, into one."""
+        """Join each occurrence of the tokens a and b, from the left, into one. Returns its spelling."""
         token = self.spelt[a] + self.spelt[b]
         if token not in self.number:
             self.number[token] = len(self.spelt)
@@ -108,6 +108,7 @@ class Pairs:
         self.token[places], self.token[second] = self.number[token], -1
         self.after[places], self.before[last] = last, places
         self.add(np.concatenate([front, places]))
+        return token
 
 
 def every_other(places, after):
