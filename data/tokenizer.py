@@ -19,13 +19,14 @@ meta() is stored beside the tokens and in every checkpoint, so a model always co
 To `encode`, text is ordinary text: "<|endoftext|>" in it is encoded letter by letter, never as the special
 token. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
 """
-import heapq
 import importlib
 import json
 import os
 import re
 from collections import Counter, defaultdict
+from itertools import chain
 
+from .bpe import learned
 from .progress import Progress
 
 EOT_BYTES = b'<|endoftext|>'
@@ -38,8 +39,14 @@ SPLIT = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s'
 LONGEST_RUN = 25_000
 LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_RUN + 1},}}|(?<!\s)\s{{{LONGEST_RUN + 1},}}')
 
-# distinct words that train_bpe counts at a time
-MOST_WORDS = 2_000_000
+# the white space of SPLIT; a unit is a run of it with the run of other characters behind it, and is divided
+# alike wherever it stands
+BLANKS = ('\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000'
+          + ''.join(map(chr, range(0x2000, 0x200B))))
+UNIT = re.compile(f'[{BLANKS}]+[^{BLANKS}]+')
+
+# distinct words, and distinct units, that train_bpe counts at a time
+MOST_WORDS, MOST_UNITS = 2_000_000, 1_000_000
 
 
 def utf8(text):
@@ -141,7 +148,8 @@ class TiktokenTokenizer(Vocabulary):
         self.name, self.vocab_size, self.eot = name, self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
-        return [i for part in without_long_runs(text) for i in self.encoding.encode_ordinary(part)]
+        parts = [self.encoding.encode_ordinary(part) for part in without_long_runs(text)]
+        return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
 
     prompt = encode
 
@@ -188,7 +196,10 @@ class BPETokenizer(TiktokenTokenizer):
 
 def without_long_runs(text):
     """The text in parts, without runs that are too long for tiktoken's patterns, such as a million blanks."""
-    if len(text) <= LONGEST_RUN:
+    # a longer run would fill one of these blocks, which most often a look at its first characters refutes
+    half = LONGEST_RUN // 2
+    blocks = (text[at:at + half] for at in range(0, len(text) - half + 1, half))
+    if not any(block.isspace() or block.split(None, 1) == [block] for block in blocks):
         return [text]
     cuts = [at for run in LONG_RUN.finditer(text)
             for at in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)]
@@ -201,76 +212,45 @@ def count_words(texts):
     the memory does not grow with the text.
     """
     # installed with tiktoken, and reads the same patterns
-    regex = need('regex', 'tokenizer=bpe')
-    words, least = Counter(), 1
+    split = need('regex', 'tokenizer=bpe').compile(SPLIT).findall
+    words, units, least = Counter(), Counter(), 1
     for text in texts:
         for part in without_long_runs(text):
-            words.update(regex.findall(SPLIT, part))
+            # most units occur many times, and SPLIT is slow: so count them first
+            units.update(UNIT.findall(part))
+            begin, end = UNIT.search(part), len(part.rstrip(BLANKS))
+            words.update(split(part[:begin.start()] if begin else part))
+            words.update(split(part[end:]) if begin else ())
+        if len(units) > MOST_UNITS:
+            add_words(words, units, split)
         while len(words) > MOST_WORDS:
             least += 1
             words = Counter({word: n for word, n in words.items() if n >= least})
+    add_words(words, units, split)
     return words
 
 
-def train_bpe(texts, n_merges):
-    """The first `n_merges` tokens that byte-pair encoding learns from `texts`, in order.
+def add_words(words, units, split):
+    """Move the words in `units` to `words`, both Counters."""
+    alike = defaultdict(list)
+    for unit, n in units.items():
+        alike[n].append(unit)
+    for n, group in alike.items():
+        for word, times in Counter(split(''.join(group))).items():
+            words[word] += n * times
+    units.clear()
 
-    In each round the most frequent pair of neighbours becomes a token; of equally frequent pairs the smaller
-    wins. This takes seconds for 12 MB: equal words are counted once, and a merge visits only the words that
-    hold its pair.
-    """
+
+def train_bpe(texts, n_merges):
+    """The first `n_merges` tokens that byte-pair encoding learns from `texts`, in order; see data/bpe.py."""
     words = count_words(texts)
     progress = Progress('training the vocabulary', n_merges)
-    words, counts = [[bytes([byte]) for byte in utf8(word)] for word in words], list(words.values())
-    pairs, where = count_pairs(words, counts)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
-
-    tokens = {}
-    while heap and len(tokens) < n_merges:
-        count, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:
-            # an outdated entry: the count has fallen since, and another pair may be more frequent now
-            heapq.heappush(heap, (-pairs[pair], pair))
-            continue
-        if pairs[pair] < 2:
-            break
-        # two pairs can spell the same token, which then counts once
-        tokens[b''.join(pair)] = None
+    tokens = []
+    for token in learned([utf8(word) for word in words], list(words.values()), n_merges):
+        tokens.append(token.decode('latin-1'))
         progress.add()
-        changed = set()
-        for i in where.pop(pair):
-            before, words[i] = words[i], merge(words[i], pair)
-            for old in zip(before, before[1:]):
-                pairs[old] -= counts[i]
-            for new in zip(words[i], words[i][1:]):
-                pairs[new] += counts[i]
-                where[new].add(i)
-                changed.add(new)
-        for new in changed:
-            heapq.heappush(heap, (-pairs[new], new))
     progress.close()
-    return [token.decode('latin-1') for token in tokens]
-
-
-def count_pairs(words, counts):
-    """({pair of neighbours: occurrences}, {pair: indices of the words that hold it})"""
-    pairs, where = Counter(), defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += counts[i]
-            where[pair].add(i)
-    return pairs, where
-
-
-def merge(word, pair):
-    """The list `word` with every occurrence of `pair` joined into one token, from the left."""
-    out, i = [], 0
-    while i < len(word):
-        n = 2 if tuple(word[i:i + 2]) == pair else 1
-        out.append(b''.join(word[i:i + n]))
-        i += n
-    return out
+    return tokens
 
 
 class HFTokenizer(Vocabulary):

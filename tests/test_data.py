@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import runpy
 import signal
@@ -27,6 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from data import tokenizer as tokenizers  # noqa: E402
 from data.common import preparation  # noqa: E402
 from data.hub import Stream  # noqa: E402
 from data.loader import check_hashes, ensure_prepared, mix, open_dataset, permute  # noqa: E402
@@ -179,6 +181,49 @@ def test_trained_bpe_equals_naive_bpe():
         n_merges = rng.randrange(1, 40)
         tokens = [token.encode('latin-1') for token in train_bpe(texts, n_merges)]
         assert tokens == naive_bpe(texts, n_merges), texts
+
+
+def test_trained_bpe_equals_naive_bpe_on_a_real_text():
+    text = Path(inspect.__file__).read_text()[:12_000]
+    assert [token.encode('latin-1') for token in train_bpe([text], 120)] == naive_bpe([text], 120)
+
+
+def test_blanks_are_the_white_space_of_the_pattern():
+    import regex
+    assert set(tokenizers.BLANKS) == set(regex.findall(r'\s', ''.join(map(chr, range(0xD800)))
+                                                       + ''.join(map(chr, range(0xE000, 0x110000)))))
+
+
+def test_words_are_counted_as_the_pattern_divides_each_text(monkeypatch):
+    """In units and in few at a time, with blanks of all kinds in front, behind and alone."""
+    import regex
+    rng = random.Random(3)
+    alphabet = ['a', 'bc', ' ', '  ', '\n', '\r\n', '\t', '12', '3', '.', '漢', 'é', '\x1c', '\xa0', '\u3000']
+    for most in (3, tokenizers.MOST_UNITS):
+        monkeypatch.setattr(tokenizers, 'MOST_UNITS', most)
+        for _ in range(150):
+            texts = [''.join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(rng.randrange(4))]
+            want = Counter(word for text in texts for word in regex.findall(SPLIT, text))
+            assert tokenizers.count_words(texts) == want, texts
+
+
+def test_only_the_rarest_words_are_forgotten(monkeypatch):
+    monkeypatch.setattr(tokenizers, 'MOST_WORDS', 10)
+    monkeypatch.setattr(tokenizers, 'MOST_UNITS', 10)
+    texts = ['often enough ' * 50, *(f'{chr(97 + i)}{chr(98 + j)} ' for i in range(20) for j in range(20))]
+    words = tokenizers.count_words(texts)
+    assert words[' often'] == 49 and words[' enough'] == 50 and len(words) < 25
+
+
+def test_long_runs_are_found_wherever_they_begin(monkeypatch):
+    monkeypatch.setattr(tokenizers, 'LONGEST_RUN', 10)
+    monkeypatch.setattr(tokenizers, 'LONG_RUN', re.compile(r'(?<!\S)\S{11,}|(?<!\s)\s{11,}'))
+    rng = random.Random(4)
+    for _ in range(500):
+        text = ''.join(rng.choice('x ') * rng.randrange(1, 16) for _ in range(rng.randrange(9)))
+        parts = tokenizers.without_long_runs(text)
+        assert ''.join(parts) == text
+        assert all(len(run) <= 10 for part in parts for run in re.findall(r'\S+|\s+', part)), text
 
 
 def test_bpe_encodes_by_merging_the_lowest_rank_first():

@@ -52,8 +52,9 @@ def old_run(tmp_path):
 def test_a_checkpoint_of_an_earlier_version_resumes_as_it_did_then(old_run):
     resume(old_run, dataset=dataset('chars'), max_iters=40)
     want = [2.390711545944214, 2.3796916007995605, 2.3753457069396973, 2.3740243911743164]
-    assert losses(old_run) == pytest.approx(want, rel=1e-5)
-    assert losses(old_run, 'val_loss') == pytest.approx([2.3724807500839233, 2.3604495525360107], rel=1e-5)
+    # Muon's polynomials have come nearer to the exact update since then
+    assert losses(old_run) == pytest.approx(want, rel=3e-4)
+    assert losses(old_run, 'val_loss') == pytest.approx([2.3724807500839233, 2.3604495525360107], rel=3e-4)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_sampled(old_run):
