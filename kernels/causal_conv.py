@@ -44,11 +44,12 @@ class _CausalConv(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         taps = weight.to(wide.dtype).T.contiguous()  # (W,I)
         T = x.shape[1] - len(taps) + 1
-        y = wide[:, :T] * taps[0]
-        for k in range(1, len(taps)):
-            y = torch.addcmul(y, wide[:, k:k + T], taps[k])
-        y = y if bias is None else y + bias
-        return y if y.dtype == x.dtype else y.to(x.dtype)   # as in rms_norm.py
+        y = wide[:, :T] * taps[0] if bias is None else torch.addcmul(bias.to(wide.dtype), wide[:, :T], taps[0])
+        for k in range(1, len(taps) - 1):
+            y.addcmul_(wide[:, k:k + T], taps[k])
+        # the last one is not in place, and not handed through, as in rms_norm.py
+        y = torch.addcmul(y, wide[:, -T:], taps[-1]) if len(taps) > 1 else y
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -56,9 +57,10 @@ class _CausalConv(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         grad, taps = grad.to(wide.dtype), weight.to(wide.dtype).T.contiguous()
         T, dx, d_taps = grad.shape[1], torch.zeros_like(wide), []
+        product = torch.empty_like(grad)
         for k, tap in enumerate(taps.unbind()):
             dx[:, k:k + T].addcmul_(grad, tap)
-            d_taps.append((grad * wide[:, k:k + T]).flatten(0, 1).sum(0))
+            d_taps.append(torch.mul(grad, wide[:, k:k + T], out=product).flatten(0, 1).sum(0))
         d_bias = None if ctx.bias_dtype is None else grad.flatten(0, 1).sum(0).to(ctx.bias_dtype)
         return dx.to(x.dtype), torch.stack(d_taps, dim=1).to(weight.dtype), d_bias
 

@@ -29,9 +29,12 @@ c the running sum of dt A in a chunk, S the state in front of it and Z = dL/d(st
 Saved are the inputs and the states, in x's dtype. Products are of numbers in x's dtype, sums are fp32. A
 decay below e^-30 counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .common import capability, cdiv, check, clamp, fits, jit, kernel, leaf, pow2, programs, randn, tl
 
@@ -60,33 +63,93 @@ def segment_decay(log_decay):
     makes that sum large, and all that follow inherit its rounding.
     """
     L = log_decay.shape[-1]
-    causal = torch.ones(L, L, dtype=torch.bool, device=log_decay.device).tril()
-    step = log_decay.unsqueeze(-1).expand(*log_decay.shape, L).masked_fill(~causal.tril(-1), 0)
-    return step.cumsum(-2).masked_fill(~causal, -torch.inf).exp()
+    step = log_decay.unsqueeze(-1) * log_decay.new_ones(L, L).tril(-1)
+    return step.cumsum(-2).exp_().tril_()
 
 
-def _chunked(x, dt, A, B, C, state, chunk):
-    """ssd without D, for T a multiple of the chunk and everything as wide as the state."""
-    (batch, _, H, P), (G, N) = x.shape, B.shape[2:]
-    # K chunks, each (H|G,L,...)
-    u, log_decay, B, C = (v.unflatten(1, (-1, chunk)).transpose(2, 3)
-                          for v in (x * dt.unsqueeze(-1), dt * A, B, C))
-    decay = segment_decay(log_decay)                                    # (B,K,H,L,L)
-    scores = (C @ B.mT).unsqueeze(3) * decay.unflatten(2, (G, -1))      # (B,K,G,H/G,L,L)
-    y = scores.flatten(2, 3) @ u                                        # (B,K,H,L,P)
+def _side_by_side(v, G):
+    """(B,K,L,H,P) -> (B,K,G,L,H/G P): the heads of a group share B and C, so they are one product."""
+    return v.unflatten(3, (G, -1)).flatten(4).transpose(2, 3)
 
-    # the heads of a group share B and C: side by side, they are one product
-    u_end = (u * decay[..., -1, :].unsqueeze(-1)).mT.unflatten(2, (G, -1)).flatten(3, 4)
-    written = (u_end @ B).view(batch, -1, H, P, N)                      # from (B,K,G,H/G P,N)
-    total = log_decay.cumsum(-1)                                        # (B,K,H,L)
-    before = []
-    for write, keep in zip(written.unbind(1), total[..., -1].exp().unbind(1)):
-        before.append(state)
-        state = keep[..., None, None] * state + write
-    past = torch.stack(before, dim=1).view(batch, -1, G, H // G * P, N)
-    from_past = (past @ C.mT).view(batch, -1, H, P, chunk).mT           # (B,K,H,L,P)
-    y = y + total.exp().unsqueeze(-1) * from_past
-    return y.transpose(2, 3).flatten(1, 2), state
+
+def _heads(v, P):
+    """The reverse."""
+    return v.transpose(2, 3).unflatten(-1, (-1, P)).flatten(3, 4)
+
+
+def _product(a, b, dtype):
+    """a @ b from numbers rounded to dtype."""
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def _pass_on(start, keep, added, order):
+    """s <- keep s + added, over chunks k in order: s before each (B,K,H,P,N), and after the last (B,H,P,N)."""
+    before = torch.empty_like(added)
+    for k in order:
+        before[:, k] = start
+        start = torch.addcmul(added[:, k], keep[:, k, :, None, None], start)
+    return before, start
+
+
+class _Chunked(torch.autograd.Function):
+    """
+    ssd of K chunks of L tokens: x (B,K,L,H,P), dt (B,K,L,H), B and C (B,K,L,G,N), all as wide as the state.
+    Products that no state depends on are of numbers in `dtype`. The backward pass is the one above, in half
+    the passes over (L,L) matrices that autograd makes.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, state, dtype):
+        G, (P, N) = B.shape[3], state.shape[2:]
+        B, C = B.transpose(2, 3), C.transpose(2, 3)                     # (B,K,G,L,N)
+        log_decay = (dt * A).transpose(2, 3)                            # (B,K,H,L)
+        decay, from_start = segment_decay(log_decay), log_decay.cumsum(-1).exp_()
+        u = x * dt.unsqueeze(-1)
+        scores = decay.unflatten(2, (G, -1)) * (C @ B.mT).unsqueeze(3)
+        y = _product(scores.flatten(2, 3), u.transpose(2, 3), dtype).transpose(2, 3)    # (B,K,L,H,P)
+        u = u.mul_(decay[..., -1, :].transpose(2, 3).unsqueeze(-1))     # decayed to the chunk's end
+        written = (_side_by_side(u, G).mT @ B).view(*decay.shape[:3], P, N)
+        starts, state = _pass_on(state, from_start[..., -1], written, range(x.shape[1]))
+        past = _heads(_product(C, starts.view(*B.shape[:3], -1, N).mT, dtype), P)
+        past = past * from_start.transpose(2, 3).unsqueeze(-1)
+        ctx.dtype = dtype
+        ctx.save_for_backward(x, dt, A, B, C, D, decay, from_start, starts, past)
+        return torch.addcmul(past, D.unsqueeze(-1), x) + y, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, d_state):
+        x, dt, A, B, C, D, decay, from_start, starts, past = ctx.saved_tensors
+        G, P, product = B.shape[2], x.shape[4], partial(_product, dtype=ctx.dtype)
+        starts = starts.view(*B.shape[:3], -1, B.shape[4])              # (B,K,G,H/G P,N)
+        log_decay, u = (dt * A).transpose(2, 3), x * dt.unsqueeze(-1)
+        to_end = decay[..., -1, :].transpose(2, 3).unsqueeze(-1)        # (B,K,L,H,1)
+        # 1. within the chunk: a token's own part does not decay
+        products, (dy_heads, u_heads) = C @ B.mT, (v.transpose(2, 3) for v in (dy, u))
+        scores = (decay.unflatten(2, (G, -1)) * products.unsqueeze(3)).flatten(2, 3)
+        du = product(scores.mT, dy_heads).transpose(2, 3)
+        d_scores = product(dy_heads, u_heads.mT).mul_(decay).unflatten(2, (G, -1))
+        d_products = d_scores.sum(3)                                    # (B,K,G,L,L)
+        q = d_scores.mul_(products.tril(-1).unsqueeze(3)).flatten(2, 3)
+        crossing = q.sum(-1) - q.sum(-2) + (dy * past).sum(-1).transpose(2, 3)      # (B,K,H,L)
+        # 2. through the states between the chunks, from the last to the first
+        read = _side_by_side(dy * from_start.transpose(2, 3).unsqueeze(-1), G)
+        keep, found = from_start[..., -1], (read.mT @ C).view(*decay.shape[:3], P, -1)
+        ends, d_start = _pass_on(d_state, keep, found, reversed(range(x.shape[1])))
+        ends = ends.view_as(starts)
+        kept = keep * (ends * starts).view(*keep.shape, -1).sum(-1)
+        dC = product(read, starts) + d_products @ B
+        dB = product(_side_by_side(u * to_end, G), ends) + d_products.mT @ C
+        written = _heads(product(B, ends.mT), P) * to_end
+        into = (u * written).sum(-1).transpose(2, 3)
+        du = du + written
+        # 3. where a token forgets everything, only the rounding of large sums is left: drop it
+        d_decay = crossing.flip(-1).cumsum(-1).flip(-1) + into.cumsum(-1) - into + kept.unsqueeze(-1)
+        d_decay = torch.where(log_decay > -30, d_decay, 0).transpose(2, 3)      # (B,K,L,H)
+        d_dt = torch.addcmul((x * du).sum(-1), A, d_decay)
+        dx = (du * dt.unsqueeze(-1)).addcmul_(D.unsqueeze(-1), dy)
+        dA, dD = ((a * b).flatten(0, 2).sum(0) for a, b in ((dt, d_decay), (dy, x)))
+        return dx, d_dt, dA, dB.transpose(2, 3), dC.transpose(2, 3), dD.sum(-1), d_start, None
 
 
 def ssd(x, dt, A, B, C, D, state=None, chunk=CHUNK):
@@ -102,13 +165,13 @@ def ssd(x, dt, A, B, C, D, state=None, chunk=CHUNK):
         if T == 1:  # generating: nothing to gain from chunks
             return ssd_reference(x, dt, A, B, C, D, state)
         state = x.new_zeros(batch, H, P, B.shape[-1], dtype=wide) if state is None else state.to(wide)
-        chunk = min(chunk, T)
-        wide_x, dt, B, C = (v.to(wide) for v in (x, dt, B, C))
+        chunk, narrow = min(chunk, T), torch.bfloat16 if x.dtype == torch.bfloat16 else wide
+        tokens = [v.to(wide) for v in (x, dt, B, C)]
         if T % chunk:  # tokens with dt = 0 fill the last one
-            wide_x, dt, B, C = (F.pad(v, [0, 0] * (v.dim() - 2) + [0, -T % chunk])
-                                for v in (wide_x, dt, B, C))
-        y, state = _chunked(wide_x, dt, A.to(wide), B, C, state, chunk)
-        return (y[:, :T] + D.to(wide).unsqueeze(-1) * x).to(x.dtype), state
+            tokens = [F.pad(v, [0, 0] * (v.dim() - 2) + [0, -T % chunk]) for v in tokens]
+        wide_x, dt, B, C = (v.unflatten(1, (-1, chunk)) for v in tokens)
+        y, state = _Chunked.apply(wide_x, dt, A.to(wide), B, C, D.to(wide), state, narrow)
+        return y.flatten(1, 2)[:, :T].to(x.dtype), state
 
 
 # ----------------------------------------------------------------------------------------------------------
