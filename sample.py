@@ -26,9 +26,10 @@ from configurator import configure, errors_as_messages, model_flags
 from model import GPTConfig, check_counts
 from nanoblocks.decoding.console import Console
 from nanoblocks.decoding.decode import Sampling
+from nanoblocks.decoding.quantize import check_kind
 from nanoblocks.decoding.session import Session
 from nanoblocks.decoding.text import read_prompts, refuse_to_overwrite, text_or_file
-from nanoblocks.hardware import warn_of_torch_version
+from nanoblocks.hardware import pick_device, warn_of_torch_version
 from nanoblocks.training.stopping import answer_out_of_memory
 
 # ----------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ batch_size = 16                     # prompts that run together; the samples do 
 chunk = 2048                        # prompt tokens per forward pass
 draft = ''                          # a smaller model that drafts (speculative decoding): a run or checkpoint
 ahead = 4                           # tokens that the draft proposes in each round
-quant = 'none'                      # none, or int8: round the weights to 8 bits
+quant = 'none'                      # none, or round the weights: int8, or int4 (on a CPU)
 out = ''                            # file to write: prompt, text, tokens, log-probabilities, as JSON lines
 device = 'auto'                     # where to run: auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # type of the weights: float32, bfloat16, float16; auto: 16 bits on a GPU
@@ -77,8 +78,7 @@ warn_of_torch_version()
 with errors_as_messages():
     check_counts(1, num_samples=num_samples, max_new_tokens=max_new_tokens, ahead=ahead,
                  batch_size=batch_size, chunk=chunk)
-    if quant not in ('none', 'int8'):
-        raise ValueError(f'quant={quant} must be one of none, int8')
+    check_kind(quant, pick_device(device))
     modes = {'start': start, 'prompts': prompts, 'interactive': interactive, 'score': score}
     if sum(map(bool, modes.values())) > 1:
         given = ' and '.join(name for name in modes if modes[name])

@@ -4,7 +4,10 @@ speculative decoding against the exact distribution, 8-bit weights against the w
 """
 import itertools
 import math
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -13,7 +16,7 @@ import torch
 from conftest import assert_close, build, every_family, scaled, tokens, toy
 
 from data.tokenizer import ByteTokenizer, CharTokenizer
-from model import GPT, GPTConfig, Linear, StateCache, TokenCache
+from model import GPT, GPTConfig, Linear, StateCache, TokenCache, ops
 from nanoblocks.decoding.decode import (
     Decoder,
     Sampling,
@@ -24,7 +27,17 @@ from nanoblocks.decoding.decode import (
     trimmed,
     uniform,
 )
-from nanoblocks.decoding.quantize import Int8Experts, Int8Linear, quantize, rounded
+from nanoblocks.decoding.quantize import (
+    Experts,
+    Int4Packed,
+    Int8Linear,
+    Int8Packed,
+    PackedLinear,
+    check_kind,
+    quantize,
+    rounded,
+    rounded_int4,
+)
 from nanoblocks.decoding.scoring import token_logprobs
 from nanoblocks.decoding.speculative import Speculative, acceptance
 from nanoblocks.decoding.text import Text, special_token
@@ -415,7 +428,7 @@ def test_speculation_refuses_with_one_sentence(wrong, sentence):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8-bit weights
+# Rounded and packed weights
 
 
 def test_rounding_is_to_the_nearest_of_255_steps():
@@ -437,8 +450,8 @@ def test_int8_is_near_the_model_and_reads_fewer_bytes(flags):
     error = (got - logits).square().mean().sqrt() / logits.std()
     assert 0 < error < 0.1, f'relative error {error:.3f}'
     kinds = [type(m) for m in model.modules()]
-    assert Int8Linear in kinds and bytes_per_step(model, None) < size
-    assert (Int8Experts in kinds) == bool(model.moes)
+    assert {Int8Packed, Int8Linear} & set(kinds) and bytes_per_step(model, None) < size
+    assert (Experts in kinds) == bool(model.moes)
     # one row runs the CPU's int8 kernel
     new = torch.cat(list(Decoder(model, idx[:1], 6, GREEDY).stream()), 1)
     assert new.shape == (1, 6)
@@ -450,12 +463,82 @@ def test_int8_rows_few_and_many_are_the_same_product():
     for width, out in itertools.product((64, 128, 7, 12, 48, 100), (1, 7, 64)):
         linear = Linear(width, out, bias=True)
         torch.nn.init.normal_(linear.weight), torch.nn.init.normal_(linear.bias)
-        x, layer = torch.randn(40, width), Int8Linear(linear)
+        x, layer = torch.randn(40, width), Int8Linear(linear.weight, linear.bias)
         want = x @ (layer.weight.float() * layer.scale.view(torch.float32)[:, None]).T + linear.bias
         assert_close(layer(x[None])[0], want, 1e-5, f'many rows of {width}')
         for rows in (1, 3, 16):
             # activations are rounded to 16 bit
             assert_close(layer(x[None, :rows])[0], want[:rows], 2e-2, f'{rows} rows of {width}')
+
+
+def test_int4_has_sixteen_steps_in_every_group():
+    weight = torch.randn(16, 192, dtype=torch.float64).float()
+    n, scale, offset = rounded_int4(weight)
+    assert n.shape == weight.shape and scale.shape == (16, 3) and scale.dtype == torch.bfloat16
+    assert (n.min(), n.max()) == (0, 15)
+    held = scale.float().unsqueeze(-1) * (n.view(16, 3, 64) - 8) + offset.float().unsqueeze(-1)
+    # the ends of a group may lie a little outside, as its scale and offset are of 16 bits
+    assert ((held.flatten(1) - weight).abs().view(16, 3, 64) <= 0.6 * scale.float().unsqueeze(-1)).all()
+    assert rounded_int4(torch.zeros(16, 64))[0].float().std() == 0
+
+
+PACKED = [cls for cls in (PackedLinear, Int8Packed, Int4Packed) if cls.fits(torch.zeros(16, 64))]
+
+
+@pytest.mark.parametrize('cls', PACKED)
+@torch.no_grad()
+def test_packed_weights_give_the_product_in_float64(cls):
+    """Of the weights that they hold: few rows and many, odd widths, one activation larger than all others."""
+    torch.manual_seed(0)
+    for N, I in itertools.product((1, 17, 64), (64, 192) if cls is Int4Packed else (7, 64, 100)):
+        weight, bias = torch.randn(N, I), torch.randn(N)
+        layer, held = cls(weight, bias), weight.double()
+        if cls is Int8Packed:
+            whole, scale = rounded(weight)
+            held = whole.double() * scale.double().unsqueeze(-1)
+        elif cls is Int4Packed:
+            n, scale, offset = (x.double().unsqueeze(-1) for x in rounded_int4(weight))
+            held = (scale * (n.view(N, -1, 64) - 8) + offset).flatten(1)
+        assert layer.weight.shape[0] == N and layer.weight.nbytes < 8 * weight.numel()
+        # int4 rounds activations and results to bfloat16
+        bound = {PackedLinear: 1e-6, Int8Packed: 5e-4, Int4Packed: 1e-2}[cls]
+        for rows in (1, 3, 40):
+            x = torch.randn(2, rows, I)
+            x[..., I // 2] *= 20
+            want = x.double() @ held.T + bias.double()
+            assert_close(layer(x).double(), want, bound, f'{rows} rows, {I} to {N}')
+            no_bias = cls(weight, None)(x).double()
+            assert_close(no_bias, want - bias.double(), bound, 'without a bias')
+
+
+@pytest.mark.parametrize('kind', ['none', 'int8', 'int4'])
+@torch.no_grad()
+def test_a_packed_step_is_one_graph_and_draws_the_same(kind):
+    flags = toy(n_embd=64, ffn_width=128)
+    model, idx = quantize(scaled(build(flags), 5), kind), tokens(flags, 2, 5)
+    want, decoder = drawn(Decoder(model, idx, 6, GREEDY, logprobs=True)), None
+    torch._dynamo.reset()
+    decoder = Decoder(model, idx, 6, GREEDY, logprobs=True)
+    how = dict(backend='aot_eager', fullgraph=True, dynamic=False)
+    decoder.ready_step = lambda: torch.compile(decoder.step, **how)
+    got = drawn(decoder)
+    torch._dynamo.reset()
+    assert torch.equal(got[0], want[0])
+    assert_close(got[1], want[1], 1e-5, 'log-probabilities')
+
+
+def test_int4_is_smaller_than_int8_and_needs_a_cpu():
+    size = {}
+    for kind in ('none', 'int8', 'int4'):
+        model = quantize(build(toy(n_embd=64)), kind)
+        size[kind] = bytes_per_step(model, None)
+        assert kind == 'none' or model.wte.weight.dtype == torch.float32
+    assert size['none'] == bytes_per_step(build(toy(n_embd=64)), None)
+    assert size['int4'] < 0.7 * size['int8'] < 0.3 * size['none']
+    for kind, device, sentence in (('int4', 'cuda:1', 'quant=int4 must run on a CPU'),
+                                   ('int2', 'cpu', 'quant=int2 must be one of none, int8, int4')):
+        with pytest.raises(ValueError, match=sentence):
+            check_kind(kind, device)
 
 
 def test_int8_keeps_the_embedding_of_a_tied_head():
@@ -506,7 +589,7 @@ def test_latents_are_what_a_step_of_mla_reads():
         model(tokens(toy(), 1, 1), cache=cache, pos=torch.tensor([5]))
     # the keys of the step are a view of the cache: nothing was expanded or copied
     assert read[1].untyped_storage().data_ptr() == cache[0].rows[0].untyped_storage().data_ptr()
-    assert read[1].shape == (1, 16, 1, 18)
+    assert read[1].shape == (1, 6, 1, 18)
     assert cache[0].nbytes() == 16 * (18 * 4 + 4)
 
 
@@ -581,6 +664,55 @@ def test_warming_up_a_cuda_graph_changes_no_token(flags, monkeypatch):
     got = drawn(captured)
     assert len(ran) == 3 + 1, 'three steps to warm up, and one after the first token'
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def ready(model, new=20, captured=lambda step: 'replayed'):
+    """What Decoder.ready_step chooses on a GPU."""
+    decoder = SimpleNamespace(model=model, cache=[], compiled=False, step='eager', max_new_tokens=new,
+                              idx=SimpleNamespace(device=torch.device('cuda')), captured=captured)
+    return Decoder.ready_step(decoder)
+
+
+def test_a_gpu_replays_a_graph_unless_rows_are_counted_on_the_host(monkeypatch):
+    experts = build(toy(ffn_pattern='e', n_expert=4))
+    assert ready(build(toy())) == 'replayed' and ready(build(toy()), new=5) == 'eager'
+    assert ready(experts) == 'eager', 'plain PyTorch splits the rows of experts by numbers on the host'
+    monkeypatch.setattr(ops, 'runs_triton', lambda x: True)
+    assert ready(experts) == 'eager', 'products in fp32 are left to PyTorch'
+    assert ready(experts.bfloat16()) == 'replayed'
+    assert ready(quantize(experts)) == 'eager'
+
+    def fails(step):
+        raise RuntimeError('operation not permitted when stream is capturing')
+    with pytest.warns(UserWarning, match='without a CUDA graph, which failed: operation not permitted'):
+        assert ready(build(toy()), captured=fails) == 'eager'
+
+
+@pytest.mark.parametrize('draft', [False, True])
+def test_a_stream_may_be_dropped(draft, tmp_path):
+    """Before its end, in training, and while Python exits: nothing is left to undo, and nothing printed."""
+    model = scaled(build(toy(pos='rope', dropout=0.5)), 5).train()
+    idx = tokens(toy(), 1, 3)
+    decoder = Speculative(model, model, idx, 9, GREEDY) if draft else Decoder(model, idx, 9, GREEDY)
+    stream = decoder.stream()
+    next(stream)
+    assert model.training and torch.is_grad_enabled()
+    end = subprocess.run([sys.executable, '-c', DROPPED % ('Speculative(model, model' if draft else
+                                                           'Decoder(model')],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert (end.returncode, end.stdout, end.stderr) == (0, '', '')
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DROPPED = """
+import torch
+from model import GPT, GPTConfig
+from nanoblocks.decoding.decode import Decoder, Sampling
+from nanoblocks.decoding.speculative import Speculative
+model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, block_size=16))
+stream = %s, torch.zeros(1, 1, dtype=torch.int64), 5, Sampling()).stream()
+next(stream)
+"""
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -392,7 +392,7 @@ def test_a_prompt_that_fills_learned_positions_is_refused(tmp_path, length):
     (dict(repetition_penalty=0), ['repetition_penalty=0']),
     (dict(chunk=0), ['chunk=0']),
     (dict(ahead=0), ['ahead=0']),
-    (dict(quant='int4'), ['quant=int4', 'int8']),
+    (dict(quant='int2'), ['quant=int2', 'none, int8, int4']),
     (dict(stop='<|im_end|>'), ['stop=<|im_end|>', 'special token']),
     (dict(stop='["x"'), ['stop=["x"', 'JSON list']),
     (dict(prompts='no_such_file.txt', start=''), ['no_such_file.txt']),

@@ -6,6 +6,6 @@ Generation. session.py is the way in; below it:
     generation    samples while they are drawn
     text          tokens to text, stops, prompts from files
     scoring       how likely a text is
-    quantize      8-bit weights
+    quantize      weights of 8 or 4 bits, or packed for a CPU
     console       what sample.py prints and writes
 """

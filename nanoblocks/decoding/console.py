@@ -12,8 +12,8 @@ class Console:
 
     def __init__(self, session, out='', quant='none', bandwidth=False):
         """
-        out: a file for JSON lines, one per sample; quant: 'int8' rounds the weights beforehand; bandwidth:
-        compare a step with the time of reading its bytes from memory
+        out: a file for JSON lines, one per sample; quant: none, or int8 or int4 to round the weights
+        beforehand; bandwidth: compare a step with the time of reading its bytes from memory
         """
         self.session, self.out, self.quant, self.bandwidth = session, out, quant, bandwidth
         self.file = None                # the open file, while `running`
@@ -53,12 +53,14 @@ class Console:
 
     @contextmanager
     def running(self, tokens=None):
-        """Open the file, name the model and quantise, then print the summary. tokens: to measure int8 on."""
+        """Open the file, name the model, round its weights; then print the summary. tokens: for the cost."""
         with open(self.out, 'w', encoding='utf-8') if self.out else nullcontext() as self.file:
             if self.session.source:
                 print(self.session.source)
-            if self.quant == 'int8':
-                print(cost_line(self.session.quantize(tokens), 'the text' if tokens else 'its own text'))
+            if self.quant != 'none':
+                cost = self.session.quantize(tokens, self.quant)
+                print(cost_line(cost, 'the text' if tokens else 'its own text'))
+            self.session.pack()
             yield
         if self.last and self.last.steps and self.last.decoder.cache is not None:
             print(draft_line(self.session, self.last) if self.session.draft else
@@ -102,9 +104,9 @@ def typed_lines():
 
 
 def cost_line(cost, text):
-    """What 8-bit weights cost and save."""
+    """What rounded weights cost and save."""
     rounded = ', activations rounded to bfloat16' if cost.bf16_activations else ''
-    return (f'int8: {cost.bpb:.4f} bits per byte on {counted(cost.n_tokens, "token")} of {text}, '
+    return (f'{cost.kind}: {cost.bpb:.4f} bits per byte on {counted(cost.n_tokens, "token")} of {text}, '
             f'{cost.bpb - cost.bpb_before:+.4f} against {cost.dtype}{rounded}; a step reads '
             f'{cost.bytes / 1e6:.1f} MB of weights instead of {cost.bytes_before / 1e6:.1f} MB')
 

@@ -10,11 +10,13 @@ share a batch.
 """
 import math
 import numbers
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from model import check_counts
+from model import check_counts, ops
 
 # below this temperature the likeliest token is all that can be drawn, and the quotient would overflow
 GREEDY = 1e-20
@@ -167,13 +169,30 @@ def cache_slots(model, total, compiled):
     return min(-(-total // 256) * 256, model.wpe.max_tokens or math.inf, model.wpe.longest)
 
 
+@contextmanager
+def inference(*models):
+    """
+    No gradients and no dropout. Around a step, not around the loop of steps: a generator whose caller drops
+    it half-way has then nothing to undo, which it could not do while Python exits.
+    """
+    training = [model for model in models if model.training]
+    try:
+        for model in training:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for model in training:
+            model.train()
+
+
 class Decoder:
     """
     The loop of generation: `stream` runs the prompts once, then yields new tokens step by step. Rows are the
     prompts, each repeated num_samples times in a row.
 
     A step reads and writes the same tensors every time and never waits for the host. So it compiles to one
-    graph (compiled=True), which on a GPU is captured once and replayed.
+    graph (compiled=True), and on a GPU it is captured as a CUDA graph, compiled or not, and replayed.
     """
 
     def __init__(self, model, idx: torch.Tensor, max_new_tokens: int, sampling: Sampling, stop=None,
@@ -223,25 +242,20 @@ class Decoder:
         seen = torch.zeros(len(tokens), V + 1, dtype=torch.bool, device=tokens.device)
         return seen.scatter_(1, tokens, True)[:, :V].repeat_interleave(self.num_samples, 0)
 
-    @torch.no_grad()
     def stream(self):
         """Yield the new tokens (R,1) int64 of each step, until every row is done or has max_new_tokens."""
         # reading `done` synchronises the GPU, so it is read every 16 steps there
-        every = 1 if self.idx.device.type == 'cpu' else 16
-        training, step = self.model.training, None
-        self.model.eval()
-        try:
-            for n in range(self.max_new_tokens):
+        every, step = 1 if self.idx.device.type == 'cpu' else 16, None
+        for n in range(self.max_new_tokens):
+            with inference(self.model):
                 if n == 0:
                     self.prefill()
                 else:
                     step = step or self.ready_step()
                     step()
-                yield self.token.clone()
-                if n % every == every - 1 and self.done.all():
-                    return
-        finally:
-            self.model.train(training)
+            yield self.token.clone()
+            if n % every == every - 1 and self.done.all():
+                return
 
     def prefill(self):
         """Run the prompts and draw the first token of each row."""
@@ -290,14 +304,19 @@ class Decoder:
             self.seen.scatter_(1, self.token, True)
 
     def ready_step(self):
-        """`step` itself, or its compiled form, or on a GPU the replay of its CUDA graph."""
-        if not self.compiled or self.cache is None:
+        """`step` itself, or its compiled form; on a GPU the replay of its CUDA graph."""
+        if self.cache is None:
             return self.step
-        step = torch.compile(self.step, dynamic=False)
-        # a mixture of experts counts its rows on the host, which a CUDA graph cannot hold
-        if self.idx.device.type != 'cuda' or self.model.moes:
+        step = torch.compile(self.step, dynamic=False) if self.compiled else self.step
+        # a capture takes as long as a few steps
+        if self.idx.device.type != 'cuda' or self.max_new_tokens < 16 or counts_on_host(self.model):
             return step
-        return self.captured(step)
+        try:
+            return self.captured(step)
+        except RuntimeError as error:
+            warnings.warn(f'decoding more slowly, without a CUDA graph, which failed: {error}',
+                          stacklevel=2)
+            return step
 
     def captured(self, step):
         """The replay of a CUDA graph of `step`."""
@@ -320,6 +339,15 @@ class Decoder:
         with torch.cuda.graph(graph):
             step()  # recorded, not run
         return graph.replay
+
+
+def counts_on_host(model):
+    """Whether an expert's rows are counted on the host, for which a CUDA graph cannot wait."""
+    def fused(linear):
+        weight = getattr(linear, 'weight', None)     # experts of quantize.py have none of their own
+        return (weight is not None and ops.runs_triton(weight)
+                and ops.OPS['grouped_linear'].ok(weight, weight, None, None))
+    return not all(fused(moe.c_fc) and fused(moe.c_proj) for moe in model.moes)
 
 
 def steps_on_host(decoder, overlap):

@@ -1,21 +1,37 @@
 """
-Weights in 8 bits, for faster sampling. A step of one row does little but read every weight once, so a quarter
-of the bytes makes it up to four times as fast. Norms, embeddings and the cache keep their type. Activations
-do too, except on a CPU, whose kernel for up to 16 rows reads and writes bfloat16 (errors up to 0.2 %).
+Weights in the forms that a decoding step reads fastest. A step of one row does little but read every weight
+once, so half or a quarter of the bytes makes it up to two or four times as fast. Norms, embeddings and the
+cache keep their type.
 
-Each output row of a matrix has its own scale, the largest absolute weight / 127 (symmetric, rounded to
-nearest). sample.py prints the cost in bits per byte, measured in the steps that sampling takes.
+    none    the same weights; on a CPU, in the order in which the kernels of oneDNN read them
+    int8    each output row has its own scale, the largest absolute weight / 127
+    int4    64 weights share a scale and an offset; 4.5 bits a weight. On a CPU
+
+Weights are rounded to the nearest. Activations: with int8, a CPU whose instructions multiply bytes (VNNI)
+takes each as two bytes, which is exact to 1/60,000 of the largest of its row; other CPUs, and int4, round
+them to bfloat16 (errors up to 0.2 %); a GPU takes them as they are. sample.py prints the cost in bits per
+byte, measured in the steps that sampling takes.
 """
+import itertools
+import weakref
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from model import ExpertLinear, Linear
 
+KINDS = ('none', 'int8', 'int4')
 # kv_up is read outside of its own forward; a rounded router would choose other experts
 NOT_QUANTIZED = ('kv_up', 'router')
 # up to this many rows, the CPU's int8 kernel is faster than converting the matrix
 MAX_KERNEL_ROWS = 16
+# weights that share a scale in int4
+GROUP = 64
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rounding
 
 
 def rounded(weight):
@@ -23,6 +39,142 @@ def rounded(weight):
     weight = weight.detach().float()
     scale = weight.abs().amax(-1).clamp(min=1e-12) / 127
     return (weight / scale.unsqueeze(-1)).round().to(torch.int8), scale
+
+
+def rounded_int4(weight):
+    """weight (N,I) -> n (N,I) int32 of 0..15, scale and offset (N,I/GROUP) bf16: scale (n - 8) + offset"""
+    groups = weight.detach().float().unflatten(-1, (-1, GROUP))
+    low, high = groups.aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
+    offset = (low + 8 * scale.float()).bfloat16()
+    n = ((groups - offset.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)).round() + 8
+    return n.clamp(0, 15).flatten(-2).int(), scale, offset
+
+
+def two_bytes(x):
+    """
+    x (M,I) fp32 -> (2 M,I) uint8, the rows of 128 + high and after them those of 128 + low, and scale (M,1):
+    x = scale (high + low / 254)
+    """
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    x = x / scale
+    high = x.round()
+    low = (x - high).mul_(254).round_()
+    return torch.cat((high, low)).add_(128).to(torch.uint8), scale
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Weights packed for the CPU's kernels. Each class replaces a Linear, of any number of rows.
+
+LAYERS, NUMBERS = weakref.WeakValueDictionary(), itertools.count()
+
+
+# a custom op, because Inductor takes no packed tensor
+@torch.library.custom_op('nanoblocks::packed_rows', mutates_args=())
+def packed_rows(x: torch.Tensor, number: int) -> torch.Tensor:
+    """x (M,I) -> the product (M,N) of LAYERS[number]"""
+    return LAYERS[number].product(x).contiguous()
+
+
+@packed_rows.register_fake
+def _(x, number):
+    return x.new_empty(len(x), LAYERS[number].out_features)
+
+
+class Packed(nn.Module):
+    """A weight (N,I) of which only the packed form is kept."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias, self.number = bias, next(NUMBERS)
+        LAYERS[self.number] = self
+        # no memory: it stands for the packed weight where its shape, type or bytes are asked for
+        dtype, width = self.stored(weight)
+        like = torch.zeros(1, dtype=dtype).expand(len(weight), width)
+        self.register_buffer('weight', like, persistent=False)
+
+    def stored(self, weight):
+        """Type and width of a row of the packed weight."""
+        return weight.dtype, weight.shape[1]
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        y = packed_rows(rows, self.number) if torch.compiler.is_compiling() else self.product(rows)
+        return y.unflatten(0, x.shape[:-1])
+
+    def plus_bias(self, y):
+        return y if self.bias is None else y + self.bias
+
+
+class PackedLinear(Packed):
+    """The weights as they are."""
+
+    def __init__(self, weight, bias):
+        super().__init__(weight, bias)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    @staticmethod
+    def fits(weight):
+        ok = {torch.float32: lambda: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported}
+        return on_cpu(weight) and weight.dtype in ok and ok[weight.dtype]()
+
+    def product(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+
+
+class Int8Packed(Packed):
+    """8-bit weights. Both bytes of the activations are rows of one product, which reads every weight once."""
+
+    def __init__(self, weight, bias):
+        super().__init__(weight, bias)
+        weight, scale = rounded(weight)
+        self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.scale, self.zero = scale, torch.zeros(len(scale), dtype=torch.int32)
+
+    @staticmethod
+    def fits(weight):
+        return on_cpu(weight) and torch.cpu._is_vnni_supported()
+
+    def stored(self, weight):
+        return torch.int8, weight.shape[1]
+
+    def product(self, x):
+        rows, scale = two_bytes(x.float())
+        y = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, self.packed, self.scale, self.zero, None,
+                                               1.0, 0, torch.float32, 'none', [], '')
+        high, low = y.chunk(2)
+        return self.plus_bias(torch.add(high, low, alpha=1 / 254).mul_(scale).to(x.dtype))
+
+
+class Int4Packed(Packed):
+    """4-bit weights."""
+
+    def __init__(self, weight, bias):
+        super().__init__(weight, bias)
+        # the kernel wants whole sixteens of output rows
+        n, scale, offset = rounded_int4(F.pad(weight.detach(), (0, 0, 0, -len(weight) % 16)))
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(n, 1)
+        self.register_buffer('scales', torch.stack((scale, offset), -1).transpose(0, 1).contiguous())
+
+    @staticmethod
+    def fits(weight):
+        return on_cpu(weight) and weight.shape[1] % GROUP == 0
+
+    def stored(self, weight):
+        return torch.uint8, weight.shape[1] // 2
+
+    def product(self, x):
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.packed, GROUP, self.scales)
+        return self.plus_bias(y[:, :self.out_features].to(x.dtype))
+
+
+def on_cpu(weight):
+    return weight.device.type == 'cpu' and torch.backends.mkldnn.is_available()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8-bit weights on other devices
 
 
 # a custom op, because Inductor cannot lower the kernel
@@ -54,51 +206,80 @@ def int8_linear(x, weight, scale, bias):
 
 
 class Int8Linear(nn.Module):
-    """Replaces a Linear."""
+    """Replaces a Linear: 8-bit weights on any device."""
 
-    def __init__(self, linear):
+    def __init__(self, weight, bias):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = rounded(linear.weight)
+        self.out_features, self.in_features = weight.shape
+        weight, scale = rounded(weight)
         self.register_buffer('weight', weight)
         # the bits of fp32 stored as int32, because model.to(bfloat16) would round a float buffer
         self.register_buffer('scale', scale.view(torch.int32))
-        self.bias = linear.bias
+        self.bias = bias
 
     def forward(self, x):
         y = int8_linear(x.flatten(0, -2), self.weight, self.scale.view(torch.float32), self.bias)
         return y.unflatten(0, x.shape[:-1])
 
 
-class Int8Experts(nn.Module):
+# ----------------------------------------------------------------------------------------------------------
+# Models
+
+
+# of each kind, the first class that fits a weight replaces its Linear
+CLASSES = {
+    'none': [PackedLinear],
+    'int8': [Int8Packed, Int8Linear],
+    'int4': [Int4Packed, Int8Packed, Int8Linear],
+}
+
+
+class Experts(nn.Module):
     """Replaces an ExpertLinear. Weights of experts without a row are not read."""
 
-    def __init__(self, experts):
+    def __init__(self, experts, kind):
         super().__init__()
-        weight, scale = rounded(experts.weight)
-        self.register_buffer('weight', weight)
-        self.register_buffer('scale', scale.view(torch.int32))
-        self.bias = experts.bias
+        bias = experts.bias if experts.bias is not None else [None] * len(experts.weight)
+        self.experts = nn.ModuleList(replaced(w, b, kind) for w, b in zip(experts.weight, bias))
 
     def forward(self, x, counts):
-        scale = self.scale.view(torch.float32)
-        parts = [int8_linear(rows, self.weight[e], scale[e], None if self.bias is None else self.bias[e])
-                 for e, rows in enumerate(x.split(counts.tolist())) if len(rows)]
-        return torch.cat(parts)
+        return torch.cat([expert(rows) for expert, rows in zip(self.experts, x.split(counts.tolist()))
+                          if len(rows)])
 
 
-def quantize(model):
+def replaced(weight, bias, kind):
+    """The layer of this kind, or None where no kernel takes the weight."""
+    found = next((cls for cls in CLASSES[kind] if cls is Int8Linear or cls.fits(weight)), None)
+    bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return found and found(weight, bias)
+
+
+def quantize(model, kind='int8'):
     """
-    Replace, in place, every matrix that a decoding step reads by its int8 form; return the model. A head tied
-    to the embedding gets int8 weights of its own, and the embedding keeps its type.
+    Replace, in place, every matrix that a decoding step reads by its form of this kind; return the model. A
+    head tied to the embedding gets weights of its own, and the embedding keeps its type.
     """
+    check_kind(kind, model.wte.weight.device.type)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if name not in NOT_QUANTIZED and type(child) in (Linear, ExpertLinear):
-                setattr(module, name, Int8Linear(child) if type(child) is Linear else Int8Experts(child))
+            if name in NOT_QUANTIZED or type(child) not in (Linear, ExpertLinear):
+                continue
+            if type(child) is Linear:
+                setattr(module, name, replaced(child.weight, child.bias, kind) or child)
+            elif kind != 'none':
+                setattr(module, name, Experts(child, kind))
     return model
+
+
+def check_kind(kind, device):
+    """ValueError for a kind of weights that does not exist, or not on this device."""
+    if kind not in KINDS:
+        raise ValueError(f'quant={kind} must be one of {", ".join(KINDS)}')
+    if kind == 'int4' and str(device) != 'cpu':
+        raise ValueError(f'quant=int4 must run on a CPU and device={device}: choose quant=int8 or device=cpu')
 
 
 def rounds_activations(model):
     """Whether a step of few rows rounds activations of this quantised model to bfloat16."""
-    return any(fits_kernel(m.weight) for m in model.modules() if isinstance(m, (Int8Linear, Int8Experts)))
+    return any(isinstance(m, Int4Packed) or isinstance(m, Int8Linear) and fits_kernel(m.weight)
+               for m in model.modules())

@@ -36,14 +36,15 @@ class Prompt(NamedTuple):
 
 
 class QuantizationCost(NamedTuple):
-    """What 8-bit weights changed, measured on the same tokens before and after."""
+    """What rounded weights changed, measured on the same tokens before and after."""
+    kind: str               # int8 or int4
     n_tokens: int           # that were scored
     dtype: str              # of the weights before
     bpb_before: float       # bits per byte
     bpb: float
     bytes_before: int       # of weights that one decoding step reads
     bytes: int
-    bf16_activations: bool  # whether a step rounds activations to bfloat16 (on a CPU)
+    bf16_activations: bool  # whether a step rounds activations to bfloat16 (on some CPUs, and with int4)
 
 
 @dataclass
@@ -206,7 +207,7 @@ class Session:
         """(stop strings, stop tokens)"""
         return stops_of(self.stop, self.tokenizer)
 
-    # -- scoring, 8-bit weights
+    # -- scoring, rounded weights
 
     def score(self, text: str) -> Score:
         """How likely a text is."""
@@ -233,19 +234,26 @@ class Session:
         return Score(tokens, logprobs.tolist(), logprobs.sum().item(),
                      len(self.tokenizer.decode_bytes(tokens[1:])))
 
-    def quantize(self, tokens: list[int] | None = None) -> QuantizationCost:
+    def pack(self):
+        """On a CPU, keep the weights in the order in which it reads them fastest; call `quantize` before."""
+        for model in (self.model, self.draft):
+            if model is not None:
+                quantize.quantize(model, 'none')
+
+    def quantize(self, tokens: list[int] | None = None, kind: str = 'int8') -> QuantizationCost:
         """
-        Replace the weights by int8, in place, and measure the cost on these tokens, in the steps of sampling.
-        Without tokens, on a text that the model draws beforehand.
+        Round the weights to int8 or int4, in place, and measure the cost on these tokens, in the steps of
+        sampling. Without tokens, on a text that the model draws beforehand.
         """
+        quantize.check_kind(kind, self.device.type)
         tokens = tokens or self.own_tokens()
         dtype = str(self.model.wte.weight.dtype).removeprefix('torch.')
         before, size = self.score_tokens(tokens).bits_per_byte, bytes_per_step(self.model, None)
-        quantize.quantize(self.model)
+        quantize.quantize(self.model, kind)
         # a pass of more rows would not round the activations as a step of sampling does
         rounds = quantize.rounds_activations(self.model)
         step = quantize.MAX_KERNEL_ROWS if rounds else None
-        return QuantizationCost(len(tokens) - 1, dtype, before,
+        return QuantizationCost(kind, len(tokens) - 1, dtype, before,
                                 self.score_tokens(tokens, step).bits_per_byte, size,
                                 bytes_per_step(self.model, None), rounds and dtype != 'bfloat16')
 

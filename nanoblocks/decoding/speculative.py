@@ -16,7 +16,7 @@ Shapes: A tokens of a draft, V vocabulary.
 import torch
 
 from model import check_counts
-from nanoblocks.decoding.decode import cache_slots, check_ids, check_seed, gumbel, key, uniform
+from nanoblocks.decoding.decode import cache_slots, check_ids, check_seed, gumbel, inference, key, uniform
 
 
 def acceptance(p, q, drafted):
@@ -137,29 +137,25 @@ class Speculative:
             V = model.lm_head.weight.shape[0]
             self.seen = torch.zeros(1, V, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
 
-    @torch.no_grad()
     def stream(self):
         """Yield each new token, (1,1) int64, until a stop token or max_new_tokens."""
         both, T = (self.model, self.draft), self.idx.shape[1]
-        training = [cached.model.training for cached in both]
-        try:
+        models = [cached.model for cached in both]
+        with inference(*models):
             for cached in both:
-                cached.model.eval()
                 cached.prefill(self.idx, self.chunk)
-            token, unread, pos, made = self.idx[0, -1:], self.idx[0, -1:], T - 1, 0
-            while made < self.max_new_tokens:
-                length = min(self.draft_length, self.max_new_tokens - made - 1)
+        token, unread, pos, made = self.idx[0, -1:], self.idx[0, -1:], T - 1, 0
+        while made < self.max_new_tokens:
+            length = min(self.draft_length, self.max_new_tokens - made - 1)
+            with inference(*models):
                 new, logprobs, unread = self.round(token, unread, pos, length)
-                for n, one in enumerate(new.tolist()):
-                    self.logprob = logprobs[n].view(1, 1)
-                    yield new[n].view(1, 1)
-                    made += 1
-                    if one in self.stop or self.done:
-                        return
-                token, pos = new[-1:], pos + len(new)
-        finally:
-            for cached, mode in zip(both, training):
-                cached.model.train(mode)
+            for n, one in enumerate(new.tolist()):
+                self.logprob = logprobs[n].view(1, 1)
+                yield new[n].view(1, 1)
+                made += 1
+                if one in self.stop or self.done:
+                    return
+            token, pos = new[-1:], pos + len(new)
 
     def round(self, token, unread, pos, length):
         """
