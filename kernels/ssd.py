@@ -83,7 +83,7 @@ def _product(a, b, dtype):
 
 
 def _pass_on(start, keep, added, order):
-    """s <- keep s + added, over chunks k in order: s before each (B,K,H,P,N), and after the last (B,H,P,N)."""
+    """s <- keep s + added, over chunks k in order -> s before each (B,K,H,P,N), after the last (B,H,P,N)."""
     before = torch.empty_like(added)
     for k in order:
         before[:, k] = start
