@@ -1447,6 +1447,7 @@ class GPT(nn.Module):
     The decoder. Each parameter is drawn from a generator seeded by (seed, its name), so two models that
     differ in one flag share every other weight bit for bit.
     """
+    stream_dtype = None     # of the residual stream, under autocast; None: as the embedding
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337):
         """seed=None leaves the parameters undrawn, for weights that are loaded next."""
@@ -1491,6 +1492,8 @@ class GPT(nn.Module):
         """
         ctx = self.context(idx, pos, cache)
         x = self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos)))       # (B,T,C)
+        if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
         ctx = ctx._replace(embedding=x, values=values, losses=[])
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):

@@ -92,7 +92,9 @@ wsd_decay = 0.6                     # wsd: fraction of lr_decay_iters spent in t
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # matrix products: auto, float32, bfloat16, float16; weights stay float32
 kernels = 'auto'                    # on a GPU: auto, torch (plain PyTorch), triton (wherever possible)
+stream_dtype = 'float32'            # the residual stream: float32, or bfloat16 beside dtype=bfloat16
 compile: bool | None = None         # torch.compile; None: on a GPU, where the minute it takes pays off
+compile_mode = 'default'            # torch.compile's mode: default, or max-autotune-no-cudagraphs
 deterministic: bool | None = None   # the same bits in every run; None: on a CPU, where it costs nothing
 activation_checkpointing = False    # save memory: recompute a block's activations in the backward pass
 shard = False                       # FSDP: shard weights, gradients and moments over the processes
@@ -185,18 +187,24 @@ with errors_as_messages():
     if loaded and is_main:
         rules.warn_of_tokenizer(init_from, dataset, pretrained.tokenizer_of(init_from) is not None,
                                 pretrained.same_tokenizer(init_from, meta['tokenizer']))
+    if dtype == 'auto':
+        dtype = hardware.training_dtype(device, config.n_embd)
+    compile = device_type == 'cuda' if compile is None else compile
+    rules.check_machine(settings, dtype, compile)
     if writes:
         folder.create()
 
-if dtype == 'auto':
-    dtype = hardware.training_dtype(device, config.n_embd)
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
-compile = (device_type == 'cuda' if compile is None else compile) and hardware.can_compile(device)
+# around several forward passes, it casts nothing itself but keeps the weights that autocast has cast
+casts_kept = nullcontext() if dtype == 'float32' else torch.autocast(device_type, enabled=False)
+compile = compile and hardware.can_compile(device)
 if deterministic or deterministic is None and compile and device_type == 'cpu':
     hardware.use_deterministic_algorithms()
 # raw_model is the module, fast_model its compiled form, model the DDP or FSDP wrapper
 raw_model = model.to(device)
-fast_model, model = parallel.wrap(raw_model, dtype, compile, activation_checkpointing, shard)
+if stream_dtype != 'float32':
+    raw_model.stream_dtype = getattr(torch, stream_dtype)
+fast_model, model = parallel.wrap(raw_model, dtype, compile and compile_mode, activation_checkpointing, shard)
 
 # ----------------------------------------------------------------------------------------------------------
 # Optimizers, and the state of the run
@@ -341,7 +349,7 @@ try:
 
         # forward and backward; a signal may interrupt here, because no weight has changed yet
         numbers, count = micro_batches.mine(step, micro_done), micro_batches.count(step)
-        with signals.interruptible(trains=True):
+        with signals.interruptible(trains=True), casts_kept:
             for number in numbers:
                 x, y = (tensor.to(device, non_blocking=True) for tensor in next(stream))
                 # processes exchange their gradients once a step, with the last micro-batch

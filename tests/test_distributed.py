@@ -118,6 +118,13 @@ def test_many_processes_equal_one(tmp_path, settings, world):
     assert len(losses(tmp_path / 'many', 'val_loss')) == 3
 
 
+def test_gradients_are_views_of_what_is_sent(monkeypatch):
+    def ddp(model, broadcast_buffers=True, gradient_as_bucket_view=False):
+        return broadcast_buffers, gradient_as_bucket_view
+    monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', ddp)
+    assert parallel.replicate(None) == (False, True)
+
+
 @pytest.mark.parametrize('shard', [False, True], ids=['ddp', 'fsdp'])
 def test_a_run_of_two_processes_resumes_with_four_and_then_with_one(tmp_path, shard):
     """Checkpoints have the same form whether the model was sharded or not."""

@@ -521,7 +521,7 @@ torch_compile = torch.compile
 def compiler(graph, inputs):
     os.kill(os.getpid(), 15)
     signal.pause()  # a compilation without an end
-def compile(what):
+def compile(what, mode=None):
     return torch_compile(what, backend=compiler if isinstance(what, torch.nn.Module) else 'eager')
 torch.compile = compile'''
 

@@ -44,7 +44,7 @@ from data.writer import write_dataset
 from model import GPT, GPTConfig
 from nanoblocks.commandline import warn_of_unread
 from nanoblocks.files import ROOT
-from nanoblocks.training import checkpoint, logbook
+from nanoblocks.training import checkpoint, logbook, parallel
 from nanoblocks.training import settings as rules
 
 # ----------------------------------------------------------------------------------------------------------
@@ -516,6 +516,46 @@ def test_number_types_learn_equally_well():
         assert losses(trained(log_interval=20, dtype=dtype)) == pytest.approx(exact, abs=0.02)
 
 
+def test_a_stream_of_16_bits_learns_equally_well():
+    settings = dict(log_interval=20, dtype='bfloat16')
+    wide, narrow = losses(trained(**settings)), losses(trained(**settings, stream_dtype='bfloat16'))
+    assert narrow == pytest.approx(wide, abs=0.02) and narrow != wide
+
+
+def test_every_block_reads_the_stream_in_its_dtype():
+    model, seen = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=61)), []
+    for block in model.h:
+        block.register_forward_hook(lambda block, args, out: seen.append((args[0].dtype, out.dtype)))
+    idx = torch.randint(61, (2, 8))
+    model.stream_dtype = torch.bfloat16
+    model(idx, idx)
+    assert seen == 2 * [(torch.float32, torch.float32)], 'without autocast, products need fp32'
+    with torch.autocast('cpu', torch.bfloat16):
+        model(idx, idx)[1].backward()
+    assert seen[2:] == 2 * [(torch.bfloat16, torch.bfloat16)]
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_weights_are_cast_once_a_step(tmp_path):
+    settings = dict(max_iters=2, gradient_accumulation_steps=4, eval_interval=2, eval_tokens=256)
+    done = python('train.py', *toy(tmp_path / 'run', dtype='bfloat16', **settings), before='''
+import atexit, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+class Casts(TorchDispatchMode):
+    count = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        cast = 'to_copy' in str(function) and kwargs.get('dtype') == torch.bfloat16
+        self.count += cast and args[0].shape == (96, 32)
+        return function(*args, **(kwargs or {}))
+casts = Casts().__enter__()
+import nanoblocks.training.parallel as parallel
+end = parallel.end
+parallel.end = lambda watch: (print('casts', casts.count), end(watch))''')
+    assert done.code == 0, done
+    # c_attn of two layers: in two steps of four micro-batches, and in a batch of each of two evaluations
+    assert 'casts 8\n' in done.out, done.out
+
+
 @pytest.mark.parametrize('tie', [True, False])
 def test_every_parameter_has_one_kind(tie):
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=61, qk_norm=True, tie=tie))
@@ -564,7 +604,7 @@ def test_compile_equals_eager(tmp_path):
     done = python('train.py', *toy(tmp_path / 'run', compile=True, **settings), before='''
 import torch
 torch_compile = torch.compile
-def compile(what):
+def compile(what, mode=None):
     return torch_compile(what, backend='aot_eager' if isinstance(what, torch.nn.Module) else 'eager')
 torch.compile = compile''')
     assert done.code == 0 and ', compiled' in done.out, done
@@ -573,6 +613,18 @@ torch.compile = compile''')
         assert losses(tmp_path / 'run', key) == pytest.approx(losses(eager, key), rel=1e-4)
     # a compiled model's names have a prefix that a checkpoint must not
     assert load(tmp_path / 'run')['model'].keys() == load(eager)['model'].keys()
+
+
+def test_the_mode_of_compilation_reaches_the_compiler(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, 'compile', lambda what, mode: calls.append(mode) or what)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=61))
+    mode = 'max-autotune-no-cudagraphs'
+    assert parallel.wrap(model, 'float32', False, False, False) == (model, model) and calls == []
+    parallel.wrap(model, 'float32', mode, False, False)
+    assert calls == [mode]
+    parallel.wrap(model, 'float32', mode, True, False)
+    assert calls == [mode] * 3, 'the model, and then each of its two blocks'
 
 
 def test_without_a_compiler_training_is_eager(tmp_path):
@@ -606,6 +658,10 @@ def test_without_a_compiler_training_is_eager(tmp_path):
     ('--optimizer=adam', ['optimizer=adam', 'adamw', 'muon']),
     ('--schedule=sine', ['schedule=sine', 'cosine', 'linear', 'wsd', 'constant']),
     ('--dtype=fp16', ['dtype=fp16', 'float16']),
+    ('--stream_dtype=bfloat16', ['stream_dtype=bfloat16', 'dtype=float32', '--dtype=bfloat16']),
+    ('--stream_dtype=float16', ['stream_dtype=float16', 'float32', 'bfloat16']),
+    ('--compile_mode=max-autotune-no-cudagraphs', ['max-autotune-no-cudagraphs', '--compile=True']),
+    ('--compile_mode=reduce-overhead', ['compile_mode=reduce-overhead', 'max-autotune-no-cudagraphs']),
     ('--batch_size=0', ['batch_size=0']),
     ('--batch_size=-8', ['batch_size=-8']),
     ('--gradient_accumulation_steps=0', ['gradient_accumulation_steps=0']),

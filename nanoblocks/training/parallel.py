@@ -116,18 +116,19 @@ class MicroBatches:
 # Models
 
 
-def wrap(model, dtype, compiled, recompute, sharded):
+def wrap(model, dtype, compile_mode, recompute, sharded):
     """
     (fast_model, model): the compiled model, and the DDP or FSDP wrapper, which exchanges gradients between
-    processes; each is the model itself if not asked for. `recompute` is activation checkpointing.
+    processes; each is the model itself if not asked for. compile_mode: torch.compile's, False: leave it out.
+    `recompute` is activation checkpointing.
     """
     fast_model = model
-    if compiled and not (sharded or recompute):
-        fast_model = torch.compile(model)
-    elif compiled:
+    if compile_mode and not (sharded or recompute):
+        fast_model = torch.compile(model, mode=compile_mode)
+    elif compile_mode:
         # the blocks alone, because what FSDP and checkpointing do between them cannot be compiled
         for block in blocks_of(model):
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, mode=compile_mode)
     if recompute:
         recompute_blocks(model)
     if sharded:
@@ -171,7 +172,9 @@ def replicate(model):
     ddp = torch.nn.parallel.DistributedDataParallel
     # no process overwrites the buffers of another, in which experts count their tokens
     renamed = 'forward_sync_buffers' in inspect.signature(ddp).parameters
-    return ddp(model, **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False})
+    # gradients are views of what is sent, which need not be copied back
+    return ddp(model, gradient_as_bucket_view=True,
+               **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False})
 
 
 def shard(model, dtype):

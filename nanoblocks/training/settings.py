@@ -11,7 +11,9 @@ from nanoblocks.formats import counted
 from nanoblocks.training.optim import SCHEDULES
 
 CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES), 'backend': ('nccl', 'gloo'),
-           'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
+           'dtype': ('auto', 'float32', 'bfloat16', 'float16'), 'stream_dtype': ('float32', 'bfloat16'),
+           # modes with CUDA graphs would write over the losses of earlier micro-batches
+           'compile_mode': ('default', 'max-autotune-no-cudagraphs')}
 LIMITS = {
     'max_iters': {'least': 1}, 'bad_step_limit': {'least': 1},
     'log_interval': {'least': 1}, 'eval_interval': {'least': 1},
@@ -55,6 +57,18 @@ def check_settings(s, world, done=0):
     must('cautious_decay', s['optimizer'] == 'muon' or not s['cautious_decay'], 'be used with optimizer=muon')
     must('wandb_log', not s['wandb_log'] or has_wandb(),
          'find wandb: pip install wandb, or leave it out')
+
+
+def check_machine(s, dtype, compiled):
+    """ValueError for settings s that would be ignored with the dtype and compilation that were chosen."""
+    must = rule_of(s)
+    narrow = s['stream_dtype'] != 'float32'
+    must('stream_dtype', dtype == 'bfloat16' or not narrow,
+         f'be float32 when dtype={dtype}: add --dtype=bfloat16')
+    must('stream_dtype', not (s['shard'] and narrow),
+         'be float32 when shard=True, where the stream is bfloat16 already')
+    must('compile_mode', compiled or s['compile_mode'] == 'default',
+         'be default when nothing is compiled: add --compile=True')
 
 
 def has_wandb():
