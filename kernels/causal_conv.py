@@ -44,7 +44,8 @@ class _CausalConv(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         taps = weight.to(wide.dtype).T.contiguous()  # (W,I)
         T = x.shape[1] - len(taps) + 1
-        y = wide[:, :T] * taps[0] if bias is None else torch.addcmul(bias.to(wide.dtype), wide[:, :T], taps[0])
+        bias = None if bias is None else bias.to(wide.dtype)
+        y = wide[:, :T] * taps[0] if bias is None else torch.addcmul(bias, wide[:, :T], taps[0])
         for k in range(1, len(taps) - 1):
             y.addcmul_(wide[:, k:k + T], taps[k])
         # the last one is not in place, and not handed through, as in rms_norm.py
