@@ -13,21 +13,22 @@ that is, causal attention without a softmax. It is computed in chunks of L token
     3. between chunks     s <- exp(sum of dt A) s + S, one step per chunk
     4. from the past      y += C s, decayed from the chunk's start
 
-The backward pass is autograd's. Saved are two (L,L) matrices per head and chunk: as much as 2 L / P times x.
-
-The Triton kernels never write an (L,L) matrix. One goes through the chunks in order, with the state in
-registers, and leaves the state in front of each; one makes the outputs of all chunks at once. Where sequences
-and heads are too few to fill a GPU, segments of chunks run at once, and twice: first each finds the state
-that it leaves behind from nothing, and then it begins with what those before it left. Backward, with
-c the running sum of dt A in a chunk, S the state in front of it and Z = dL/d(state behind it):
+Backward, with c the running sum of dt A in a chunk, S the state in front of it and Z = dL/d(state behind it):
 
     dM = dy x^T * dt_j * decay       du = (C B^T * decay)^T dy + exp(c_L - c) B Z^T       dx = dt du + D dy
     dC = sum over heads of dM B + exp(c) dy S         dB = sum over heads of dM^T C + exp(c_L - c) dt x Z
     Z of the chunk before = exp(c_L) Z + sum over i of exp(c_i) dy_i C_i^T
     d(dt_t A) = sum over j < t <= i of (dM * C B^T)_ij, and what crosses t on its way through S or Z
 
-Saved are the inputs and the states, in x's dtype. Products are of numbers in x's dtype, sums are fp32. A
-decay below e^-30 counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
+Plain PyTorch saves the decays, an (L,L) matrix per head and chunk, the states, and what they give to y. Of
+bf16 it makes products in bf16, unless a state depends on them.
+
+The Triton kernels never write an (L,L) matrix. One goes through the chunks in order, with the state in
+registers, and leaves the state in front of each; one makes the outputs of all chunks at once. Where sequences
+and heads are too few to fill a GPU, segments of chunks run at once, and twice: first each finds the state
+that it leaves behind from nothing, and then it begins with what those before it left. They save the inputs
+and the states, in x's dtype. Products are of numbers in x's dtype, sums are fp32. A decay below e^-30
+counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
 """
 from functools import partial
 

@@ -249,6 +249,17 @@ def test_segment_decay_survives_a_token_that_forgets_all():
     assert segment_decay(log_decay.float()).triu(1).eq(0).all(), 'nothing flows backward in time'
 
 
+def test_gradients_of_ssd_survive_a_token_that_forgets_all():
+    """Its own is zero. Differences of sums, which are not, would give it their rounding times its step."""
+    args = {k: v.detach() for k, v in OPS['ssd'][2](2, 50).items()}
+    args['dt'][0, 20] = 3000.0
+    weights = [rand(*o.shape, seed=7) for o in ssd_reference(**args)]
+    _, want = gradients(ssd_reference, args, weights)
+    _, got = gradients(ssd, {k: v.float() for k, v in args.items()}, weights)
+    for k in args:
+        assert_close(got[k], want[k], 2e-6, f'gradient of {k}')
+
+
 class Operations(TorchDispatchMode):
     """Counts the operations that reach the dispatcher."""
     count = 0
