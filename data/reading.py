@@ -133,7 +133,8 @@ class Corpus:
         number, begun, several, before = 1, False, False, ''
         for piece in in_pieces(chunks):
             # the last character before a piece says whether the piece begins a line
-            *ended, rest = MARKER_LINE.split(before + piece)
+            text = before + piece
+            *ended, rest = MARKER_LINE.split(text) if MARKER in text else [text]
             texts = [*ended, rest]
             texts[0] = texts[0].removeprefix(before)
             *ended, rest = texts
