@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -897,7 +898,12 @@ WANTED = {
 }
 
 
-@needs_triton
+# another assembler gives other numbers of registers
+needs_this_triton = pytest.mark.skipif(not kernels.HAS_TRITON or not version('triton').startswith('3.7'),
+                                       reason='the table is of Triton 3.7')
+
+
+@needs_this_triton
 @pytest.mark.parametrize('what', WANTED)
 def test_code_of_a_kernel_loads_and_multiplies_as_a_hopper_gpu_wants_it(what):
     from nanoblocks.experiments import aot, examples
