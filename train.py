@@ -93,7 +93,7 @@ device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # matrix products: auto, float32, bfloat16, float16; weights stay float32
 kernels = 'auto'                    # on a GPU: auto, torch (plain PyTorch), triton (wherever possible)
 stream_dtype = 'float32'            # the residual stream: float32, or bfloat16 beside dtype=bfloat16
-compile: bool | None = None         # torch.compile; None: on a GPU, where the minute it takes pays off
+compile: bool | None = None         # torch.compile; None: where it pays, on a GPU and in long runs on a CPU
 compile_mode = 'default'            # torch.compile's mode: default, or max-autotune-no-cudagraphs
 deterministic: bool | None = None   # the same bits in every run; None: on a CPU, where it costs nothing
 activation_checkpointing = False    # save memory: recompute a block's activations in the backward pass
@@ -189,15 +189,16 @@ with errors_as_messages():
                                 pretrained.same_tokenizer(init_from, meta['tokenizer']))
     if dtype == 'auto':
         dtype = hardware.training_dtype(device, config.n_embd)
-    compile = device_type == 'cuda' if compile is None else compile
-    rules.check_machine(settings, dtype, compile)
+    before = resumed.get('compiled', False) if resumed else None
+    wanted, why = rules.choose_compile(settings, model, device_type, world, before)
+    rules.check_machine(settings, dtype, wanted)
     if writes:
         folder.create()
 
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 # around several forward passes, it casts nothing itself but keeps the weights that autocast has cast
 casts_kept = nullcontext() if dtype == 'float32' else torch.autocast(device_type, enabled=False)
-compile = compile and hardware.can_compile(device)
+compile = wanted and hardware.can_compile(device)
 if deterministic or deterministic is None and compile and device_type == 'cpu':
     hardware.use_deterministic_algorithms()
 # raw_model is the module, fast_model its compiled form, model the DDP or FSDP wrapper
@@ -230,6 +231,8 @@ if wandb_log and writes:
     wandb_id = log.start_wandb(wandb_project, wandb_run_name, wandb_id, vars(config) | settings)
 machine = f'{world} x {hardware.card_name(device)}, {dtype} products, {"compiled" if compile else "eager"}'
 describe_run(log, raw_model, meta, settings, optimizers, resumed, machine)
+if why and compile == wanted:
+    log.print(f'compile   {why}')
 first_step, progress = step, Progress(log, device, compile, max_iters, raw_model.flops_per_token(T))
 if resumed:
     progress.load(resumed)
@@ -304,7 +307,7 @@ def save_newest(stopped=False):
     with progress.paused():
         return eval_only or save(
             folder.newest, stopped, best_val_loss, micro_done=micro_done, evaluated=evaluated,
-            wandb_id=wandb_id, generators=checkpoint.generator_states(),
+            wandb_id=wandb_id, compiled=compile, generators=checkpoint.generator_states(),
             **optimizers.state(keep=is_main), **progress.state())
 
 

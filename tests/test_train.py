@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import sys
 from contextlib import redirect_stderr
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from runs import (
+    ROOT,
     assert_refused,
     assert_same_run,
     at_step,
@@ -625,6 +627,72 @@ def test_the_mode_of_compilation_reaches_the_compiler(monkeypatch):
     assert calls == [mode]
     parallel.wrap(model, 'float32', mode, True, False)
     assert calls == [mode] * 3, 'the model, and then each of its two blocks'
+
+
+@pytest.mark.parametrize('flags, settings, device, compiled, words', [
+    (dict(norm='rmsnorm'), dict(), 'cpu', True, ['compiled', '1.1e+14 FLOPs']),
+    (dict(norm='rmsnorm'), dict(max_iters=10), 'cpu', False, ['eager', 'FLOPs']),
+    (dict(), dict(), 'cpu', False, ['eager', 'narrow']),
+    (dict(norm='rmsnorm', dropout=0.1), dict(), 'cpu', False, ['eager', 'dropout']),
+    (dict(n_embd=512), dict(), 'cpu', True, ['compiled']),
+    (dict(norm='rmsnorm'), dict(eval_only=True), 'cpu', False, ['eager', 'evaluation']),
+    (dict(norm='rmsnorm'), dict(world=2), 'cpu', False, ['eager', 'processes']),
+    (dict(norm='rmsnorm'), dict(before=False), 'cpu', False, ['eager', 'so far']),
+    (dict(norm='rmsnorm'), dict(before=True, max_iters=10), 'cpu', True, ['compiled', 'so far']),
+    (dict(norm='rmsnorm'), dict(compile=False), 'cpu', False, []),
+    (dict(), dict(compile=True, max_iters=10), 'cpu', True, []),
+    (dict(), dict(max_iters=10), 'cuda', True, []), (dict(norm='rmsnorm'), dict(), 'mps', False, []),
+])
+def test_a_long_run_on_a_cpu_compiles(flags, settings, device, compiled, words):
+    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64) | flags))
+    flops = 8 * 4 * 32 * model.flops_per_token(32)
+    s = dict(compile=None, eval_only=False, max_iters=int(1.1e14 / flops), batch_size=8,
+             gradient_accumulation_steps=4, world=1, before=None) | settings
+    choice, why = rules.choose_compile(s, model, device, s.pop('world'), s.pop('before'))
+    assert choice is compiled and bool(why) == bool(words) and all(word in why for word in words)
+
+
+def test_readme_s_first_run_is_eager_and_a_long_one_compiles():
+    """config/tiny.py takes minutes, of which compiling would be one or two."""
+    sizes = runpy.run_path(ROOT / 'config/llama_small.py') | runpy.run_path(ROOT / 'config/tiny.py')
+    flags = {name: value for name, value in sizes.items() if name in GPTConfig.__dataclass_fields__}
+    model = GPT(GPTConfig(**flags | {'vocab_size': 2048}))
+    for steps, compiled in (sizes['max_iters'], False), (4 * sizes['max_iters'], True):
+        s = sizes | {'max_iters': steps, 'compile': None, 'eval_only': False}
+        assert rules.choose_compile(s, model, 'cpu', 1)[0] is compiled, steps
+
+
+FAKE_COMPILER = '''
+import torch
+from nanoblocks.training import settings
+torch.compile = lambda what, **more: what
+'''
+
+
+def test_a_resumed_run_compiles_if_the_run_did(tmp_path):
+    """Killed, and whatever is left: the bits depend on it. Old checkpoints do not say, and were eager."""
+    settings = dict(norm='rmsnorm', max_iters=20, eval_interval=10, log_interval=5)
+    long = FAKE_COMPILER + 'settings.PAYS_AFTER = 1e6\n'
+    done = python('train.py', *toy(tmp_path / 'whole', **settings), before=long)
+    assert ', compiled\n' in done.out and 'compile   compiled, which takes' in done.out, done
+    part = toy(tmp_path / 'part', **settings)
+    done = python('train.py', *part, before=long + at_step(15, 'os._exit(9)'))
+    assert done.code == 9, done
+    again = dict(init_from='resume', out_dir=tmp_path / 'part')
+    done = python('train.py', *flags(**again), before=FAKE_COMPILER)
+    assert done.code == 0 and 'compile   compiled, as the run was so far' in done.out, done
+    assert_same_run(tmp_path / 'part', tmp_path / 'whole')
+    # and one that began eagerly stays so, however long it becomes
+    done = python('train.py', *toy(tmp_path / 'short', **settings), before=FAKE_COMPILER)
+    assert ', eager\n' in done.out and 'compiling pays from 1e+14 on' in done.out
+    for lost in False, True:
+        if lost:
+            state = load(tmp_path / 'short')
+            del state['compiled']
+            torch.save(state, tmp_path / 'short' / 'ckpt.pt')
+        more = dict(out_dir=tmp_path / 'short', max_iters=40 + 20 * lost)
+        done = python('train.py', *flags(**again | more), before=long)
+        assert done.code == 0 and ', eager\n' in done.out and 'eager, as the run was so far' in done.out, done
 
 
 def test_without_a_compiler_training_is_eager(tmp_path):

@@ -34,6 +34,14 @@ STARTS = ('scratch', 'resume', 'auto')
 FIXED = ('seed', 'batch_size', 'gradient_accumulation_steps', 'batch_tokens', 'batch_warmup_iters',
          'optimizer')
 
+# When torch.compile pays on a CPU. The first step then takes 33 to 97 seconds longer, and the others 1 / 1.26
+# to 1 / 1.95 of their time, which makes up for it after 1e13 (Gemma 2, Mamba-2) to 3.5e13 FLOPs (Llama of 5M
+# and of 124M parameters). GPT-2's blocks gain nothing when they are narrow: 0.93 at width 256, 1.30 at 768.
+# Measured with two runs for each of several architectures, which print tokens/s and `compiled in`:
+#     python train.py config/llama_small.py config/tiny.py --max_iters=60 --compile=True     # and False
+PAYS_AFTER = 1e14   # FLOPs of a run: a few times those above, as machines differ
+NARROW = 512        # width
+
 
 def check_settings(s, world, done=0):
     """ValueError if the settings s, a dict, cannot work in `world` processes, after `done` steps."""
@@ -100,6 +108,34 @@ def unread(s, world):
         (s['batch_tokens'], f'with batch_tokens={s["batch_tokens"]}', ['gradient_accumulation_steps']),
         (not s['wandb_log'], 'with wandb_log=False', ['wandb_project', 'wandb_run_name', 'wandb_samples']),
         (world == 1, 'in one process', ['backend'])]
+
+
+def choose_compile(s, model, device_type, world, before=None):
+    """
+    (whether to compile the model, why in words; no words where nothing had to be weighed) by the settings s.
+    It must not depend on how far a run is: the resumed part must choose as the part before did, to give the
+    same bits. before: whether that was compiled; None for a new run.
+    """
+    if s['compile'] is not None:
+        return s['compile'], ''
+    if device_type != 'cpu':
+        return device_type == 'cuda', ''
+    if before is not None:
+        return before, f'{"compiled" if before else "eager"}, as the run was so far'
+    if s['eval_only']:
+        return False, 'eager, as an evaluation is too short'
+    if world > 1:
+        return False, 'eager, as there are several processes'
+    c = model.config
+    flops = s['max_iters'] * s['gradient_accumulation_steps'] * s['batch_size'] * c.block_size
+    flops *= model.flops_per_token(c.block_size)
+    if c.n_embd < NARROW and (c.norm, c.ffn) == ('layernorm', 'gelu') and c.mixers() == {'a'}:
+        return False, f'eager, as compiling narrow blocks of GPT-2 gains nothing (n_embd < {NARROW})'
+    if c.dropout:
+        return False, 'eager, as compiling gains nothing where there is dropout'
+    if flops < PAYS_AFTER:
+        return False, f'eager, as the run has {flops:.1e} FLOPs, and compiling pays from {PAYS_AFTER:.0e} on'
+    return True, f'compiled, which takes a minute or two, and pays as the run has {flops:.1e} FLOPs'
 
 
 def rule_of(settings):
