@@ -64,6 +64,7 @@ out = ''                            # file to write: prompt, text, tokens, log-p
 device = 'auto'                     # where to run: auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # type of the weights: float32, bfloat16, float16; auto: 16 bits on a GPU
 kernels = 'auto'                    # Triton kernels on a GPU: auto, torch (none), triton (all of them)
+attention = 'auto'                  # plain causal attention on a GPU: auto (PyTorch's), fa3, fa4 (packages)
 bandwidth = False                   # say what share of the memory's bandwidth a step used
 compile = False                     # torch.compile the step: a minute to the first token, faster afterwards
 
@@ -96,7 +97,8 @@ with errors_as_messages():
     texts = read_prompts(prompts) if prompts else []
     session = Session.load(
         init_from, out_dir, ckpt, draft=draft, device=device, dtype=dtype, kernels=kernels,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty), stop=stop, seed=seed,
+        attention=attention, sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+        stop=stop, seed=seed,
         num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=batch_size, chunk=chunk,
         draft_length=ahead, compiled=compile, logprobs=bool(out))
     shown = Console(session, out, quant, bandwidth)

@@ -28,7 +28,7 @@ import torch
 
 from configurator import configure, errors_as_messages, plain_settings
 from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
-from kernels import use_kernels
+from kernels import use_attention, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
 from nanoblocks.commandline import refuse_words, warn_of_unread
@@ -92,6 +92,7 @@ wsd_decay = 0.6                     # wsd: fraction of lr_decay_iters spent in t
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # matrix products: auto, float32, bfloat16, float16; weights stay float32
 kernels = 'auto'                    # on a GPU: auto, torch (plain PyTorch), triton (wherever possible)
+attention = 'auto'                  # plain causal attention on a GPU: auto (PyTorch's), fa3, fa4 (packages)
 stream_dtype = 'float32'            # the residual stream: float32, or bfloat16 beside dtype=bfloat16
 compile: bool | None = None         # torch.compile; None: where it pays, on a GPU and in long runs on a CPU
 compile_mode = 'default'            # torch.compile's mode: default, or max-autotune-no-cudagraphs
@@ -147,6 +148,7 @@ device_type = device.split(':')[0]
 with errors_as_messages():
     hardware.check_device(device)
     use_kernels(kernels, device)
+    use_attention(attention, device)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
 failure_watch = parallel.start(device_type, backend) if world > 1 else None

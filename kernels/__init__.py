@@ -14,6 +14,8 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from . import (
     attention,
     causal_conv,
@@ -78,6 +80,35 @@ def use_kernels(choice, device='cuda'):
         raise ValueError(f'kernels=triton must run on a GPU and device={device}: choose kernels=auto, or, to '
                          'test kernels at a thousandth of the speed, set TRITON_INTERPRET=1')
     common.backend = choice
+
+
+# what PyTorch's attention (plain causal, without options) calls on a GPU, and the package that it needs
+ATTENTION = {'auto': None, 'fa3': 'flash_attn_interface (FlashAttention 3, for Hopper)',
+             'fa4': 'flash_attn.cute (FlashAttention 4, for Hopper and Blackwell)'}
+
+
+def use_attention(choice, device='cuda'):
+    """
+    Choose what plain causal attention runs: cuDNN or FlashAttention 2 as PyTorch sees fit (auto), or a newer
+    FlashAttention, which must be installed. Refuses what cannot run on `device`.
+    """
+    if choice not in ATTENTION:
+        raise ValueError(f'attention={choice} must be one of {", ".join(ATTENTION)}')
+    if choice == 'auto':
+        return
+    if not str(device).startswith('cuda'):
+        raise ValueError(f'attention={choice} must run on a GPU and device={device}: choose attention=auto')
+    activate = getattr(torch.nn.attention, 'activate_flash_attention_impl', None)
+    if activate is None:
+        raise ValueError(f'attention={choice} needs PyTorch 2.11 or newer and this is {torch.__version__}: '
+                         'choose attention=auto')
+    try:
+        activate(choice.upper())
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f'attention={choice} needs the package {ATTENTION[choice]}, which does not load '
+                         f'({error}): install it, or choose attention=auto') from None
+    # PyTorch would prefer cuDNN
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _dispatch(name):

@@ -773,6 +773,24 @@ def test_a_few_queries_in_16_bits_are_computed_in_32_bits_on_a_cpu():
     assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
 
 
+def test_a_newer_flash_attention_is_activated_or_refused_in_a_sentence(monkeypatch):
+    for choice, device, sentence in (
+            ('fa2', 'cuda', 'attention=fa2 must be one of auto, fa3, fa4'),
+            ('fa3', 'cpu', 'attention=fa3 must run on a GPU and device=cpu: choose attention=auto'),
+            ('fa4', 'cuda:1', 'attention=fa4 needs the package flash_attn.cute .*install it, or choose')):
+        with pytest.raises(ValueError, match=sentence):
+            kernels.use_attention(choice, device)
+    kernels.use_attention('auto', 'cpu')
+    active, registry = [], importlib.import_module('torch.nn.attention._registry')
+    monkeypatch.setitem(registry._FLASH_ATTENTION_IMPLS, 'FA3', lambda: active.append('FA3'))
+    monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', lambda on: active.append(on))
+    kernels.use_attention('fa3', 'cuda')
+    assert active == ['FA3', False], 'the package runs only where cuDNN does not come before it'
+    monkeypatch.delattr(torch.nn.attention, 'activate_flash_attention_impl')
+    with pytest.raises(ValueError, match='attention=fa3 needs PyTorch 2.11 or newer'):
+        kernels.use_attention('fa3', 'cuda')
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Triton: on a CPU by its interpreter, in a process of its own (tests/fused.py), and on a GPU
 

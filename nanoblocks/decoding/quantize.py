@@ -112,7 +112,7 @@ class PackedLinear(Packed):
 
     def __init__(self, weight, bias):
         super().__init__(weight, bias)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 512)
 
     @staticmethod
     def fits(weight):

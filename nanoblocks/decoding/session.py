@@ -78,16 +78,17 @@ class Session:
 
     @classmethod
     def load(cls, init_from='resume', out_dir='out', ckpt='best.pt', *, draft='', device='auto', dtype='auto',
-             kernels='auto', **settings) -> 'Session':
+             kernels='auto', attention='auto', **settings) -> 'Session':
         """
         init_from: 'resume' for the checkpoint `ckpt` of the run in out_dir; else a folder, file or hub id
         draft: the out_dir of a run that drafts, or another checkpoint as for init_from; '' for none
-        device, dtype, kernels: as the settings of sample.py
+        device, dtype, kernels, attention: as the settings of sample.py
         settings: fields of Session
         """
         device = pick_device(device)
         check_device(device)
         ops.use_kernels(kernels, device)
+        ops.use_attention(attention, device)
         if dtype == 'auto':
             dtype = gpu_dtype() if device.startswith('cuda') else 'float32'
         if dtype not in ('float32', 'bfloat16', 'float16'):

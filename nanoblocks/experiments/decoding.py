@@ -1,7 +1,7 @@
 """
-What sampling costs. GPT-2 124M (or other flags) with random weights for one row, against the bandwidth of
-this machine, against transformers and against no cache; the 10,000th token of long texts against the 1,000th;
-what latents save; and on a GPU, Llama 1B for 1, 8 and 64 rows.
+What sampling costs. GPT-2 124M (or other flags) with random weights for one row, and on a CPU for eight,
+against the bandwidth of this machine, against transformers and against no cache; the 10,000th token of long
+texts against the 1,000th; what latents save; and on a GPU, Llama 1B for 1, 8 and 64 rows.
 
 Variants that are compared run interleaved, in one process. The time of a token is the median over all tokens
 but the first, sampling included.
@@ -18,7 +18,7 @@ from nanoblocks.decoding import quantize as quant
 from nanoblocks.decoding.decode import Decoder, Sampling
 from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.timing import interleaved, print_table, timed
-from nanoblocks.experiments.topics import each
+from nanoblocks.experiments.topics import counted, each
 from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
@@ -29,8 +29,11 @@ SMALL = dict(n_layer=4, n_head=8, n_embd=512, vocab_size=4096)
 
 def decode(flags, rounds, device):
     """Sampling: tokens/s and bandwidth, against transformers and against no cache."""
-    one_row(random_model(GPTConfig(**flags), device), max(1, rounds // 10), device)
-    print('\nlong texts, one row, 4 layers of width 512: the 10,000th token against the 1,000th')
+    model = random_model(GPTConfig(**flags), device)
+    for rows in (1, 8) if device == 'cpu' else (1,):
+        few_rows(model, rows, max(1, rounds // 10), device)
+        print()
+    print('long texts, one row, 4 layers of width 512: the 10,000th token against the 1,000th')
     long_texts(device)
     print('\nafter 4096 tokens, one row, 4 layers of width 512')
     latents(device)
@@ -69,8 +72,8 @@ def generation(model, idx, new, compiled=False):
     return run
 
 
-def transformers_generation(model, idx, new):
-    """The same by transformers, with the same weights and its own cache; None where it cannot."""
+def transformers_generation(model, idx, new, dtype):
+    """The same by transformers, with the same weights, in dtype, and its own cache; None where it cannot."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -84,7 +87,7 @@ def transformers_generation(model, idx, new):
             print(f'transformers is left out: {error}')
             return None
         logging.disable_progress_bar()
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(idx.device)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(idx.device)
 
     def run():
         began = synchronized_time(idx.device)
@@ -109,43 +112,52 @@ def without_cache(model, device):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# One row
+# One row, or a few
 
 
-def one_row(model, rounds, device):
-    """One text in every number type, eager and compiled, against transformers and no cache."""
-    config = model.config
-    idx = torch.randint(config.vocab_size, (1, PROMPT), device=device)
+def in_every_type(model, device):
+    """{number type: the model in it, as sample.py runs it}"""
     narrow = copy.deepcopy(model).bfloat16()
-    models = {'float32': model, 'bfloat16': narrow,
-              'int8': quant.quantize(copy.deepcopy(model if device == 'cpu' else narrow))}
-    print(f'{format_quantity(model.num_params())} parameters, {NEW} tokens after {PROMPT}, one row; cache '
-          f'{kv_cache_bytes(config, PROMPT + NEW, 1, 4) / 1e6:.1f} MB in float32')
+    if device != 'cpu':
+        return {'float32': model, 'bfloat16': narrow, 'int8': quant.quantize(copy.deepcopy(narrow))}
+    kinds = {'float32': 'none', 'int8': 'int8', 'int4': 'int4'}
+    wide = {name: quant.quantize(copy.deepcopy(model), kind) for name, kind in kinds.items()}
+    return wide | {'bfloat16': quant.quantize(narrow, 'none')}
+
+
+def few_rows(model, rows, rounds, device):
+    """Texts in every number type, eager and for one row compiled, against transformers and no cache."""
+    config, models = model.config, in_every_type(model, device)
+    idx = torch.randint(config.vocab_size, (rows, PROMPT), device=device)
+    print(f'{format_quantity(model.num_params())} parameters, {NEW} tokens after {PROMPT}, '
+          f'{counted(rows, "row")}; cache {kv_cache_bytes(config, PROMPT + NEW, rows, 4) / 1e6:.1f} MB '
+          'in float32')
     runs = {(name, mode): generation(m, idx, NEW, mode == 'compiled')
-            for name, m in models.items() for mode in ('eager', 'compiled')}
-    if model.wpe.max_tokens is None or model.wpe.max_tokens >= TEXT:
+            for name, m in models.items() for mode in ('eager', 'compiled')[:1 if rows > 1 else 2]}
+    if rows == 1 and (model.wpe.max_tokens is None or model.wpe.max_tokens >= TEXT):
         runs['cached', 'text'] = generation(model, idx[:, :1], TEXT - 1, True)
         runs['without a cache', 'text'] = without_cache(model, device)
-    theirs = transformers_generation(model, idx, NEW)
-    runs |= {('transformers', 'float32'): theirs} if theirs else {}
+    for dtype in ('float32', 'bfloat16'):
+        theirs = transformers_generation(model, idx, NEW, getattr(torch, dtype))
+        runs |= {('transformers', dtype): theirs} if theirs else {}
     drop_failures(runs)
     size = min(bytes_per_step(model, None), 2 ** 30)
     found = interleaved(runs | {'bandwidth': lambda: read_bandwidth(size, device)}, rounds, warmup=0)
     speeds = found.pop('bandwidth')
     print('in each round, the machine read at most '
           + ', '.join(f'{speed / 1e9:.1f}' for speed in speeds) + ' GB/s; shares are of the highest')
-    print_table(['', 'first token ms', 'a token ms', 'tokens/s', 'MB a token', 'of bandwidth'],
-                [[' '.join(key), *one_row_cells(models[key[0]], timings, max(speeds))]
+    print_table(['', 'first token ms', 'a step ms', 'tokens/s', 'MB a step', 'of bandwidth'],
+                [[' '.join(key), *cells_of(models[key[0]], rows, timings, max(speeds))]
                  for key, timings in found.items() if key[0] in models])
-    print_comparisons(found)
+    print_comparisons(found, rows)
 
 
-def one_row_cells(model, timings, bandwidth):
-    """Cells of one row's table: first token, other tokens, tokens/s, MB per token, share of the bandwidth."""
+def cells_of(model, rows, timings, bandwidth):
+    """Cells of a line: first token, a step after it, tokens/s, MB per step, share of the bandwidth."""
     token = median(seconds for timing in timings for seconds in timing.tokens)
-    read = bytes_per_step(model, model.new_cache(1, PROMPT + NEW))
+    read = bytes_per_step(model, model.new_cache(rows, PROMPT + NEW), rows)
     first = median(timing.first for timing in timings)
-    return (f'{first * 1e3:.1f}', f'{token * 1e3:.2f}', f'{1 / token:.1f}', f'{read / 1e6:.1f}',
+    return (f'{first * 1e3:.1f}', f'{token * 1e3:.2f}', f'{rows / token:.1f}', f'{read / 1e6:.1f}',
             f'{read / token / bandwidth:.0%}')
 
 
@@ -161,14 +173,13 @@ def drop_failures(runs):
             del runs[name]
 
 
-def print_comparisons(found):
+def print_comparisons(found, rows):
     """The full text, prompt included, against transformers and against no cache."""
     total = {name: median(timing.total() for timing in timings) for name, timings in found.items()}
-    if ('transformers', 'float32') in total:
-        theirs = total.pop(('transformers', 'float32'))
-        for name in [name for name in total if name[0] == 'float32']:
-            print(f'{" ".join(name)} {NEW / total[name]:.1f} tokens/s with the prompt, transformers '
-                  f'{NEW / theirs:.1f}: {theirs / total[name]:.2f}x')
+    for name in [name for name in total if ('transformers', name[0]) in total]:
+        theirs, new = total['transformers', name[0]], NEW * rows
+        print(f'{" ".join(name)} {new / total[name]:.1f} tokens/s with the prompt, transformers '
+              f'{new / theirs:.1f}: {theirs / total[name]:.2f}x')
     if ('cached', 'text') in total:
         cached, uncached = total['cached', 'text'] / (TEXT - 1), total['without a cache', 'text']
         print(f'a text of {TEXT} tokens takes {cached * 1e3:.1f} ms a token, and {uncached * 1e3:.0f} ms '
