@@ -18,7 +18,8 @@ from nanoblocks.decoding import quantize as quant
 from nanoblocks.decoding.decode import Decoder, Sampling
 from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.timing import interleaved, print_table, timed
-from nanoblocks.experiments.topics import counted, each
+from nanoblocks.experiments.topics import each
+from nanoblocks.formats import counted
 from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
