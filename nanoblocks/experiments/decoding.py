@@ -19,8 +19,7 @@ from nanoblocks.decoding.decode import Decoder, Sampling
 from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.experiments.timing import interleaved, print_table, timed
 from nanoblocks.experiments.topics import each
-from nanoblocks.formats import counted
-from nanoblocks.formats import format_quantity
+from nanoblocks.formats import counted, format_quantity
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
 PROMPT, NEW, TEXT = 128, 128, 512   # tokens of a prompt, generated after it, and of a text without a cache
