@@ -83,7 +83,7 @@ def _product(a, b, dtype):
     return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def _pass_on(start, keep, added, order):
+def _between_chunks(start, keep, added, order):
     """s <- keep s + added, over chunks k in order -> s before each (B,K,H,P,N), after the last (B,H,P,N)."""
     before = torch.empty_like(added)
     for k in order:
@@ -110,7 +110,7 @@ class _Chunked(torch.autograd.Function):
         y = _product(scores.flatten(2, 3), u.transpose(2, 3), dtype).transpose(2, 3)    # (B,K,L,H,P)
         u = u.mul_(decay[..., -1, :].transpose(2, 3).unsqueeze(-1))     # decayed to the chunk's end
         written = (_side_by_side(u, G).mT @ B).view(*decay.shape[:3], P, N)
-        starts, state = _pass_on(state, from_start[..., -1], written, range(x.shape[1]))
+        starts, state = _between_chunks(state, from_start[..., -1], written, range(x.shape[1]))
         past = _heads(_product(C, starts.view(*B.shape[:3], -1, N).mT, dtype), P)
         past = past * from_start.transpose(2, 3).unsqueeze(-1)
         ctx.dtype = dtype
@@ -136,7 +136,7 @@ class _Chunked(torch.autograd.Function):
         # 2. through the states between the chunks, from the last to the first
         read = _side_by_side(dy * from_start.transpose(2, 3).unsqueeze(-1), G)
         keep, found = from_start[..., -1], (read.mT @ C).view(*decay.shape[:3], P, -1)
-        ends, d_start = _pass_on(d_state, keep, found, reversed(range(x.shape[1])))
+        ends, d_start = _between_chunks(d_state, keep, found, reversed(range(x.shape[1])))
         ends = ends.view_as(starts)
         kept = keep * (ends * starts).view(*keep.shape, -1).sum(-1)
         dC = product(read, starts) + d_products @ B
