@@ -43,7 +43,8 @@ LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_RUN + 1},}}|(?<!\s)\s{{{LONGEST_RUN
 # alike wherever it stands
 BLANKS = ('\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000'
           + ''.join(map(chr, range(0x2000, 0x200B))))
-UNIT = re.compile(f'[{BLANKS}]+[^{BLANKS}]+')
+# found at the run's beginning alone: looked for at each blank, a long run would take its length squared
+UNIT = re.compile(f'(?<![{BLANKS}])[{BLANKS}]+[^{BLANKS}]+')
 
 # distinct words, and distinct units, that train_bpe counts at a time
 MOST_WORDS, MOST_UNITS = 2_000_000, 1_000_000
