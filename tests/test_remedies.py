@@ -181,7 +181,7 @@ MISTAKES = [
     train('--n_layer=2.5'), train('--n_layer', 'config/tiny.py'),
     again(), again('--init_from=resume', '--n_layer=3'), again('--init_from=resume', '--max_iters=3'),
     lambda: ['train.py', *runs.toy(next(runs.names), dataset=runs.TMP / 'new', **SHORT)],
-    sample('--top_k=0'), sample('--temperature=-1'), sample('--num_samples=0'), sample('--quant=int4'),
+    sample('--top_k=0'), sample('--temperature=-1'), sample('--num_samples=0'), sample('--quant=int2'),
     sample('--out_dir=nothing'), sample('--strat=x'), sample('--device=gpu'), sample('--dtype=fp16'),
     sample('--top_p=2'), sample('--draft=nothing'), sample('--kernels=all'), sample('--repetition_penalty=0'),
     llama('--vary=norm=batchnorm'), llama('--vary=nrom=layernorm'), llama('--vary=norm'), llama(),
@@ -238,7 +238,7 @@ def test_what_a_message_advises_works(mistake, monkeypatch):
     new = f'--out_dir={runs.trained()}' not in argv
     refused = run(argv)
     runs.assert_refused(refused)
-    message = refused.err.strip()
+    message, = runs.sentences(refused)
     cures = remedies(message, argv)
     assert cures, f'{message!r} names no remedy that this test knows'
     for cure in cures:

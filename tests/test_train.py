@@ -330,8 +330,8 @@ def test_a_later_end_moves_the_schedule_and_says_so(tmp_path):
 
 def test_a_finished_run_says_that_it_was_finished(run_copy):
     out = resume(run_copy)
-    assert 'all 60 steps were made' in out and '--max_iters' in out
-    assert 'all 60 steps were made' not in resume(run_copy, max_iters=65)
+    assert 'the last step, 60, was made' in out and '--max_iters' in out
+    assert 'the last step, 60, was made' not in resume(run_copy, max_iters=65)
 
 
 def test_resume_takes_a_moved_run_and_repeated_flags(run_copy):
