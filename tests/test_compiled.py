@@ -72,10 +72,10 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph_for_each_kind(kind, r
     flags, *kinds = DEEP[kind]
     torch._dynamo.reset()
     graphs, compiler = Graphs(), torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda f: compiler(f, backend=graphs, fullgraph=True))
+    monkeypatch.setattr(torch, 'compile', lambda f, mode: compiler(f, backend=graphs, fullgraph=True))
     model = build(flags, n_layer=12).train()
     monkeypatch.setattr(parallel, 'shard', lambda model, dtype: model)
-    parallel.wrap(model, 'float32', compiled=True, recompute=recompute, sharded=not recompute)
+    parallel.wrap(model, 'float32', compile_mode='default', recompute=recompute, sharded=not recompute)
     loss_and_gradients(model, model, flags, autocast=False)
     assert graphs.count == kinds[recompute], f'12 blocks made {graphs.count} graphs of {kinds[recompute]}'
 
