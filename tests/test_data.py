@@ -800,7 +800,7 @@ def test_web_corpora_take_local_files_and_a_number_of_documents(web, tmp_path, m
     texts = [text for text in random_texts(500, seed=10)[:300] if text]
     assert meta['tokenizer'] == {'kind': 'tiktoken', 'name': 'gpt2'} and meta['train_documents'] < len(texts)
     assert sorted(texts_of(tmp_path, 'train') + texts_of(tmp_path, 'val')) == sorted(texts)
-    for flags, sentence in [([f'--input={ROOT / "data"}'], 'all .jsonl or all .parquet'),
+    for flags, sentence in [([f'--input={ROOT / "docs"}'], 'all .jsonl or all .parquet'),
                             ([f'--input={web["jsonl"]}', '--column=body'], 'choose one of id, text'),
                             ([f'--input={web["jsonl"]}', '--column=id'], "no text in column 'id'"),
                             (['--tokenizer=bpe'], 'needs a pass over all text')]:
