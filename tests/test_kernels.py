@@ -737,7 +737,7 @@ def test_each_of_the_three_calls_is_planned_to_take_less_than_nine_minutes(tmp_p
         assert any(all(word in name for word in words) for name in planned['train']), words
 
 
-def test_results_of_an_earlier_call_stay_unless_measured_again_or_elsewhere(tmp_path):
+def test_results_of_an_earlier_call_stay_unless_measured_again_or_elsewhere(tmp_path, monkeypatch):
     first = gpu.Measurement(tmp_path, 60, True, ['train', 'curve'])
     first.item('machine', 'environment', lambda: gpu.environment(first), 0)
     first.item('train', 'old', lambda: 1, 0)
@@ -747,8 +747,8 @@ def test_results_of_an_earlier_call_stay_unless_measured_again_or_elsewhere(tmp_
     first.write()
     second = gpu.Measurement(tmp_path, 60, True, ['train'])
     assert second.found == {'curve': {'old': 1}, 'skipped': ['curve: long'], 'failed': {}}
-    elsewhere = gpu.Measurement(tmp_path, 60, False, ['train'])
-    assert elsewhere.found == {'skipped': [], 'failed': {}}
+    monkeypatch.setattr(gpu, 'environment', lambda m: {'card': 'another'})
+    assert gpu.Measurement(tmp_path, 60, True, ['train']).found == {'skipped': [], 'failed': {}}
 
 
 def test_a_model_whose_compiled_gradients_are_wrong_is_not_timed(tmp_path, monkeypatch):
