@@ -3,7 +3,7 @@ Weights in the forms that a decoding step reads fastest. A step of one row does 
 once, so half or a quarter of the bytes makes it up to two or four times as fast. Norms, embeddings and the
 cache keep their type.
 
-    none    the same weights; on a CPU, in the order in which the kernels of oneDNN read them
+    none    the same weights; on a CPU, in the order in which it reads them fastest
     int8    each output row has its own scale, the largest absolute weight / 127
     int4    64 weights share a scale and an offset; 4.5 bits a weight. On a CPU
 
@@ -108,11 +108,15 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed):
-    """The weights as they are."""
+    """The weights as they are: fp32 in columns (I,N), 16-bit ones in the blocks of oneDNN."""
 
     def __init__(self, weight, bias):
         super().__init__(weight, bias)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 512)
+        self.wide = weight.dtype == torch.float32
+        weight = weight.detach()
+        # the blocks fit many rows as well as one
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self.packed = weight.t().contiguous() if self.wide else reorder(weight, 512)
 
     @staticmethod
     def fits(weight):
@@ -120,6 +124,8 @@ class PackedLinear(Packed):
         return on_cpu(weight) and weight.dtype in ok and ok[weight.dtype]()
 
     def product(self, x):
+        if self.wide:
+            return x @ self.packed if self.bias is None else torch.addmm(self.bias, x, self.packed)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
 
