@@ -231,12 +231,13 @@ def differences(a, b, path=''):
 
 def assert_same_run(a, b):
     """Two runs have the same metrics and the same checkpoints."""
-    assert curve(a) == curve(b)
+    assert curve(a) == curve(b), 'metrics.jsonl'
     for name in ('ckpt.pt', 'best.pt'):
         one, two = load(a, name), load(b, name)
         for key in ('settings', 'seconds', 'wandb_id'):
             one.pop(key, None), two.pop(key, None)
-        assert not differences(one, two)
+        found = differences(one, two)
+        assert not found, f'{name}: {found}'
 
 
 def assert_refused(done, *words):

@@ -1045,6 +1045,14 @@ checkpoint.save = lambda *args, **kwargs: os.kill(os.getpid(), 9)'''
     assert_same_run(tmp_path / 'run', trained())
 
 
+def test_a_signal_in_the_last_evaluation_leaves_no_step_to_do_and_the_same_checkpoint(tmp_path):
+    short = dict(max_iters=40, lr_decay_iters=40, always_save_checkpoint=False)
+    done = python('train.py', *toy(tmp_path / 'run', **short), before=IN_EVALUATION)
+    assert done.code == stopping.STOPPED and load(tmp_path / 'run')['step'] == 40, done
+    resume(tmp_path / 'run')
+    assert_same_run(tmp_path / 'run', trained(**short))
+
+
 @pytest.mark.parametrize('clock', ['lambda: 1.0', 'lambda: next(ticks)'], ids=['stands still', 'goes back'])
 def test_a_bad_clock_does_not_end_the_run(tmp_path, clock):
     done = python('train.py', *toy(tmp_path / 'run'), before=f'''

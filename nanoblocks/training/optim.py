@@ -64,9 +64,8 @@ class Optimizers:
         finite = torch.isfinite(grad_norm)
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.grad_clip, grad_norm)
+        self.set_rates(step)
         for opt in self.each:
-            for group in opt.param_groups:
-                group['lr'] = group['peak_lr'] * self.lr_fraction(step)
             opt.found_inf = 1 - finite.float() if self.fused else None
             if self.fused or finite:
                 opt.step()
@@ -75,6 +74,11 @@ class Optimizers:
         if self.average:
             self.average.update(step)
         return grad_norm
+
+    def set_rates(self, step: int) -> None:
+        for opt in self.each:
+            for group in opt.param_groups:
+                group['lr'] = group['peak_lr'] * self.lr_fraction(step)
 
     def averaged(self):
         """A context in which the model has the averaged weights, if there are any."""
@@ -87,6 +91,8 @@ class Optimizers:
 
     def load(self, saved: dict) -> None:
         load_state(self.each, saved['optimizers'])
+        # a run with no step left to do saves the rates of its last one
+        self.set_rates(max(0, saved['step'] - 1))
         if saved['scaler']:
             self.scaler.load_state_dict(saved['scaler'])
         if self.average and saved['ema']:
