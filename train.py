@@ -28,7 +28,7 @@ import torch
 
 from configurator import configure, errors_as_messages, plain_settings
 from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
-from kernels import use_attention, use_kernels
+from kernels import use_attention, use_head_dtype, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
 from nanoblocks.commandline import refuse_words, warn_of_unread
@@ -91,9 +91,10 @@ wsd_decay = 0.6                     # wsd: fraction of lr_decay_iters spent in t
 # machine
 device = 'auto'                     # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                      # matrix products: auto, float32, bfloat16, float16; weights stay float32
-kernels = 'auto'                    # on a GPU: auto, torch (plain PyTorch), triton (wherever possible)
+kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all), mamba_ssm (that package's)
 attention = 'auto'                  # plain causal attention on a GPU: auto (PyTorch's), fa3, fa4 (packages)
 stream_dtype = 'float32'            # the residual stream: float32, or bfloat16 beside dtype=bfloat16
+head_dtype = 'auto'                 # products of the head in training: auto (dtype), float8 (fast on an H100)
 compile: bool | None = None         # torch.compile; None: where it pays, on a GPU and in long runs on a CPU
 compile_mode = 'default'            # torch.compile's mode: default, or max-autotune-no-cudagraphs
 deterministic: bool | None = None   # the same bits in every run; None: on a CPU, where it costs nothing
@@ -149,6 +150,7 @@ with errors_as_messages():
     hardware.check_device(device)
     use_kernels(kernels, device)
     use_attention(attention, device)
+    use_head_dtype(head_dtype)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
 failure_watch = parallel.start(device_type, backend) if world > 1 else None

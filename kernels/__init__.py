@@ -6,7 +6,8 @@ plain PyTorch function that defines it, then Triton kernels for its forward and 
 The Triton kernels run when the first argument is on a GPU, Triton is installed and the kernels take these
 arguments (`ok`); otherwise plain PyTorch does. Operations that torch.compile fuses with their neighbours are
 left to it in a compiled model. `use_kernels` overrules this, for ablations: --kernels=torch is plain PyTorch
-everywhere, --kernels=triton is Triton wherever it can run, compiled or not.
+everywhere, --kernels=triton is Triton wherever it can run, compiled or not, and --kernels=mamba_ssm gives
+state spaces to the packages of their authors (packages.py).
 
 Attention has more ways than two to run, and makes its choice in attention.py.
 """
@@ -25,6 +26,7 @@ from . import (
     gated,
     grouped_linear,
     linear_cross_entropy,
+    packages,
     rms_norm,
     rope,
     selective_scan,
@@ -66,7 +68,7 @@ OPS = {
     'grouped_linear': Op(grouped_linear.grouped_linear, grouped_linear.fused, grouped_linear.ok,
                          grouped_linear.cases),
 }
-CHOICES = ('auto', 'torch', 'triton')
+CHOICES = ('auto', 'torch', 'triton', 'mamba_ssm')
 
 
 def use_kernels(choice, device='cuda'):
@@ -79,6 +81,13 @@ def use_kernels(choice, device='cuda'):
     if choice == 'triton' and not (str(device).startswith('cuda') or INTERPRETED):
         raise ValueError(f'kernels=triton must run on a GPU and device={device}: choose kernels=auto, or, to '
                          'test kernels at a thousandth of the speed, set TRITON_INTERPRET=1')
+    if choice == 'mamba_ssm':
+        if not str(device).startswith('cuda'):
+            raise ValueError(f'kernels=mamba_ssm must run on a GPU and device={device}: choose kernels=auto')
+        if missing := packages.missing():
+            raise ValueError(f'kernels=mamba_ssm needs packages that do not load: {", ".join(missing)}: run '
+                             'pip install mamba-ssm causal-conv1d --no-build-isolation, or choose '
+                             'kernels=auto')
     common.backend = choice
 
 
@@ -111,12 +120,25 @@ def use_attention(choice, device='cuda'):
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+HEAD_DTYPES = ('auto', 'float8')
+
+
+def use_head_dtype(choice):
+    """Choose the numbers that the output head multiplies in training: those of other products, or 8 bits."""
+    if choice not in HEAD_DTYPES:
+        raise ValueError(f'head_dtype={choice} must be one of {", ".join(HEAD_DTYPES)}')
+    common.head_dtype = choice
+
+
 def _dispatch(name):
     """The operation: Triton where it runs for these arguments, otherwise plain PyTorch."""
     op = OPS[name]
+    package, package_ok = packages.OPS.get(name, (None, None))
 
     @functools.wraps(op.plain)
     def run(*args, **options):
+        if package and common.backend == 'mamba_ssm' and package_ok(*args, **options):
+            return package(*args, **options)
         fused = runs_triton(args[0], op.compiles) and op.ok(*args, **options)
         return (op.fused if fused else op.plain)(*args, **options)
     return run

@@ -11,8 +11,10 @@ HAS_TRITON = importlib.util.find_spec('triton') is not None
 # TRITON_INTERPRET=1 runs kernels on a CPU, some thousand times slower: for tests
 INTERPRETED = HAS_TRITON and os.environ.get('TRITON_INTERPRET') == '1'
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# 'auto', 'torch' or 'triton': kernels.use_kernels sets it
+# 'auto', 'torch', 'triton' or 'mamba_ssm': kernels.use_kernels sets it
 backend = 'auto'
+# 'auto' or 'float8', of the products of the output head in training: kernels.use_head_dtype sets it
+head_dtype = 'auto'
 
 
 def runs_triton(x, compiles=False):
@@ -21,7 +23,7 @@ def runs_triton(x, compiles=False):
     kernel of the plain operation as well, and fuses it with its neighbours.
     """
     here = HAS_TRITON and (x.is_cuda or (INTERPRETED and backend == 'triton'))
-    left = backend == 'torch' or (backend == 'auto' and compiles and torch.compiler.is_compiling())
+    left = backend == 'torch' or (backend != 'triton' and compiles and torch.compiler.is_compiling())
     return here and not left
 
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import common, float8
 from .common import at_least_fp32, cdiv, check, clamp, fits, kernel, pow2, randint, randn, tanh, tl
 
 # Chunks of logits take about CHUNK_BYTES, which makes their products worth a loop. More than MAX_CHUNKS would
@@ -61,7 +62,7 @@ def _buffer(x, weight, n_chunk):
     """
     if torch.compiler.is_compiling():
         return None
-    return x.new_empty(cdiv(x.shape[0], n_chunk), cdiv(weight.shape[0], 32) * 32)
+    return x.new_empty(cdiv(x.shape[0], n_chunk), cdiv(weight.shape[0], 32) * 32)[:, :weight.shape[0]]
 
 
 def _loss(z, targets, softcap, z_weight, scale):
@@ -93,12 +94,25 @@ def _loss(z, targets, softcap, z_weight, scale):
     return loss
 
 
+class _Weight:
+    """W (V,C) for products with both of its sides. float8.Weight makes them of 8 bits."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def logits(self, x, out):
+        return x @ self.weight.T if out is None else torch.mm(x, self.weight.T, out=out)
+
+    def gradient(self, dz, out=None):
+        return torch.mm(dz, self.weight, out=out)
+
+
 def _chunk(x, weight, targets, softcap, z_weight, scale, buffer):
     """Over one chunk of rows: the sum of the losses, and dz, `scale` times their gradient, or None."""
-    n, V = x.shape[0], weight.shape[0]
-    z = x @ weight.T if buffer is None else torch.mm(x, weight.T, out=buffer[:n, :V])
+    n = x.shape[0]
+    z = weight.logits(x, None if buffer is None else buffer[:n])
     if buffer is not None and x.is_cpu:
-        n = max(1, BLOCK_NUMEL // V)
+        n = max(1, BLOCK_NUMEL // z.shape[1])
     loss = sum(_loss(*rows, softcap, z_weight, scale) for rows in zip(z.split(n), targets.split(n)))
     return loss, z if scale is not None else None
 
@@ -130,12 +144,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_chunk = clamp(cdiv(x.shape[0] * weight.shape[0] * x.itemsize, CHUNK_BYTES), 1, MAX_CHUNKS)
         buffer, loss, dx = _buffer(x, weight, n_chunk), 0.0, []
         dw = torch.zeros_like(weight, dtype=mean.dtype) if grads else None
+        factor = (float8.Weight if common.head_dtype == 'float8' and grads else _Weight)(weight)
         with torch.autocast(device, enabled=False):
             for xs, ts in zip(x.chunk(n_chunk), targets.chunk(n_chunk)):
-                part, dz = _chunk(xs, weight, ts, softcap, z_weight, scale, buffer)
+                part, dz = _chunk(xs, factor, ts, softcap, z_weight, scale, buffer)
                 loss = loss + part
                 if grads:
-                    dx.append(dz @ weight)
+                    dx.append(factor.gradient(dz))
                     # summed in fp32 whatever the products' dtype, or late chunks would be rounded away
                     _add_product(dw, dz.T, xs)
         if grads:
@@ -228,7 +243,7 @@ def _accumulate(total, a, b):
 
 @torch.library.custom_op('nanoblocks::linear_cross_entropy', mutates_args=())
 def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
-             z_weight: float, grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+             z_weight: float, grads: bool, eight_bits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     (loss, dx, dW, count of rows that count): gradients of the sum of losses, empty unless they are asked for.
     """
@@ -245,15 +260,16 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
     count = (targets >= 0).sum().clamp(min=1)
     block = clamp(pow2(V), 64, 2048)
     # products in the dtype of their inputs, under any autocast of the caller
+    factor = (float8.Weight if eight_bits else _Weight)(weight)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, N, max(1, n)):
             part = slice(start, min(start + n, N))
             z = buffer[:part.stop - start, :V]
-            torch.mm(x[part], weight.T, out=z)
+            factor.logits(x[part], z)
             _loss_kernel[(len(z),)](z, targets[part], losses[part], V, width, softcap or 1.0, z_weight,
                                     softcap is not None, grads, block, num_warps=4)
             if grads:
-                torch.mm(z, weight, out=dx[part])
+                factor.gradient(z, dx[part])
                 _accumulate(dw, z.T, x[part])
     return losses.sum() / count, dx, dw.to(_kept(weight)), count
 
@@ -264,7 +280,7 @@ def _kept(weight):
 
 
 @_forward.register_fake
-def _(x, weight, targets, softcap, z_weight, grads):
+def _(x, weight, targets, softcap, z_weight, grads, eight_bits):
     shapes = (x.shape, weight.shape) if grads else (0, 0)
     return (x.new_empty((), dtype=torch.float32), x.new_empty(shapes[0]),
             weight.new_empty(shapes[1], dtype=_kept(weight)), targets.new_empty((), dtype=torch.int64))
@@ -281,7 +297,7 @@ def _autograd(ctx, grad, *_):
     # one number in fp32 with one dimension: without, it would be rounded to the gradients' dtype. fp16 would
     # lose small gradients that were divided by the count before a loss scale in `grad` makes them large
     scale = (grad / count).view(1)
-    return (dx * scale).to(dx.dtype), (dw * scale).to(ctx.dtype), None, None, None, None
+    return (dx * scale).to(dx.dtype), (dw * scale).to(ctx.dtype), None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save)
@@ -296,7 +312,8 @@ def fused(x, weight, targets, softcap=None, z_weight=0.0):
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x, weight = x.to(torch.get_autocast_dtype(kind)), weight.to(torch.get_autocast_dtype(kind))
-    return _forward(x, weight.to(x.dtype), targets, softcap, z_weight, grads)[0]
+    eight_bits = grads and common.head_dtype == 'float8'
+    return _forward(x, weight.to(x.dtype), targets, softcap, z_weight, grads, eight_bits)[0]
 
 
 def cases():

@@ -204,6 +204,24 @@ def check_loss_scale(dtype):
     return wrong
 
 
+def check_eight_bits(dtype):
+    """Loss and gradients of the head with products of 8 bits, by the kernel and by plain PyTorch."""
+    generator, row, found = torch.Generator().manual_seed(0), kernels.OPS['linear_cross_entropy'], []
+    x = torch.randn(300, 32, generator=generator).to(getattr(torch, dtype)).requires_grad_()
+    weight = torch.randn(70, 32, generator=generator).to(x).requires_grad_()
+    targets = torch.randint(70, (300,), generator=generator)
+    targets[256:] = -1  # the kernel divides by the count later: with a power of 2, both round the same digits
+    for choice in ('float8', 'auto'):
+        kernels.use_head_dtype(choice)
+        for function in (row.plain, row.fused):
+            loss = function(x, weight, targets)
+            found.append([v.double() for v in (loss, *torch.autograd.grad(loss, (x, weight)))])
+    plain, fused, wide, _ = found
+    near, far = ([((a - b).norm() / b.norm()).item() for a, b in zip(fused, other)]
+                 for other in (plain, wide))
+    return [f'errors {near}'] * (max(near) > 1e-2) + [f'not rounded: {far}'] * (far[1] < 2e-2)
+
+
 def check_far_apart(op):
     """Tokens so far apart in memory that 32 bits do not hold the distance: the same results, bit by bit."""
     (T, H, D), found = (3, 2, 8), []

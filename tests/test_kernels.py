@@ -9,6 +9,8 @@ import math
 import os
 import subprocess
 import sys
+import types
+from collections import Counter
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels import float8
 from kernels.attention import visible
 from nanoblocks.experiments import gpu, gpu_models
 
@@ -792,6 +795,144 @@ def test_a_newer_flash_attention_is_activated_or_refused_in_a_sentence(monkeypat
 
 
 # ----------------------------------------------------------------------------------------------------------
+# The packages of state spaces: here modules with their functions, in their layouts and with their demands
+
+
+def channels_first_scan(u, delta, A, B, C, D, return_last_state):
+    """Where mamba_ssm documents selective_scan_fn: u and delta (B,I,T), B and C (B,N,T), one dtype."""
+    assert u.dtype == delta.dtype == B.dtype == C.dtype and A.dtype == D.dtype == torch.float32
+    assert all(v.is_contiguous() for v in (u, delta, B, C)) and return_last_state
+    s, y = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        step = delta[..., t, None]
+        s = (step * A).exp() * s + step * u[..., t, None] * B[:, None, :, t]
+        y.append((s * C[:, None, :, t]).sum(-1) + D * u[..., t])
+    return torch.stack(y, -1), s
+
+
+def chunked_scan(x, dt, A, B, C, chunk_size, D, initial_states, return_final_states):
+    assert x.dtype == B.dtype == C.dtype and dt.dtype == A.dtype == D.dtype == torch.float32
+    return kernels.OPS['ssd'].plain(x, dt, A, B, C, D, initial_states, chunk=chunk_size)
+
+
+def channels_first_conv(x, weight, bias, initial_states):
+    """x (B,I,T) with channels innermost, initial_states (B,I,W-1) likewise."""
+    assert x.stride(1) == initial_states.stride(1) == 1 and bias.dtype == weight.dtype
+    assert all(n % 8 == 0 for n in (x.shape[1], x.stride(0), x.stride(2)))
+    x = torch.cat((initial_states, x), 2)
+    return F.conv1d(x, weight.unsqueeze(1).to(x.dtype), bias.to(x.dtype), groups=x.shape[1])
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    calls = []
+
+    def package(name, **functions):
+        module = types.ModuleType(name)
+        for key, function in functions.items():
+            setattr(module, key, lambda *args, f=function, **options: calls.append(f) or f(*args, **options))
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ('mamba_ssm', 'mamba_ssm.ops', 'mamba_ssm.ops.triton'):
+        package(name)
+    package('mamba_ssm.ops.selective_scan_interface', selective_scan_fn=channels_first_scan)
+    package('mamba_ssm.ops.triton.ssd_combined', mamba_chunk_scan_combined=chunked_scan)
+    package('causal_conv1d', causal_conv1d_fn=channels_first_conv)
+    kernels.use_kernels('mamba_ssm', 'cuda')
+    yield calls
+    kernels.use_kernels('auto')
+
+
+def packaged_cases():
+    for name in ('ssd', 'selective_scan'):
+        yield from ((name, case) for case in kernels.OPS[name].cases().values())
+    for T, tail in ((9, None), (2, randn(2, 3, 16, seed=2)), (9, randn(2, 3, 16, seed=3))):
+        yield 'causal_conv', (randn(2, T, 16), randn(16, 4, seed=1), randn(16, seed=4), tail)
+
+
+def test_state_spaces_by_their_packages_are_ours(packages):
+    taken = Counter()
+    for name, args in packaged_cases():
+        args = [v if v is None else v.detach().float().requires_grad_() for v in args]
+        inputs, results, before = [v for v in args if v is not None], [], len(packages)
+        for function in (getattr(kernels, name), kernels.OPS[name].plain):
+            y, state = function(*args)
+            loss = (y * randn(*y.shape, seed=8)).sum()
+            if name != 'selective_scan':
+                loss = loss + (state * randn(*state.shape, seed=9)).sum()
+            results.append([y, state, *torch.autograd.grad(loss, inputs, allow_unused=True)])
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+        taken[name] += len(packages) > before
+    assert taken['ssd'] > 3 and taken['selective_scan'] == 1 and taken['causal_conv'] == 3, taken
+
+
+def test_no_gradient_of_a_state_is_lost(packages):
+    case = kernels.OPS['selective_scan'].cases()['no state'][:-1]
+    args = [v.detach().float().requires_grad_() for v in case]
+    y, state = kernels.selective_scan(*args)
+    assert packages
+    with pytest.raises(RuntimeError, match='kernels=mamba_ssm has no gradient of the state'):
+        (y.sum() + state.sum()).backward()
+
+
+def test_packages_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mamba_ssm', None)
+    monkeypatch.setitem(sys.modules, 'causal_conv1d', types.ModuleType('causal_conv1d'))
+    with pytest.raises(ValueError, match=r'do not load: mamba_ssm \(.*\): run pip install'):
+        kernels.use_kernels('mamba_ssm', 'cuda')
+    with pytest.raises(ValueError, match='kernels=mamba_ssm must run on a GPU and device=cpu'):
+        kernels.use_kernels('mamba_ssm', 'cpu')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The head in 8 bits
+
+
+@pytest.fixture
+def eight_bits():
+    kernels.use_head_dtype('float8')
+    yield
+    kernels.use_head_dtype('auto')
+
+
+@pytest.mark.parametrize('kind, digits, smallest', [(float8.NUMBERS, 3, -6), (float8.GRADIENTS, 2, -14)])
+@pytest.mark.parametrize('size', [1e-9, 1.0, 1e9])
+def test_eight_bits_keep_the_digits_of_their_format(kind, digits, smallest, size):
+    v = size * randn(200, 40).exp()
+    got = float8.emulated(v, kind)
+    largest = torch.finfo(kind).max
+    assert got.max() >= v.max() * (1 - 2.0**-digits) and (got.max() / v.max() - 1).abs() <= 2.0**-(digits + 1)
+    normal = v > 4 * v.max() * 2.0**smallest / largest
+    assert ((got - v).abs() / v)[normal].max() <= 2.0**-(digits + 1) and normal.sum() > 1000
+    assert torch.equal(float8.emulated(torch.zeros(3), kind), torch.zeros(3))
+
+
+def rounded_head(x, weight, targets):
+    """Loss and gradients of x and W by their definitions; z and dx are products of rounded factors."""
+    x8, weight8 = (float8.emulated(v, float8.NUMBERS) for v in (x, weight))
+    z = (x8 @ weight8.T).double()
+    dz = (z.softmax(-1) - F.one_hot(targets.clamp(min=0), len(weight))) * (targets >= 0).unsqueeze(1)
+    dz = dz / (targets >= 0).sum()
+    dx = float8.emulated(dz.float(), float8.GRADIENTS) @ weight8
+    return F.cross_entropy(z, targets, ignore_index=-1), dx, dz.float().T @ x
+
+
+def test_the_head_in_eight_bits_is_its_definition(eight_bits):
+    x, weight = randn(70, 24).float(), randn(300, 24, seed=1).float()
+    targets = torch.randint(-1, 300, (70,), generator=torch.Generator().manual_seed(2))
+    x.requires_grad_(), weight.requires_grad_()
+    loss = kernels.linear_cross_entropy(x, weight, targets)
+    got = loss, *torch.autograd.grad(loss, (x, weight))
+    want = rounded_head(x.detach(), weight.detach(), targets)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+    exact = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
+    assert 1e-4 < (loss - exact).abs() < 0.1
+    with torch.no_grad():  # an evaluation is not rounded
+        torch.testing.assert_close(kernels.linear_cross_entropy(x, weight, targets), exact)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Triton: on a CPU by its interpreter, in a process of its own (tests/fused.py), and on a GPU
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -843,6 +984,13 @@ def test_kernel_is_a_proper_operator_and_part_of_one_graph(job, interpreted):
 @needs_triton
 @every_job([['check_far_apart', op] for op in ('attention', 'decode_attention')])
 def test_tokens_may_be_further_apart_than_32_bits_count(job, interpreted):
+    wrong = interpreted[json.dumps(job)]
+    assert not wrong, '\n'.join(wrong)
+
+
+@needs_triton
+@every_job([['check_eight_bits', 'bfloat16']])
+def test_the_kernel_rounds_to_eight_bits_as_plain_pytorch_does(job, interpreted):
     wrong = interpreted[json.dumps(job)]
     assert not wrong, '\n'.join(wrong)
 

@@ -524,6 +524,12 @@ def test_a_stream_of_16_bits_learns_equally_well():
     assert narrow == pytest.approx(wide, abs=0.02) and narrow != wide
 
 
+def test_a_head_of_8_bits_learns_nearly_as_well():
+    settings = dict(log_interval=20, dtype='bfloat16')
+    wide, narrow = losses(trained(**settings)), losses(trained(**settings, head_dtype='float8'))
+    assert narrow == pytest.approx(wide, abs=0.02) and narrow != wide
+
+
 def test_every_block_reads_the_stream_in_its_dtype():
     model, seen = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=61)), []
     for block in model.h:
@@ -728,6 +734,8 @@ def test_without_a_compiler_training_is_eager(tmp_path):
     ('--dtype=fp16', ['dtype=fp16', 'float16']),
     ('--stream_dtype=bfloat16', ['stream_dtype=bfloat16', 'dtype=float32', '--dtype=bfloat16']),
     ('--stream_dtype=float16', ['stream_dtype=float16', 'float32', 'bfloat16']),
+    ('--head_dtype=float8', ['head_dtype=float8', 'dtype=float32', '--dtype=bfloat16']),
+    ('--head_dtype=fp8', ['head_dtype=fp8', 'auto', 'float8']),
     ('--compile_mode=max-autotune-no-cudagraphs', ['max-autotune-no-cudagraphs', '--compile=True']),
     ('--compile_mode=reduce-overhead', ['compile_mode=reduce-overhead', 'max-autotune-no-cudagraphs']),
     ('--batch_size=0', ['batch_size=0']),

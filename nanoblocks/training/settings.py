@@ -75,6 +75,8 @@ def check_machine(s, dtype, compiled):
          f'be float32 when dtype={dtype}: add --dtype=bfloat16')
     must('stream_dtype', not (s['shard'] and narrow),
          'be float32 when shard=True, where the stream is bfloat16 already')
+    must('head_dtype', dtype == 'bfloat16' or s['head_dtype'] == 'auto',
+         f'be auto when dtype={dtype}: add --dtype=bfloat16')
     must('compile_mode', compiled or s['compile_mode'] == 'default',
          'be default when nothing is compiled: add --compile=True')
 
