@@ -72,7 +72,7 @@ prefetch: int | None = None         # micro-batches that a thread loads in advan
 # optimizer
 optimizer = 'adamw'                 # adamw, or muon (Muon for the matrices in blocks, AdamW for the rest)
 learning_rate = 6e-4                # peak learning rate of AdamW
-muon_lr = 0.02                      # peak learning rate of Muon
+muon_lr = 0.014                     # peak learning rate of Muon
 group_lr = ''                       # peak rates by kind or name: 'embedding=3e-3,*.router.weight=1e-4'
 weight_decay = 0.1                  # weight decay of matrices and embeddings; vectors never decay
 cautious_decay = False              # Muon: decay a weight only where the update moves it towards zero too

@@ -23,7 +23,7 @@ batch_size = 16
 gradient_accumulation_steps = 1
 max_iters = 1500  # 16 x 256 = 4096 tokens a step
 optimizer = 'muon'
-muon_lr = 0.012
+muon_lr = 0.008
 learning_rate = 3e-3
 beta2 = 0.95
 weight_decay = 0.0

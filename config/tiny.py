@@ -17,6 +17,7 @@ max_iters = 550
 warmup_iters = 20
 lr_decay_iters = None
 optimizer = 'muon'
+muon_lr = 0.01  # after 250 steps, 0.007 and 0.014 are behind by 0.03 and 0.01
 learning_rate = 3e-3
 min_lr = 0.0
 schedule = 'wsd'
