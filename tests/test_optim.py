@@ -181,7 +181,7 @@ def test_rates_by_kind_and_by_name():
         matrix = name.startswith('h.') and name.endswith('weight') and 'ln_' not in name
         outer = name in ('wte.weight', 'wpe.weight', 'lm_head.weight')
         want = (0.04 if name == 'h.1.ffn.c_fc.weight' else 5e-3 if name.startswith('h.1.') else
-                0.02 if matrix else 3e-3 if outer else 1e-3)
+                0.014 if matrix else 3e-3 if outer else 1e-3)
         assert rate == want, name
 
 
@@ -189,7 +189,7 @@ def test_groups_are_printed(tmp_path):
     out = train(tmp_path / 'run', optimizer='muon', group_lr='vector=1e-3', max_iters=1)[1]
     row = r'optimizer (\w+) for (\d+) tensors of kind (\w+), \S+ parameters: lr (\S+), weight decay (\S+)'
     rows = re.findall(row, out)
-    assert rows == [('Muon', '8', 'matrix', '0.02', '0.1'), ('AdamW', '2', 'embedding', '0.003', '0.1'),
+    assert rows == [('Muon', '8', 'matrix', '0.014', '0.1'), ('AdamW', '2', 'embedding', '0.003', '0.1'),
                     ('AdamW', '18', 'vector', '0.001', '0')]
 
 
