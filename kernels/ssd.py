@@ -94,36 +94,34 @@ def _between_chunks(start, keep, added, order):
 
 class _Chunked(torch.autograd.Function):
     """
-    ssd of K chunks of L tokens: x (B,K,L,H,P), dt (B,K,L,H), B and C (B,K,L,G,N), all as wide as the state.
-    Products that no state depends on are of numbers in `dtype`. The backward pass is the one above, in half
-    the passes over (L,L) matrices that autograd makes.
+    What K chunks of L tokens read from their past: u = dt x (B,K,L,H,P), log_decay = dt A (B,K,L,H), B and C
+    (B,K,L,G,N), all as wide as the state. Products that no state depends on are of numbers in `dtype`. The
+    backward pass is the one above, in half the passes over (L,L) matrices that autograd makes.
     """
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, state, dtype):
+    def forward(ctx, u, log_decay, B, C, state, dtype):
         G, (P, N) = B.shape[3], state.shape[2:]
         B, C = B.transpose(2, 3), C.transpose(2, 3)                     # (B,K,G,L,N)
-        log_decay = (dt * A).transpose(2, 3)                            # (B,K,H,L)
+        log_decay = log_decay.transpose(2, 3)                           # (B,K,H,L)
         decay, from_start = segment_decay(log_decay), log_decay.cumsum(-1).exp_()
-        u = x * dt.unsqueeze(-1)
         scores = decay.unflatten(2, (G, -1)) * (C @ B.mT).unsqueeze(3)
         y = _product(scores.flatten(2, 3), u.transpose(2, 3), dtype).transpose(2, 3)    # (B,K,L,H,P)
-        u = u.mul_(decay[..., -1, :].transpose(2, 3).unsqueeze(-1))     # decayed to the chunk's end
-        written = (_side_by_side(u, G).mT @ B).view(*decay.shape[:3], P, N)
-        starts, state = _between_chunks(state, from_start[..., -1], written, range(x.shape[1]))
+        to_end = decay[..., -1, :].transpose(2, 3).unsqueeze(-1)        # (B,K,L,H,1)
+        written = (_side_by_side(u * to_end, G).mT @ B).view(*decay.shape[:3], P, N)
+        starts, state = _between_chunks(state, from_start[..., -1], written, range(u.shape[1]))
         past = _heads(_product(C, starts.view(*B.shape[:3], -1, N).mT, dtype), P)
         past = past * from_start.transpose(2, 3).unsqueeze(-1)
         ctx.dtype = dtype
-        ctx.save_for_backward(x, dt, A, B, C, D, decay, from_start, starts, past)
-        return torch.addcmul(past, D.unsqueeze(-1), x) + y, state
+        ctx.save_for_backward(u, log_decay, B, C, decay, from_start, starts, past)
+        return past + y, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, d_state):
-        x, dt, A, B, C, D, decay, from_start, starts, past = ctx.saved_tensors
-        G, P, product = B.shape[2], x.shape[4], partial(_product, dtype=ctx.dtype)
+        u, log_decay, B, C, decay, from_start, starts, past = ctx.saved_tensors
+        G, P, product = B.shape[2], u.shape[4], partial(_product, dtype=ctx.dtype)
         starts = starts.view(*B.shape[:3], -1, B.shape[4])              # (B,K,G,H/G P,N)
-        log_decay, u = (dt * A).transpose(2, 3), x * dt.unsqueeze(-1)
         to_end = decay[..., -1, :].transpose(2, 3).unsqueeze(-1)        # (B,K,L,H,1)
         # 1. within the chunk: a token's own part does not decay
         products, (dy_heads, u_heads) = C @ B.mT, (v.transpose(2, 3) for v in (dy, u))
@@ -136,21 +134,33 @@ class _Chunked(torch.autograd.Function):
         # 2. through the states between the chunks, from the last to the first
         read = _side_by_side(dy * from_start.transpose(2, 3).unsqueeze(-1), G)
         keep, found = from_start[..., -1], (read.mT @ C).view(*decay.shape[:3], P, -1)
-        ends, d_start = _between_chunks(d_state, keep, found, reversed(range(x.shape[1])))
+        ends, d_start = _between_chunks(d_state, keep, found, reversed(range(u.shape[1])))
         ends = ends.view_as(starts)
         kept = keep * (ends * starts).view(*keep.shape, -1).sum(-1)
         dC = product(read, starts) + d_products @ B
         dB = product(_side_by_side(u * to_end, G), ends) + d_products.mT @ C
         written = _heads(product(B, ends.mT), P) * to_end
         into = (u * written).sum(-1).transpose(2, 3)
-        du = du + written
+        du = du.add_(written)
         # 3. where a token forgets everything, only the rounding of large sums is left: drop it
         d_decay = crossing.flip(-1).cumsum(-1).flip(-1) + into.cumsum(-1) - into + kept.unsqueeze(-1)
         d_decay = torch.where(log_decay > -30, d_decay, 0).transpose(2, 3)      # (B,K,L,H)
-        d_dt = torch.addcmul((x * du).sum(-1), A, d_decay)
-        dx = (du * dt.unsqueeze(-1)).addcmul_(D.unsqueeze(-1), dy)
-        dA, dD = ((a * b).flatten(0, 2).sum(0) for a, b in ((dt, d_decay), (dy, x)))
-        return dx, d_dt, dA, dB.transpose(2, 3), dC.transpose(2, 3), dD.sum(-1), d_start, None
+        return du, d_decay, dB.transpose(2, 3), dC.transpose(2, 3), d_start, None
+
+
+def chunked(u, log_decay, B, C, state, chunk=CHUNK, dtype=None):
+    """
+    y_t = s_t C_t of s_t = exp(log_decay_t) s_{t-1} + u_t B_t^T: u (B,T,H,P), log_decay (B,T,H), B and C (B,T,G,N),
+    state (B,H,P,N), all of one dtype, which y (B,T,H,P) and the state behind the last token have; dtype: of
+    products that no state depends on, None for the same.
+    """
+    T = u.shape[1]
+    chunk, tokens = min(chunk, T), (u, log_decay, B, C)
+    if T % chunk:  # tokens of zeros fill the last one, which leaves the state as it is
+        tokens = [F.pad(v, [0, 0] * (v.dim() - 2) + [0, -T % chunk]) for v in tokens]
+    tokens = [v.unflatten(1, (-1, chunk)) for v in tokens]
+    y, state = _Chunked.apply(*tokens, state, u.dtype if dtype is None else dtype)
+    return y.flatten(1, 2)[:, :T], state
 
 
 def ssd(x, dt, A, B, C, D, state=None, chunk=CHUNK):
@@ -166,13 +176,10 @@ def ssd(x, dt, A, B, C, D, state=None, chunk=CHUNK):
         if T == 1:  # generating: nothing to gain from chunks
             return ssd_reference(x, dt, A, B, C, D, state)
         state = x.new_zeros(batch, H, P, B.shape[-1], dtype=wide) if state is None else state.to(wide)
-        chunk, narrow = min(chunk, T), torch.bfloat16 if x.dtype == torch.bfloat16 else wide
-        tokens = [v.to(wide) for v in (x, dt, B, C)]
-        if T % chunk:  # tokens with dt = 0 fill the last one
-            tokens = [F.pad(v, [0, 0] * (v.dim() - 2) + [0, -T % chunk]) for v in tokens]
-        wide_x, dt, B, C = (v.unflatten(1, (-1, chunk)) for v in tokens)
-        y, state = _Chunked.apply(wide_x, dt, A.to(wide), B, C, D.to(wide), state, narrow)
-        return y.flatten(1, 2)[:, :T].to(x.dtype), state
+        wide_x, dt, B, C = (v.to(wide) for v in (x, dt, B, C))
+        y, state = chunked(wide_x * dt.unsqueeze(-1), dt * A, B, C, state, chunk,
+                           torch.bfloat16 if x.dtype == torch.bfloat16 else wide)
+        return torch.addcmul(y, D.to(wide).unsqueeze(-1), wide_x).to(x.dtype), state
 
 
 # ----------------------------------------------------------------------------------------------------------
