@@ -239,9 +239,9 @@ def rope_width(c):
     """Coordinates of a head that rotate."""
     return c.rope_head_dim or round(c.head_dim * c.rope_fraction)
 
-def rope_plain(c, length, theta=None):
+def rope_plain(c, length, theta=None, width=None):
     """theta^(-2j/D) for pair j of D/2 -> (D/2,) fp64"""
-    width = rope_width(c)
+    width = width or rope_width(c)
     return (theta or c.rope_theta) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
 
 
@@ -922,14 +922,15 @@ def step_bias(shape, generator):
     return dt + torch.log(-torch.expm1(-dt))
 
 class CausalConv(nn.Module):
-    """Mixes each channel over the last W tokens, then SiLU."""
+    """Mixes each channel over the last W tokens, then an activation."""
 
-    def __init__(self, channels, c):
+    def __init__(self, channels, taps, bias, act=F.silu):
         super().__init__()
         # nn.Conv1d's own: a std of 0.02 would all but silence the channels
-        init = partial(uniform, bound=c.ssm_conv ** -0.5)
-        self.weight = param(channels, c.ssm_conv, init=init)
-        self.bias = param(channels, init=init) if c.conv_bias else None
+        init = partial(uniform, bound=taps ** -0.5)
+        self.weight = param(channels, taps, init=init)
+        self.bias = param(channels, init=init) if bias else None
+        self.act = act
 
     def forward(self, x, ctx, tail):
         """x (B,T,I), tail (B,W-1,I) or None -> (B,T,I) and the new tail"""
@@ -938,7 +939,7 @@ class CausalConv(nn.Module):
                 tail = x.new_zeros(x.shape[0], self.weight.shape[1] - 1, x.shape[2])
             tail, x = close_gap(tail, x, ctx.pos)
         y, tail = ops.causal_conv(x, self.weight, self.bias, tail)
-        return F.silu(y), tail
+        return self.act(y), tail
 
 class StepProjection(Linear):
     """Mamba's projection of ssm_dt_rank numbers per token to a step size dt per channel."""
@@ -964,7 +965,8 @@ class StateSpace(nn.Module):
 
     def flops(self, T):
         """As for attention: `work` operations per number of the state, and 2 per tap of the convolution."""
-        return 3 * (self.work * math.prod(self.cache_shapes[1]) + 2 * self.conv1d.weight.numel())
+        taps = 0 if self.conv1d is None else self.conv1d.weight.numel()
+        return 3 * (self.work * math.prod(self.cache_shapes[1]) + 2 * taps)
 
 class Mamba1(StateSpace):
     """
@@ -979,7 +981,7 @@ class Mamba1(StateSpace):
         inner, N, rank = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_dt_rank
         self.widths, self.cache_shapes = (rank, N, N), ((c.ssm_conv - 1, inner), (inner, N))
         self.in_proj = Linear(c.n_embd, 2 * inner, c.ssm_bias)      # the input and its gate, side by side
-        self.conv1d = CausalConv(inner, c)
+        self.conv1d = CausalConv(inner, c.ssm_conv, c.conv_bias)
         self.x_proj = Linear(inner, sum(self.widths), bias=False)    # dt, B and C
         self.dt_proj = StepProjection(rank, inner)
         self.A_log = param(inner, N, init=s4d_real)
@@ -1033,7 +1035,7 @@ class Mamba2(StateSpace):
         self.widths = (inner, G * N, G * N)
         self.cache_shapes = (c.ssm_conv - 1, sum(self.widths)), self.state_shape
         self.in_proj = Linear(c.n_embd, inner + sum(self.widths) + heads, c.ssm_bias)    # gate, (x, B, C), dt
-        self.conv1d = CausalConv(sum(self.widths), c)
+        self.conv1d = CausalConv(sum(self.widths), c.ssm_conv, c.conv_bias)
         self.dt_bias = param(heads, init=step_bias)
         self.A_log = param(heads, init=mamba2_decay)
         self.D = param(heads, init=ones)
@@ -1083,6 +1085,291 @@ class SSMFlags:
             yield 'ssm_groups', heads % c.ssm_groups == 0, f'divide the {heads} heads of the state space'
             yield ('ssm_dt_max', c.ssm_dt_max is None or c.ssm_dt_max > c.ssm_dt_min,
                    f'be above ssm_dt_min={c.ssm_dt_min}')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Recurrences: linear attention, RetNet, GLA, DeltaNet, gated DeltaNet, KDA, Lightning attention, mLSTM
+#
+#   S <- decay S - k (e^T S) + k v^T        a head's state, K keys by V values: forget, erase, write
+#   y  = q^T S                              read
+#
+# Attention keeps every key and value. A recurrence adds their products up in S, of one size however long the
+# text. rnn_decay says what is forgotten, rnn_erase what is taken out before a write, rnn_input how much a
+# token weighs; rnn_feature and rnn_unit say what queries and keys are.
+
+def elu1(x):
+    """A positive feature, so that q.k is a weight (Katharopoulos et al. 2020)."""
+    return F.elu(x) + 1
+
+def unit_length(x):
+    return x * torch.rsqrt(ops.at_least_fp32(x).square().sum(-1, keepdim=True) + 1e-6)
+
+def low_rank(c, n_out, rank, bias=False):
+    """A projection of the stream, through `rank` numbers or, if that is None, direct."""
+    if rank is None:
+        return Linear(c.n_embd, n_out, bias)
+    return nn.Sequential(Linear(c.n_embd, rank, bias=False), Linear(rank, n_out, bias))
+
+class NoDecay(nn.Module):
+    """Log decays of 0. Each class here: x (B,T,C) -> log decays (B,T,H,1) or (B,T,H,K), fp32, at most 0."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.shape = c.rnn_heads, 1
+
+    def forward(self, x):
+        return x.new_zeros(*x.shape[:2], *self.shape, dtype=torch.float32)
+
+class FixedDecay(NoDecay):
+    """A rate for each head, the same for every token."""
+
+    def __init__(self, c, layer):
+        super().__init__(c, layer)
+        rates = torch.tensor(self.rates(c, layer), dtype=torch.float64)
+        # as integers, like the bits of Frequencies
+        self.register_buffer('bits', rates.float().view(torch.int32), persistent=False)
+
+    def forward(self, x):
+        return self.bits.view(torch.float32).view(1, 1, *self.shape).expand(*x.shape[:2], *self.shape)
+
+class RetNetDecay(FixedDecay):
+    """log(1 - 2^(-5-h)) for head h (Sun et al. 2023, https://arxiv.org/abs/2307.08621)."""
+
+    @staticmethod
+    def rates(c, layer):
+        return [math.log1p(-2.0 ** (-5 - h)) for h in range(c.rnn_heads)]
+
+class LightningDecay(FixedDecay):
+    """ALiBi's slopes, less of them in later layers (Lightning attention: MiniMax-01, arXiv 2501.08313)."""
+
+    @staticmethod
+    def rates(c, layer):
+        less = 1 - layer / (c.n_layer - 1 + 1e-5) + 1e-5
+        return [-2.0 ** (-8 * (h + 1) / c.rnn_heads) * less for h in range(c.rnn_heads)]
+
+class TokenDecay(NoDecay):
+    """-exp(A) softplus(f(x) + bias), as in Mamba-2; with rnn_floor: floor * sigmoid(exp(A) (f(x) + bias))."""
+    per_key = False
+
+    def __init__(self, c, layer):
+        super().__init__(c, layer)
+        self.shape, self.floor = (c.rnn_heads, c.rnn_key_dim if self.per_key else 1), c.rnn_floor
+        self.f = low_rank(c, math.prod(self.shape), c.rnn_decay_rank)
+        self.A_log = param(c.rnn_heads, init=mamba2_decay)
+        self.dt_bias = param(math.prod(self.shape), init=step_bias)
+
+    def forward(self, x):
+        f = (ops.at_least_fp32(self.f(x)) + ops.at_least_fp32(self.dt_bias)).unflatten(-1, self.shape)
+        rate = torch.exp(ops.at_least_fp32(self.A_log)).unsqueeze(-1)
+        return -rate * F.softplus(f) if self.floor is None else self.floor * torch.sigmoid(rate * f)
+
+class KeyDecay(TokenDecay):
+    """TokenDecay with a rate for each key (KDA: Kimi Linear 2025, https://arxiv.org/abs/2510.26692)."""
+    per_key = True
+
+class SigmoidDecay(NoDecay):
+    """The log of a forget gate sigmoid(f(x)): mLSTM (Beck et al. 2024, https://arxiv.org/abs/2405.04517)."""
+
+    def __init__(self, c, layer):
+        super().__init__(c, layer)
+        self.f, self.cap = low_rank(c, c.rnn_heads, c.rnn_decay_rank, bias=True), c.rnn_gate_cap
+
+    def forward(self, x):
+        return F.logsigmoid(soft_capped(ops.at_least_fp32(self.f(x)), self.cap)).unsqueeze(-1)
+
+class SlowDecay(NoDecay):
+    """log sigmoid(f(x)) / 16 for each key: GLA (Yang et al. 2023, https://arxiv.org/abs/2312.06635)."""
+
+    def __init__(self, c, layer):
+        super().__init__(c, layer)
+        self.shape = c.rnn_heads, c.rnn_key_dim
+        self.f = low_rank(c, math.prod(self.shape), c.rnn_decay_rank, bias=True)
+
+    def forward(self, x):
+        return F.logsigmoid(ops.at_least_fp32(self.f(x))).unflatten(-1, self.shape) / 16
+
+def soft_capped(x, cap):
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+class NoErase(nn.Module):
+    """Each class here: x (B,T,C), k (B,T,H,K), v (B,T,H,V) -> the key e that is erased, or None, and v."""
+
+    def __init__(self, c):
+        super().__init__()
+
+    def forward(self, x, k, v):
+        return None, v
+
+class DeltaRule(NoErase):
+    """
+    e = beta k and beta v: what is stored under k moves towards v, all the way where beta is 1 (Yang et al.
+    2024, https://arxiv.org/abs/2406.06484). With rnn_beta = 2 a key may also be turned into its negative.
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.beta, self.largest = Linear(c.n_embd, c.rnn_heads, bias=False), c.rnn_beta
+
+    def forward(self, x, k, v):
+        beta = self.largest * torch.sigmoid(self.beta(x)).unsqueeze(-1)
+        return beta * k, beta * v
+
+class GatedDelta(NoErase):
+    """A gate for each key of e, and one for each value of v (gated DeltaNet-2)."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.widths = c.rnn_heads * c.rnn_key_dim, c.rnn_heads * c.rnn_value_dim
+        self.gates, self.largest = Linear(c.n_embd, sum(self.widths), bias=False), c.rnn_beta
+
+    def forward(self, x, k, v):
+        b, w = torch.sigmoid(self.gates(x)).split(self.widths, -1)
+        return self.largest * b.view_as(k) * k, w.view_as(v) * v
+
+class HeadNorm(RMSNorm):
+    """RMS norm of each head, with weights that all share. y (B,T,H,V) -> (B,T,HV)"""
+
+    def __init__(self, c):
+        super().__init__(c.rnn_value_dim, c, c.rnn_eps)
+
+    def forward(self, y):
+        return super().forward(y).flatten(2)
+
+class AllHeadsNorm(RMSNorm):
+    """RMS norm over all heads together."""
+
+    def __init__(self, c):
+        super().__init__(c.rnn_heads * c.rnn_value_dim, c, c.rnn_eps)
+
+    def forward(self, y):
+        return super().forward(y.flatten(2))
+
+class HeadLayerNorm(AllHeadsNorm):
+    """Layer norm of each head, with weights of its own and no bias."""
+
+    def forward(self, y):
+        return F.layer_norm(y, y.shape[-1:], eps=self.eps).flatten(2) * self.weight
+
+class NoHeadNorm(nn.Flatten):
+    def __init__(self, c):
+        super().__init__(2)
+
+class Recurrence(StateSpace):
+    """Queries, keys and values, as in attention, and a state in the place of the tokens they came from."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.heads, self.key_heads, self.dims = c.rnn_heads, c.rnn_key_heads, (c.rnn_key_dim, c.rnn_value_dim)
+        keys, values = c.rnn_key_heads * c.rnn_key_dim, c.rnn_heads * c.rnn_value_dim
+        self.widths, self.scale = (keys, keys, values), c.rnn_scale or c.rnn_key_dim ** -0.5
+        self.c_attn = Linear(c.n_embd, sum(self.widths), c.rnn_bias)
+        self.on_keys, self.on_values = RNN_FEATURE[c.rnn_feature]
+        self.conv1d = CausalConv(sum(self.widths), c.rnn_conv, False, nn.Identity()) if c.rnn_conv else None
+        self.decay, self.erase = RNN_DECAY[c.rnn_decay](c, layer), RNN_ERASE[c.rnn_erase](c)
+        self.unit, self.turns = c.rnn_unit, None
+        if c.rnn_rope:
+            self.turns = Frequencies(rope_plain(c, 0, width=c.rnn_key_dim))
+        self.input, self.cap = None, c.rnn_gate_cap
+        if c.rnn_input == 'exp':
+            self.input = Linear(c.n_embd, c.rnn_heads, bias=True)
+        self.norm = RNN_NORM[c.rnn_norm](c)
+        self.act = RNN_GATE[c.rnn_gate]
+        self.gate = None if self.act is None else low_rank(c, values, c.rnn_gate_rank, c.rnn_bias)
+        self.c_proj = out_proj(c, values, c.rnn_bias)
+        # a value of 1 beside the others counts what was written under each key
+        self.least = RNN_INPUT[c.rnn_input]
+        state = c.rnn_heads, c.rnn_key_dim, c.rnn_value_dim + (self.least is not None)
+        self.cache_shapes = (max(0, c.rnn_conv - 1), sum(self.widths)), state
+        # operations per number of the state: decay, k v, add, q S, add; and the two products of an erasure
+        self.work = 5 if c.rnn_erase == 'none' else 9
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (None, None) if cache is None else cache.read()
+        # 1. queries, keys and values
+        y, tail = self.mixed(self.c_attn(x), ctx, tail)
+        q, k, v = y.split(self.widths, dim=-1)
+        q, k, v = self.on_keys(q), self.on_keys(k), self.on_values(v)
+        q, k = (z.unflatten(-1, (self.key_heads, -1)) for z in (q, k))                  # (B,T,Hk,K)
+        v = v.unflatten(-1, (self.heads, -1))                                           # (B,T,H,V)
+        if self.unit:
+            q, k = unit_length(q), unit_length(k)
+        if self.turns is not None:
+            angle = self.turns.angles(ctx.pos)
+            q, k = ops.rope_qk(q, k, angle.cos(), angle.sin())
+        q, k = (z.repeat_interleave(self.heads // self.key_heads, dim=2) for z in (q * self.scale, k))
+        # 2. what is forgotten, what is erased, and how much is written
+        g = self.decay(x)                                                               # (B,T,H,1|K)
+        e, v = self.erase(x, k, v)
+        if self.input is not None:
+            k = k * soft_capped(ops.at_least_fp32(self.input(x)), self.cap).exp().unsqueeze(-1)
+        if self.least is not None:
+            v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
+        if not ctx.in_order:  # padding leaves the state as it is
+            padding = (ctx.pos < 0).view(-1, x.shape[1], 1, 1)
+            g, k, e = (z if z is None else z.masked_fill(padding, 0) for z in (g, k, e))
+        # 3. the state, and the way back
+        y, state = ops.recurrence(q, k, v, g, e, state=state)                           # (B,T,H,V)
+        if cache is not None:
+            cache.write(tail, state)
+        if self.least is not None:
+            y, count = y.split((self.dims[1], 1), dim=-1)
+            y = y / (count.abs().clamp(min=self.least) + 1e-6)
+        y = self.norm(y)
+        return self.c_proj(y if self.gate is None else y * self.act(self.gate(x)))
+
+    def mixed(self, y, ctx, tail):
+        return (y, y[:, :0]) if self.conv1d is None else self.conv1d(y, ctx, tail)
+
+RNN_DECAY = {'none': NoDecay, 'retnet': RetNetDecay, 'lightning': LightningDecay, 'head': TokenDecay,
+             'key': KeyDecay, 'sigmoid': SigmoidDecay, 'slow': SlowDecay}
+RNN_ERASE = {'none': NoErase, 'delta': DeltaRule, 'gated': GatedDelta}
+RNN_FEATURE = {'none': (nn.Identity(), nn.Identity()), 'silu': (F.silu, F.silu),
+               'elu1': (elu1, nn.Identity())}
+RNN_INPUT = {'none': None, 'sum': 0.0, 'exp': 1.0}      # the least count that a sum is divided by; None: none
+RNN_GATE = {'none': None, 'silu': F.silu, 'sigmoid': torch.sigmoid}
+RNN_NORM = {'none': NoHeadNorm, 'head': HeadNorm, 'all': AllHeadsNorm, 'layer': HeadLayerNorm}
+
+@flags(layer_pattern='r')
+class RecurrenceFlags:
+    """Recurrences"""               # the defaults are those of a gated DeltaNet
+    # what the state forgets: none, retnet and lightning (fixed rates), head (Mamba-2's rule, per head), key
+    # (the same per key: KDA), sigmoid (mLSTM), slow (GLA)
+    rnn_decay: str = flag('head', RNN_DECAY)
+    rnn_erase: str = flag('delta', RNN_ERASE)   # before a write: none, delta (beta k), gated (per channel)
+    rnn_beta: float = flag(1.0, above=0, most=2, rnn_erase=('delta', 'gated'))  # largest beta
+    rnn_feature: str = flag('silu', RNN_FEATURE)    # of q, k, v: none, silu, elu1 (elu + 1, of q and k)
+    rnn_unit: bool = True                           # queries and keys of length 1
+    rnn_rope: bool = False                          # rotate queries and keys by position (RetNet)
+    rnn_scale: float | None = None                  # factor on queries; None: 1 / sqrt(rnn_key_dim)
+    rnn_conv: int = flag(4, least=0)                # taps of a causal convolution of q, k and v; 0: none
+    # weight of a token: none (1), sum (1, and a read is a mean: linear attention), exp (a gate: mLSTM)
+    rnn_input: str = flag('none', RNN_INPUT)
+    rnn_gate: str = flag('silu', RNN_GATE)          # gate on the output: none, silu, sigmoid
+    rnn_norm: str = flag('head', RNN_NORM)          # of the output: none, head (RMS), all (RMS), layer
+    rnn_eps: float | None = flag(None, like='norm_eps')     # of that norm; None: norm_eps
+    rnn_floor: float | None = flag(None, below=0, rnn_decay=('head', 'key'))    # lowest log decay of a token
+    rnn_gate_cap: float | None = flag(None, rnn_decay='sigmoid')    # caps mLSTM's gates smoothly
+    # rank of the projections to the gate and to the decay; None: full
+    rnn_gate_rank: int | None = flag(None, rnn_gate=('silu', 'sigmoid'))
+    rnn_decay_rank: int | None = flag(None, rnn_decay=('head', 'key', 'sigmoid', 'slow'))
+    rnn_heads: int | None = flag(None, like='n_head')       # heads, each with a state
+    rnn_key_heads: int | None = None                # heads of queries and keys, shared as in GQA; None: all
+    rnn_key_dim: int | None = None                  # width of a key; None: n_embd / rnn_heads
+    rnn_value_dim: int | None = None                # width of a value; None: rnn_key_dim
+    rnn_bias: bool | None = flag(None, like='bias')     # bias of the projections; None: as bias
+
+    def fill(c):
+        heads = c.rnn_heads or c.n_head
+        c._must('n_embd', c.rnn_key_dim or c.n_embd % heads == 0,
+                f'be a multiple of rnn_heads={heads}, or rnn_key_dim must be set')
+        key_dim = c.rnn_key_dim or c.n_embd // heads
+        return {'rnn_key_heads': heads, 'rnn_key_dim': key_dim, 'rnn_value_dim': key_dim}
+
+    def rules(c):
+        yield 'rnn_key_heads', c.rnn_heads % c.rnn_key_heads == 0, f'divide rnn_heads={c.rnn_heads}'
+        yield 'rnn_key_dim', not c.rnn_rope or c.rnn_key_dim % 2 == 0, 'be even when rnn_rope=True'
+        yield ('rnn_input', c.rnn_input != 'sum' or c.rnn_feature == 'elu1' and c.rnn_erase == 'none',
+               'be none or exp unless rnn_feature=elu1 and rnn_erase=none, which keep its sums positive')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1358,6 +1645,7 @@ MIXERS = {
     'n': Letter('a without rope', attention(rotary=False)),
     'v': Letter('w without rope', attention(windowed=True, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
+    'r': Letter('recurrence', Recurrence),
 }
 FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
         '-': Letter('none', lambda c: None)}
@@ -1380,7 +1668,7 @@ FFN = {
 
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags,
-                AttentionExtraFlags, LatentFlags, SSMFlags, MoEFlags, ClippedFlags, Flags):
+                AttentionExtraFlags, LatentFlags, SSMFlags, RecurrenceFlags, MoEFlags, ClippedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -1436,7 +1724,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
         return set(self.ffn_pattern[:self.n_layer])
 
     def attends(self):
-        return bool(self.mixers() - {'m'})
+        return bool(self.mixers() - {'m', 'r'})
 
 
 # ----------------------------------------------------------------------------------------------------------
