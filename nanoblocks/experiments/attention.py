@@ -69,6 +69,7 @@ def kinds(c, as_given):
     found[f'{f"GQA-{heads}" if grouped else "MHA"}, window {window}'] = dict(
         pos='rope', n_kv_head=heads, layer_pattern='w', window=window)
     found['Mamba-2'] = dict(pos='none', layer_pattern='m')
+    found['gated DeltaNet'] = dict(pos='none', layer_pattern='r')
     return found
 
 

@@ -205,10 +205,11 @@ def cache_mb(decoder):
 
 
 def long_texts(device, count=240):
-    """A token late in a long text against an early one: time and cache of four kinds of layers."""
+    """A token late in a long text against an early one: time and cache of five kinds of layers."""
     choices = {'window 256': dict(pos='rope', layer_pattern='w', window=256),
                'Mamba': dict(pos='none', layer_pattern='m', ffn_pattern='-', ssm='mamba1'),
                'Mamba-2': dict(pos='none', layer_pattern='m', ffn_pattern='-'),
+               'gated DeltaNet': dict(pos='none', layer_pattern='r'),
                'all tokens': dict(pos='rope')}
     rows = []
     for name in each(choices):

@@ -221,14 +221,15 @@ def evaluate(folder, T, *flags):
 # Long sequences
 
 def lengths(tokens, width, limit_s, device, figures):
-    """Time and memory of one layer of attention, window, Mamba and Mamba-2 over 1K to 128K tokens."""
+    """Time and memory of one layer: attention, window, Mamba, Mamba-2, gated DeltaNet; 1K to 128K tokens."""
     wanted, (width,) = sizes('tokens', tokens, *(1024 * 2 ** i for i in range(8))), sizes('width', width, 256)
     flags = dict(n_embd=width, n_head=heads(width), n_layer=1, bias=False, norm='rmsnorm', ffn_pattern='-',
                  block_size=wanted[-1], vocab_size=64)
     choices = {'attention': dict(pos='rope'), 'window 1024': dict(pos='rope', layer_pattern='w', window=1024),
                'Mamba': dict(pos='none', layer_pattern='m', ssm='mamba1'),
                'Mamba-2': dict(pos='none', layer_pattern='m', ssm='mamba2',
-                               ssm_head_dim=64 if 2 * width % 64 == 0 else 2 * width)}
+                               ssm_head_dim=64 if 2 * width % 64 == 0 else 2 * width),
+               'gated DeltaNet': dict(pos='none', layer_pattern='r')}
     found = {name: layer_costs(name, GPT(GPTConfig(**flags, **choices[name])).to(device).eval(), wanted,
                                device, limit_s) for name in each(choices)}
     print(f'forward pass of one layer of width {width}, one sequence; -: beyond the {limit_s:g} s of a layer '
