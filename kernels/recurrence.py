@@ -22,7 +22,7 @@ The inverse T of the unit triangular I + (e|k) does not depend on S. So U = T v 
 all chunks at once, and only n = U - W S, and S itself, go from chunk to chunk. Backward, of a decay per head:
 
     dn = (q|k)^T dy + (k exp(G_L - G)) Z       Z <- exp(G_L) Z + (q exp G)^T dy - W^T dn,  Z = dL/d(state behind)
-    dv = T^T dn     d(e exp G) = -T^T dn S^T   d(e|k) = -(dv U^T + d(e exp G) W^T)
+    dv = T^T dn     d(e exp G) = -dv S^T     d(e|k) = -dv n^T
 
 and g_t gets all that crosses from j < t to i >= t. With f given (RWKV-7), r = T ((e exp G) S + (e|k) v) is what
 was stored, v is written as it is, y loses (q|f) r, and S loses (f exp(G_L - G))^T r.
@@ -32,10 +32,11 @@ to the first token of each 16, so that neither overflows; only within those 16 i
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import randn
-from .ssd import chunked, segment_decay
+from .common import capability, cdiv, check, fits, jit, kernel, leaf, pow2, randn, tl
+from .ssd import _decay, _state, chunked, segment_decay
 
 CHUNK, PART = 64, 16
 
@@ -88,13 +89,13 @@ class _Delta(torch.autograd.Function):
             return new, torch.baddbmm(keep[n].flatten(0, 1) * s, written[n].flatten(0, 1), new)
         news, starts, state = _in_turn(step, state.flatten(0, 1), range(len(q)))
         new, starts = torch.stack(news).view_as(v), torch.stack(starts).unflatten(1, q.shape[1:3])
-        ctx.save_for_backward(q, k, g, e, decay, from_start, reads, erases, U, W, new, starts)
+        ctx.save_for_backward(q, k, g, e, decay, from_start, reads, erases, W, new, starts)
         return read @ starts + reads @ new, state.unflatten(0, q.shape[1:3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, d_state):
-        q, k, g, e, decay, from_start, reads, erases, U, W, new, starts = ctx.saved_tensors
+        q, k, g, e, decay, from_start, reads, erases, W, new, starts = ctx.saved_tensors
         to_end, keep = decay[..., -1, :].unsqueeze(-1), from_start[..., -1:, :]
         k_end, d_direct = k * to_end, reads.mT @ dy
         found = (q * from_start).mT @ dy
@@ -106,11 +107,10 @@ class _Delta(torch.autograd.Function):
         order = range(len(q) - 1, -1, -1)
         dns, ends, d_start = _in_turn(step, d_state.flatten(0, 1), order)
         dn, ends = torch.stack(dns[::-1]).view_as(new), torch.stack(ends[::-1]).view_as(starts)
-        back = torch.linalg.solve_triangular(erases.mT, torch.cat((dn, -dn @ starts.mT), -1), upper=True,
-                                             unitriangular=True)
-        dv, d_started = back.split((new.shape[-1], k.shape[-1]), -1)
+        dv = torch.linalg.solve_triangular(erases.mT, dn, upper=True, unitriangular=True)
+        d_started = (dv @ starts.mT).neg_()
         d_reads = (dy @ new.mT).mul_(decay)
-        d_erases = (dv @ U.mT).add_(d_started @ W.mT).mul_(decay).tril_(-1).neg_()
+        d_erases = (dv @ new.mT).mul_(decay).tril_(-1).neg_()
         d_read, d_written = dy @ starts.mT, new @ ends.mT
         dq = torch.addcmul(d_reads @ k, d_read, from_start)
         de = torch.addcmul(d_erases @ k, d_started, from_start)
@@ -190,8 +190,8 @@ def recurrence(q, k, v, g, erase=None, along=None, state=None, before=False, chu
         state = v.new_zeros(batch, H, K, V, dtype=wide) if state is None else state.to(wide)
         per_head = g.shape[-1] == 1 and along is None and not before
         if per_head and erase is None:
-            y, state = chunked(v, g.squeeze(-1), k, q, state.mT, chunk)
-            return y, state.mT
+            y, state = chunked(*(x.to(wide) for x in (v, g.squeeze(-1), k, q)), state.mT, chunk)
+            return y.to(v.dtype), state.mT
 
         def cut(x):
             """(B,T,H,.) -> (N,B,H,L,.); tokens of zeros fill the last chunk"""
@@ -208,8 +208,357 @@ def recurrence(q, k, v, g, erase=None, along=None, state=None, before=False, chu
         return y.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].to(v.dtype), state
 
 
+
+# ----------------------------------------------------------------------------------------------------------
+# Triton, for a decay per head. A program has L tokens of one head: (L,K) and (L,V) tiles, and (K,V) states.
+
+MAX_WIDTH = 256
+
+
+@jit
+def _sums(g_ptr, b, h, t, T, H):
+    """Running sum of the log decays (L,), and its last (a scalar)."""
+    g = tl.load(g_ptr + (b * T + t) * H + h, mask=t < T, other=0.0).to(tl.float32)
+    g = tl.maximum(g, -30.0)
+    return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@jit
+def _at(b, t, h, T, H, WIDTH: tl.constexpr, cols):
+    """Where tokens t of one head of (B,T,H,WIDTH) lie, and which of their numbers are within it."""
+    return ((b * T + t[:, None]) * H + h) * WIDTH + cols[None, :], (t[:, None] < T) & (cols[None, :] < WIDTH)
+
+
+@jit
+def _load(ptr, b, t, h, T, H, WIDTH: tl.constexpr, cols):
+    at, inside = _at(b, t, h, T, H, WIDTH, cols)
+    return tl.load(ptr + at, mask=inside, other=0.0)
+
+
+@jit
+def _store(ptr, x, b, t, h, T, H, WIDTH: tl.constexpr, cols):
+    at, inside = _at(b, t, h, T, H, WIDTH, cols)
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _scaled(x, factor):
+    """Rows times their factors, in x's dtype."""
+    return (x.to(tl.float32) * factor[:, None]).to(x.dtype)
+
+
+@jit
+def _square(ptr, number, step, L: tl.constexpr):
+    """Where (L,L) matrix `number` lies."""
+    return ptr + number * (L * L) + step[:, None] * L + step[None, :]
+
+
+@jit
+def _inverse(lower, step):
+    """
+    The inverse of I + lower, (L,L) of at most 64, strictly lower triangular: of its 16 x 16 blocks on the
+    diagonal D by substitution, all at once, and with X = D^-1 (the other blocks), whose fourth power is 0,
+    (I + X)^-1 D^-1 = (I - X) (I + X^2) D^-1.
+    """
+    row, col = step[:, None], step[None, :]
+    same = row // 16 == col // 16
+    block = tl.where(same, lower, 0.0)
+    inverse = tl.where(row == col, 1.0, 0.0)
+    for j in range(15):
+        # row j of each block is done: the rows below lose their part of it
+        column = tl.sum(tl.where(col % 16 == j, block, 0.0), 1)
+        done = tl.sum(tl.where(row % 16 == j, inverse, 0.0), 0)
+        inverse -= tl.where(same, column[:, None] * done[None, :], 0.0)
+    X = tl.dot(inverse, lower - block)
+    inverse += tl.dot(tl.dot(X, X), inverse)
+    return inverse - tl.dot(X, inverse)
+
+
+@kernel
+def _inverse_kernel(k_ptr, v_ptr, g_ptr, e_ptr, inverse_ptr, U_ptr, W_ptr, T, H, chunks, K: tl.constexpr,
+                    V: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The inverse (B,chunks,H,L,L), U and W of every chunk."""
+    b, h, chunk = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0)
+    c, step = tl.arange(0, BLOCK_K), tl.arange(0, L)
+    t = chunk * L + step
+    total, _ = _sums(g_ptr, b, h, t, T, H)
+    k, e = _load(k_ptr, b, t, h, T, H, K, c), _load(e_ptr, b, t, h, T, H, K, c)
+    erases = tl.dot(e, tl.trans(k)) * _decay(total, step)
+    inverse = _inverse(tl.where(step[:, None] > step[None, :], erases, 0.0), step).to(k.dtype)
+    tl.store(_square(inverse_ptr, (b * chunks + chunk) * H + h, step, L), inverse)
+    _store(W_ptr, tl.dot(inverse, _scaled(e, tl.exp(total))), b, t, h, T, H, K, c)
+    for first in range(0, V, BLOCK_V):
+        d = first + tl.arange(0, BLOCK_V)
+        _store(U_ptr, tl.dot(inverse, _load(v_ptr, b, t, h, T, H, V, d)), b, t, h, T, H, V, d)
+
+
+@kernel
+def _states_kernel(k_ptr, g_ptr, U_ptr, W_ptr, state_ptr, new_ptr, starts_ptr, end_ptr, T, H, chunks,
+                   HAS_STATE: tl.constexpr, ERASE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                   L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The state in front of every chunk (B,chunks,H,K,V) and behind the last (B,H,K,V), and n (B,T,H,V)."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    c, d = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if HAS_STATE:
+        given, inside = _state(state_ptr, b * H + h, c, d, K, V)
+        state += tl.load(given, mask=inside, other=0.0).to(tl.float32)
+    for chunk in range(chunks):
+        t = chunk * L + tl.arange(0, L)
+        at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
+        tl.store(at, state.to(starts_ptr.dtype.element_ty), mask=inside)
+        total, last = _sums(g_ptr, b, h, t, T, H)
+        k, new = _load(k_ptr, b, t, h, T, H, K, c), _load(U_ptr, b, t, h, T, H, V, d)
+        if ERASE:
+            found = tl.dot(_load(W_ptr, b, t, h, T, H, K, c), state.to(k.dtype))
+            new = (new.to(tl.float32) - found).to(k.dtype)
+            _store(new_ptr, new, b, t, h, T, H, V, d)
+        state = tl.exp(last) * state + tl.dot(tl.trans(_scaled(k, tl.exp(last - total))), new)
+    to_end, inside = _state(end_ptr, b * H + h, c, d, K, V)
+    tl.store(to_end, state, mask=inside)
+
+
+@kernel
+def _output_kernel(q_ptr, k_ptr, g_ptr, new_ptr, starts_ptr, y_ptr, T, H, chunks, K: tl.constexpr,
+                   V: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    b, h, chunk = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0)
+    c, d, step = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, L)
+    t = chunk * L + step
+    total, _ = _sums(g_ptr, b, h, t, T, H)
+    q, k = _load(q_ptr, b, t, h, T, H, K, c), _load(k_ptr, b, t, h, T, H, K, c)
+    reads = tl.dot(q, tl.trans(k)) * _decay(total, step)
+    at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
+    y = tl.dot(q, tl.load(at, mask=inside, other=0.0)) * tl.exp(total)[:, None]
+    y += tl.dot(reads.to(q.dtype), _load(new_ptr, b, t, h, T, H, V, d))
+    _store(y_ptr, y, b, t, h, T, H, V, d)
+
+
+@kernel
+def _direct_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, e_ptr, inverse_ptr, direct_ptr, W_ptr, T, H, chunks,
+                   K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr,
+                   BLOCK_V: tl.constexpr):
+    """What of dn does not depend on Z, (q|k)^T dy, and W again."""
+    b, h, chunk = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0)
+    c, step = tl.arange(0, BLOCK_K), tl.arange(0, L)
+    t = chunk * L + step
+    total, _ = _sums(g_ptr, b, h, t, T, H)
+    q, k, e = (_load(q_ptr, b, t, h, T, H, K, c), _load(k_ptr, b, t, h, T, H, K, c),
+               _load(e_ptr, b, t, h, T, H, K, c))
+    inverse = tl.load(_square(inverse_ptr, (b * chunks + chunk) * H + h, step, L))
+    _store(W_ptr, tl.dot(inverse, _scaled(e, tl.exp(total))), b, t, h, T, H, K, c)
+    reads = (tl.dot(q, tl.trans(k)) * _decay(total, step)).to(q.dtype)
+    for first in range(0, V, BLOCK_V):
+        d = first + tl.arange(0, BLOCK_V)
+        _store(direct_ptr, tl.dot(tl.trans(reads), _load(dy_ptr, b, t, h, T, H, V, d)), b, t, h, T, H, V, d)
+
+
+@kernel
+def _state_grads_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, direct_ptr, W_ptr, d_end_ptr, ends_ptr, d_state_ptr, T, H,
+                        chunks, ERASE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
+                        BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Z behind every chunk (B,chunks,H,K,V), from the last to the first, and in front of the first (B,H,K,V)."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    c, d = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    from_end, inside = _state(d_end_ptr, b * H + h, c, d, K, V)
+    Z = tl.load(from_end, mask=inside, other=0.0).to(tl.float32)
+    for index in range(chunks):
+        chunk = chunks - 1 - index
+        t = chunk * L + tl.arange(0, L)
+        at, inside = _state(ends_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
+        tl.store(at, Z.to(ends_ptr.dtype.element_ty), mask=inside)
+        total, last = _sums(g_ptr, b, h, t, T, H)
+        q, dy = _load(q_ptr, b, t, h, T, H, K, c), _load(dy_ptr, b, t, h, T, H, V, d)
+        passed = tl.dot(tl.trans(_scaled(q, tl.exp(total))), dy)
+        if ERASE:
+            k_end = _scaled(_load(k_ptr, b, t, h, T, H, K, c), tl.exp(last - total))
+            dn = tl.dot(k_end, Z.to(q.dtype)) + _load(direct_ptr, b, t, h, T, H, V, d).to(tl.float32)
+            passed -= tl.dot(tl.trans(_load(W_ptr, b, t, h, T, H, K, c)), dn.to(q.dtype))
+        Z = tl.exp(last) * Z + passed
+    to_start, inside = _state(d_state_ptr, b * H + h, c, d, K, V)
+    tl.store(to_start, Z, mask=inside)
+
+
+@kernel
+def _grads_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, e_ptr, new_ptr, inverse_ptr, starts_ptr, ends_ptr, dq_ptr, dk_ptr,
+                  dv_ptr, dg_ptr, de_ptr, T, H, chunks, ERASE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                  L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    b, h, chunk = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0)
+    c, step = tl.arange(0, BLOCK_K), tl.arange(0, L)
+    t, number = chunk * L + step, (b * chunks + chunk) * H + h
+    total, last = _sums(g_ptr, b, h, t, T, H)
+    q, k = _load(q_ptr, b, t, h, T, H, K, c), _load(k_ptr, b, t, h, T, H, K, c)
+    decay, from_start, to_end = _decay(total, step), tl.exp(total), tl.exp(last - total)
+    reads, k_end = tl.dot(q, tl.trans(k)) * decay, _scaled(k, to_end)
+    # 1. products with the values and the states, some columns of them after the other
+    d_reads, d_erases = tl.zeros([L, L], tl.float32), tl.zeros([L, L], tl.float32)
+    d_read, d_written = tl.zeros([L, BLOCK_K], tl.float32), tl.zeros([L, BLOCK_K], tl.float32)
+    d_started, kept = tl.zeros([L, BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
+    if ERASE:
+        inverse = tl.load(_square(inverse_ptr, number, step, L))
+    for first in range(0, V, BLOCK_V):
+        d = first + tl.arange(0, BLOCK_V)
+        dy, new = _load(dy_ptr, b, t, h, T, H, V, d), _load(new_ptr, b, t, h, T, H, V, d)
+        start, inside = _state(starts_ptr, number, c, d, K, V)
+        end, _ = _state(ends_ptr, number, c, d, K, V)
+        S, Z = tl.load(start, mask=inside, other=0.0), tl.load(end, mask=inside, other=0.0)
+        d_reads += tl.dot(dy, tl.trans(new))
+        d_read += tl.dot(dy, tl.trans(S))
+        d_written += tl.dot(new, tl.trans(Z))
+        kept += tl.sum(S.to(tl.float32) * Z.to(tl.float32), 1)
+        dv = tl.dot(tl.trans(reads.to(q.dtype)), dy) + tl.dot(k_end, Z)
+        if ERASE:
+            dv = tl.dot(tl.trans(inverse), dv.to(q.dtype))
+            d_erases -= tl.dot(dv.to(q.dtype), tl.trans(new))
+            d_started -= tl.dot(dv.to(q.dtype), tl.trans(S))
+        _store(dv_ptr, dv, b, t, h, T, H, V, d)
+    # 2. what crosses each token on its way: within the chunk, from its start, to its end, through the state
+    past = step[:, None] > step[None, :]
+    pairs = tl.where(past, d_reads * reads, 0.0)
+    d_reads = (d_reads * decay).to(q.dtype)
+    crossing = tl.sum(d_read * _scaled(q, from_start).to(tl.float32), 1)
+    dk = d_written * to_end[:, None] + tl.dot(tl.trans(d_reads), q)
+    if ERASE:
+        e = _load(e_ptr, b, t, h, T, H, K, c)
+        pairs += tl.where(past, d_erases * decay * tl.dot(e, tl.trans(k)), 0.0)
+        d_erases = tl.where(past, d_erases * decay, 0.0).to(q.dtype)
+        crossing += tl.sum(d_started * _scaled(e, from_start).to(tl.float32), 1)
+        dk += tl.dot(tl.trans(d_erases), e)
+        _store(de_ptr, d_started * from_start[:, None] + tl.dot(d_erases, k), b, t, h, T, H, K, c)
+    _store(dk_ptr, dk, b, t, h, T, H, K, c)
+    _store(dq_ptr, d_read * from_start[:, None] + tl.dot(d_reads, k), b, t, h, T, H, K, c)
+    crossing += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    into = tl.sum(d_written * k_end.to(tl.float32), 1)
+    dg = tl.cumsum(crossing, 0, reverse=True) + tl.cumsum(into, 0) - into + tl.exp(last) * tl.sum(kept, 0)
+    # where a token forgets everything, only the rounding of large sums is left: drop it
+    g = tl.load(g_ptr + (b * T + t) * H + h, mask=t < T, other=0.0).to(tl.float32)
+    dg = tl.where(g > -30.0, dg, 0.0)
+    tl.store(dg_ptr + (b * T + t) * H + h, dg.to(dg_ptr.dtype.element_ty), mask=t < T)
+
+
+def _sizes(k, V):
+    """Tokens of a chunk, chunks, keys as a tile, and values as they are split."""
+    # half as many tokens where products take both sides from registers, and where keys take too many
+    L = CHUNK if capability(k) >= 90 and k.shape[-1] <= 128 else CHUNK // 2
+    block_k = max(16, pow2(k.shape[-1]))
+    return L, cdiv(k.shape[1], L), block_k, min(max(16, pow2(V)), 64 if block_k <= 128 else 32)
+
+
+@torch.library.custom_op('nanoblocks::recurrence', mutates_args=())
+def _fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor | None,
+           state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """
+    (y, state, the states in front of the chunks (B,chunks,H,K,V), T of the chunks (B,chunks,H,L,L) and
+    n (B,T,H,V), both empty without erase)
+    """
+    check('recurrence', q=(q, 'B T H K'), k=(k, 'B T H K'), v=(v, 'B T H V'), g=(g, 'B T H 1'),
+          erase=(erase, 'B T H K'), state=(state, 'B H K V'))
+    (batch, T, H, V), K = v.shape, k.shape[-1]
+    L, chunks, block_k, block_v = _sizes(k, V)
+    q, k, v, g, erase, state = (x if x is None else x.contiguous() for x in (q, k, v, g, erase, state))
+    y, end = v.new_empty(v.shape), v.new_empty(batch, H, K, V, dtype=torch.float32)
+    starts, sizes = v.new_empty(batch, chunks, H, K, V), (K, V, L, block_k, block_v)
+    inverse = new = v.new_empty(0)
+    U, W = v, k
+    if erase is not None:
+        inverse, U, W, new = (v.new_empty(s) for s in ((batch, chunks, H, L, L), v.shape, k.shape, v.shape))
+        _inverse_kernel[(chunks, batch * H)](k, v, g, erase, inverse, U, W, T, H, chunks, *sizes, num_warps=4)
+    _states_kernel[(batch * H, cdiv(V, block_v))](
+        k, g, U, W, end if state is None else state, new, starts, end, T, H, chunks, state is not None,
+        erase is not None, *sizes, num_warps=4, num_stages=3)
+    _output_kernel[(chunks, batch * H, cdiv(V, block_v))](
+        q, k, g, v if erase is None else new, starts, y, T, H, chunks, *sizes, num_warps=4)
+    return y, end, starts, inverse, new
+
+
+@torch.library.custom_op('nanoblocks::recurrence_backward', mutates_args=())
+def _fused_backward(dy: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, g: Tensor, erase: Tensor | None,
+                    starts: Tensor, inverse: Tensor,
+                    new: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, erase and state; new: v without erase"""
+    (batch, T, H, V), K = new.shape, k.shape[-1]
+    L, chunks, block_k, block_v = _sizes(k, V)
+    dy, q, k, g, new = (x.contiguous() for x in (dy, q, k, g, new))
+    erases, sizes, wide = erase is not None, (K, V, L, block_k, block_v), dict(dtype=torch.float32)
+    e = erase.contiguous() if erases else k
+    d_end = k.new_zeros(batch, H, K, V, **wide) if d_end is None else d_end.contiguous()
+    direct, W = torch.empty_like(new), torch.empty_like(k)
+    if erases:
+        _direct_kernel[(chunks, batch * H)](dy, q, k, g, e, inverse, direct, W, T, H, chunks, *sizes, num_warps=4)
+    ends, d_state = torch.empty_like(starts), torch.empty_like(d_end)
+    _state_grads_kernel[(batch * H, cdiv(V, block_v))](
+        dy, q, k, g, direct, W, d_end, ends, d_state, T, H, chunks, erases, *sizes, num_warps=4, num_stages=2)
+    dq, dk, dv, dg, de = *(torch.empty_like(x) for x in (q, k, new, g)), k.new_empty(k.shape if erases else 0)
+    _grads_kernel[(chunks, batch * H)](
+        dy, q, k, g, e, new, inverse, starts, ends, dq, dk, dv, dg, de, T, H, chunks, erases, *sizes, num_warps=8)
+    return dq, dk, dv, dg, de, d_state
+
+
+@_fused.register_fake
+def _(q, k, v, g, erase, state):
+    (batch, T, H, V), K = v.shape, k.shape[-1]
+    L, chunks, *_ = _sizes(k, V)
+    empty = v.new_empty
+    inverse, new = (empty(0), empty(0)) if erase is None else (empty(batch, chunks, H, L, L), empty(v.shape))
+    return empty(v.shape), empty(batch, H, K, V, dtype=torch.float32), empty(batch, chunks, H, K, V), inverse, new
+
+
+@_fused_backward.register_fake
+def _(dy, d_end, q, k, g, erase, starts, inverse, new):
+    de = k.new_empty(0 if erase is None else k.shape)
+    state = k.new_empty(k.shape[0], *starts.shape[2:], dtype=torch.float32)
+    return *(x.new_empty(x.shape) for x in (q, k, new, g)), de, state
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    q, k, v, g, erase, state = inputs
+    _, _, starts, inverse, new = output
+    ctx.state_dtype = None if state is None else state.dtype
+    ctx.save_for_backward(q, k, g, erase, starts, inverse, v if erase is None else new)
+
+
+def _autograd(ctx, dy, d_end, *_):
+    saved = ctx.saved_tensors
+    dy = torch.zeros_like(saved[-1]) if dy is None else dy
+    *grads, de, d_state = _fused_backward(dy, d_end, *saved)
+    return (*grads, None if saved[3] is None else de,
+            None if ctx.state_dtype is None else d_state.to(ctx.state_dtype))
+
+
+_fused.register_autograd(_autograd, setup_context=_save)
+
+
+def ok(q, k, v, g, erase=None, along=None, state=None, before=False):
+    # products of fp32 are left to PyTorch, and so is the one step of generation
+    return (v.dtype != torch.float32 and fits(q, k, v, g, erase, state) and q.dtype == k.dtype == v.dtype
+            and (erase is None or erase.dtype == k.dtype) and g.shape[-1] == 1 and along is None and not before
+            and v.shape[1] > 1 and k.shape[-1] <= MAX_WIDTH and v.shape[-1] <= MAX_WIDTH)
+
+
+def fused(q, k, v, g, erase=None, along=None, state=None, before=False):
+    return _fused(q, k, v, g, erase, state)[:2]
+
+
 def cases():
-    return {}
-
-
-_ = randn
+    def drawn(B, T, H, K, V, beta=None, state=True, speed=0.1):
+        """q, k, v, g, erase, along, state; beta: the largest by which something is erased."""
+        q, k, v = randn(B, T, H, K), F.normalize(randn(B, T, H, K, seed=1), dim=-1), randn(B, T, H, V, seed=2)
+        g = (-speed * randn(B, T, H, 1, seed=3).exp()).float().requires_grad_()
+        erase = beta and beta * randn(B, T, H, 1, seed=4).sigmoid() * k
+        return q, k, v, g, erase, None, leaf(B, H, K, V, seed=5) if state else None
+    q, k, v, g, erase, _, state = drawn(2, 20, 2, 6, 5, 1)
+    forgets = drawn(1, 70, 1, 4, 4, 1)
+    forgets[3].data[0, 5] = -2000.0
+    return {
+        'erased, a state, odd sizes': drawn(2, 75, 3, 6, 5, 1),
+        'erased twice over, no state': drawn(1, 130, 2, 20, 18, 2, state=False, speed=0.02),
+        'not erased, a state': drawn(2, 75, 3, 6, 5),
+        'not erased, no state': drawn(1, 130, 2, 20, 18, state=False),
+        'two tokens': drawn(2, 2, 2, 6, 5, 1),
+        'keys and values of several tiles': drawn(1, 40, 1, 140, 70, 1),
+        'strong decay': drawn(1, 70, 2, 8, 8, 1, speed=3),
+        'a token that forgets all': forgets,
+        'slices of one buffer': (*torch.cat((q, k), -1).split(6, -1), v, g, erase, None, state),
+        'not contiguous': (q.mT.contiguous().mT, k, v.transpose(1, 2).contiguous().transpose(1, 2), g, erase,
+                           None, state),
+    }
