@@ -1,6 +1,7 @@
 """
-One recurrence for linear attention, RetNet, GLA, DeltaNet, gated DeltaNet, Kimi delta attention, mLSTM, RWKV-6
-and RWKV-7. Each head has a state S of K keys by V values. With log decay g_t <= 0, one per head or one per key,
+One recurrence for linear attention, RetNet, GLA, DeltaNet, gated DeltaNet, Kimi delta attention, mLSTM,
+RWKV-6 and RWKV-7. Each head has a state S of K keys by V values. With log decay g_t <= 0, one per head or one
+per key,
 
     S <- exp(g_t) S                  forget
     S <- S - f_t (e_t^T S)           erase what is stored under the key e_t; f_t = k_t unless it is given
@@ -8,8 +9,8 @@ and RWKV-7. Each head has a state S of K keys by V values. With log decay g_t <=
     y_t = q_t^T S                    read; `before`: what S was before the first line
 
 Linear attention (Katharopoulos et al. 2020, https://arxiv.org/abs/2006.16236) neither forgets nor erases;
-RetNet (Sun et al. 2023, https://arxiv.org/abs/2307.08621) forgets at a fixed rate; e = beta k is the delta rule
-(Yang et al. 2024, https://arxiv.org/abs/2406.06484), gated where it forgets as well
+RetNet (Sun et al. 2023, https://arxiv.org/abs/2307.08621) forgets at a fixed rate; e = beta k is the delta
+rule (Yang et al. 2024, https://arxiv.org/abs/2406.06484), gated where it forgets as well
 (https://arxiv.org/abs/2412.06464).
 
 Chunks of L tokens turn it into matrix products. With G the running sum of g in a chunk, S its state at the
@@ -18,17 +19,25 @@ start, and (x|y)_ij = sum over keys of x_i y_j exp(G_i - G_j), for j < i, or j <
     (I + (e|k)) n = v - (e exp G) S            what each token really writes, in the place of v
     y = (q exp G) S + (q|k) n                  S <- exp(G_L) S + (k exp(G_L - G))^T n
 
-The inverse T of the unit triangular I + (e|k) does not depend on S. So U = T v and W = T (e exp G) are made for
-all chunks at once, and only n = U - W S, and S itself, go from chunk to chunk. Backward, of a decay per head:
+The inverse T of the unit triangular I + (e|k) does not depend on S. So U = T v and W = T (e exp G) are made
+for all chunks at once, and only n = U - W S, and S itself, go from chunk to chunk. Backward, of a decay per
+head, with Z the gradient of the state behind a chunk:
 
-    dn = (q|k)^T dy + (k exp(G_L - G)) Z       Z <- exp(G_L) Z + (q exp G)^T dy - W^T dn,  Z = dL/d(state behind)
+    dn = (q|k)^T dy + (k exp(G_L - G)) Z       Z <- exp(G_L) Z + (q exp G)^T dy - W^T dn
     dv = T^T dn     d(e exp G) = -dv S^T     d(e|k) = -dv n^T
 
-and g_t gets all that crosses from j < t to i >= t. With f given (RWKV-7), r = T ((e exp G) S + (e|k) v) is what
-was stored, v is written as it is, y loses (q|f) r, and S loses (f exp(G_L - G))^T r.
+and g_t gets all that crosses from j < t to i >= t. With f given (RWKV-7), r = T ((e exp G) S + (e|k) v) is
+what was stored, v is written as it is, y loses (q|f) r, and S loses (f exp(G_L - G))^T r.
 
-exp(G_i - G_j) is a matrix for a decay per head. For a decay per key it is a factor of x and one of y, relative
-to the first token of each 16, so that neither overflows; only within those 16 it is made for each key and pair.
+exp(G_i - G_j) is a matrix for a decay per head. For a decay per key it is a factor of x and one of y,
+relative to the first token of each 16, so that neither overflows; only within those it is made for each key
+and pair.
+
+The Triton kernels take a decay per head, without `along` and `before`; the rest is left to plain PyTorch, and
+so are products of fp32. What goes from chunk to chunk is one kernel in each direction, with S or Z in
+registers, that leaves S in front of each chunk and Z behind it; all else runs for all chunks at once. They
+save the inputs, T, n and S, in v's dtype. Products are of numbers in v's dtype, those for T of TF32; sums are
+fp32. A decay below e^-30 counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
 """
 import torch
 import torch.nn.functional as F
@@ -36,7 +45,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .common import capability, cdiv, check, fits, jit, kernel, leaf, pow2, randn, tl
-from .ssd import _decay, _state, chunked, segment_decay
+from .ssd import chunked, segment_decay
+from .tiles import decays, load, scaled, square, state_at, store
 
 CHUNK, PART = 64, 16
 
@@ -58,7 +68,7 @@ def recurrence_reference(q, k, v, g, erase=None, along=None, state=None, before=
 
 
 def _in_turn(step, state, chunks):
-    """(results of step(n, state) -> (result, state) for all chunks n, the states in front of them, the last)"""
+    """(results of step(n, state) -> (result, state) of chunks n, the states in front of them, the last)"""
     found, before = [], []
     for n in chunks:
         before.append(state)
@@ -80,8 +90,9 @@ class _Delta(torch.autograd.Function):
         reads = (q @ k.mT).mul_(decay)
         erases = (e @ k.mT).mul_(decay).tril_(-1)
         started = e * from_start
-        both = torch.linalg.solve_triangular(erases, torch.cat((v, started), -1), upper=False, unitriangular=True)
-        U, W = both.split((v.shape[-1], k.shape[-1]), -1)
+        U, W = torch.linalg.solve_triangular(
+            erases, torch.cat((v, started), -1), upper=False, unitriangular=True,
+        ).split((v.shape[-1], k.shape[-1]), -1)
         written, read = (k * to_end).mT, q * from_start
 
         def step(n, s):
@@ -218,39 +229,9 @@ MAX_WIDTH = 256
 @jit
 def _sums(g_ptr, b, h, t, T, H):
     """Running sum of the log decays (L,), and its last (a scalar)."""
-    g = tl.load(g_ptr + (b * T + t) * H + h, mask=t < T, other=0.0).to(tl.float32)
-    g = tl.maximum(g, -30.0)
+    g = tl.load(g_ptr + (b * T + t) * H + h, mask=t < T, other=0.0)
+    g = tl.maximum(g.to(tl.float32), -30.0)
     return tl.cumsum(g, 0), tl.sum(g, 0)
-
-
-@jit
-def _at(b, t, h, T, H, WIDTH: tl.constexpr, cols):
-    """Where tokens t of one head of (B,T,H,WIDTH) lie, and which of their numbers are within it."""
-    return ((b * T + t[:, None]) * H + h) * WIDTH + cols[None, :], (t[:, None] < T) & (cols[None, :] < WIDTH)
-
-
-@jit
-def _load(ptr, b, t, h, T, H, WIDTH: tl.constexpr, cols):
-    at, inside = _at(b, t, h, T, H, WIDTH, cols)
-    return tl.load(ptr + at, mask=inside, other=0.0)
-
-
-@jit
-def _store(ptr, x, b, t, h, T, H, WIDTH: tl.constexpr, cols):
-    at, inside = _at(b, t, h, T, H, WIDTH, cols)
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside)
-
-
-@jit
-def _scaled(x, factor):
-    """Rows times their factors, in x's dtype."""
-    return (x.to(tl.float32) * factor[:, None]).to(x.dtype)
-
-
-@jit
-def _square(ptr, number, step, L: tl.constexpr):
-    """Where (L,L) matrix `number` lies."""
-    return ptr + number * (L * L) + step[:, None] * L + step[None, :]
 
 
 @jit
@@ -282,14 +263,14 @@ def _inverse_kernel(k_ptr, v_ptr, g_ptr, e_ptr, inverse_ptr, U_ptr, W_ptr, T, H,
     c, step = tl.arange(0, BLOCK_K), tl.arange(0, L)
     t = chunk * L + step
     total, _ = _sums(g_ptr, b, h, t, T, H)
-    k, e = _load(k_ptr, b, t, h, T, H, K, c), _load(e_ptr, b, t, h, T, H, K, c)
-    erases = tl.dot(e, tl.trans(k)) * _decay(total, step)
+    k, e = load(k_ptr, b, t, h, T, H, K, c), load(e_ptr, b, t, h, T, H, K, c)
+    erases = tl.dot(e, tl.trans(k)) * decays(total, step)
     inverse = _inverse(tl.where(step[:, None] > step[None, :], erases, 0.0), step).to(k.dtype)
-    tl.store(_square(inverse_ptr, (b * chunks + chunk) * H + h, step, L), inverse)
-    _store(W_ptr, tl.dot(inverse, _scaled(e, tl.exp(total))), b, t, h, T, H, K, c)
+    tl.store(square(inverse_ptr, (b * chunks + chunk) * H + h, step, L), inverse)
+    store(W_ptr, tl.dot(inverse, scaled(e, tl.exp(total))), b, t, h, T, H, K, c)
     for first in range(0, V, BLOCK_V):
         d = first + tl.arange(0, BLOCK_V)
-        _store(U_ptr, tl.dot(inverse, _load(v_ptr, b, t, h, T, H, V, d)), b, t, h, T, H, V, d)
+        store(U_ptr, tl.dot(inverse, load(v_ptr, b, t, h, T, H, V, d)), b, t, h, T, H, V, d)
 
 
 @kernel
@@ -301,20 +282,20 @@ def _states_kernel(k_ptr, g_ptr, U_ptr, W_ptr, state_ptr, new_ptr, starts_ptr, e
     c, d = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if HAS_STATE:
-        given, inside = _state(state_ptr, b * H + h, c, d, K, V)
+        given, inside = state_at(state_ptr, b * H + h, c, d, K, V)
         state += tl.load(given, mask=inside, other=0.0).to(tl.float32)
     for chunk in range(chunks):
         t = chunk * L + tl.arange(0, L)
-        at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
+        at, inside = state_at(starts_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
         tl.store(at, state.to(starts_ptr.dtype.element_ty), mask=inside)
         total, last = _sums(g_ptr, b, h, t, T, H)
-        k, new = _load(k_ptr, b, t, h, T, H, K, c), _load(U_ptr, b, t, h, T, H, V, d)
+        k, new = load(k_ptr, b, t, h, T, H, K, c), load(U_ptr, b, t, h, T, H, V, d)
         if ERASE:
-            found = tl.dot(_load(W_ptr, b, t, h, T, H, K, c), state.to(k.dtype))
+            found = tl.dot(load(W_ptr, b, t, h, T, H, K, c), state.to(k.dtype))
             new = (new.to(tl.float32) - found).to(k.dtype)
-            _store(new_ptr, new, b, t, h, T, H, V, d)
-        state = tl.exp(last) * state + tl.dot(tl.trans(_scaled(k, tl.exp(last - total))), new)
-    to_end, inside = _state(end_ptr, b * H + h, c, d, K, V)
+            store(new_ptr, new, b, t, h, T, H, V, d)
+        state = tl.exp(last) * state + tl.dot(tl.trans(scaled(k, tl.exp(last - total))), new)
+    to_end, inside = state_at(end_ptr, b * H + h, c, d, K, V)
     tl.store(to_end, state, mask=inside)
 
 
@@ -325,109 +306,114 @@ def _output_kernel(q_ptr, k_ptr, g_ptr, new_ptr, starts_ptr, y_ptr, T, H, chunks
     c, d, step = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, L)
     t = chunk * L + step
     total, _ = _sums(g_ptr, b, h, t, T, H)
-    q, k = _load(q_ptr, b, t, h, T, H, K, c), _load(k_ptr, b, t, h, T, H, K, c)
-    reads = tl.dot(q, tl.trans(k)) * _decay(total, step)
-    at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
+    q, k = load(q_ptr, b, t, h, T, H, K, c), load(k_ptr, b, t, h, T, H, K, c)
+    reads = tl.dot(q, tl.trans(k)) * decays(total, step)
+    at, inside = state_at(starts_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
     y = tl.dot(q, tl.load(at, mask=inside, other=0.0)) * tl.exp(total)[:, None]
-    y += tl.dot(reads.to(q.dtype), _load(new_ptr, b, t, h, T, H, V, d))
-    _store(y_ptr, y, b, t, h, T, H, V, d)
+    y += tl.dot(reads.to(q.dtype), load(new_ptr, b, t, h, T, H, V, d))
+    store(y_ptr, y, b, t, h, T, H, V, d)
 
 
 @kernel
 def _direct_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, e_ptr, inverse_ptr, direct_ptr, W_ptr, T, H, chunks,
-                   K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr,
-                   BLOCK_V: tl.constexpr):
+                   ERASE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
     """What of dn does not depend on Z, (q|k)^T dy, and W again."""
     b, h, chunk = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0)
     c, step = tl.arange(0, BLOCK_K), tl.arange(0, L)
     t = chunk * L + step
     total, _ = _sums(g_ptr, b, h, t, T, H)
-    q, k, e = (_load(q_ptr, b, t, h, T, H, K, c), _load(k_ptr, b, t, h, T, H, K, c),
-               _load(e_ptr, b, t, h, T, H, K, c))
-    inverse = tl.load(_square(inverse_ptr, (b * chunks + chunk) * H + h, step, L))
-    _store(W_ptr, tl.dot(inverse, _scaled(e, tl.exp(total))), b, t, h, T, H, K, c)
-    reads = (tl.dot(q, tl.trans(k)) * _decay(total, step)).to(q.dtype)
+    q, k = load(q_ptr, b, t, h, T, H, K, c), load(k_ptr, b, t, h, T, H, K, c)
+    reads = (tl.dot(q, tl.trans(k)) * decays(total, step)).to(q.dtype)
     for first in range(0, V, BLOCK_V):
         d = first + tl.arange(0, BLOCK_V)
-        _store(direct_ptr, tl.dot(tl.trans(reads), _load(dy_ptr, b, t, h, T, H, V, d)), b, t, h, T, H, V, d)
+        store(direct_ptr, tl.dot(tl.trans(reads), load(dy_ptr, b, t, h, T, H, V, d)), b, t, h, T, H, V, d)
+    if ERASE:
+        inverse = tl.load(square(inverse_ptr, (b * chunks + chunk) * H + h, step, L))
+        started = scaled(load(e_ptr, b, t, h, T, H, K, c), tl.exp(total))
+        store(W_ptr, tl.dot(inverse, started), b, t, h, T, H, K, c)
 
 
 @kernel
-def _state_grads_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, direct_ptr, W_ptr, d_end_ptr, ends_ptr, d_state_ptr, T, H,
-                        chunks, ERASE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
-                        BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Z behind every chunk (B,chunks,H,K,V), from the last to the first, and in front of the first (B,H,K,V)."""
+def _state_grads_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, direct_ptr, W_ptr, d_end_ptr, dn_ptr, ends_ptr,
+                        d_state_ptr, T, H, chunks, ERASE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                        L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """
+    From the last chunk to the first: Z behind each (B,chunks,H,K,V), dn (B,T,H,V), and the gradient of the
+    first state (B,H,K,V).
+    """
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     c, d = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    from_end, inside = _state(d_end_ptr, b * H + h, c, d, K, V)
+    from_end, inside = state_at(d_end_ptr, b * H + h, c, d, K, V)
     Z = tl.load(from_end, mask=inside, other=0.0).to(tl.float32)
     for index in range(chunks):
         chunk = chunks - 1 - index
         t = chunk * L + tl.arange(0, L)
-        at, inside = _state(ends_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
+        at, inside = state_at(ends_ptr, (b * chunks + chunk) * H + h, c, d, K, V)
         tl.store(at, Z.to(ends_ptr.dtype.element_ty), mask=inside)
         total, last = _sums(g_ptr, b, h, t, T, H)
-        q, dy = _load(q_ptr, b, t, h, T, H, K, c), _load(dy_ptr, b, t, h, T, H, V, d)
-        passed = tl.dot(tl.trans(_scaled(q, tl.exp(total))), dy)
+        k_end = scaled(load(k_ptr, b, t, h, T, H, K, c), tl.exp(last - total))
+        dn = tl.dot(k_end, Z.to(k_end.dtype)) + load(direct_ptr, b, t, h, T, H, V, d).to(tl.float32)
+        store(dn_ptr, dn, b, t, h, T, H, V, d)
+        read = scaled(load(q_ptr, b, t, h, T, H, K, c), tl.exp(total))
+        Z = tl.exp(last) * Z + tl.dot(tl.trans(read), load(dy_ptr, b, t, h, T, H, V, d))
         if ERASE:
-            k_end = _scaled(_load(k_ptr, b, t, h, T, H, K, c), tl.exp(last - total))
-            dn = tl.dot(k_end, Z.to(q.dtype)) + _load(direct_ptr, b, t, h, T, H, V, d).to(tl.float32)
-            passed -= tl.dot(tl.trans(_load(W_ptr, b, t, h, T, H, K, c)), dn.to(q.dtype))
-        Z = tl.exp(last) * Z + passed
-    to_start, inside = _state(d_state_ptr, b * H + h, c, d, K, V)
+            Z -= tl.dot(tl.trans(load(W_ptr, b, t, h, T, H, K, c)), dn.to(k_end.dtype))
+    to_start, inside = state_at(d_state_ptr, b * H + h, c, d, K, V)
     tl.store(to_start, Z, mask=inside)
 
 
 @kernel
-def _grads_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, e_ptr, new_ptr, inverse_ptr, starts_ptr, ends_ptr, dq_ptr, dk_ptr,
-                  dv_ptr, dg_ptr, de_ptr, T, H, chunks, ERASE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                  L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+def _grads_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, e_ptr, new_ptr, dn_ptr, inverse_ptr, starts_ptr, ends_ptr,
+                  dq_ptr, dk_ptr, dv_ptr, dg_ptr, de_ptr, T, H, chunks, ERASE: tl.constexpr, K: tl.constexpr,
+                  V: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
     b, h, chunk = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0)
     c, step = tl.arange(0, BLOCK_K), tl.arange(0, L)
     t, number = chunk * L + step, (b * chunks + chunk) * H + h
-    total, last = _sums(g_ptr, b, h, t, T, H)
-    q, k = _load(q_ptr, b, t, h, T, H, K, c), _load(k_ptr, b, t, h, T, H, K, c)
-    decay, from_start, to_end = _decay(total, step), tl.exp(total), tl.exp(last - total)
-    reads, k_end = tl.dot(q, tl.trans(k)) * decay, _scaled(k, to_end)
-    # 1. products with the values and the states, some columns of them after the other
+    # 1. products with values and states, some columns after the others
     d_reads, d_erases = tl.zeros([L, L], tl.float32), tl.zeros([L, L], tl.float32)
     d_read, d_written = tl.zeros([L, BLOCK_K], tl.float32), tl.zeros([L, BLOCK_K], tl.float32)
     d_started, kept = tl.zeros([L, BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
-    if ERASE:
-        inverse = tl.load(_square(inverse_ptr, number, step, L))
     for first in range(0, V, BLOCK_V):
         d = first + tl.arange(0, BLOCK_V)
-        dy, new = _load(dy_ptr, b, t, h, T, H, V, d), _load(new_ptr, b, t, h, T, H, V, d)
-        start, inside = _state(starts_ptr, number, c, d, K, V)
-        end, _ = _state(ends_ptr, number, c, d, K, V)
+        dy, new = load(dy_ptr, b, t, h, T, H, V, d), load(new_ptr, b, t, h, T, H, V, d)
+        start, inside = state_at(starts_ptr, number, c, d, K, V)
+        end, _ = state_at(ends_ptr, number, c, d, K, V)
         S, Z = tl.load(start, mask=inside, other=0.0), tl.load(end, mask=inside, other=0.0)
         d_reads += tl.dot(dy, tl.trans(new))
         d_read += tl.dot(dy, tl.trans(S))
         d_written += tl.dot(new, tl.trans(Z))
         kept += tl.sum(S.to(tl.float32) * Z.to(tl.float32), 1)
-        dv = tl.dot(tl.trans(reads.to(q.dtype)), dy) + tl.dot(k_end, Z)
         if ERASE:
-            dv = tl.dot(tl.trans(inverse), dv.to(q.dtype))
-            d_erases -= tl.dot(dv.to(q.dtype), tl.trans(new))
-            d_started -= tl.dot(dv.to(q.dtype), tl.trans(S))
-        _store(dv_ptr, dv, b, t, h, T, H, V, d)
+            inverse = tl.load(square(inverse_ptr, number, step, L))
+            dv = tl.dot(tl.trans(inverse), load(dn_ptr, b, t, h, T, H, V, d)).to(dy.dtype)
+            store(dv_ptr, dv, b, t, h, T, H, V, d)
+            d_erases += tl.dot(dv, tl.trans(new))
+            d_started += tl.dot(dv, tl.trans(S))
     # 2. what crosses each token on its way: within the chunk, from its start, to its end, through the state
-    past = step[:, None] > step[None, :]
-    pairs = tl.where(past, d_reads * reads, 0.0)
-    d_reads = (d_reads * decay).to(q.dtype)
-    crossing = tl.sum(d_read * _scaled(q, from_start).to(tl.float32), 1)
-    dk = d_written * to_end[:, None] + tl.dot(tl.trans(d_reads), q)
+    total, last = _sums(g_ptr, b, h, t, T, H)
+    decay, past = decays(total, step), step[:, None] > step[None, :]
+    q, k = load(q_ptr, b, t, h, T, H, K, c), load(k_ptr, b, t, h, T, H, K, c)
+    d_reads *= decay
+    pairs = tl.where(past, d_reads * tl.dot(q, tl.trans(k)), 0.0)
+    crossing, d_reads = tl.sum(pairs, 1) - tl.sum(pairs, 0), d_reads.to(q.dtype)
+    d_read *= tl.exp(total)[:, None]
+    crossing += tl.sum(d_read * q.to(tl.float32), 1)
+    store(dq_ptr, d_read + tl.dot(d_reads, k), b, t, h, T, H, K, c)
+    d_written *= tl.exp(last - total)[:, None]
+    into = tl.sum(d_written * k.to(tl.float32), 1)
+    dk = d_written + tl.dot(tl.trans(d_reads), q)
     if ERASE:
-        e = _load(e_ptr, b, t, h, T, H, K, c)
-        pairs += tl.where(past, d_erases * decay * tl.dot(e, tl.trans(k)), 0.0)
-        d_erases = tl.where(past, d_erases * decay, 0.0).to(q.dtype)
-        crossing += tl.sum(d_started * _scaled(e, from_start).to(tl.float32), 1)
+        e = load(e_ptr, b, t, h, T, H, K, c)
+        d_erases = tl.where(past, -d_erases * decay, 0.0)
+        pairs = d_erases * tl.dot(e, tl.trans(k))
+        crossing += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+        d_started *= -tl.exp(total)[:, None]
+        crossing += tl.sum(d_started * e.to(tl.float32), 1)
+        d_erases = d_erases.to(q.dtype)
+        store(de_ptr, d_started + tl.dot(d_erases, k), b, t, h, T, H, K, c)
         dk += tl.dot(tl.trans(d_erases), e)
-        _store(de_ptr, d_started * from_start[:, None] + tl.dot(d_erases, k), b, t, h, T, H, K, c)
-    _store(dk_ptr, dk, b, t, h, T, H, K, c)
-    _store(dq_ptr, d_read * from_start[:, None] + tl.dot(d_reads, k), b, t, h, T, H, K, c)
-    crossing += tl.sum(pairs, 1) - tl.sum(pairs, 0)
-    into = tl.sum(d_written * k_end.to(tl.float32), 1)
+    store(dk_ptr, dk, b, t, h, T, H, K, c)
     dg = tl.cumsum(crossing, 0, reverse=True) + tl.cumsum(into, 0) - into + tl.exp(last) * tl.sum(kept, 0)
     # where a token forgets everything, only the rounding of large sums is left: drop it
     g = tl.load(g_ptr + (b * T + t) * H + h, mask=t < T, other=0.0).to(tl.float32)
@@ -436,11 +422,16 @@ def _grads_kernel(dy_ptr, q_ptr, k_ptr, g_ptr, e_ptr, new_ptr, inverse_ptr, star
 
 
 def _sizes(k, V):
-    """Tokens of a chunk, chunks, keys as a tile, and values as they are split."""
+    """
+    (chunks, tokens of one, warps of a program, then two times (K, V, tokens, keys as a tile, values as one)):
+    for chunks in parallel, and for kernels that hold states or their gradients, which take fewer values.
+    """
+    K, small = k.shape[-1], k.shape[-1] <= 128
     # half as many tokens where products take both sides from registers, and where keys take too many
-    L = CHUNK if capability(k) >= 90 and k.shape[-1] <= 128 else CHUNK // 2
-    block_k = max(16, pow2(k.shape[-1]))
-    return L, cdiv(k.shape[1], L), block_k, min(max(16, pow2(V)), 64 if block_k <= 128 else 32)
+    L = CHUNK if capability(k) >= 90 and small else CHUNK // 2
+    block_k, block_v = max(16, pow2(K)), max(16, pow2(V))
+    sizes = [(K, V, L, block_k, min(block_v, limit)) for limit in ((128, 32) if small else (64, 16))]
+    return cdiv(k.shape[1], L), L, 4 if small else 8, *sizes
 
 
 @torch.library.custom_op('nanoblocks::recurrence', mutates_args=())
@@ -452,21 +443,21 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor | None,
     """
     check('recurrence', q=(q, 'B T H K'), k=(k, 'B T H K'), v=(v, 'B T H V'), g=(g, 'B T H 1'),
           erase=(erase, 'B T H K'), state=(state, 'B H K V'))
-    (batch, T, H, V), K = v.shape, k.shape[-1]
-    L, chunks, block_k, block_v = _sizes(k, V)
+    (batch, T, H, V), K, erases = v.shape, k.shape[-1], erase is not None
+    chunks, L, warps, sizes, narrow = _sizes(k, V)
     q, k, v, g, erase, state = (x if x is None else x.contiguous() for x in (q, k, v, g, erase, state))
     y, end = v.new_empty(v.shape), v.new_empty(batch, H, K, V, dtype=torch.float32)
-    starts, sizes = v.new_empty(batch, chunks, H, K, V), (K, V, L, block_k, block_v)
-    inverse = new = v.new_empty(0)
-    U, W = v, k
-    if erase is not None:
-        inverse, U, W, new = (v.new_empty(s) for s in ((batch, chunks, H, L, L), v.shape, k.shape, v.shape))
-        _inverse_kernel[(chunks, batch * H)](k, v, g, erase, inverse, U, W, T, H, chunks, *sizes, num_warps=4)
-    _states_kernel[(batch * H, cdiv(V, block_v))](
+    starts, U, W = v.new_empty(batch, chunks, H, K, V), v, k
+    inverse, new = (v.new_empty(s if erases else 0) for s in ((batch, chunks, H, L, L), v.shape))
+    if erases:
+        U, W = torch.empty_like(v), torch.empty_like(k)
+        _inverse_kernel[(chunks, batch * H)](k, v, g, erase, inverse, U, W, T, H, chunks, *sizes,
+                                             num_warps=warps)
+    _states_kernel[(batch * H, cdiv(V, narrow[-1]))](
         k, g, U, W, end if state is None else state, new, starts, end, T, H, chunks, state is not None,
-        erase is not None, *sizes, num_warps=4, num_stages=3)
-    _output_kernel[(chunks, batch * H, cdiv(V, block_v))](
-        q, k, g, v if erase is None else new, starts, y, T, H, chunks, *sizes, num_warps=4)
+        erases, *narrow, num_warps=warps, num_stages=3)
+    _output_kernel[(chunks, batch * H, cdiv(V, sizes[-1]))](
+        q, k, g, new if erases else v, starts, y, T, H, chunks, *sizes, num_warps=warps)
     return y, end, starts, inverse, new
 
 
@@ -475,31 +466,33 @@ def _fused_backward(dy: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, g: T
                     starts: Tensor, inverse: Tensor,
                     new: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, erase and state; new: v without erase"""
-    (batch, T, H, V), K = new.shape, k.shape[-1]
-    L, chunks, block_k, block_v = _sizes(k, V)
+    (batch, T, H, V), K, erases = new.shape, k.shape[-1], erase is not None
+    chunks, _, warps, sizes, narrow = _sizes(k, V)
     dy, q, k, g, new = (x.contiguous() for x in (dy, q, k, g, new))
-    erases, sizes, wide = erase is not None, (K, V, L, block_k, block_v), dict(dtype=torch.float32)
     e = erase.contiguous() if erases else k
-    d_end = k.new_zeros(batch, H, K, V, **wide) if d_end is None else d_end.contiguous()
-    direct, W = torch.empty_like(new), torch.empty_like(k)
-    if erases:
-        _direct_kernel[(chunks, batch * H)](dy, q, k, g, e, inverse, direct, W, T, H, chunks, *sizes, num_warps=4)
-    ends, d_state = torch.empty_like(starts), torch.empty_like(d_end)
-    _state_grads_kernel[(batch * H, cdiv(V, block_v))](
-        dy, q, k, g, direct, W, d_end, ends, d_state, T, H, chunks, erases, *sizes, num_warps=4, num_stages=2)
-    dq, dk, dv, dg, de = *(torch.empty_like(x) for x in (q, k, new, g)), k.new_empty(k.shape if erases else 0)
+    d_state = k.new_empty(batch, H, K, V, dtype=torch.float32)
+    d_end = torch.zeros_like(d_state) if d_end is None else d_end.contiguous()
+    direct, dn, W, ends = (torch.empty_like(x) for x in (new, new, k, starts))
+    _direct_kernel[(chunks, batch * H)](dy, q, k, g, e, inverse, direct, W, T, H, chunks, erases, *sizes,
+                                        num_warps=warps)
+    _state_grads_kernel[(batch * H, cdiv(V, narrow[-1]))](
+        dy, q, k, g, direct, W, d_end, dn, ends, d_state, T, H, chunks, erases, *narrow, num_warps=warps,
+        num_stages=2)
+    dq, dk, dg, de = *(torch.empty_like(x) for x in (q, k, g)), k.new_empty(k.shape if erases else 0)
+    dv = torch.empty_like(new) if erases else dn
     _grads_kernel[(chunks, batch * H)](
-        dy, q, k, g, e, new, inverse, starts, ends, dq, dk, dv, dg, de, T, H, chunks, erases, *sizes, num_warps=8)
+        dy, q, k, g, e, new, dn, inverse, starts, ends, dq, dk, dv, dg, de, T, H, chunks, erases, *narrow,
+        num_warps=8)
     return dq, dk, dv, dg, de, d_state
 
 
 @_fused.register_fake
 def _(q, k, v, g, erase, state):
-    (batch, T, H, V), K = v.shape, k.shape[-1]
-    L, chunks, *_ = _sizes(k, V)
-    empty = v.new_empty
-    inverse, new = (empty(0), empty(0)) if erase is None else (empty(batch, chunks, H, L, L), empty(v.shape))
-    return empty(v.shape), empty(batch, H, K, V, dtype=torch.float32), empty(batch, chunks, H, K, V), inverse, new
+    (batch, H, V), K, erases = v.shape[::2] + v.shape[3:], k.shape[-1], erase is not None
+    chunks, L, *_ = _sizes(k, V)
+    end, starts = v.new_empty(batch, H, K, V, dtype=torch.float32), v.new_empty(batch, chunks, H, K, V)
+    inverse, new = (v.new_empty(s if erases else 0) for s in ((batch, chunks, H, L, L), v.shape))
+    return v.new_empty(v.shape), end, starts, inverse, new
 
 
 @_fused_backward.register_fake
@@ -530,9 +523,9 @@ _fused.register_autograd(_autograd, setup_context=_save)
 
 def ok(q, k, v, g, erase=None, along=None, state=None, before=False):
     # products of fp32 are left to PyTorch, and so is the one step of generation
-    return (v.dtype != torch.float32 and fits(q, k, v, g, erase, state) and q.dtype == k.dtype == v.dtype
-            and (erase is None or erase.dtype == k.dtype) and g.shape[-1] == 1 and along is None and not before
-            and v.shape[1] > 1 and k.shape[-1] <= MAX_WIDTH and v.shape[-1] <= MAX_WIDTH)
+    narrow = v.dtype != torch.float32 and fits(q, k, v, g, erase, state) and q.dtype == k.dtype == v.dtype
+    return (narrow and (erase is None or erase.dtype == v.dtype) and g.shape[-1] == 1 and along is None
+            and not before and v.shape[1] > 1 and max(k.shape[-1], v.shape[-1]) <= MAX_WIDTH)
 
 
 def fused(q, k, v, g, erase=None, along=None, state=None, before=False):
@@ -558,7 +551,5 @@ def cases():
         'keys and values of several tiles': drawn(1, 40, 1, 140, 70, 1),
         'strong decay': drawn(1, 70, 2, 8, 8, 1, speed=3),
         'a token that forgets all': forgets,
-        'slices of one buffer': (*torch.cat((q, k), -1).split(6, -1), v, g, erase, None, state),
-        'not contiguous': (q.mT.contiguous().mT, k, v.transpose(1, 2).contiguous().transpose(1, 2), g, erase,
-                           None, state),
+        'not contiguous': (*torch.cat((q, k), -1).split(6, -1), v.mT.contiguous().mT, g, erase, None, state),
     }

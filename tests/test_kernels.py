@@ -938,7 +938,7 @@ def test_the_head_in_eight_bits_is_its_definition(eight_bits):
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = [['check', op, case, dtype] for op, row in kernels.OPS.items() for case in row.cases()
         # products of fp32 are left to PyTorch; in the interpreter, attention and experts run them too
-        for dtype in (('float16', 'bfloat16') if op in ('ssd', 'recurrence') else ('float32', 'bfloat16'))]
+        for dtype in ('float16' if op in ('ssd', 'recurrence') else 'float32', 'bfloat16')]
 MODELS = {
     'gemma2_small': {'attention_backward', 'gated_backward', 'rope_backward', 'decode_attention'},
     'gpt_oss_small': {'attention_backward', 'grouped_linear_fused_backward', 'linear_cross_entropy'},
