@@ -155,6 +155,8 @@ def _pairs(x, y, Gx, G, keep):
 
 def _by_key(q, k, v, g, e, f, state, before):
     """The recurrence of N chunks with a decay per key: as _Delta, g (N,B,H,L,K), f or e and f may be None."""
+    # beyond e^-50 nothing is left, and running sums keep their digits
+    g = g.clamp(min=-50)
     G = g.cumsum(-2)
     lower = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).tril()
     strict = lower.tril(-1)

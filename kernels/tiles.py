@@ -18,7 +18,7 @@ def decays(total, step):
 
 @jit
 def tokens_at(b, t, h, T, H, WIDTH: tl.constexpr, cols):
-    """Where tokens t of head h of (B,T,H,WIDTH) lie, and which of their numbers are within it; b in 64 bits."""
+    """Where tokens t of head h of (B,T,H,WIDTH) lie, and which numbers are within it; b has 64 bits."""
     return ((b * T + t[:, None]) * H + h) * WIDTH + cols[None, :], (t[:, None] < T) & (cols[None, :] < WIDTH)
 
 
