@@ -62,7 +62,7 @@ OPS = {
     'selective_scan': Op(selective_scan.selective_scan, selective_scan.fused, selective_scan.ok,
                          selective_scan.cases),
     'ssd': Op(ssd.ssd, ssd.fused, ssd.ok, ssd.cases),
-    'recurrence': Op(recurrence.recurrence, None, lambda *args, **options: False, recurrence.cases),
+    'recurrence': Op(recurrence.recurrence, recurrence.fused, recurrence.ok, recurrence.cases),
     'attention': Op(attention.attention_reference, flash_attention.fused, flash_attention.ok,
                     flash_attention.cases),
     'decode_attention': Op(attention.attention_reference, decode_attention.fused, decode_attention.ok,

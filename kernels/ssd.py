@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .common import capability, cdiv, check, clamp, fits, jit, kernel, leaf, pow2, programs, randn, tl
+from .tiles import decays, state_at
 
 CHUNK = 64
 
@@ -150,9 +151,9 @@ class _Chunked(torch.autograd.Function):
 
 def chunked(u, log_decay, B, C, state, chunk=CHUNK, dtype=None):
     """
-    y_t = s_t C_t of s_t = exp(log_decay_t) s_{t-1} + u_t B_t^T: u (B,T,H,P), log_decay (B,T,H), B and C (B,T,G,N),
-    state (B,H,P,N), all of one dtype, which y (B,T,H,P) and the state behind the last token have; dtype: of
-    products that no state depends on, None for the same.
+    y_t = s_t C_t of s_t = exp(log_decay_t) s_{t-1} + u_t B_t^T: u (B,T,H,P), log_decay (B,T,H), B and C
+    (B,T,G,N), state (B,H,P,N), all of one dtype, which y (B,T,H,P) and the state behind the last token have;
+    dtype: of products that no state depends on, None for the same.
     """
     T = u.shape[1]
     chunk, tokens = min(chunk, T), (u, log_decay, B, C)
@@ -204,16 +205,9 @@ def _tokens(ptr, b, t, part, stride_b, stride_t, T, WIDTH: tl.constexpr, cols):
 
 
 @jit
-def _state(ptr, index, p, n, P: tl.constexpr, N: tl.constexpr):
-    """Where state number `index` of (...,P,N) lies, and which of its numbers are within it."""
-    at = ptr + index.to(tl.int64) * (P * N) + p[:, None] * N + n[None, :]
-    return at, (p[:, None] < P) & (n[None, :] < N)
-
-
-@jit
 def _leave(state, decay, left_ptr, decay_ptr, index, p, n, P: tl.constexpr, N: tl.constexpr):
     """Store what segment `index` leaves of nothing, and the exp of its decay."""
-    at, inside = _state(left_ptr, index, p, n, P, N)
+    at, inside = state_at(left_ptr, index, p, n, P, N)
     tl.store(at, state, mask=inside)
     tl.store(decay_ptr + index, tl.exp(decay))
 
@@ -221,15 +215,8 @@ def _leave(state, decay, left_ptr, decay_ptr, index, p, n, P: tl.constexpr, N: t
 @jit
 def _pass_on(state, left_ptr, decay_ptr, index, p, n, P: tl.constexpr, N: tl.constexpr):
     """The state behind segment `index`, from the state in front of it."""
-    at, inside = _state(left_ptr, index, p, n, P, N)
+    at, inside = state_at(left_ptr, index, p, n, P, N)
     return tl.load(decay_ptr + index) * state + tl.load(at, mask=inside, other=0.0)
-
-
-@jit
-def _decay(total, step):
-    """exp of the sum over j < t <= i in row i and column j, 0 where j > i: (L,L)."""
-    past = step[:, None] >= step[None, :]
-    return tl.exp(tl.where(past, total[:, None] - total[None, :], -1e30))
 
 
 @kernel
@@ -246,14 +233,14 @@ def _states_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, state_ptr, left_ptr, decay_ptr, 
     step, segment, segments = tl.arange(0, L), tl.program_id(2), tl.num_programs(2)
     state, decay = tl.zeros([BLOCK_P, BLOCK_N], tl.float32), 0.0
     if HAS_STATE:
-        given, inside = _state(state_ptr, b * H + h, p, n, P, N)
+        given, inside = state_at(state_ptr, b * H + h, p, n, P, N)
         state += tl.load(given, mask=inside & (segment == 0), other=0.0).to(tl.float32)
     if not ALONE:
         for earlier in range(segment):
             state = _pass_on(state, left_ptr, decay_ptr, (b * segments + earlier) * H + h, p, n, P, N)
     for chunk in range(segment * length, tl.minimum(chunks, (segment + 1) * length)):
         if not ALONE:
-            at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, p, n, P, N)
+            at, inside = state_at(starts_ptr, (b * chunks + chunk) * H + h, p, n, P, N)
             tl.store(at, state.to(starts_ptr.dtype.element_ty), mask=inside)
         t = chunk * L + step
         dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
@@ -265,7 +252,7 @@ def _states_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, state_ptr, left_ptr, decay_ptr, 
     if ALONE:
         _leave(state, decay, left_ptr, decay_ptr, (b * segments + segment) * H + h, p, n, P, N)
     else:
-        to_end, inside = _state(end_ptr, b * H + h, p, n, P, N)
+        to_end, inside = state_at(end_ptr, b * H + h, p, n, P, N)
         tl.store(to_end, state, mask=inside & (segment == segments - 1))
 
 
@@ -280,8 +267,8 @@ def _output_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, y_ptr,
     x = _tokens(x_ptr, b, t, h, x_stride_b, x_stride_t, T, P, p)
     B = _tokens(B_ptr, b, t, group, B_stride_b, B_stride_t, T, N, n)
     C = _tokens(C_ptr, b, t, group, C_stride_b, C_stride_t, T, N, n)
-    scores = tl.dot(C, tl.trans(B)) * _decay(total, step) * dt[None, :]
-    at, inside = _state(starts_ptr, (b * chunks + chunk) * H + h, p, n, P, N)
+    scores = tl.dot(C, tl.trans(B)) * decays(total, step) * dt[None, :]
+    at, inside = state_at(starts_ptr, (b * chunks + chunk) * H + h, p, n, P, N)
     state = tl.load(at, mask=inside, other=0.0)
     y = tl.dot(scores.to(x.dtype), x) + tl.dot(C, tl.trans(state)) * tl.exp(total)[:, None]
     y += tl.load(D_ptr + h).to(tl.float32) * x.to(tl.float32)
@@ -302,7 +289,7 @@ def _state_grads_kernel(dy_ptr, dt_ptr, A_ptr, C_ptr, starts_ptr, d_end_ptr, lef
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     step, segment, segments, decay = tl.arange(0, L), tl.program_id(2), tl.num_programs(2), 0.0
-    from_end, inside = _state(d_end_ptr, b * H + h, p, n, P, N)
+    from_end, inside = state_at(d_end_ptr, b * H + h, p, n, P, N)
     d_state = tl.load(from_end, mask=inside & (segment == segments - 1), other=0.0).to(tl.float32)
     if not ALONE:
         for index in range(1, segments - segment):
@@ -314,9 +301,9 @@ def _state_grads_kernel(dy_ptr, dt_ptr, A_ptr, C_ptr, starts_ptr, d_end_ptr, lef
         t, number = chunk * L + step, (b * chunks + chunk) * H + h
         dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
         if not ALONE:
-            to, inside = _state(ends_ptr, number, p, n, P, N)
+            to, inside = state_at(ends_ptr, number, p, n, P, N)
             tl.store(to, d_state.to(ends_ptr.dtype.element_ty), mask=inside)
-            start, inside = _state(starts_ptr, number, p, n, P, N)
+            start, inside = state_at(starts_ptr, number, p, n, P, N)
             state = tl.load(start, mask=inside, other=0.0).to(tl.float32)
             kept = tl.sum(tl.sum(d_state * state, 1), 0) * tl.exp(last)
             tl.store(kept_ptr + number * tl.num_programs(1) + tl.program_id(1), kept)
@@ -328,7 +315,7 @@ def _state_grads_kernel(dy_ptr, dt_ptr, A_ptr, C_ptr, starts_ptr, d_end_ptr, lef
     if ALONE:
         _leave(d_state, decay, left_ptr, decay_ptr, (b * segments + segment) * H + h, p, n, P, N)
     else:
-        to_start, inside = _state(d_state_ptr, b * H + h, p, n, P, N)
+        to_start, inside = state_at(d_state_ptr, b * H + h, p, n, P, N)
         tl.store(to_start, d_state, mask=inside & (segment == 0))
 
 
@@ -346,20 +333,20 @@ def _head_grads_kernel(dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts
     dy = _tokens(dy_ptr, b, t, h, T * H * P, H * P, T, P, p)
     B = _tokens(B_ptr, b, t, group, B_stride_b, B_stride_t, T, N, n)
     C = _tokens(C_ptr, b, t, group, C_stride_b, C_stride_t, T, N, n)
-    scores = tl.dot(C, tl.trans(B)) * _decay(total, step)
+    scores = tl.dot(C, tl.trans(B)) * decays(total, step)
     # 1. within the chunk: a token's own part does not decay
     q = tl.dot(dy, tl.trans(x)) * scores * dt[None, :]
     q = tl.where(step[:, None] > step[None, :], q, 0.0)
     crossing = tl.sum(q, 1) - tl.sum(q, 0)
     du = tl.dot(tl.trans(scores.to(x.dtype)), dy)
     # 2. through the state that the chunk leaves
-    at, inside = _state(ends_ptr, number, p, n, P, N)
+    at, inside = state_at(ends_ptr, number, p, n, P, N)
     written = tl.dot(B, tl.trans(tl.load(at, mask=inside, other=0.0))) * tl.exp(last - total)[:, None]
     x = x.to(tl.float32)
     into = dt * tl.sum(x * written, 1)
     du += written
     # 3. through the state in front of the chunk
-    at, inside = _state(starts_ptr, number, p, n, P, N)
+    at, inside = state_at(starts_ptr, number, p, n, P, N)
     found = tl.dot(C, tl.trans(tl.load(at, mask=inside, other=0.0)))
     dy = dy.to(tl.float32)
     crossing += tl.exp(total) * tl.sum(dy * found, 1)
@@ -399,11 +386,11 @@ def _group_grads_kernel(dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, 
         dt, total, last = _steps(dt_ptr, A_ptr, b, h, t, T, H)
         x = _tokens(x_ptr, b, t, h, x_stride_b, x_stride_t, T, P, p)
         dy = _tokens(dy_ptr, b, t, h, T * H * P, H * P, T, P, p)
-        d_scores += tl.dot(dy, tl.trans(x)) * _decay(total, step) * dt[None, :]
-        start, inside = _state(starts_ptr, number, p, n, P, N)
+        d_scores += tl.dot(dy, tl.trans(x)) * decays(total, step) * dt[None, :]
+        start, inside = state_at(starts_ptr, number, p, n, P, N)
         read = (dy.to(tl.float32) * tl.exp(total)[:, None]).to(dy.dtype)
         dC += tl.dot(read, tl.load(start, mask=inside, other=0.0))
-        end, inside = _state(ends_ptr, number, p, n, P, N)
+        end, inside = state_at(ends_ptr, number, p, n, P, N)
         u = (x.to(tl.float32) * (tl.exp(last - total) * dt)[:, None]).to(x.dtype)
         dB += tl.dot(u, tl.load(end, mask=inside, other=0.0))
     d_scores = d_scores.to(B.dtype)

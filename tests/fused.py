@@ -168,7 +168,7 @@ def check_operators(op):
     """torch.library.opcheck on the operators of an operation, and the operation inside one compiled graph."""
     row, calls = kernels.OPS[op], Calls()
     case = next(iter(row.cases()))
-    dtype = torch.float16 if op == 'ssd' else torch.float32
+    dtype = torch.float16 if op in ('ssd', 'recurrence') else torch.float32
     with calls:
         want = run(row.fused, arguments(op, case, dtype, 'cpu'), row.backward)
     for function, args in calls.found.items():

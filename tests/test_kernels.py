@@ -125,8 +125,8 @@ def exact_linear_without_autocast(x, weight, bias):
         return F.linear(x, weight, bias)
 
 
-# recurrences, whose state is an input and a result as well: tested in test_state_space.py
-WITH_STATE = {'causal_conv', 'selective_scan', 'ssd'}
+# recurrences, whose state is an input and a result as well: test_state_space.py and test_recurrence.py
+WITH_STATE = {'causal_conv', 'selective_scan', 'ssd', 'recurrence'}
 # made of others, and tested by themselves below
 COMPOSED = {'rope_qk', 'attention', 'decode_attention'}
 OPS = {
@@ -938,7 +938,7 @@ def test_the_head_in_eight_bits_is_its_definition(eight_bits):
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = [['check', op, case, dtype] for op, row in kernels.OPS.items() for case in row.cases()
         # products of fp32 are left to PyTorch; in the interpreter, attention and experts run them too
-        for dtype in (('float16', 'bfloat16') if op == 'ssd' else ('float32', 'bfloat16'))]
+        for dtype in ('float16' if op in ('ssd', 'recurrence') else 'float32', 'bfloat16')]
 MODELS = {
     'gemma2_small': {'attention_backward', 'gated_backward', 'rope_backward', 'decode_attention'},
     'gpt_oss_small': {'attention_backward', 'grouped_linear_fused_backward', 'linear_cross_entropy'},
@@ -1044,6 +1044,10 @@ WANTED = {
     'ssd, 24 heads of 64, N = 128': {
         'states': Wanted(2, hgmma=True), 'state_grads': Wanted(2, hgmma=True), 'output': Wanted(hgmma=True),
         'head_grads': Wanted(hgmma=True), 'group_grads': PIPELINED},
+    'recurrence, delta rule, 16 heads of 128': {
+        'inverse': Wanted(2, hgmma=True), 'states': Wanted(2, hgmma=True, copies=True),
+        'output': Wanted(2, hgmma=True), 'direct': Wanted(4, hgmma=True),
+        'state_grads': Wanted(2, hgmma=True, copies=True), 'grads': PIPELINED},
     # two programs: one's softmax runs beside the other's products
     'attention, 32 heads of 128, 4096 tokens': {
         'forward': PIPELINED._replace(programs=2), 'key': PIPELINED, 'query': PIPELINED},
@@ -1099,6 +1103,7 @@ def test_the_widest_state_spaces_that_kernels_take_fit_in_shared_memory(arch):
     # a launch beyond it is an error on a GPU, and nothing else finds it
     from nanoblocks.experiments import aot, examples
     widest = {'ssd': examples._ssd(256, 'cpu', 1, 2, 128, 1, 256),
+              'recurrence': examples._recurrence(256, 'cpu', 1, 2, 256, 256),
               'selective_scan': examples._scan(256, 'cpu', 64, 64)}
     assert not [op for op, args in widest.items() if not kernels.OPS[op].ok(*args)]
     for op, args in widest.items():
@@ -1222,6 +1227,7 @@ def test_importing_the_operations_does_not_import_triton():
     ('attention', lambda q, k, *rest: (q[:, :, :3], k, *rest), '3 query heads must be a multiple of the 2'),
     ('selective_scan', lambda x, dt, *rest: (x, dt[:, :-1], *rest), 'dt of shape'),
     ('ssd', lambda x, dt, A, *rest: (x, dt, A[:-1], *rest), 'A of shape'),
+    ('recurrence', lambda q, k, v, g, *rest: (q, k, v, g[:, 1:], *rest), 'g of shape'),
 ])
 def test_arguments_that_do_not_fit_are_refused_before_any_launch(op, change, words):
     args = next(iter(kernels.OPS[op].cases().values()))

@@ -82,6 +82,14 @@ def _ssd(n, device, batch, H, P, G, N):
     return x, dt, A, *(_randn(batch, T, G, N, device=device) for _ in range(2)), D
 
 
+def _recurrence(n, device, batch, H, K, V, erase=True):
+    q, v = (_randn(batch, n // batch, H, width, device=device) for width in (K, V))
+    k, beta = torch.nn.functional.normalize(_randn(*q.shape, device=device, grad=False), dim=-1), torch.rand(
+        *q.shape[:3], 1, device=device)
+    e = (beta * k).to(k.dtype).requires_grad_() if erase else None
+    return q, k.requires_grad_(), v, beta.log().mul_(0.1).requires_grad_(), e
+
+
 # ----------------------------------------------------------------------------------------------------------
 # FLOPs of the matrix products: (forward, backward)
 
@@ -106,6 +114,12 @@ def _experts_flops(x, weight, bias, counts):
 def _ssd_flops(x, dt, A, B, C, D):
     # of the recurrence as defined: the writes to the state and the reads from it
     return 4 * x.numel() * B.shape[-1], 8 * x.numel() * B.shape[-1]
+
+
+def _recurrence_flops(q, k, v, g, erase):
+    # of the recurrence as defined: the write to the state, the read from it, and the read of what is erased
+    products = (4 if erase is None else 6) * v.numel() * k.shape[-1]
+    return products, 2 * products
 
 
 class Example(NamedTuple):
@@ -136,6 +150,10 @@ EXAMPLES = [
     Example('ssd', '24 heads of 64, N = 128', lambda n, d: _ssd(n, d, 8, 24, 64, 1, 128), 16384, _ssd_flops,
             hard=True),
     Example('ssd', 'one sequence', lambda n, d: _ssd(n, d, 1, 24, 64, 1, 128), 16384, _ssd_flops),
+    Example('recurrence', 'delta rule, 16 heads of 128', lambda n, d: _recurrence(n, d, 8, 16, 128, 128),
+            16384, _recurrence_flops, hard=True),
+    Example('recurrence', 'decay alone, 16 heads of 128',
+            lambda n, d: _recurrence(n, d, 8, 16, 128, 128, erase=False), 16384, _recurrence_flops),
     Example('attention', '32 heads of 128, 4096 tokens', lambda n, d: _attention(n, d, 32, 8, 128, 4096),
             16384, _attention_flops),
     Example('attention', 'window of 1024', lambda n, d: _attention(n, d, 32, 8, 128, 4096, 1024), 16384,

@@ -13,7 +13,7 @@ from nanoblocks.experiments.examples import leaves, outputs
 from nanoblocks.files import ROOT
 
 # their fp32 products are left to PyTorch
-NARROW = ('attention', 'decode_attention', 'grouped_linear', 'ssd')
+NARROW = ('attention', 'decode_attention', 'grouped_linear', 'ssd', 'recurrence')
 
 
 def checks(m, processes=16):
