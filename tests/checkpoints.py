@@ -66,7 +66,8 @@ def rope(kind='default', theta=1000.0, **more):
 
 
 def layers(letters):
-    return [{'f': 'full_attention', 's': 'sliding_attention'}[letter] for letter in letters]
+    words = {'f': 'full_attention', 's': 'sliding_attention', 'r': 'linear_attention'}
+    return [words[letter] for letter in letters]
 
 
 LINEAR = rope('linear', factor=2.5)
@@ -102,6 +103,10 @@ MPT = dict(d_model=35, n_heads=5)
 LLAMA4 = dict(**FIVE, num_local_experts=5, num_experts_per_tok=1, intermediate_size=19,
               intermediate_size_mlp=51, interleave_moe_layer_step=2, attention_chunk_size=8, floor_scale=5,
               attn_scale=0.4)
+DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=7, linear_value_head_dim=5,
+             linear_conv_kernel_dim=3)
+LARA = dict(**FIVE, **DELTA, **EXPERTS, **WINDOW, shared_expert_intermediate_size=23)
+NEXT = dict(**FOUR, **DELTA, **EXPERTS, shared_expert_intermediate_size=23)
 OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
 OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
 
@@ -261,6 +266,21 @@ CASES = {
                                      'layer_norm_epsilon': 1e-3}),
     'gpt2-gelu-untied': Case('gpt2', {'n_positions': 48, 'activation_function': 'gelu',
                                       'tie_word_embeddings': False}),
+
+    'lara_mini': Case('lara_mini', LARA),
+    'lara_mini-layer-types': Case('lara_mini', {
+        **LARA, **YARN, 'tie_word_embeddings': False, 'norm_topk_prob': False, 'attention_bias': True,
+        'layer_types': layers('srsrf')}, old=None),
+    'qwen3_next': Case('qwen3_next', NEXT),
+    'qwen3_next-dense-layers': Case('qwen3_next', {
+        **NEXT, **FIVE, **YARN, 'attention_bias': True, 'tie_word_embeddings': True, 'norm_topk_prob': False,
+        'decoder_sparse_step': 2, 'full_attention_interval': 3},
+                                    old={'full_attention_interval': 3}),
+    'qwen3_5': Case('qwen3_5_text', {**FOUR, **DELTA}),
+    'qwen3_5-layer-types': Case('qwen3_5_text', {
+        **FOUR, **DELTA, 'attention_bias': True, 'layer_types': layers('rffr'),
+        **rope(theta=1e6, partial_rotary_factor=0.6)}, old={'layer_types': layers('rffr')}),
+    'qwen3_5_moe': Case('qwen3_5_moe_text', NEXT),
 
     # combinations at the edge of what a key can say
     'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),

@@ -54,7 +54,8 @@ def save_folder(model, folder):
     rules = rules_of(FAMILIES[kind], model.config, hf)
     for name, names, layout in matches(rules, model.config, ours):
         pieces = layout(ours[name].detach().float().cpu(), model.config)
-        tensors |= {theirs: piece.save() for theirs, piece in zip(names, pieces, strict=True)}
+        for theirs, piece in zip(names, pieces, strict=True):
+            tensors[theirs] = piece.save(tensors.get(theirs))
     if model.config.n_predict > 1:
         print(f'n_predict={model.config.n_predict}: the blocks of multi-token prediction are not exported: '
               'they serve training only')
@@ -220,8 +221,9 @@ def matches(rules, c, ours):
     """(our name, their names, layout) of every tensor of ours for which there is a rule."""
     plan = list(enumerate(c.plan()))
     layers = {'i': range(c.n_layer),
-              'a': [i for i, (mixer, _) in plan if mixer != 'm'],
+              'a': [i for i, (mixer, _) in plan if mixer in 'awcnv'],
               'm': [i for i, (mixer, _) in plan if mixer == 'm'],
+              'r': [i for i, (mixer, _) in plan if mixer == 'r'],
               'e': [i for i, (_, ffn) in plan if ffn == 'e'],
               'f': [i for i, (_, ffn) in plan if ffn == 'f']}
     for rule, (theirs, layout) in rules.items():

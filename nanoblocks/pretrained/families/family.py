@@ -26,8 +26,8 @@ class Family:
     only: dict = field(default_factory=dict)
 
     # {our tensor: theirs, or (theirs, layout)}, or a function (config, config.json) that returns it.
-    # In our name {i} is any layer, {a} one with attention, {m} one with a state space, {f} one with a dense
-    # feed-forward, {e} one with experts. In theirs {i} is the same layer, {n} every expert, {q,k,v} each of
+    # In our name {i} is any layer, {a} one with attention, {m} one with a state space, {r} one with a
+    # recurrence, {f} one with a dense feed-forward, {e} one with experts. In theirs {i} is the same layer, {n} every expert, {q,k,v} each of
     # the three. A name without .weight or .bias stands for both. Rules for tensors that a model does not
     # have are skipped.
     tensors: dict | Callable
