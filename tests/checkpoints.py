@@ -109,7 +109,7 @@ DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_d
 LARA = dict(**FIVE, **DELTA, **EXPERTS, **WINDOW, shared_expert_intermediate_size=23)
 NEXT = dict(**FOUR, **DELTA, **EXPERTS, shared_expert_intermediate_size=23)
 NO_ROPE = {'rope_parameters': {'rope_type': 'default', 'rope_theta': None}}
-KIMI = dict(**MHA, **FOUR, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9,
+KIMI = dict(**MHA, **FIVE, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9,
             num_experts=6, n_shared_experts=2, num_experts_per_tok=2, moe_intermediate_size=19,
             routed_scaling_factor=1.7, linear_num_heads=4, linear_head_dim=7, linear_conv_kernel_dim=3)
 MINIMAX = dict(num_local_experts=5, num_experts_per_tok=2, block_size=8)
@@ -300,7 +300,11 @@ CASES = {
     'kimi_linear': Case('kimi_linear', KIMI),
     'kimi_linear-groups': Case('kimi_linear', {
         **KIMI, 'num_experts': 6, 'n_group': 3, 'topk_group': 2, 'q_lora_rank': 11, 'attention_bias': True,
-        'norm_topk_prob': False, 'layer_types': layers('frrf'), 'first_k_dense_replace': 2}),
+        'norm_topk_prob': False, 'layer_types': layers('frrfr'), 'first_k_dense_replace': 2},
+        old={'mlp_layer_types': ABSENT, 'first_k_dense_replace': 2, 'linear_head_dim': ABSENT,
+             'linear_num_heads': ABSENT, 'linear_conv_kernel_dim': ABSENT, 'linear_attn_config': {
+                 'head_dim': 7, 'num_heads': 4, 'short_conv_kernel_size': 3, 'full_attn_layers': [1, 4],
+                 'kda_layers': [2, 3, 5]}}),
     'minimax': Case('minimax', {**FOUR, **MINIMAX}),
     'minimax-factors': Case('minimax', {
         **FOUR, **MINIMAX, 'full_attn_alpha_factor': 1.3, 'full_attn_beta_factor': 0.8,

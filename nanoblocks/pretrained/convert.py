@@ -33,6 +33,7 @@ def load_folder(folder):
     config = config_of(hf, family)
     check_size(config, files)
     rules = under_names_of(files.where, rules_of(family, config, hf))
+    rules = {ours: with_layout(rule) for ours, rule in family.as_stored(rules, files, config).items()}
     embedding, head = (rules[ours][0] + '.weight' for ours in ('wte', 'lm_head'))
     theirs = names_in_file(files.where, embedding, head, config, hf)
     if config.tie and embedding in theirs and head in theirs:
@@ -72,7 +73,8 @@ def save_folder(model, folder):
 
 UNSUPPORTED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_config')
 # keys whose null means none, such as no window; the null of any other key stands for its default
-NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping')
+NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping',
+                   'rope_theta')
 # flags whose key a file must have
 SIZES = ('vocab_size', 'n_embd', 'n_layer')
 
@@ -196,7 +198,11 @@ def tensors_of(model):
 def rules_of(family, c, hf):
     """{our tensor: (theirs, layout)}, with the letters and alternatives of Family.tensors."""
     rules = family.tensors(c, hf) if callable(family.tensors) else family.tensors
-    return {ours: (rule, same) if isinstance(rule, str) else rule for ours, rule in rules.items()}
+    return {ours: with_layout(rule) for ours, rule in rules.items()}
+
+
+def with_layout(rule):
+    return (rule, same) if isinstance(rule, str) else rule
 
 
 def under_names_of(where, rules):

@@ -154,6 +154,26 @@ def rnn_qkv(p, c):
     return [piece(part) for part in p.split(rnn_rows(c))]
 
 
+def rnn_conv(p, c):
+    """Three convolutions, each (I,1,W)."""
+    return [conv(part, c)[0] for part in p.split(rnn_rows(c))]
+
+
+def rnn_conv_in_thirds(p, c):
+    """The same rows, cut into three equal parts."""
+    return [conv(part, c)[0] for part in p.chunk(3)]
+
+
+def rnn_qkv_by_head(p, c):
+    """One tensor: the query, key and value of a head, then those of the next."""
+    return interleave(p, by_key_head(c, *p.split(rnn_rows(c))), (c.rnn_key_dim, c.rnn_key_dim, c.rnn_value_dim))
+
+
+def four_dimensions(p, c):
+    """A number for each head, (H,), is stored as (1,1,H,1)."""
+    return [piece(p, (1, 1, len(p), 1))]
+
+
 def below_each_other(p, c, part):
     """One tensor in which c_attn, the gate, beta and the decay (part 0 to 3) lie below each other."""
     rows = sum(rnn_rows(c)), c.rnn_heads * c.rnn_value_dim, c.rnn_heads, c.rnn_heads

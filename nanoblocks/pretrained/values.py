@@ -30,10 +30,10 @@ TRUTHS = {
     'truncate', 'use_bias', 'use_conv_bias', 'use_parallel_residual', 'use_qk_norm', 'use_sliding_window'}
 WORDS = {'activation', 'activation_function', 'hidden_act', 'hidden_activation', 'model_type', 'rope_type',
          'topk_method', 'type'}
-LISTS_OF_NUMBERS = {'long_factor', 'mlp_only_layers', 'moe_layers', 'no_rope_layers', 'short_factor'}
-LISTS_OF_WORDS = {'layer_types'}
+LISTS_OF_NUMBERS = {'full_attn_layers', 'kda_layers', 'long_factor', 'mlp_only_layers', 'moe_layers', 'no_rope_layers', 'short_factor'}
+LISTS_OF_WORDS = {'layer_types', 'mlp_layer_types'}
 # their values are checked too
-TABLES = {'attn_config', 'rope_parameters', 'rope_scaling'}
+TABLES = {'attn_config', 'linear_attn_config', 'rope_parameters', 'rope_scaling'}
 
 MOST = 2 ** 31 - 1  # of what is counted
 

@@ -32,6 +32,10 @@ class Family:
     # have are skipped.
     tensors: dict | Callable
 
+    # (rules, TensorFiles, config) -> rules: those of `tensors`, changed for files that hold some tensors under
+    # other names or in other parts
+    as_stored: Callable = lambda rules, files, c: rules
+
     # the letters of layer_pattern that its models may have
     mixers: str = 'a'
 

@@ -1,14 +1,26 @@
-"""Models of which most layers are recurrences: Lara mini, Qwen3-Next and 3.5."""
+"""
+Models of which most layers are recurrences: Lara mini, Qwen3-Next and 3.5, OLMo Hybrid, Kimi Linear, Ling 3,
+MiniMax, xLSTM.
+"""
 from functools import partial
 
+from nanoblocks.pretrained.families.deepseek import (
+    DEEPSEEK_FLAGS,
+    DEEPSEEK_KEYS,
+    deepseek_tensors,
+    read_groups,
+)
 from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_FLAGS, LLAMA_KEYS, LLAMA_TENSORS
 from nanoblocks.pretrained.families.qwen import QWEN_MOE_KEYS, QWEN_MOE_TENSORS, read_expert_layers
 from nanoblocks.pretrained.keys import (
     RECURRENT,
+    ROUTER_NORM,
     expert_layers,
     mixer_letters,
+    pattern_of,
     refuse,
+    renamed,
     shortest_pattern,
     without,
     write_layer_types,
@@ -18,14 +30,20 @@ from nanoblocks.pretrained.layouts import (
     beta_by_key_head,
     conv,
     decay_by_key_head,
+    four_dimensions,
     gate_by_key_head,
     gate_of_qkv,
     gate_up,
+    by_expert,
+    gate_up_by_expert,
     plus_one,
     qkv_by_key_head,
     qkv_gated,
+    rnn_conv,
+    rnn_conv_in_thirds,
+    rnn_qkv,
 )
-from nanoblocks.pretrained.rope import read_rope, write_rope
+from nanoblocks.pretrained.rope import read_rope, rope_parameters, write_rope
 
 FAMILIES = {}
 
@@ -56,8 +74,16 @@ DELTA_KEYS = {
     'linear_conv_kernel_dim': 'rnn_conv'}
 DELTA_DEFAULTS = {'linear_conv_kernel_dim': 4, 'linear_key_head_dim': 128, 'linear_value_head_dim': 128}
 DELTA = 'model.layers.{i}.linear_attn.'
+
+
+def apart(place):
+    """Queries, keys and values in tensors of their own, under this name for the mixer."""
+    return {'h.{r}.mixer.c_attn': (place + '{q,k,v}_proj', rnn_qkv),
+            'h.{r}.mixer.conv1d': (place + '{q,k,v}_conv1d', rnn_conv)}
+
+
 DELTA_TENSORS = {
-    'h.{r}.mixer.conv1d.weight': (DELTA + 'conv1d.weight', conv),
+    'h.{r}.mixer.conv1d': (DELTA + 'conv1d', conv),
     'h.{r}.mixer.decay.A_log': DELTA + 'A_log',
     'h.{r}.mixer.decay.dt_bias': DELTA + 'dt_bias',
     'h.{r}.mixer.norm': DELTA + 'norm',
@@ -184,3 +210,145 @@ FAMILIES['qwen3_5_moe_text'] = Family(
     defaults=QWEN_HYBRID_DEFAULTS | {'num_experts_per_tok': 8},
     tensors=QWEN_MOE_TENSORS | QWEN35_TENSORS | SHARED_TENSORS,
     mixers='ar', read=read_qwen_hybrid, write=write_qwen_hybrid)
+
+# ----------------------------------------------------------------------------------------------------------
+# OLMo Hybrid: norms before a recurrence and after attention, which may have no positions
+
+
+def read_olmo_hybrid(hf):
+    n = hf['num_hidden_layers']
+    # some layer attends in every model
+    letters = mixer_letters(hf, lambda i: 'a' if i % 4 == 3 or i == n - 1 < 3 else 'r', RECURRENT)
+    if rope_parameters(hf).get('rope_theta', hf.get('rope_theta')) is None:
+        letters = letters.replace('a', 'n')
+    heads = hf.get('linear_num_key_heads') or hf['num_attention_heads']
+    keys = hf.get('linear_key_head_dim') or int(0.75 * hf['hidden_size'] / heads)
+    values = hf.get('linear_value_head_dim') or 2 * keys
+    return read_hybrid(hf, letters) | {'rnn_key_heads': heads, 'rnn_key_dim': keys, 'rnn_value_dim': values}
+
+
+def write_olmo_hybrid(c):
+    none = {} if c.pos == 'rope' else {'rope_parameters': {'rope_type': 'default', 'rope_theta': None}}
+    return write_hybrid(c) | none
+
+
+def olmo_hybrid_as_stored(rules, files, c):
+    """transformers writes the norm after attention as if before a feed-forward, and cuts convolutions in three."""
+    layer = next((i for i, (mixer, _) in enumerate(c.plan()) if mixer == 'a'), None)
+    if f'model.layers.{layer}.feedforward_layer_norm.weight' in files.where:
+        rules = rules | {'h.{i}.ln_1_out': 'model.layers.{i}.feedforward_layer_norm'}
+    convolutions = [name for name in files.where if name.endswith('.q_conv1d.weight')]
+    keys = c.rnn_key_heads * c.rnn_key_dim if convolutions else 0
+    if convolutions and len(files.get(convolutions[0])) != keys:
+        rules = rules | {'h.{r}.mixer.conv1d': (DELTA + '{q,k,v}_conv1d', rnn_conv_in_thirds)}
+    return rules
+
+
+FAMILIES['olmo_hybrid'] = Family(
+    architecture='OlmoHybridForCausalLM',
+    flags=HYBRID_FLAGS | {'norm_at': 'output', 'rnn_norm_at': 'pre', 'qk_norm': 'full', 'rnn_eps': 1e-5},
+    keys=without(LLAMA_KEYS, 'head_dim') | ATTENTION_BIAS | DELTA_KEYS | {
+        'linear_allow_neg_eigval': renamed('rnn_beta', {True: 2.0, False: 1.0})},
+    defaults={'linear_conv_kernel_dim': 4, 'linear_allow_neg_eigval': True},
+    tensors=LLAMA_TENSORS | DELTA_TENSORS | apart(DELTA) | {
+        'h.{i}.ln_1': 'model.layers.{i}.attention_layer_norm',
+        'h.{i}.ln_2': 'model.layers.{i}.feedforward_layer_norm',
+        'h.{i}.ln_1_out': 'model.layers.{i}.post_attention_layernorm',
+        'h.{i}.ln_2_out': 'model.layers.{i}.post_feedforward_layernorm',
+        'h.{r}.mixer.gate': DELTA + 'g_proj',
+        'h.{r}.mixer.erase.beta': DELTA + 'b_proj',
+        'h.{r}.mixer.decay.f': DELTA + 'a_proj',
+        'h.{r}.mixer.norm': DELTA + 'o_norm',
+        'h.{r}.mixer.c_proj': DELTA + 'o_proj'},
+    as_stored=olmo_hybrid_as_stored,
+    mixers='ar', read=read_olmo_hybrid, write=write_olmo_hybrid)
+
+# ----------------------------------------------------------------------------------------------------------
+# Kimi Linear: KDA, and latent attention without positions
+
+
+KIMI_DELTA = {'num_heads': ('rnn_heads', 'rnn_key_heads'), 'short_conv_kernel_size': ('rnn_conv',),
+              'head_dim': ('rnn_key_dim', 'rnn_value_dim', 'rnn_gate_rank', 'rnn_decay_rank')}
+KIMI_KEYS = without(DEEPSEEK_KEYS, 'n_routed_experts', 'num_experts_per_tok', 'n_shared_experts',
+                    'max_position_embeddings') | {
+    'num_experts': 'n_expert', 'num_experts_per_token': 'n_expert_used', 'num_shared_experts': 'n_shared',
+    'model_max_length': 'block_size', 'moe_renormalize': ROUTER_NORM}
+KIMI_ALIASES = {
+    'num_local_experts': 'num_experts', 'num_experts_per_tok': 'num_experts_per_token',
+    'n_shared_experts': 'num_shared_experts', 'max_position_embeddings': 'model_max_length',
+    'norm_topk_prob': 'moe_renormalize', 'n_group': 'num_expert_group'}
+
+
+def read_kimi(hf):
+    own = hf.get('linear_attn_config') or {}
+    # its layers are counted from one
+    full = [i - 1 for i in own['full_attn_layers']] if own else range(4, hf['num_hidden_layers'], 4)
+    letters = mixer_letters(hf, lambda i: 'a' if i in full else 'r', RECURRENT)
+    flags = read_hybrid(hf, letters.replace('a', 'n')) | read_dense_first(hf)
+    for key, names in KIMI_DELTA.items():
+        flags |= dict.fromkeys(names, own[key]) if key in own else {}
+    return flags
+
+
+def read_dense_first(hf):
+    """Flags of experts in the layers after the first, or where mlp_layer_types says so."""
+    types, first = hf.get('mlp_layer_types'), hf['first_k_dense_replace']
+    if types and (len(types) != hf['num_hidden_layers'] or not set(types) <= {'dense', 'sparse'}):
+        refuse(hf, 'mlp_layer_types', f'be a list of {hf["num_hidden_layers"]}, one a layer, of dense, sparse')
+    groups = read_groups(hf | {'n_group': hf['num_expert_group']}, top=2)
+    return groups | {'balance': 'bias', 'ffn_pattern': pattern_of(
+        hf, lambda i: 'e' if (types[i] == 'sparse' if types else i >= first) else 'f')}
+
+
+def write_dense_first(c):
+    experts = expert_layers(c)
+    return {'mlp_layer_types': ['sparse' if i in experts else 'dense' for i in range(c.n_layer)],
+            'num_expert_group': c.n_group, 'topk_group': c.n_group_used, 'num_shared_experts': c.n_shared or 1,
+            'num_key_value_heads': c.n_head, **write_layer_types(c)}
+
+
+def kimi_tensors(c, hf):
+    place = 'model.layers.{i}.self_attn.'
+    moe = 'model.layers.{i}.block_sparse_moe.'
+    return deepseek_tensors(c, {'rope_interleave': False}) | apart(place) | {
+        'h.{r}.mixer.erase.beta': place + 'b_proj',
+        'h.{r}.mixer.decay.f.0': place + 'f_a_proj',
+        'h.{r}.mixer.decay.f.1': place + 'f_b_proj',
+        'h.{r}.mixer.decay.A_log': (place + 'A_log', four_dimensions),
+        'h.{r}.mixer.decay.dt_bias': place + 'dt_bias',
+        'h.{r}.mixer.gate.0': place + 'g_a_proj',
+        'h.{r}.mixer.gate.1': place + 'g_b_proj',
+        'h.{r}.mixer.norm': place + 'o_norm',
+        'h.{r}.mixer.c_proj': place + 'o_proj',
+        'h.{e}.ffn.router': moe + 'gate',
+        'h.{e}.ffn.choice_bias': moe + 'gate.e_score_correction_bias',
+        'h.{e}.ffn.c_fc': (moe + 'experts.{n}.{w1,w3}', gate_up_by_expert),
+        'h.{e}.ffn.c_proj': (moe + 'experts.{n}.w2', by_expert),
+        'h.{e}.ffn.shared.c_fc': (moe + 'shared_experts.{gate,up}_proj', gate_up),
+        'h.{e}.ffn.shared.c_proj': moe + 'shared_experts.down_proj'}
+
+
+def kimi_as_stored(rules, files, c):
+    """transformers writes dense layers under the name of those with experts."""
+    if not any(name.endswith('block_sparse_moe.gate_proj.weight') for name in files.where):
+        return rules
+    return rules | {'h.{f}.ffn.c_fc': ('model.layers.{i}.block_sparse_moe.{gate,up}_proj', gate_up),
+                    'h.{f}.ffn.c_proj': 'model.layers.{i}.block_sparse_moe.down_proj'}
+
+
+KDA_FLAGS = without(DEEPSEEK_FLAGS, 'pos') | {'router': 'sigmoid', 'rnn_decay': 'key', 'rnn_gate': 'sigmoid'}
+
+FAMILIES['kimi_linear'] = Family(
+    architecture='KimiLinearForCausalLM',
+    flags=KDA_FLAGS,
+    keys=KIMI_KEYS | {
+        'linear_num_heads': KIMI_DELTA['num_heads'], 'linear_head_dim': KIMI_DELTA['head_dim'],
+        'linear_conv_kernel_dim': 'rnn_conv'},
+    aliases=KIMI_ALIASES,
+    defaults={'rms_norm_eps': 1e-5, 'first_k_dense_replace': 1, 'num_expert_group': 1, 'topk_group': 1,
+              'num_shared_experts': 1, 'num_experts_per_token': 8, 'moe_renormalize': True,
+              'routed_scaling_factor': 2.446, 'linear_num_heads': 32, 'linear_head_dim': 128,
+              'linear_conv_kernel_dim': 4},
+    tensors=kimi_tensors,
+    as_stored=kimi_as_stored,
+    mixers='ar', read=read_kimi, write=write_dense_first)
