@@ -110,7 +110,7 @@ LARA = dict(**FIVE, **DELTA, **EXPERTS, **WINDOW, shared_expert_intermediate_siz
 NEXT = dict(**FOUR, **DELTA, **EXPERTS, shared_expert_intermediate_size=23)
 NO_ROPE = {'rope_parameters': {'rope_type': 'default', 'rope_theta': None}}
 KIMI = dict(**MHA, **FIVE, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9,
-            num_experts=6, n_shared_experts=2, num_experts_per_tok=2, moe_intermediate_size=19,
+            num_experts=5, n_shared_experts=2, num_experts_per_tok=3, moe_intermediate_size=19,
             routed_scaling_factor=1.7, linear_num_heads=4, linear_head_dim=7, linear_conv_kernel_dim=3)
 MINIMAX = dict(num_local_experts=5, num_experts_per_tok=2, block_size=8)
 BAILING = dict(**FOUR, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9, head_dim=10,
@@ -309,8 +309,8 @@ CASES = {
     'minimax-factors': Case('minimax', {
         **FOUR, **MINIMAX, 'full_attn_alpha_factor': 1.3, 'full_attn_beta_factor': 0.8,
         'linear_attn_alpha_factor': 1.2, 'linear_attn_beta_factor': 0.7, 'mlp_alpha_factor': 0.9,
-        'mlp_beta_factor': 1.1, 'layer_types': layers('rfrr'), 'tie_word_embeddings': True, **WINDOW},
-        old={'layer_types': layers('rfrr')}),
+        'mlp_beta_factor': 1.1, 'layer_types': layers('frrf'), 'tie_word_embeddings': True, **WINDOW},
+        old={'layer_types': layers('frrf')}),
     'bailing_hybrid': Case('bailing_hybrid', BAILING),
     'bailing_hybrid-softplus': Case('bailing_hybrid', {
         **BAILING, 'kda_safe_gate': False, 'q_lora_rank': 11, 'n_group': 1, 'topk_group': 1}),

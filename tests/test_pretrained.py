@@ -122,6 +122,8 @@ def test_round_trip(made, ours, name, tmp_path):
         return
     # transformers only warns of tensors that it misses or does not know
     theirs, info = load_reference(tmp_path, made.case, output_loading_info=True)
+    # tables that transformers works out where a file has none
+    info['missing_keys'] = {key for key in info['missing_keys'] if not NOT_WEIGHTS.search(key)}
     assert not any(info.values()), f'{name}: {info}'
     assert_logits(theirs, made, f'{name}, exported')
     again = load(tmp_path)

@@ -2,16 +2,26 @@
 Models of which most layers are recurrences: Lara mini, Qwen3-Next and 3.5, OLMo Hybrid, Kimi Linear, Ling 3,
 MiniMax, xLSTM.
 """
+import math
 from functools import partial
 
 from nanoblocks.pretrained.families.deepseek import (
     DEEPSEEK_FLAGS,
     DEEPSEEK_KEYS,
     deepseek_tensors,
+    read_deepseek,
     read_groups,
+    write_deepseek,
 )
+from nanoblocks.pretrained.families.experts import EXPERT_KEYS, MIXTRAL_TENSORS
 from nanoblocks.pretrained.families.family import TIED, Family
-from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_FLAGS, LLAMA_KEYS, LLAMA_TENSORS
+from nanoblocks.pretrained.families.llama import (
+    ATTENTION_BIAS,
+    LLAMA_FLAGS,
+    LLAMA_KEYS,
+    LLAMA_TENSORS,
+    WINDOW_KEYS,
+)
 from nanoblocks.pretrained.families.qwen import QWEN_MOE_KEYS, QWEN_MOE_TENSORS, read_expert_layers
 from nanoblocks.pretrained.keys import (
     RECURRENT,
@@ -22,19 +32,20 @@ from nanoblocks.pretrained.keys import (
     refuse,
     renamed,
     shortest_pattern,
+    width_of_head,
     without,
     write_layer_types,
 )
 from nanoblocks.pretrained.layouts import (
     below_each_other,
     beta_by_key_head,
+    by_expert,
     conv,
     decay_by_key_head,
     four_dimensions,
     gate_by_key_head,
     gate_of_qkv,
     gate_up,
-    by_expert,
     gate_up_by_expert,
     plus_one,
     qkv_by_key_head,
@@ -42,6 +53,8 @@ from nanoblocks.pretrained.layouts import (
     rnn_conv,
     rnn_conv_in_thirds,
     rnn_qkv,
+    rnn_qkv_by_head,
+    same,
 )
 from nanoblocks.pretrained.rope import read_rope, rope_parameters, write_rope
 
@@ -352,3 +365,146 @@ FAMILIES['kimi_linear'] = Family(
     tensors=kimi_tensors,
     as_stored=kimi_as_stored,
     mixers='ar', read=read_kimi, write=write_dense_first)
+
+# ----------------------------------------------------------------------------------------------------------
+# MiniMax: Lightning attention in every other layer, experts, factors on each branch and on what it is added to
+
+FACTORS = {'normed_attn': 'full_attn', 'normed_rnn': 'linear_attn', 'normed_ffn': 'mlp'}
+PLACES = ('alpha', 'beta')
+
+
+def read_minimax(hf):
+    letters = mixer_letters(hf, lambda i: 'r' if i % 2 else 'a', RECURRENT)
+    factors = {flag: tuple(float(hf[f'{key}_{place}_factor']) for place in PLACES)
+               for flag, key in FACTORS.items()}
+    width = dict.fromkeys(('rnn_key_dim', 'rnn_value_dim'), width_of_head(hf))
+    letters = letters.replace('a', 'w') if hf.get('sliding_window') else letters
+    return read_hybrid(hf, letters) | factors | width | {
+        'rnn_heads': hf['num_attention_heads'], 'rnn_key_heads': hf['num_attention_heads']}
+
+
+def write_minimax(c):
+    return write_hybrid(c) | {f'{key}_{place}_factor': getattr(c, flag)[i]
+                              for flag, key in FACTORS.items() for i, place in enumerate(PLACES)} | {
+        'layer_types': ['linear_attention' if mixer == 'r' else 'full_attention' for mixer, _ in c.plan()]}
+
+
+FAMILIES['minimax'] = Family(
+    architecture='MiniMaxForCausalLM',
+    flags=HYBRID_FLAGS | {
+        'ffn_pattern': 'e', 'residual': 'normed', 'rnn_decay': 'lightning', 'rnn_erase': 'none', 'rnn_conv': 0,
+        'rnn_unit': False, 'rnn_scale': 1.0, 'rnn_gate': 'sigmoid', 'rnn_norm': 'all', 'rnn_eps': 1e-6},
+    keys=WINDOW_KEYS | EXPERT_KEYS,
+    aliases={'num_experts': 'num_local_experts'},
+    defaults={'rope_theta': 1e6, 'rms_norm_eps': 1e-5, 'num_experts_per_tok': 2} | {
+        f'{key}_{place}_factor': 1 for key in FACTORS.values() for place in PLACES},
+    tensors=MIXTRAL_TENSORS | {
+        'h.{r}.mixer.c_attn': ('model.layers.{i}.self_attn.qkv_proj', rnn_qkv_by_head),
+        'h.{r}.mixer.gate': 'model.layers.{i}.self_attn.output_gate',
+        'h.{r}.mixer.norm': 'model.layers.{i}.self_attn.norm',
+        'h.{r}.mixer.c_proj': 'model.layers.{i}.self_attn.out_proj'},
+    mixers='arw', read=read_minimax, write=write_minimax)
+
+# ----------------------------------------------------------------------------------------------------------
+# Ling 3: KDA with a floor under its decays, and rotating latent attention with a gate for each head
+
+
+def read_ling(hf):
+    every = hf['layer_group_size']
+    letters = mixer_letters(hf, lambda i: 'r' if (i + 1) % every else 'a', RECURRENT)
+    # transformers 5 writes the width that rotates as head_dim
+    width, heads = hf.get('linear_head_dim') or hf['head_dim'], hf['num_attention_heads']
+    return read_deepseek(hf) | read_hybrid(hf, letters) | read_dense_first(hf) | {
+        'rnn_heads': heads, 'rnn_key_heads': heads, 'rnn_key_dim': width, 'rnn_value_dim': width,
+        'rnn_floor': hf['kda_lower_bound'] if hf['kda_safe_gate'] else None}
+
+
+def write_ling(c):
+    return write_deepseek(c) | write_dense_first(c) | {
+        'head_dim': c.rnn_key_dim, 'linear_head_dim': c.rnn_key_dim, 'kda_safe_gate': c.rnn_floor is not None,
+        'kda_lower_bound': c.rnn_floor or -5.0, 'num_nextn_predict_layers': 0}
+
+
+def ling_tensors(c, hf):
+    place = 'model.layers.{i}.attention.'
+    attention = {ours: (theirs.replace('.self_attn.', '.attention.'), layout) for ours, (theirs, layout) in (
+        (ours, rule if isinstance(rule, tuple) else (rule, same))
+        for ours, rule in deepseek_tensors(c, {}).items())}
+    return attention | apart(place) | {
+        'wte': 'model.word_embeddings',
+        'h.{a}.mixer.c_proj': place + 'dense',
+        'h.{a}.mixer.gate': place + 'g_proj',
+        'h.{r}.mixer.erase.beta': place + 'b_proj',
+        'h.{r}.mixer.decay.f': place + 'f_proj',
+        'h.{r}.mixer.decay.A_log': place + 'A_log',
+        'h.{r}.mixer.decay.dt_bias': place + 'dt_bias',
+        'h.{r}.mixer.gate': place + 'g_proj',
+        'h.{r}.mixer.norm': place + 'o_norm',
+        'h.{r}.mixer.c_proj': place + 'dense',
+        'h.{e}.ffn.choice_bias': 'model.layers.{i}.mlp.gate.expert_bias'}
+
+
+FAMILIES['bailing_hybrid'] = Family(
+    architecture='BailingHybridForCausalLM',
+    flags=KDA_FLAGS | {'attn_gate': 'head'},
+    keys=without(KIMI_KEYS, 'attention_bias') | {'short_conv_kernel_size': 'rnn_conv'},
+    aliases=KIMI_ALIASES | {'num_mtp_layers': 'num_nextn_predict_layers'},
+    defaults={'rope_theta': 6e6, 'head_dim': 128, 'first_k_dense_replace': 2, 'num_expert_group': 8,
+              'topk_group': 4, 'num_shared_experts': 1, 'num_experts_per_token': 8, 'moe_renormalize': True,
+              'routed_scaling_factor': 2.5, 'short_conv_kernel_size': 4, 'layer_group_size': 6,
+              'kda_safe_gate': True, 'kda_lower_bound': -5.0, 'num_nextn_predict_layers': 1},
+    only={'attention_bias': False},
+    tensors=ling_tensors,
+    mixers='ar', read=read_ling, write=write_ling)
+
+# ----------------------------------------------------------------------------------------------------------
+# xLSTM: mLSTM in every layer
+
+
+def read_xlstm(hf):
+    heads, width = hf['num_heads'], hf['hidden_size']
+
+    def of_a_head(factor):
+        n, odd = divmod(int(width * hf[factor]), heads)
+        if odd:
+            refuse(hf, factor, f'make hidden_size={width} a multiple of num_heads={heads}')
+        return n
+    multiple = hf['ffn_round_up_to_multiple_of']
+    return {'rnn_key_heads': heads, 'rnn_key_dim': of_a_head('qk_dim_factor'),
+            'rnn_value_dim': of_a_head('v_dim_factor'),
+            'ffn_width': math.ceil(width * hf['ffn_proj_factor'] / multiple) * multiple}
+
+
+def write_xlstm(c):
+    return {'qk_dim_factor': c.rnn_heads * c.rnn_key_dim / c.n_embd,
+            'v_dim_factor': c.rnn_heads * c.rnn_value_dim / c.n_embd,
+            'ffn_proj_factor': c.ffn_width / c.n_embd, 'ffn_round_up_to_multiple_of': c.ffn_width}
+
+
+XLSTM = 'backbone.blocks.{i}.mlstm_layer.'
+FAMILIES['xlstm'] = Family(
+    architecture='xLSTMForCausalLM',
+    flags={'layer_pattern': 'r', 'pos': 'none', 'norm': 'rmsnorm', 'bias': False, 'ffn': 'swiglu',
+           'rnn_decay': 'sigmoid', 'rnn_erase': 'none', 'rnn_feature': 'none', 'rnn_unit': False, 'rnn_conv': 0,
+           'rnn_input': 'exp', 'rnn_gate': 'sigmoid', 'rnn_norm': 'layer'},
+    keys={'vocab_size': 'vocab_size', 'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
+          'num_heads': 'rnn_heads', 'norm_eps': 'norm_eps', 'tie_word_embeddings': 'tie',
+          'gate_soft_cap': 'rnn_gate_cap', 'output_logit_soft_cap': 'logit_softcap'},
+    aliases={'embedding_dim': 'hidden_size', 'num_blocks': 'num_hidden_layers'},
+    defaults={'norm_eps': 1e-6, 'num_heads': 8, 'qk_dim_factor': 0.5, 'v_dim_factor': 1.0,
+              'ffn_proj_factor': 2.667, 'ffn_round_up_to_multiple_of': 64, 'gate_soft_cap': 15.0,
+              'output_logit_soft_cap': 30.0},
+    only={'use_bias': False, 'add_out_norm': True, 'eps': 1e-6, 'weight_mode': 'single'},
+    tensors={
+        'wte': 'backbone.embeddings', 'ln_f': 'backbone.out_norm', 'lm_head': 'lm_head',
+        'h.{i}.ln_1': 'backbone.blocks.{i}.norm_mlstm',
+        'h.{i}.ln_2': 'backbone.blocks.{i}.norm_ffn',
+        'h.{r}.mixer.c_attn': (XLSTM + '{q,k,v}', rnn_qkv),
+        'h.{r}.mixer.decay.f': XLSTM + 'fgate_preact',
+        'h.{r}.mixer.input': XLSTM + 'igate_preact',
+        'h.{r}.mixer.gate': XLSTM + 'ogate_preact',
+        'h.{r}.mixer.norm': XLSTM + 'multihead_norm',
+        'h.{r}.mixer.c_proj': XLSTM + 'out_proj',
+        'h.{f}.ffn.c_fc': ('backbone.blocks.{i}.ffn.{proj_up_gate,proj_up}', gate_up),
+        'h.{f}.ffn.c_proj': 'backbone.blocks.{i}.ffn.proj_down'},
+    mixers='r', read=read_xlstm, write=write_xlstm)
