@@ -353,6 +353,9 @@ CASES = {
     'starcoder2-erf': Case('starcoder2', {'hidden_act': 'gelu'}, rare='hidden_act'),
     'gpt_neox-tanh': Case('gpt_neox', {**NEOX, **HALF, 'hidden_act': 'gelu_fast'}),
 }
+# one of each family that has recurrences
+RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid', 'kimi_linear', 'minimax',
+             'bailing_hybrid', 'xlstm')
 every_case = pytest.mark.parametrize('name', CASES)
 one_of_each = pytest.mark.parametrize('name', {case.model_type: name for name, case in reversed(CASES.items())
                                                if not case.rare}.values())

@@ -9,6 +9,7 @@ import torch
 from checkpoints import (
     CASES,
     NEW,
+    RECURRENT,
     TOLERANCE,
     YARN,
     Case,
@@ -108,6 +109,16 @@ def test_greedy_tokens_equal_transformers(made, ours, name):
     assert tokens.tolist() == made.tokens.tolist()
 
 
+@pytest.mark.parametrize('name', RECURRENT)
+@torch.no_grad()
+def test_a_row_behind_padding_equals_transformers(made, ours, name):
+    made, pad = made(name), torch.tensor([[5], [0]])
+    pos = torch.arange(T).expand(2, -1) - pad
+    theirs = made.model(made.idx, attention_mask=(pos >= 0).long(), position_ids=pos.clamp(min=0)).logits
+    error = (ours(name)(made.idx, pos=pos)[0] - theirs).abs()
+    assert error[pos >= 0].max() <= TOLERANCE
+
+
 @every_case
 @torch.no_grad()
 def test_round_trip(made, ours, name, tmp_path):
@@ -186,7 +197,7 @@ def test_absent_keys_mean_what_they_mean_in_transformers(name):
     """The defaults of an entry equal the config class's, where the class has a plain one."""
     config_class = type(transformers.AutoConfig.for_model(CASES[name].model_type))
     plain = {field.name: field.default for field in fields(config_class) if field.default is not MISSING}
-    theta = config_class.default_theta
+    theta = plain.get('rope_theta', config_class.default_theta)
     entry = FAMILIES[CASES[name].model_type]
     ours = DEFAULTS | entry.defaults
     if isinstance(theta, dict):

@@ -183,7 +183,7 @@ def meaningful(flags):
 # ----------------------------------------------------------------------------------------------------------
 # Which tensor is which
 
-# masks, tables of angles and of decays that checkpoints hold besides weights, and Qwen's multi-token prediction
+# what checkpoints hold besides weights: masks, tables of angles and decays, and Qwen's multi-token prediction
 NOT_WEIGHTS = re.compile(r'(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.bias|'
                          r'\.attention\.masked_bias|self_attention\.masked_bias|\.slope_rate|'
                          r'\.(query|key|diagonal)_decay)$|^mtp\.')

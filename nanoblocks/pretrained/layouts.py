@@ -166,7 +166,8 @@ def rnn_conv_in_thirds(p, c):
 
 def rnn_qkv_by_head(p, c):
     """One tensor: the query, key and value of a head, then those of the next."""
-    return interleave(p, by_key_head(c, *p.split(rnn_rows(c))), (c.rnn_key_dim, c.rnn_key_dim, c.rnn_value_dim))
+    views = by_key_head(c, *p.split(rnn_rows(c)))
+    return interleave(p, views, (c.rnn_key_dim, c.rnn_key_dim, c.rnn_value_dim))
 
 
 def four_dimensions(p, c):

@@ -246,7 +246,7 @@ def write_olmo_hybrid(c):
 
 
 def olmo_hybrid_as_stored(rules, files, c):
-    """transformers writes the norm after attention as if before a feed-forward, and cuts convolutions in three."""
+    """transformers writes norms after attention as if before a feed-forward, and convolutions in thirds."""
     layer = next((i for i, (mixer, _) in enumerate(c.plan()) if mixer == 'a'), None)
     if f'model.layers.{layer}.feedforward_layer_norm.weight' in files.where:
         rules = rules | {'h.{i}.ln_1_out': 'model.layers.{i}.feedforward_layer_norm'}
@@ -305,9 +305,9 @@ def read_kimi(hf):
 
 def read_dense_first(hf):
     """Flags of experts in the layers after the first, or where mlp_layer_types says so."""
-    types, first = hf.get('mlp_layer_types'), hf['first_k_dense_replace']
-    if types and (len(types) != hf['num_hidden_layers'] or not set(types) <= {'dense', 'sparse'}):
-        refuse(hf, 'mlp_layer_types', f'be a list of {hf["num_hidden_layers"]}, one a layer, of dense, sparse')
+    types, first, n = hf.get('mlp_layer_types'), hf['first_k_dense_replace'], hf['num_hidden_layers']
+    if types and (len(types) != n or not set(types) <= {'dense', 'sparse'}):
+        refuse(hf, 'mlp_layer_types', f'be a list of {n}, one a layer, of dense, sparse')
     groups = read_groups(hf | {'n_group': hf['num_expert_group']}, top=2)
     return groups | {'balance': 'bias', 'ffn_pattern': pattern_of(
         hf, lambda i: 'e' if (types[i] == 'sparse' if types else i >= first) else 'f')}
@@ -316,8 +316,8 @@ def read_dense_first(hf):
 def write_dense_first(c):
     experts = expert_layers(c)
     return {'mlp_layer_types': ['sparse' if i in experts else 'dense' for i in range(c.n_layer)],
-            'num_expert_group': c.n_group, 'topk_group': c.n_group_used, 'num_shared_experts': c.n_shared or 1,
-            'num_key_value_heads': c.n_head, **write_layer_types(c)}
+            'num_expert_group': c.n_group, 'topk_group': c.n_group_used,
+            'num_shared_experts': c.n_shared or 1, 'num_key_value_heads': c.n_head, **write_layer_types(c)}
 
 
 def kimi_tensors(c, hf):
@@ -367,7 +367,7 @@ FAMILIES['kimi_linear'] = Family(
     mixers='ar', read=read_kimi, write=write_dense_first)
 
 # ----------------------------------------------------------------------------------------------------------
-# MiniMax: Lightning attention in every other layer, experts, factors on each branch and on what it is added to
+# MiniMax: Lightning attention in every other layer, experts, factors on a branch and on what it is added to
 
 FACTORS = {'normed_attn': 'full_attn', 'normed_rnn': 'linear_attn', 'normed_ffn': 'mlp'}
 PLACES = ('alpha', 'beta')
@@ -392,8 +392,9 @@ def write_minimax(c):
 FAMILIES['minimax'] = Family(
     architecture='MiniMaxForCausalLM',
     flags=HYBRID_FLAGS | {
-        'ffn_pattern': 'e', 'residual': 'normed', 'rnn_decay': 'lightning', 'rnn_erase': 'none', 'rnn_conv': 0,
-        'rnn_unit': False, 'rnn_scale': 1.0, 'rnn_gate': 'sigmoid', 'rnn_norm': 'all', 'rnn_eps': 1e-6},
+        'ffn_pattern': 'e', 'residual': 'normed', 'rnn_decay': 'lightning', 'rnn_erase': 'none',
+        'rnn_conv': 0, 'rnn_unit': False, 'rnn_scale': 1.0, 'rnn_gate': 'sigmoid', 'rnn_norm': 'all',
+        'rnn_eps': 1e-6},
     keys=WINDOW_KEYS | EXPERT_KEYS,
     aliases={'num_experts': 'num_local_experts'},
     defaults={'rope_theta': 1e6, 'rms_norm_eps': 1e-5, 'num_experts_per_tok': 2} | {
@@ -485,8 +486,8 @@ XLSTM = 'backbone.blocks.{i}.mlstm_layer.'
 FAMILIES['xlstm'] = Family(
     architecture='xLSTMForCausalLM',
     flags={'layer_pattern': 'r', 'pos': 'none', 'norm': 'rmsnorm', 'bias': False, 'ffn': 'swiglu',
-           'rnn_decay': 'sigmoid', 'rnn_erase': 'none', 'rnn_feature': 'none', 'rnn_unit': False, 'rnn_conv': 0,
-           'rnn_input': 'exp', 'rnn_gate': 'sigmoid', 'rnn_norm': 'layer'},
+           'rnn_decay': 'sigmoid', 'rnn_erase': 'none', 'rnn_feature': 'none', 'rnn_unit': False,
+           'rnn_conv': 0, 'rnn_input': 'exp', 'rnn_gate': 'sigmoid', 'rnn_norm': 'layer'},
     keys={'vocab_size': 'vocab_size', 'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
           'num_heads': 'rnn_heads', 'norm_eps': 'norm_eps', 'tie_word_embeddings': 'tie',
           'gate_soft_cap': 'rnn_gate_cap', 'output_logit_soft_cap': 'logit_softcap'},
