@@ -112,11 +112,11 @@ def test_greedy_tokens_equal_transformers(made, ours, name):
 @pytest.mark.parametrize('name', RECURRENT)
 @torch.no_grad()
 def test_a_row_behind_padding_equals_transformers(made, ours, name):
-    made, pad = made(name), torch.tensor([[5], [0]])
-    pos = torch.arange(T).expand(2, -1) - pad
-    theirs = made.model(made.idx, attention_mask=(pos >= 0).long(), position_ids=pos.clamp(min=0)).logits
-    error = (ours(name)(made.idx, pos=pos)[0] - theirs).abs()
-    assert error[pos >= 0].max() <= TOLERANCE
+    made, pad = made(name), 5
+    got = ours(name)(made.idx, pos=torch.arange(T) - torch.tensor([[pad], [0]]))[0]
+    # alone, as xlstm of transformers does not look at a mask
+    assert (got[:1, pad:] - made.model(made.idx[:1, pad:]).logits).abs().max() <= TOLERANCE
+    assert (got[1:] - made.logits[1:]).abs().max() <= TOLERANCE
 
 
 @every_case

@@ -44,7 +44,9 @@ def test_shards_read_as_one_file(made, ours, name, tmp_path):
     assert torch.equal(load(tmp_path)(made.idx)[0], ours(name)(made.idx)[0])
 
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba', *RECURRENT])
+# of minimax, transformers rounds the tables of decays as well
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba',
+                                  *(name for name in RECURRENT if name != 'minimax')])
 @torch.no_grad()
 def test_sixteen_bit_files_become_fp32(made, name, tmp_path):
     made = made(name)

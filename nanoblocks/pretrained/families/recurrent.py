@@ -3,6 +3,7 @@ Models of which most layers are recurrences: Lara mini, Qwen3-Next and 3.5, OLMo
 MiniMax, xLSTM.
 """
 import math
+import re
 from functools import partial
 
 from nanoblocks.pretrained.families.deepseek import (
@@ -54,6 +55,7 @@ from nanoblocks.pretrained.layouts import (
     rnn_conv_in_thirds,
     rnn_qkv,
     rnn_qkv_by_head,
+    rnn_rows,
     same,
 )
 from nanoblocks.pretrained.rope import read_rope, rope_parameters, write_rope
@@ -89,6 +91,16 @@ DELTA_DEFAULTS = {'linear_conv_kernel_dim': 4, 'linear_key_head_dim': 128, 'line
 DELTA = 'model.layers.{i}.linear_attn.'
 
 
+def stored(files, ending):
+    """Whether files have a tensor whose name ends so."""
+    return any(name.endswith(ending) for name in files.where)
+
+
+def joined(place):
+    """Queries, keys and values in one convolution, as transformers has them in memory."""
+    return {'h.{r}.mixer.conv1d': (place + 'conv1d', conv)}
+
+
 def apart(place):
     """Queries, keys and values in tensors of their own, under this name for the mixer."""
     return {'h.{r}.mixer.c_attn': (place + '{q,k,v}_proj', rnn_qkv),
@@ -115,6 +127,13 @@ def read_lara(hf):
     return read_hybrid(hf, letters.replace('a', 'n'))
 
 
+def lara_as_stored(rules, files, c):
+    """In memory, transformers has the names of Qwen 3.5."""
+    if not stored(files, 'linear_attn.in_proj_qkv.weight'):
+        return rules
+    return rules | QWEN35_PROJECTIONS | {'h.{r}.mixer.norm': DELTA + 'norm'}
+
+
 def write_lara(c):
     # transformers needs a window even where no layer has one
     return write_hybrid(c) | ({} if c.window else {'sliding_window': 512})
@@ -138,6 +157,7 @@ FAMILIES['lara_mini'] = Family(
         'h.{e}.ffn.router': 'model.layers.{i}.mlp.gate',
         'h.{e}.ffn.c_fc.weight': 'model.layers.{i}.mlp.experts.gate_up_proj',
         'h.{e}.ffn.c_proj.weight': 'model.layers.{i}.mlp.experts.down_proj'},
+    as_stored=lara_as_stored,
     mixers='arwn', read=read_lara, write=write_lara)
 
 # ----------------------------------------------------------------------------------------------------------
@@ -200,11 +220,12 @@ FAMILIES['qwen3_next'] = Family(
 # ----------------------------------------------------------------------------------------------------------
 # Qwen 3.5: the same with the projections of its recurrences apart; dense, or experts in every layer
 
-QWEN35_TENSORS = QWEN_HYBRID_TENSORS | {
+QWEN35_PROJECTIONS = {
     'h.{r}.mixer.c_attn': DELTA + 'in_proj_qkv',
     'h.{r}.mixer.gate': DELTA + 'in_proj_z',
     'h.{r}.mixer.erase.beta': DELTA + 'in_proj_b',
     'h.{r}.mixer.decay.f': DELTA + 'in_proj_a'}
+QWEN35_TENSORS = QWEN_HYBRID_TENSORS | QWEN35_PROJECTIONS
 
 FAMILIES['qwen3_5_text'] = Family(
     architecture='Qwen3_5ForCausalLM',
@@ -247,12 +268,13 @@ def write_olmo_hybrid(c):
 
 def olmo_hybrid_as_stored(rules, files, c):
     """transformers writes norms after attention as if before a feed-forward, and convolutions in thirds."""
-    layer = next((i for i, (mixer, _) in enumerate(c.plan()) if mixer == 'a'), None)
-    if f'model.layers.{layer}.feedforward_layer_norm.weight' in files.where:
+    if stored(files, 'linear_attn.conv1d.weight'):
+        return rules | joined(DELTA) | {'h.{i}.ln_1': 'model.layers.{i}.input_layernorm',
+                                        'h.{i}.ln_2': 'model.layers.{i}.post_attention_layernorm'}
+    if not stored(files, '.post_attention_layernorm.weight'):
         rules = rules | {'h.{i}.ln_1_out': 'model.layers.{i}.feedforward_layer_norm'}
-    convolutions = [name for name in files.where if name.endswith('.q_conv1d.weight')]
-    keys = c.rnn_key_heads * c.rnn_key_dim if convolutions else 0
-    if convolutions and len(files.get(convolutions[0])) != keys:
+    convolution = next((name for name in files.where if name.endswith('.q_conv1d.weight')), None)
+    if convolution and len(files.get(convolution)) != rnn_rows(c)[0]:
         rules = rules | {'h.{r}.mixer.conv1d': (DELTA + '{q,k,v}_conv1d', rnn_conv_in_thirds)}
     return rules
 
@@ -343,10 +365,18 @@ def kimi_tensors(c, hf):
 
 def kimi_as_stored(rules, files, c):
     """transformers writes dense layers under the name of those with experts."""
-    if not any(name.endswith('block_sparse_moe.gate_proj.weight') for name in files.where):
+    if stored(files, '.forget_gate.A_log'):
+        return in_memory(rules) | joined('model.layers.{i}.self_attn.')
+    if not stored(files, '.block_sparse_moe.gate_proj.weight'):
         return rules
     return rules | {'h.{f}.ffn.c_fc': ('model.layers.{i}.block_sparse_moe.{gate,up}_proj', gate_up),
                     'h.{f}.ffn.c_proj': 'model.layers.{i}.block_sparse_moe.down_proj'}
+
+
+def in_memory(rules):
+    """The names that transformers has in memory."""
+    return {ours: (re.sub(r'\.(f_proj|f_a_proj|f_b_proj|A_log|dt_bias)$', r'.forget_gate.\1', theirs), layout)
+            for ours, (theirs, layout) in rules.items()}
 
 
 KDA_FLAGS = without(DEEPSEEK_FLAGS, 'pos') | {'router': 'sigmoid', 'rnn_decay': 'key', 'rnn_gate': 'sigmoid'}
@@ -445,6 +475,19 @@ def ling_tensors(c, hf):
         'h.{e}.ffn.choice_bias': 'model.layers.{i}.mlp.gate.expert_bias'}
 
 
+LING_IN_MEMORY = {'.attention.': '.self_attn.', '.dense': '.o_proj', 'word_embeddings': 'embed_tokens',
+                  '.expert_bias': '.e_score_correction_bias'}
+
+
+def ling_as_stored(rules, files, c):
+    if not stored(files, '.forget_gate.A_log'):
+        return rules
+    rules = in_memory(rules | joined('model.layers.{i}.attention.'))
+    for old, new in LING_IN_MEMORY.items():
+        rules = {ours: (theirs.replace(old, new), layout) for ours, (theirs, layout) in rules.items()}
+    return rules
+
+
 FAMILIES['bailing_hybrid'] = Family(
     architecture='BailingHybridForCausalLM',
     flags=KDA_FLAGS | {'attn_gate': 'head'},
@@ -456,6 +499,7 @@ FAMILIES['bailing_hybrid'] = Family(
               'kda_safe_gate': True, 'kda_lower_bound': -5.0, 'num_nextn_predict_layers': 1},
     only={'attention_bias': False},
     tensors=ling_tensors,
+    as_stored=ling_as_stored,
     mixers='ar', read=read_ling, write=write_ling)
 
 # ----------------------------------------------------------------------------------------------------------
