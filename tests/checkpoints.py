@@ -117,6 +117,7 @@ BAILING = dict(**FOUR, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, 
                num_key_value_heads=6, num_experts=6, n_shared_experts=2, num_experts_per_tok=2,
                moe_intermediate_size=19, routed_scaling_factor=1.7, n_group=3, topk_group=2,
                short_conv_kernel_size=3, layer_group_size=3, first_k_dense_replace=1, num_mtp_layers=0)
+# transformers' cache has room for widths in multiples of 64 only
 XLSTM = dict(hidden_size=64, num_hidden_layers=2, num_heads=4, qk_dim_factor=1.0, norm_eps=EPS)
 OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
 OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
@@ -282,6 +283,8 @@ CASES = {
     'lara_mini-layer-types': Case('lara_mini', {
         **LARA, **YARN, 'tie_word_embeddings': False, 'norm_topk_prob': False, 'attention_bias': True,
         'layer_types': layers('srsrf')}, old=None),
+    'lara_mini-no-windows': Case('lara_mini', {**LARA, 'layer_types': layers('rffrf')}, old=None),
+    'lara_mini-all-windows': Case('lara_mini', {**LARA, 'layer_types': layers('sssss')}, old=None),
     'qwen3_next': Case('qwen3_next', NEXT),
     'qwen3_next-dense-layers': Case('qwen3_next', {
         **NEXT, **FIVE, **YARN, 'attention_bias': True, 'tie_word_embeddings': True, 'norm_topk_prob': False,
@@ -291,6 +294,9 @@ CASES = {
     'qwen3_5-layer-types': Case('qwen3_5_text', {
         **FOUR, **DELTA, 'attention_bias': True, 'layer_types': layers('rffr'),
         **rope(theta=1e6, partial_rotary_factor=0.6)}, old={'layer_types': layers('rffr')}),
+    'qwen3_5-tied-yarn': Case('qwen3_5_text', {
+        **FOUR, **DELTA, **YARN, 'tie_word_embeddings': True, 'linear_num_key_heads': 4, 'head_dim': 16,
+        'linear_conv_kernel_dim': 1, 'full_attention_interval': 2}, old={'full_attention_interval': 2}),
     'qwen3_5_moe': Case('qwen3_5_moe_text', NEXT),
     'olmo_hybrid': Case('olmo_hybrid', {**FOUR, **DELTA, **NO_ROPE}),
     'olmo_hybrid-rope': Case('olmo_hybrid', {
@@ -306,6 +312,7 @@ CASES = {
                  'head_dim': 7, 'num_heads': 4, 'short_conv_kernel_size': 3, 'full_attn_layers': [1, 4],
                  'kda_layers': [2, 3, 5]}}),
     'minimax': Case('minimax', {**FOUR, **MINIMAX}),
+    'minimax-plain-head': Case('minimax', {**FOUR, **MINIMAX, **MHA, 'head_dim': None}),
     'minimax-factors': Case('minimax', {
         **FOUR, **MINIMAX, 'full_attn_alpha_factor': 1.3, 'full_attn_beta_factor': 0.8,
         'linear_attn_alpha_factor': 1.2, 'linear_attn_beta_factor': 0.7, 'mlp_alpha_factor': 0.9,
@@ -314,7 +321,15 @@ CASES = {
     'bailing_hybrid': Case('bailing_hybrid', BAILING),
     'bailing_hybrid-softplus': Case('bailing_hybrid', {
         **BAILING, 'kda_safe_gate': False, 'q_lora_rank': 11, 'n_group': 1, 'topk_group': 1}),
+    'bailing_hybrid-yarn': Case('bailing_hybrid', {
+        **BAILING, **YARN_MSCALE, 'norm_topk_prob': False, 'layer_types': layers('rfrf'),
+        'mlp_layer_types': ['sparse', 'dense', 'sparse', 'sparse'], 'kda_lower_bound': -2.5},
+        old={'layer_types': layers('rfrf')}),
     'xlstm': Case('xlstm', XLSTM),
+    'xlstm-other-widths': Case('xlstm', {
+        **XLSTM, 'hidden_size': 128, 'num_heads': 2, 'qk_dim_factor': 0.5, 'v_dim_factor': 1.5,
+        'ffn_proj_factor': 0.8, 'ffn_round_up_to_multiple_of': 5, 'gate_soft_cap': 2.0,
+        'output_logit_soft_cap': 3.0, 'tie_word_embeddings': True}),
 
     # combinations at the edge of what a key can say
     'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),

@@ -76,6 +76,7 @@ def test_the_prefix_may_be_missing(made, name, prefix, tmp_path):
                      'model.layers.4.shared_head.head.weight': (V, 36),
                      'model.layers.4.embed_tokens.weight': (V, 36),
                      'model.layers.4.self_attn.o_proj.weight': (36, 54)}),
+    ('qwen3_next', {'mtp.fc.weight': (36, 72), 'mtp.layers.0.input_layernorm.weight': (36,)}),
 ])
 def test_what_is_not_a_weight_is_ignored(made, name, strays, tmp_path):
     def add(config, tensors):
@@ -324,6 +325,15 @@ BAD = {
     'half an expansion': ('mamba', setting(expand=1.5), 'expand'),
     'other heads of a state space': ('mamba2', setting(num_heads=8), 'num_heads'),
     'heads that cannot be shared': ('llama', setting(num_key_value_heads=4), 'num_key_value_heads'),
+    'biases of xlstm': ('xlstm', setting(use_bias=True), 'use_bias'),
+    'odd heads of xlstm': ('xlstm', setting(qk_dim_factor=0.6), 'qk_dim_factor'),
+    'biases of bailing': ('bailing_hybrid', setting(attention_bias=True), 'attention_bias'),
+    'activation of a recurrence': ('qwen3_5', setting(hidden_act='gelu'), 'hidden_act'),
+    'windows in qwen3_next': ('qwen3_next', setting(layer_types=layers('rrsf')), 'layer_types'),
+    'unknown experts': ('kimi_linear', setting(mlp_layer_types=['dense', 'moe', 'moe', 'moe', 'moe']),
+                        'mlp_layer_types'),
+    'multimodal qwen3_5': ('qwen3_5', lambda config, tensors: config.update(
+        {'model_type': 'qwen3_5', 'text_config': dict(config)}), 'qwen3_5|text_config'),
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }

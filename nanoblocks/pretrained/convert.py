@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import torch
 
+from configurator import nearest
 from model import GPT, GPTConfig, with_fixed_norm
 from nanoblocks.pretrained import texts
 from nanoblocks.pretrained.families import FAMILIES
@@ -92,7 +93,8 @@ def read_config(folder):
         if hf.get(key):
             raise ValueError(f'{key} in {path} must be absent: it is not supported for {kind}')
     if kind not in FAMILIES:
-        raise ValueError(f'model_type={kind} in {path} must be one of {", ".join(FAMILIES)}')
+        known = nearest(str(kind), FAMILIES, remedy='docs/checkpoints.md lists them')
+        raise ValueError(f'model_type={kind} in {path} must be a family that is read here: {known}')
     for key, value in FAMILIES[kind].only.items():
         if hf.get(key, value) not in (value, None):
             raise ValueError(f'{key}={hf[key]} in {path} must be {value}: no other {kind} is supported')
