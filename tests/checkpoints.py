@@ -322,7 +322,7 @@ CASES = {
     'bailing_hybrid-softplus': Case('bailing_hybrid', {
         **BAILING, 'kda_safe_gate': False, 'q_lora_rank': 11, 'n_group': 1, 'topk_group': 1}),
     'bailing_hybrid-yarn': Case('bailing_hybrid', {
-        **BAILING, **YARN_MSCALE, 'norm_topk_prob': False, 'layer_types': layers('rfrf'),
+        **BAILING, **YARN, 'norm_topk_prob': False, 'layer_types': layers('rfrf'),
         'mlp_layer_types': ['sparse', 'dense', 'sparse', 'sparse'], 'kda_lower_bound': -2.5},
         old={'layer_types': layers('rfrf')}),
     'xlstm': Case('xlstm', XLSTM),

@@ -92,7 +92,7 @@ TYPE_OF_LETTER = {
     'a': 'full_attention', 'n': 'full_attention', 'w': 'sliding_attention', 'v': 'sliding_attention',
     'c': 'chunked_attention', 'r': 'linear_attention'}
 # those of models that have recurrences
-RECURRENT = LETTER_OF_TYPE | {'linear_attention': 'r'}
+RECURRENT = {'full_attention': 'a', 'attention': 'a', 'linear_attention': 'r'}
 
 
 def shortest_pattern(letters):

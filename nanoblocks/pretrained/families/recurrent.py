@@ -1,19 +1,10 @@
 """
-Models of which most layers are recurrences: Lara mini, Qwen3-Next and 3.5, OLMo Hybrid, Kimi Linear, Ling 3,
-MiniMax, xLSTM.
+Models of which most layers are recurrences: Lara mini, Qwen3-Next and 3.5, OLMo Hybrid, MiniMax, xLSTM.
+Those of Kimi's kind are in kimi.py.
 """
 import math
-import re
 from functools import partial
 
-from nanoblocks.pretrained.families.deepseek import (
-    DEEPSEEK_FLAGS,
-    DEEPSEEK_KEYS,
-    deepseek_tensors,
-    read_deepseek,
-    read_groups,
-    write_deepseek,
-)
 from nanoblocks.pretrained.families.experts import EXPERT_KEYS, MIXTRAL_TENSORS
 from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.llama import (
@@ -26,10 +17,8 @@ from nanoblocks.pretrained.families.llama import (
 from nanoblocks.pretrained.families.qwen import QWEN_MOE_KEYS, QWEN_MOE_TENSORS, read_expert_layers
 from nanoblocks.pretrained.keys import (
     RECURRENT,
-    ROUTER_NORM,
     expert_layers,
     mixer_letters,
-    pattern_of,
     refuse,
     renamed,
     shortest_pattern,
@@ -40,14 +29,11 @@ from nanoblocks.pretrained.keys import (
 from nanoblocks.pretrained.layouts import (
     below_each_other,
     beta_by_key_head,
-    by_expert,
     conv,
     decay_by_key_head,
-    four_dimensions,
     gate_by_key_head,
     gate_of_qkv,
     gate_up,
-    gate_up_by_expert,
     plus_one,
     qkv_by_key_head,
     qkv_gated,
@@ -56,7 +42,6 @@ from nanoblocks.pretrained.layouts import (
     rnn_qkv,
     rnn_qkv_by_head,
     rnn_rows,
-    same,
 )
 from nanoblocks.pretrained.rope import read_rope, rope_parameters, write_rope
 
@@ -123,7 +108,7 @@ SHARED_TENSORS = {
 
 
 def read_lara(hf):
-    letters = mixer_letters(hf, lambda i: 'rwraw'[i % 5], RECURRENT)
+    letters = mixer_letters(hf, lambda i: 'rwraw'[i % 5], RECURRENT | {'sliding_attention': 'w'})
     return read_hybrid(hf, letters.replace('a', 'n'))
 
 
@@ -167,8 +152,6 @@ FAMILIES['lara_mini'] = Family(
 def read_qwen_hybrid(hf):
     every = hf['full_attention_interval']
     letters = mixer_letters(hf, lambda i: 'r' if (i + 1) % every else 'a', RECURRENT)
-    if 'w' in letters:
-        refuse(hf, 'layer_types', 'be linear_attention or full_attention')
     return read_hybrid(hf, letters, partial=True)
 
 
@@ -299,104 +282,6 @@ FAMILIES['olmo_hybrid'] = Family(
     mixers='ar', read=read_olmo_hybrid, write=write_olmo_hybrid)
 
 # ----------------------------------------------------------------------------------------------------------
-# Kimi Linear: KDA, and latent attention without positions
-
-
-KIMI_DELTA = {'num_heads': ('rnn_heads', 'rnn_key_heads'), 'short_conv_kernel_size': ('rnn_conv',),
-              'head_dim': ('rnn_key_dim', 'rnn_value_dim', 'rnn_gate_rank', 'rnn_decay_rank')}
-KIMI_KEYS = without(DEEPSEEK_KEYS, 'n_routed_experts', 'num_experts_per_tok', 'n_shared_experts',
-                    'max_position_embeddings') | {
-    'num_experts': 'n_expert', 'num_experts_per_token': 'n_expert_used', 'num_shared_experts': 'n_shared',
-    'model_max_length': 'block_size', 'moe_renormalize': ROUTER_NORM}
-KIMI_ALIASES = {
-    'num_local_experts': 'num_experts', 'num_experts_per_tok': 'num_experts_per_token',
-    'n_shared_experts': 'num_shared_experts', 'max_position_embeddings': 'model_max_length',
-    'norm_topk_prob': 'moe_renormalize', 'n_group': 'num_expert_group'}
-
-
-def read_kimi(hf):
-    own = hf.get('linear_attn_config') or {}
-    # its layers are counted from one
-    full = [i - 1 for i in own['full_attn_layers']] if own else range(4, hf['num_hidden_layers'], 4)
-    letters = mixer_letters(hf, lambda i: 'a' if i in full else 'r', RECURRENT)
-    flags = read_hybrid(hf, letters.replace('a', 'n')) | read_dense_first(hf)
-    for key, names in KIMI_DELTA.items():
-        flags |= dict.fromkeys(names, own[key]) if key in own else {}
-    return flags
-
-
-def read_dense_first(hf):
-    """Flags of experts in the layers after the first, or where mlp_layer_types says so."""
-    types, first, n = hf.get('mlp_layer_types'), hf['first_k_dense_replace'], hf['num_hidden_layers']
-    if types and (len(types) != n or not set(types) <= {'dense', 'sparse'}):
-        refuse(hf, 'mlp_layer_types', f'be a list of {n}, one a layer, of dense, sparse')
-    groups = read_groups(hf | {'n_group': hf['num_expert_group']}, top=2)
-    return groups | {'balance': 'bias', 'ffn_pattern': pattern_of(
-        hf, lambda i: 'e' if (types[i] == 'sparse' if types else i >= first) else 'f')}
-
-
-def write_dense_first(c):
-    experts = expert_layers(c)
-    return {'mlp_layer_types': ['sparse' if i in experts else 'dense' for i in range(c.n_layer)],
-            'num_expert_group': c.n_group, 'topk_group': c.n_group_used,
-            'num_shared_experts': c.n_shared or 1, 'num_key_value_heads': c.n_head, **write_layer_types(c)}
-
-
-def kimi_tensors(c, hf):
-    place = 'model.layers.{i}.self_attn.'
-    moe = 'model.layers.{i}.block_sparse_moe.'
-    return deepseek_tensors(c, {'rope_interleave': False}) | apart(place) | {
-        'h.{r}.mixer.erase.beta': place + 'b_proj',
-        'h.{r}.mixer.decay.f.0': place + 'f_a_proj',
-        'h.{r}.mixer.decay.f.1': place + 'f_b_proj',
-        'h.{r}.mixer.decay.A_log': (place + 'A_log', four_dimensions),
-        'h.{r}.mixer.decay.dt_bias': place + 'dt_bias',
-        'h.{r}.mixer.gate.0': place + 'g_a_proj',
-        'h.{r}.mixer.gate.1': place + 'g_b_proj',
-        'h.{r}.mixer.norm': place + 'o_norm',
-        'h.{r}.mixer.c_proj': place + 'o_proj',
-        'h.{e}.ffn.router': moe + 'gate',
-        'h.{e}.ffn.choice_bias': moe + 'gate.e_score_correction_bias',
-        'h.{e}.ffn.c_fc': (moe + 'experts.{n}.{w1,w3}', gate_up_by_expert),
-        'h.{e}.ffn.c_proj': (moe + 'experts.{n}.w2', by_expert),
-        'h.{e}.ffn.shared.c_fc': (moe + 'shared_experts.{gate,up}_proj', gate_up),
-        'h.{e}.ffn.shared.c_proj': moe + 'shared_experts.down_proj'}
-
-
-def kimi_as_stored(rules, files, c):
-    """transformers writes dense layers under the name of those with experts."""
-    if stored(files, '.forget_gate.A_log'):
-        return in_memory(rules) | joined('model.layers.{i}.self_attn.')
-    if not stored(files, '.block_sparse_moe.gate_proj.weight'):
-        return rules
-    return rules | {'h.{f}.ffn.c_fc': ('model.layers.{i}.block_sparse_moe.{gate,up}_proj', gate_up),
-                    'h.{f}.ffn.c_proj': 'model.layers.{i}.block_sparse_moe.down_proj'}
-
-
-def in_memory(rules):
-    """The names that transformers has in memory."""
-    return {ours: (re.sub(r'\.(f_proj|f_a_proj|f_b_proj|A_log|dt_bias)$', r'.forget_gate.\1', theirs), layout)
-            for ours, (theirs, layout) in rules.items()}
-
-
-KDA_FLAGS = without(DEEPSEEK_FLAGS, 'pos') | {'router': 'sigmoid', 'rnn_decay': 'key', 'rnn_gate': 'sigmoid'}
-
-FAMILIES['kimi_linear'] = Family(
-    architecture='KimiLinearForCausalLM',
-    flags=KDA_FLAGS,
-    keys=KIMI_KEYS | {
-        'linear_num_heads': KIMI_DELTA['num_heads'], 'linear_head_dim': KIMI_DELTA['head_dim'],
-        'linear_conv_kernel_dim': 'rnn_conv'},
-    aliases=KIMI_ALIASES,
-    defaults={'rms_norm_eps': 1e-5, 'first_k_dense_replace': 1, 'num_expert_group': 1, 'topk_group': 1,
-              'num_shared_experts': 1, 'num_experts_per_token': 8, 'moe_renormalize': True,
-              'routed_scaling_factor': 2.446, 'linear_num_heads': 32, 'linear_head_dim': 128,
-              'linear_conv_kernel_dim': 4},
-    tensors=kimi_tensors,
-    as_stored=kimi_as_stored,
-    mixers='ar', read=read_kimi, write=write_dense_first)
-
-# ----------------------------------------------------------------------------------------------------------
 # MiniMax: Lightning attention in every other layer, experts, factors on a branch and on what it is added to
 
 FACTORS = {'normed_attn': 'full_attn', 'normed_rnn': 'linear_attn', 'normed_ffn': 'mlp'}
@@ -435,72 +320,6 @@ FAMILIES['minimax'] = Family(
         'h.{r}.mixer.norm': 'model.layers.{i}.self_attn.norm',
         'h.{r}.mixer.c_proj': 'model.layers.{i}.self_attn.out_proj'},
     mixers='arw', read=read_minimax, write=write_minimax)
-
-# ----------------------------------------------------------------------------------------------------------
-# Ling 3: KDA with a floor under its decays, and rotating latent attention with a gate for each head
-
-
-def read_ling(hf):
-    every = hf['layer_group_size']
-    letters = mixer_letters(hf, lambda i: 'r' if (i + 1) % every else 'a', RECURRENT)
-    # transformers 5 writes the width that rotates as head_dim
-    width, heads = hf.get('linear_head_dim') or hf['head_dim'], hf['num_attention_heads']
-    return read_deepseek(hf) | read_hybrid(hf, letters) | read_dense_first(hf) | {
-        'rnn_heads': heads, 'rnn_key_heads': heads, 'rnn_key_dim': width, 'rnn_value_dim': width,
-        'rnn_floor': hf['kda_lower_bound'] if hf['kda_safe_gate'] else None}
-
-
-def write_ling(c):
-    return write_deepseek(c) | write_dense_first(c) | {
-        'head_dim': c.rnn_key_dim, 'linear_head_dim': c.rnn_key_dim, 'kda_safe_gate': c.rnn_floor is not None,
-        'kda_lower_bound': c.rnn_floor or -5.0, 'num_nextn_predict_layers': 0}
-
-
-def ling_tensors(c, hf):
-    place = 'model.layers.{i}.attention.'
-    attention = {ours: (theirs.replace('.self_attn.', '.attention.'), layout) for ours, (theirs, layout) in (
-        (ours, rule if isinstance(rule, tuple) else (rule, same))
-        for ours, rule in deepseek_tensors(c, {}).items())}
-    return attention | apart(place) | {
-        'wte': 'model.word_embeddings',
-        'h.{a}.mixer.c_proj': place + 'dense',
-        'h.{a}.mixer.gate': place + 'g_proj',
-        'h.{r}.mixer.erase.beta': place + 'b_proj',
-        'h.{r}.mixer.decay.f': place + 'f_proj',
-        'h.{r}.mixer.decay.A_log': place + 'A_log',
-        'h.{r}.mixer.decay.dt_bias': place + 'dt_bias',
-        'h.{r}.mixer.gate': place + 'g_proj',
-        'h.{r}.mixer.norm': place + 'o_norm',
-        'h.{r}.mixer.c_proj': place + 'dense',
-        'h.{e}.ffn.choice_bias': 'model.layers.{i}.mlp.gate.expert_bias'}
-
-
-LING_IN_MEMORY = {'.attention.': '.self_attn.', '.dense': '.o_proj', 'word_embeddings': 'embed_tokens',
-                  '.expert_bias': '.e_score_correction_bias'}
-
-
-def ling_as_stored(rules, files, c):
-    if not stored(files, '.forget_gate.A_log'):
-        return rules
-    rules = in_memory(rules | joined('model.layers.{i}.attention.'))
-    for old, new in LING_IN_MEMORY.items():
-        rules = {ours: (theirs.replace(old, new), layout) for ours, (theirs, layout) in rules.items()}
-    return rules
-
-
-FAMILIES['bailing_hybrid'] = Family(
-    architecture='BailingHybridForCausalLM',
-    flags=KDA_FLAGS | {'attn_gate': 'head'},
-    keys=without(KIMI_KEYS, 'attention_bias') | {'short_conv_kernel_size': 'rnn_conv'},
-    aliases=KIMI_ALIASES | {'num_mtp_layers': 'num_nextn_predict_layers'},
-    defaults={'rope_theta': 6e6, 'head_dim': 128, 'first_k_dense_replace': 2, 'num_expert_group': 8,
-              'topk_group': 4, 'num_shared_experts': 1, 'num_experts_per_token': 8, 'moe_renormalize': True,
-              'routed_scaling_factor': 2.5, 'short_conv_kernel_size': 4, 'layer_group_size': 6,
-              'kda_safe_gate': True, 'kda_lower_bound': -5.0, 'num_nextn_predict_layers': 1},
-    only={'attention_bias': False},
-    tensors=ling_tensors,
-    as_stored=ling_as_stored,
-    mixers='ar', read=read_ling, write=write_ling)
 
 # ----------------------------------------------------------------------------------------------------------
 # xLSTM: mLSTM in every layer
