@@ -403,15 +403,16 @@ class Attention(CachedAttention):
         self.q_norm, self.k_norm = (QK_NORM[c.qk_norm](c, n) for n in (c.n_head, c.n_kv_head))
         self.norm_in_rope = self.rotary and c.qk_norm is True
         self.extras = tuple(attention_extras(self, c))
+        self.gate = ATTN_GATE[c.attn_gate](c, c.n_head // self.n_maps, self.n_maps * c.head_dim)
         self.scores = SoftmaxAttention(c, c.n_head // self.n_maps, c.attn_scale or c.head_dim ** -0.5, span)
         self.clip = c.qkv_clip
 
     def forward(self, x, ctx, cache=None):
         # 1. queries, keys and values in one product
-        x = self.c_attn(x)
+        qkv = self.c_attn(x)
         if self.clip is not None:
-            x = x.clamp(-self.clip, self.clip)
-        q, k, v = x.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)      # (B,T,H|K|K,D)
+            qkv = qkv.clamp(-self.clip, self.clip)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)    # (B,T,H|K|K,D)
         # 2. QK norm, then the rotation by position
         q, k = self.rotate(q, k, ctx)
         # 3. additions of single families (Part II); usually none
@@ -422,7 +423,7 @@ class Attention(CachedAttention):
         if cache is not None:
             key_pos, (k, v) = cache.update(ctx.pos, k, v, beyond=ctx.reach is not None)     # (B,S,K,D)
         # 5. attend, and project back to the residual stream
-        return self.c_proj(self.attend(q, k, v, ctx, key_pos).flatten(2))
+        return self.c_proj(self.gate(self.attend(q, k, v, ctx, key_pos), x).flatten(2))
 
     def rotate(self, q, k, ctx):
         if self.norm_in_rope:  # fused
@@ -504,10 +505,11 @@ class Block(nn.Module):
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__()
-        self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(wanted, c) for wanted in NORM_AT[c.norm_at])
+        at = NORM_AT[c.rnn_norm_at if mixer == 'r' else c.norm_at]
+        self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(wanted, c) for wanted in at)
         self.mixer, self.ffn = MIXERS[mixer].build(c, layer), FFNS[ffn].build(c)
         if self.ffn is not None:
-            self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(wanted, c) for wanted in NORM_AT[c.norm_at])
+            self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(wanted, c) for wanted in at)
         self.drop, self.scale = nn.Dropout(c.dropout), c.residual_scale
         # in the first block, x is the embedding
         skips = c.embed_skip and layer > 0
@@ -667,6 +669,26 @@ class RopeScalingFlags:
 # ----------------------------------------------------------------------------------------------------------
 # What single families add to attention
 
+class OutputGate(Linear):
+    """The output of attention times sigmoid(gate(x)) (Qiu et al. 2025, https://arxiv.org/abs/2505.06708)."""
+
+    def __init__(self, c, heads, width):
+        super().__init__(c.n_embd, heads * width, c.qkv_bias)
+
+    def forward(self, y, x):
+        """y (B,T,H,D), and x (B,T,C) that attention read -> (B,T,H,D)"""
+        return y * torch.sigmoid(super().forward(x)).unflatten(-1, (y.shape[2], -1))
+
+def ungated(y, x):
+    return y
+
+# the gate on the output of so many heads of this width
+ATTN_GATE = {
+    'none': lambda c, heads, width: ungated,
+    'head': lambda c, heads, width: OutputGate(c, heads, 1),
+    'channel': OutputGate,
+}
+
 @flags(layer_pattern='awcnv')
 class AttentionExtraFlags:
     """Additions to attention"""
@@ -676,6 +698,7 @@ class AttentionExtraFlags:
     temp_scale: float | None = flag(None, layer_pattern='nv')   # queries grow with log position (Llama 4)
     temp_floor: int = flag(8192, temp_scale=SET)    # tokens per step of the growth by temp_scale
     value_embed: bool = False           # adds a second token embedding, times a learned scalar, to the values
+    attn_gate: str = flag('none', ATTN_GATE)    # sigmoid gate on the output: none, head, channel (Qwen3-Next)
 
     def rules(c):
         for name, default in (('value_embed', False), ('qkv_clip', None), ('temp_scale', None)):
@@ -812,6 +835,7 @@ class MLA(CachedAttention):
         self.kv_norm = RMSNorm(c.kv_rank, c, c.latent_eps)
         self.kv_up = Linear(c.kv_rank, c.n_head * (c.head_dim + c.v_head_dim), bias=False)
         self.c_proj = out_proj(c, c.n_head * c.v_head_dim, c.proj_bias)
+        self.gate = ATTN_GATE[c.attn_gate](c, c.n_head, c.v_head_dim)
         scale = c.attn_scale or width ** -0.5
         if c.rope_attention_factor is None and c.attn_scale is None:
             scale *= yarn_sharpness(c) ** 2     # elsewhere a factor on q and on k: rope_magnitude
@@ -832,7 +856,7 @@ class MLA(CachedAttention):
             key_pos, (shared,) = cache.update(ctx.pos, shared, beyond=ctx.reach is not None)    # (B,S,R+Dr)
         # 4. attend, and project back; on a first call, update returned the new rows themselves
         attend = self.expanded if cache is None or ctx.in_order else self.absorbed
-        return self.c_proj(attend(q, q_rot, shared, ctx, key_pos).flatten(2))
+        return self.c_proj(self.gate(attend(q, q_rot, shared, ctx, key_pos), x).flatten(2))
 
     def expanded(self, q, q_rot, shared, ctx, key_pos):
         """q (B,T,H,Dn), q_rot (B,T,H,Dr), shared (B,S,R+Dr) -> (B,T,H,Dv)"""
@@ -1357,6 +1381,8 @@ class RecurrenceFlags:
     rnn_key_dim: int | None = None                  # width of a key; None: n_embd / rnn_heads
     rnn_value_dim: int | None = None                # width of a value; None: rnn_key_dim
     rnn_bias: bool | None = flag(None, like='bias')     # bias of the projections; None: as bias
+    # norm_at of recurrent layers (OLMo Hybrid: pre, where attention has output); None: as norm_at
+    rnn_norm_at: str | None = flag(None, (None, *NORM_AT), like='norm_at')
 
     def fill(c):
         heads = c.rnn_heads or c.n_head
@@ -1370,6 +1396,9 @@ class RecurrenceFlags:
         yield 'rnn_key_dim', not c.rnn_rope or c.rnn_key_dim % 2 == 0, 'be even when rnn_rope=True'
         yield ('rnn_input', c.rnn_input != 'sum' or c.rnn_feature == 'elu1' and c.rnn_erase == 'none',
                'be none or exp unless rnn_feature=elu1 and rnn_erase=none, which keep its sums positive')
+        several = c.residual == 'serial' and 'post' not in (c.norm_at, c.rnn_norm_at)
+        yield ('rnn_norm_at', several or c.rnn_norm_at == c.norm_at,
+               f'be {c.norm_at}, as norm_at, unless residual=serial and neither is post')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1606,13 +1635,29 @@ class SharedBlock(Block):
         normed = self.ln_1(x)
         return x + self.mix(normed, ctx, cache) + self.feed(normed, ctx)
 
+@flags(residual='normed')
+class NormedFlags:
+    """Branches added to their norm"""      # a n + b f(n), with the two factors a, b:
+    normed_attn: tuple = flag((1.0, 1.0), layer_pattern='awcnv')    # where f is attention (MiniMax)
+    normed_rnn: tuple = flag((1.0, 1.0), layer_pattern='mr')        # where f is a state space or recurrence
+    normed_ffn: tuple = (1.0, 1.0)                                  # where f is a feed-forward
+
+    def rules(c):
+        for name in ('normed_attn', 'normed_rnn', 'normed_ffn'):
+            yield name, len(getattr(c, name)) == 2, 'hold two numbers'
+
 class NormedBlock(Block):
     """Each branch is added to the norm that it reads, not to the stream before it (an option of BLOOM)."""
 
+    def __init__(self, c, mixer, ffn, layer):
+        super().__init__(c, mixer, ffn, layer)
+        self.factors = c.normed_rnn if mixer in 'mr' else c.normed_attn, c.normed_ffn
+
     def branches(self, x, ctx, cache):
+        (a, b), (a_ffn, b_ffn) = self.factors
         x = self.ln_1(x)
-        x = self.ln_2(x + self.mix(x, ctx, cache))
-        return x + self.feed(x, ctx)
+        x = self.ln_2(a * x + b * self.mix(x, ctx, cache))
+        return a_ffn * x + b_ffn * self.feed(x, ctx)
 
 
 # ==========================================================================================================
@@ -1668,7 +1713,8 @@ FFN = {
 
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags,
-                AttentionExtraFlags, LatentFlags, SSMFlags, RecurrenceFlags, MoEFlags, ClippedFlags, Flags):
+                AttentionExtraFlags, LatentFlags, SSMFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
+                NormedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset

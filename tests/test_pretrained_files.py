@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import (
+    RECURRENT,
     Marker,
     V,
     assert_logits,
@@ -31,7 +32,8 @@ from conftest import ROOT
 from model import GPT, GPTConfig
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups'])
+@pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
+                                  *RECURRENT])
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)
@@ -42,7 +44,9 @@ def test_shards_read_as_one_file(made, ours, name, tmp_path):
     assert torch.equal(load(tmp_path)(made.idx)[0], ours(name)(made.idx)[0])
 
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba'])
+# of minimax, transformers rounds the tables of decays as well
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba',
+                                  *(name for name in RECURRENT if name != 'minimax')])
 @torch.no_grad()
 def test_sixteen_bit_files_become_fp32(made, name, tmp_path):
     made = made(name)
@@ -72,6 +76,7 @@ def test_the_prefix_may_be_missing(made, name, prefix, tmp_path):
                      'model.layers.4.shared_head.head.weight': (V, 36),
                      'model.layers.4.embed_tokens.weight': (V, 36),
                      'model.layers.4.self_attn.o_proj.weight': (36, 54)}),
+    ('qwen3_next', {'mtp.fc.weight': (36, 72), 'mtp.layers.0.input_layernorm.weight': (36,)}),
 ])
 def test_what_is_not_a_weight_is_ignored(made, name, strays, tmp_path):
     def add(config, tensors):
@@ -138,7 +143,7 @@ def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
-                                  'gpt_neox', 'gpt_oss', 'llama4'])
+                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT])
 @torch.no_grad()
 def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
     made = made(name)
@@ -320,6 +325,15 @@ BAD = {
     'half an expansion': ('mamba', setting(expand=1.5), 'expand'),
     'other heads of a state space': ('mamba2', setting(num_heads=8), 'num_heads'),
     'heads that cannot be shared': ('llama', setting(num_key_value_heads=4), 'num_key_value_heads'),
+    'biases of xlstm': ('xlstm', setting(use_bias=True), 'use_bias'),
+    'odd heads of xlstm': ('xlstm', setting(qk_dim_factor=0.6), 'qk_dim_factor'),
+    'biases of bailing': ('bailing_hybrid', setting(attention_bias=True), 'attention_bias'),
+    'activation of a recurrence': ('qwen3_5', setting(hidden_act='gelu'), 'hidden_act'),
+    'windows in qwen3_next': ('qwen3_next', setting(layer_types=layers('rrsf')), 'layer_types'),
+    'unknown experts': ('kimi_linear', setting(mlp_layer_types=['dense', 'moe', 'moe', 'moe', 'moe']),
+                        'mlp_layer_types'),
+    'multimodal qwen3_5': ('qwen3_5', lambda config, tensors: config.update(
+        {'model_type': 'qwen3_5', 'text_config': dict(config)}), 'qwen3_5|text_config'),
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }
@@ -329,7 +343,7 @@ WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math
 
 
 @pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
-                                  'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long'])
+                                  'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT])
 def test_any_value_in_any_key_is_answered(made, name, tmp_path):
     """A model, or one sentence, and at once; 13 wrong values for each key."""
     folder = copy_of(made(name), tmp_path)

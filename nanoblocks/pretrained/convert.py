@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import torch
 
+from configurator import nearest
 from model import GPT, GPTConfig, with_fixed_norm
 from nanoblocks.pretrained import texts
 from nanoblocks.pretrained.families import FAMILIES
@@ -33,6 +34,7 @@ def load_folder(folder):
     config = config_of(hf, family)
     check_size(config, files)
     rules = under_names_of(files.where, rules_of(family, config, hf))
+    rules = {ours: with_layout(rule) for ours, rule in family.as_stored(rules, files, config).items()}
     embedding, head = (rules[ours][0] + '.weight' for ours in ('wte', 'lm_head'))
     theirs = names_in_file(files.where, embedding, head, config, hf)
     if config.tie and embedding in theirs and head in theirs:
@@ -54,7 +56,8 @@ def save_folder(model, folder):
     rules = rules_of(FAMILIES[kind], model.config, hf)
     for name, names, layout in matches(rules, model.config, ours):
         pieces = layout(ours[name].detach().float().cpu(), model.config)
-        tensors |= {theirs: piece.save() for theirs, piece in zip(names, pieces, strict=True)}
+        for theirs, piece in zip(names, pieces, strict=True):
+            tensors[theirs] = piece.save(tensors.get(theirs))
     if model.config.n_predict > 1:
         print(f'n_predict={model.config.n_predict}: the blocks of multi-token prediction are not exported: '
               'they serve training only')
@@ -71,7 +74,8 @@ def save_folder(model, folder):
 
 UNSUPPORTED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_config')
 # keys whose null means none, such as no window; the null of any other key stands for its default
-NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping')
+NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping',
+                   'rope_theta')
 # flags whose key a file must have
 SIZES = ('vocab_size', 'n_embd', 'n_layer')
 
@@ -89,7 +93,8 @@ def read_config(folder):
         if hf.get(key):
             raise ValueError(f'{key} in {path} must be absent: it is not supported for {kind}')
     if kind not in FAMILIES:
-        raise ValueError(f'model_type={kind} in {path} must be one of {", ".join(FAMILIES)}')
+        known = nearest(str(kind), FAMILIES, remedy='docs/checkpoints.md lists them')
+        raise ValueError(f'model_type={kind} in {path} must be a family that is read here: {known}')
     for key, value in FAMILIES[kind].only.items():
         if hf.get(key, value) not in (value, None):
             raise ValueError(f'{key}={hf[key]} in {path} must be {value}: no other {kind} is supported')
@@ -180,9 +185,10 @@ def meaningful(flags):
 # ----------------------------------------------------------------------------------------------------------
 # Which tensor is which
 
-# masks and tables of angles that checkpoints hold besides weights
+# what checkpoints hold besides weights: masks, tables of angles and decays, and Qwen's multi-token prediction
 NOT_WEIGHTS = re.compile(r'(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.bias|'
-                         r'\.attention\.masked_bias|self_attention\.masked_bias)$')
+                         r'\.attention\.masked_bias|self_attention\.masked_bias|\.slope_rate|'
+                         r'\.(query|key|diagonal)_decay)$|^mtp\.')
 
 
 def tensors_of(model):
@@ -194,7 +200,11 @@ def tensors_of(model):
 def rules_of(family, c, hf):
     """{our tensor: (theirs, layout)}, with the letters and alternatives of Family.tensors."""
     rules = family.tensors(c, hf) if callable(family.tensors) else family.tensors
-    return {ours: (rule, same) if isinstance(rule, str) else rule for ours, rule in rules.items()}
+    return {ours: with_layout(rule) for ours, rule in rules.items()}
+
+
+def with_layout(rule):
+    return (rule, same) if isinstance(rule, str) else rule
 
 
 def under_names_of(where, rules):
@@ -220,8 +230,9 @@ def matches(rules, c, ours):
     """(our name, their names, layout) of every tensor of ours for which there is a rule."""
     plan = list(enumerate(c.plan()))
     layers = {'i': range(c.n_layer),
-              'a': [i for i, (mixer, _) in plan if mixer != 'm'],
+              'a': [i for i, (mixer, _) in plan if mixer in 'awcnv'],
               'm': [i for i, (mixer, _) in plan if mixer == 'm'],
+              'r': [i for i, (mixer, _) in plan if mixer == 'r'],
               'e': [i for i, (_, ffn) in plan if ffn == 'e'],
               'f': [i for i, (_, ffn) in plan if ffn == 'f']}
     for rule, (theirs, layout) in rules.items():

@@ -90,7 +90,9 @@ LETTER_OF_TYPE = {
     'full_attention': 'a', 'attention': 'a', 'sliding_attention': 'w', 'chunked_attention': 'c'}
 TYPE_OF_LETTER = {
     'a': 'full_attention', 'n': 'full_attention', 'w': 'sliding_attention', 'v': 'sliding_attention',
-    'c': 'chunked_attention'}
+    'c': 'chunked_attention', 'r': 'linear_attention'}
+# those of models that have recurrences
+RECURRENT = {'full_attention': 'a', 'attention': 'a', 'linear_attention': 'r'}
 
 
 def shortest_pattern(letters):
@@ -105,14 +107,14 @@ def pattern_of(hf, letter):
     return shortest_pattern(letter(i) for i in range(hf['num_hidden_layers']))
 
 
-def mixer_letters(hf, otherwise):
+def mixer_letters(hf, otherwise, letters=LETTER_OF_TYPE):
     """One letter a layer, as layer_types says; where it is absent, layer i has otherwise(i)."""
     types, n = hf.get('layer_types'), hf['num_hidden_layers']
     if types is None:
         return ''.join(otherwise(i) for i in range(n))
-    if len(types) != n or not set(types) <= LETTER_OF_TYPE.keys():
-        refuse(hf, 'layer_types', f'be a list of {n}, one a layer, of {", ".join(LETTER_OF_TYPE)}')
-    return ''.join(LETTER_OF_TYPE[name] for name in types)
+    if len(types) != n or not set(types) <= letters.keys():
+        refuse(hf, 'layer_types', f'be a list of {n}, one a layer, of {", ".join(letters)}')
+    return ''.join(letters[name] for name in types)
 
 
 def write_layer_types(c):

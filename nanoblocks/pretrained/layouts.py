@@ -23,9 +23,9 @@ class Piece(NamedTuple):
             if self.plus:
                 ours.add_(self.plus)
 
-    def save(self):
-        """Their tensor, in fp32, made from the views of ours."""
-        theirs = torch.empty(self.shape)
+    def save(self, theirs=None):
+        """Their tensor, in fp32, made from the views of ours, or what other pieces made with these added."""
+        theirs = torch.empty(self.shape) if theirs is None else theirs
         for ours, part in self.parts:
             part(theirs).view(ours.shape).copy_(ours - self.plus)
         return theirs
@@ -59,11 +59,15 @@ def conv(p, c):
     return [piece(p, (p.shape[0], 1, p.shape[1]))]
 
 
-def interleave(p, views, widths):
-    """One tensor in which widths[0] rows of the first view, widths[1] of the second, ... repeat."""
+def interleave(p, views, widths, first=0):
+    """
+    One tensor in which widths[0] rows of the first view, widths[1] of the second, ... repeat. first: how many
+    of these are views of other tensors of ours, before those given here; there may be others after them.
+    """
     def rows(theirs, n):
         return theirs.unflatten(0, (-1, sum(widths))).split(widths, dim=1)[n]
-    return [Piece(tuple(p.shape), [(view, partial(rows, n=n)) for n, view in enumerate(views)])]
+    shape = (len(views[0]) * sum(widths), *p.shape[1:])
+    return [Piece(shape, [(view, partial(rows, n=n)) for n, view in enumerate(views, first)])]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -85,6 +89,18 @@ def qkv_by_group(p, c):
     group = c.n_head // c.n_kv_head * c.head_dim
     views = [part.unflatten(0, (c.n_kv_head, -1)) for part in p.split(qkv_rows(c))]
     return interleave(p, views, (group, c.head_dim, c.head_dim))
+
+
+def qkv_gated(p, c):
+    """Three tensors; a head's gate is below its queries (Qwen3-Next)."""
+    query, key, value = p.split(qkv_rows(c))
+    heads = query.unflatten(0, (c.n_head, -1))
+    return [*interleave(query, [heads], (c.head_dim, c.head_dim)), piece(key), piece(value)]
+
+
+def gate_of_qkv(p, c):
+    """The gate of the output, within the tensor of the queries."""
+    return interleave(p, [p.unflatten(0, (c.n_head, -1))], (c.head_dim, c.head_dim), first=1)
 
 
 # Rotary pairs. In our layout (Llama's) the two coordinates that rotate together are half the rotated width
@@ -121,6 +137,78 @@ def mla_query(p, c):
 
 def mla_latent(p, c):
     return last_rows_interleaved(p, (c.kv_rank, c.rope_head_dim))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Recurrences: c_attn and the convolution have the rows of queries, keys and values below each other
+
+
+def rnn_rows(c):
+    """How many rows are queries, keys and values."""
+    keys = c.rnn_key_heads * c.rnn_key_dim
+    return keys, keys, c.rnn_heads * c.rnn_value_dim
+
+
+def rnn_qkv(p, c):
+    """Three tensors."""
+    return [piece(part) for part in p.split(rnn_rows(c))]
+
+
+def rnn_conv(p, c):
+    """Three convolutions, each (I,1,W)."""
+    return [conv(part, c)[0] for part in p.split(rnn_rows(c))]
+
+
+def rnn_conv_in_thirds(p, c):
+    """The same rows, cut into three equal parts."""
+    return [conv(part, c)[0] for part in p.chunk(3)]
+
+
+def rnn_qkv_by_head(p, c):
+    """One tensor: the query, key and value of a head, then those of the next."""
+    views = by_key_head(c, *p.split(rnn_rows(c)))
+    return interleave(p, views, (c.rnn_key_dim, c.rnn_key_dim, c.rnn_value_dim))
+
+
+def four_dimensions(p, c):
+    """A number for each head, (H,), is stored as (1,1,H,1)."""
+    return [piece(p, (1, 1, len(p), 1))]
+
+
+def below_each_other(p, c, part):
+    """One tensor in which c_attn, the gate, beta and the decay (part 0 to 3) lie below each other."""
+    rows = sum(rnn_rows(c)), c.rnn_heads * c.rnn_value_dim, c.rnn_heads, c.rnn_heads
+    return interleave(p, [p.unsqueeze(0)], rows, first=part)
+
+
+def by_key_head(c, *parts):
+    """Views of tensors by the heads of keys."""
+    return [part.unflatten(0, (c.rnn_key_heads, -1)) for part in parts]
+
+
+def shared_by_key_head(c):
+    """How many rows a head of keys has of queries, keys, values and gate in one tensor of all four."""
+    values = c.rnn_heads // c.rnn_key_heads * c.rnn_value_dim
+    return c.rnn_key_dim, c.rnn_key_dim, values, values
+
+
+def qkv_by_key_head(p, c):
+    """Queries, keys and values of a head of keys, then those of the next."""
+    return interleave(p, by_key_head(c, *p.split(rnn_rows(c))), shared_by_key_head(c))
+
+
+def gate_by_key_head(p, c):
+    """The gate, in the same tensor."""
+    return interleave(p, by_key_head(c, p), shared_by_key_head(c), first=3)
+
+
+def beta_by_key_head(p, c):
+    """One tensor of beta and decay: of the heads of one head of keys, then those of the next."""
+    return interleave(p, by_key_head(c, p), (c.rnn_heads // c.rnn_key_heads,) * 2)
+
+
+def decay_by_key_head(p, c):
+    return interleave(p, by_key_head(c, p), (c.rnn_heads // c.rnn_key_heads,) * 2, first=1)
 
 
 # ----------------------------------------------------------------------------------------------------------

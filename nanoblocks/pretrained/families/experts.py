@@ -26,16 +26,18 @@ EXPERT_KEYS = {'num_local_experts': 'n_expert', 'num_experts_per_tok': 'n_expert
 # ----------------------------------------------------------------------------------------------------------
 # Mixtral: a Mistral with experts in every layer
 
+MIXTRAL_TENSORS = LLAMA_TENSORS | {
+    'h.{e}.ffn.router': 'model.layers.{i}.block_sparse_moe.gate',
+    'h.{e}.ffn.c_fc': ('model.layers.{i}.block_sparse_moe.experts.{n}.{w1,w3}', gate_up_by_expert),
+    'h.{e}.ffn.c_proj': ('model.layers.{i}.block_sparse_moe.experts.{n}.w2', by_expert)}
+
 FAMILIES['mixtral'] = Family(
     architecture='MixtralForCausalLM',
     flags=LLAMA_FLAGS | {'ffn_pattern': 'e'},
     keys=WINDOW_KEYS | EXPERT_KEYS,
     aliases={'num_experts': 'num_local_experts'},
     defaults={'rope_theta': 1e6, 'rms_norm_eps': 1e-5, 'num_experts_per_tok': 2},
-    tensors=LLAMA_TENSORS | {
-        'h.{e}.ffn.router': 'model.layers.{i}.block_sparse_moe.gate',
-        'h.{e}.ffn.c_fc': ('model.layers.{i}.block_sparse_moe.experts.{n}.{w1,w3}', gate_up_by_expert),
-        'h.{e}.ffn.c_proj': ('model.layers.{i}.block_sparse_moe.experts.{n}.w2', by_expert)},
+    tensors=MIXTRAL_TENSORS,
     mixers='aw', read=read_mistral, write=write_rope)
 
 # ----------------------------------------------------------------------------------------------------------
