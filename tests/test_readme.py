@@ -243,7 +243,8 @@ def test_a_wrong_link_would_be_seen():
 
 
 def test_every_page_of_docs_is_in_the_map():
-    linked = [page for page in PAGES if f']({page})' in README or f']({page.removeprefix("results/")})' in RESULTS]
+    linked = [page for page in PAGES
+              if f']({page})' in README or f']({page.removeprefix("results/")})' in RESULTS]
     assert [page for page in PAGES if page not in linked and page != 'README.md'] == []
 
 
