@@ -21,7 +21,8 @@ from configurator import configure  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from nanoblocks.experiments import sweep, tables  # noqa: E402
 
-PATHS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md']
+PATHS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md',
+         *sorted((ROOT / 'results').glob('*/README.md'))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in PATHS}
 README, RESULTS = PAGES['README.md'], PAGES['results/README.md']
 FENCE = re.compile(r'^ *```(\w*)\n(.*?)^ *```', re.M | re.S)
@@ -242,7 +243,9 @@ def test_a_wrong_link_would_be_seen():
 
 
 def test_every_page_of_docs_is_in_the_map():
-    assert [page for page in PAGES if page != 'README.md' and f']({page})' not in README] == []
+    linked = [page for page in PAGES
+              if f']({page})' in README or f']({page.removeprefix("results/")})' in RESULTS]
+    assert [page for page in PAGES if page not in linked and page != 'README.md'] == []
 
 
 # ----------------------------------------------------------------------------------------------------------
