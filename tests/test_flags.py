@@ -51,7 +51,9 @@ def bases():
     yarn = rope | {'rope_scaling': 'yarn', 'rope_context': 4096}  # long enough for a ramp
     return [toy(), *conftest.families().values(), *scaled_ropes, yarn, rope | {'rope_scaling': 'ntk'}, moe,
             groups, long, long | {'rope_context': 40},
-            toy(n_predict=3), toy(layer_pattern='m', ffn_pattern='-', ssm_head_dim=8)]
+            toy(n_predict=3), toy(layer_pattern='m', ffn_pattern='-', ssm_head_dim=8),
+            toy(layer_pattern='ra'), toy(layer_pattern='ra', norm_at='output'),
+            toy(layer_pattern='ra', residual='normed')]
 
 
 def flips(name):
@@ -217,6 +219,9 @@ ONE_EXPERT = {'ffn_pattern': 'e', 'n_expert': 4, 'n_expert_used': 1}
     ({'qk_norm': 'unit', 'pos': 'none'}, 'qk_norm', 'pos=none'),
     (W_ALONE | {'rope_theta': 500.0}, 'rope_theta', 'be 10000.0 .* rope_local_theta'),
     (W_ALONE | {'rope_scaling': 'linear', 'rope_factor': 2.0}, 'rope_scaling', 'be none .* rope_local_theta'),
+    ({'layer_pattern': 'ra', 'norm_at': 'post', 'rnn_norm_at': 'pre'}, 'rnn_norm_at', 'be post'),
+    ({'layer_pattern': 'ra', 'residual': 'parallel', 'rnn_norm_at': 'output'}, 'rnn_norm_at', 'be pre'),
+    ({'residual': 'normed', 'normed_ffn': (1.0,)}, 'normed_ffn', 'two numbers'),
     (ONE_EXPERT | {'router_norm': True}, 'router_norm', 'be False'),
     (ONE_EXPERT | {'n_expert_used': 2, 'router_norm': 'fixed'}, 'router_norm', 'be True or False'),
     ], ids=str)
