@@ -148,6 +148,7 @@ class Context(NamedTuple):
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
     losses: list | None = None              # what routers add to the training loss
     reach: int | None = None                # tokens that a query sees where a chunk ends beyond max_tokens
+    first: list | None = None               # RWKV-7: its first layer's values (B,T,C), which later ones read
 
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""
@@ -1329,9 +1330,9 @@ RNN_INPUT = {'none': None, 'sum': 0.0, 'exp': 1.0}      # the least count that a
 RNN_GATE = {'none': None, 'silu': F.silu, 'sigmoid': torch.sigmoid}
 RNN_NORM = {'none': NoHeadNorm, 'head': HeadNorm, 'all': AllHeadsNorm, 'layer': HeadLayerNorm}
 
-@flags(layer_pattern='r')
+@flags(layer_pattern='r', rnn='linear')
 class RecurrenceFlags:
-    """Recurrences"""               # the defaults are those of a gated DeltaNet
+    """Linear attention"""          # the defaults are those of a gated DeltaNet
     # what the state forgets: none, retnet and lightning (fixed rates), head (Mamba-2's rule, per head), key
     # (the same per key: KDA), sigmoid (mLSTM), slow (GLA)
     rnn_decay: str = flag('head', RNN_DECAY)
@@ -1352,7 +1353,6 @@ class RecurrenceFlags:
     # rank of the projections to the gate and to the decay; None: full
     rnn_gate_rank: int | None = flag(None, rnn_gate=('silu', 'sigmoid'))
     rnn_decay_rank: int | None = flag(None, rnn_decay=('head', 'key', 'sigmoid', 'slow'))
-    rnn_heads: int | None = flag(None, like='n_head')       # heads, each with a state
     rnn_key_heads: int | None = None                # heads of queries and keys, shared as in GQA; None: all
     rnn_key_dim: int | None = None                  # width of a key; None: n_embd / rnn_heads
     rnn_value_dim: int | None = None                # width of a value; None: rnn_key_dim
@@ -1370,6 +1370,165 @@ class RecurrenceFlags:
         yield 'rnn_key_dim', not c.rnn_rope or c.rnn_key_dim % 2 == 0, 'be even when rnn_rope=True'
         yield ('rnn_input', c.rnn_input != 'sum' or c.rnn_feature == 'elu1' and c.rnn_erase == 'none',
                'be none or exp unless rnn_feature=elu1 and rnn_erase=none, which keep its sums positive')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# RWKV: a recurrence whose every input is a mixture of a token with the one before it
+
+def shifted(x, ctx, tail):
+    """
+    What stands before each token of x (B,T,C): the tail (B,1,C) of past tokens, or zeros, in front of the
+    first -> (B,T,C) and the new tail.
+    """
+    tail = torch.zeros_like(x[:, :1]) if tail is None else tail.to(x.dtype)
+    if not ctx.in_order:
+        tail, x = close_gap(tail, x, ctx.pos)
+    both = torch.cat((tail, x), dim=1)
+    return both[:, :-1], both[:, -1:]
+
+class TokenShift(nn.Module):
+    """Mixtures x + mu (x' - x) of a token x with the one before it, x', one for each row of `mu` (n,C)."""
+
+    def __init__(self, n, width, init):
+        super().__init__()
+        self.mu = param(n, width, init=init)
+
+    def forward(self, x, ctx, tail):
+        """x (B,T,C), tail (B,1,C) or None -> n tensors (B,T,C), and the new tail"""
+        before, tail = shifted(x, ctx, tail)
+        return [x + mu * (before - x) for mu in self.mu], tail
+
+def no_padding(ctx, *tensors):
+    """The tensors (B,T,...), with zeros where a token is padding, so that a state stays as it is."""
+    if ctx.in_order:
+        return tensors
+    return [x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0) for x in tensors]
+
+class LowRank(nn.Module):
+    """up act(down x), through `rank` numbers, and a bias, which is all that there is at first. In fp32."""
+
+    def __init__(self, width, rank, act, bias=None):
+        super().__init__()
+        self.down, self.up = Linear(width, rank, bias=False), Linear(rank, width, bias=False)
+        self.down.weight.init, self.up.weight.init = zeros, partial(orthogonal, scale=0.1)
+        self.act, self.bias = act, None if bias is None else param(width, init=bias)
+
+    def forward(self, x):
+        y = ops.at_least_fp32(self.up(self.act(self.down(x))))
+        return y if self.bias is None else y + ops.at_least_fp32(self.bias)
+
+class HeadGroupNorm(nn.Module):
+    """Layer norm of each head, with weights and biases of its own. y (B,T,H,V) -> (B,T,HV)"""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.bias, self.eps = param(width, init=ones), param(width, init=zeros), eps
+
+    def forward(self, y):
+        return F.layer_norm(y, y.shape[-1:], eps=self.eps).flatten(2) * self.weight + self.bias
+
+def drawn_by(c, init):
+    """A projection of the stream to its own width, without a bias, whose weight `init` draws."""
+    linear = Linear(c.n_embd, c.n_embd, bias=False)
+    linear.weight.init = init
+    return linear
+
+# initial values, from the authors' code: by how deep the layer lies (low from 0 to 1, high from 1 towards 0),
+# and by the number of a channel
+
+def depth(c, layer):
+    layer = min(layer, c.n_layer - 1)       # further predictions: as the last layer
+    return layer / max(1, c.n_layer - 1), 1 - layer / c.n_layer
+
+def orthogonal(shape, generator, scale):
+    return nn.init.orthogonal_(torch.empty(shape), scale, generator)
+
+def rise(shape, generator, start, end, power):
+    """From start, in channel 0, to end, in the last one."""
+    return start + (end - start) * (torch.arange(shape[-1]) / max(1, shape[-1] - 1)) ** power
+
+def look_back(shape, generator, powers, less=None):
+    """Rows of mu: 1 - (channel / channels)^power - less, so that later channels look back less."""
+    channel, less = torch.arange(shape[-1]) / shape[-1], less or [0.0] * len(powers)
+    return torch.stack([1 - channel ** power - minus for power, minus in zip(powers, less, strict=True)])
+
+# r, k, v of shifted inputs; decay, a and the gate too, through few numbers:
+#
+#   S <- exp(decay) S - (a kk) (kk^T S) + k v^T         kk: k of length 1, what is forgotten under it
+#   y  = r^T S + (r . k u) v                            (each with the S on its right of before the step)
+
+class RWKV7(StateSpace):
+    """
+    RWKV-7 (Peng et al. 2025, https://arxiv.org/abs/2503.14456): a delta rule that erases under another key,
+    kk, than it writes under, at a rate a per channel, with a decay per channel. The values of the first such
+    layer are mixed into those of the later ones.
+    """
+    work, conv1d = 9, None
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C, H, (low, high) = c.n_embd, c.rnn_heads, depth(c, layer)
+        self.heads, self.cache_shapes = (H, C // H), ((1, C), (H, C // H, C // H))
+        self.shift = TokenShift(6, C, partial(
+            look_back, powers=[high * p for p in (0.2, 0.9, 0.9, 0.4, 0.9, 0.2)],
+            less=[0.0, 0.0, 0.4 * low, 0.6 * low, 0.0, 0.0]))
+        self.r, self.k, self.v = (
+            drawn_by(c, partial(uniform, bound=size * C ** -0.5)) for size in (0.5, 0.05, 0.5))
+
+        def rank(factor, power=0.5):
+            return max(32, round(factor * C ** power / 32) * 32)
+        slow_to_fast = partial(rise, start=-6.5, end=-1.5, power=0.85 + low ** 0.5)
+        self.decay = LowRank(C, rank(1.8), torch.tanh, slow_to_fast)
+        self.rate = LowRank(C, rank(1.8), nn.Identity(), zeros)
+        self.is_first = c.layer_pattern.index('r') == layer
+        self.mix = None if self.is_first else LowRank(C, rank(1.3), nn.Identity(), ones)
+        self.gate = LowRank(C, rank(0.6, 0.8), torch.sigmoid)
+        self.erased = param(C, init=partial(constant, values=0.85))     # k times this is kk
+        self.kept = param(C, init=ones)                                 # by how much a makes k smaller
+        self.bonus = param(C, init=zeros)
+        self.norm = HeadGroupNorm(C, C // H * c.norm_eps)
+        self.c_proj = out_proj(c, C, bias=False)
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (None, None) if cache is None else cache.read()
+        # 1. six mixtures with the token before, and their projections
+        (xr, xw, xk, xv, xa, xg), tail = self.shift(x, ctx, tail)
+        r, k, v = self.r(xr), self.k(xk), self.v(xv)
+        decay = -math.exp(-0.5) * torch.sigmoid(self.decay(xw))
+        a = torch.sigmoid(self.rate(xa))
+        if self.is_first:
+            ctx.first.append(v)
+        else:
+            v = v + (torch.sigmoid(self.mix(xv)) * (ctx.first[0] - v)).to(v.dtype)
+        # 2. what is erased, and what is written
+        kk, k = k * self.erased, k * (1 + (a - 1) * self.kept)
+        r, decay, k, v, kk, a, u = (z.unflatten(-1, self.heads) for z in (r, decay, k, v, kk, a, self.bonus))
+        kk = F.normalize(ops.at_least_fp32(kk), dim=-1)
+        # ops.recurrence erases after it forgets, and the paper before
+        erase, along = kk * torch.exp(-decay), kk * a
+        decay, k, erase = no_padding(ctx, decay, k, erase)
+        # 3. the state, and the way back
+        y, state = ops.recurrence(r, k, v, decay, erase, along, state)          # (B,T,H,V)
+        if cache is not None:
+            cache.write(tail, state)
+        y = self.norm(y) + ((r * k * u).sum(-1, keepdim=True) * v).flatten(2)
+        return self.c_proj((y * self.gate(xg)).to(v.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The classes of recurrences
+
+RNN = {'linear': Recurrence, 'rwkv7': RWKV7}
+
+@flags(layer_pattern='r')
+class RNNFlags:
+    """Recurrences"""
+    rnn: str = flag('linear', RNN)      # linear (linear attention and its kin, by the flags below), rwkv7
+    rnn_heads: int | None = flag(None, like='n_head', rnn=('linear', 'rwkv7'))  # heads, each with a state
+
+    def rules(c):
+        if c.rnn in ('rwkv6', 'rwkv7'):
+            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd}'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1645,7 +1804,7 @@ MIXERS = {
     'n': Letter('a without rope', attention(rotary=False)),
     'v': Letter('w without rope', attention(windowed=True, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
-    'r': Letter('recurrence', Recurrence),
+    'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)),
 }
 FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
         '-': Letter('none', lambda c: None)}
@@ -1667,8 +1826,8 @@ FFN = {
 # Configuration: sizes and choices. The numbers of a block are flags of its chapter, inherited here.
 
 @flags()
-class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags,
-                AttentionExtraFlags, LatentFlags, SSMFlags, RecurrenceFlags, MoEFlags, ClippedFlags, Flags):
+class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags, LatentFlags,
+                AttentionExtraFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -1783,7 +1942,7 @@ class GPT(nn.Module):
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
-        ctx = ctx._replace(embedding=x, values=values, losses=[])
+        ctx = ctx._replace(embedding=x, values=values, losses=[], first=[])
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             own = ctx._replace(losses=[])   # an empty list, or each block would be compiled by itself
             x = block(x, own, entry)

@@ -1,0 +1,218 @@
+"""
+RWKV and S4D: each class against a loop over tokens, written from its paper, in pieces and padded, and as a
+model that trains and continues its own text.
+"""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close
+
+from model import GPT, Context, GPTConfig
+
+EXACT = 1e-10   # of the largest number, in fp64
+T = 30
+
+
+def rand(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def config(**flags):
+    return GPTConfig(**dict(block_size=24, vocab_size=61, n_layer=2, n_head=2, n_embd=16, pos='none',
+                            layer_pattern='r') | flags)
+
+
+def loud(model):
+    """In fp64, with every weight large and irregular, so that faults stand out."""
+    with torch.no_grad():
+        for i, p in enumerate(model.double().parameters()):
+            p.add_(0.3 * rand(*p.shape, seed=i))
+    return model.eval()
+
+
+def mixer(kind, layer=0, **flags):
+    return loud(GPT(config(rnn=kind, **flags))).h[layer].mixer
+
+
+def context(pos, causal=False):
+    return Context(pos, causal, None, first=[])
+
+
+def whole(n):
+    return context(torch.arange(n), causal=True)
+
+
+def before(x, mu):
+    """x + mu (x' - x), x' the token before, and zeros before the first: x (T,C)"""
+    return torch.stack([x_t + mu * ((x[t - 1] if t else 0 * x_t) - x_t) for t, x_t in enumerate(x)])
+
+
+def head_norm(y, norm, heads):
+    """Layer norm of each head of y (C,), with weights and biases (C,)."""
+    y = y.view(heads, -1)
+    y = (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True, unbiased=False) + norm.eps).sqrt()
+    return y.flatten() * norm.weight + norm.bias
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Each class, as its paper has it: a layer, and x (T,C) -> y (T,C)
+
+
+def rwkv7(m, x, v_first=None):
+    """Peng et al. 2025, section 4.2, with the state S (V,K) as there: S (diag(w) - kk^T (a kk)) + v^T k."""
+    def low_rank(f, x):
+        y = f.act(x @ f.down.weight.T) @ f.up.weight.T
+        return y if f.bias is None else y + f.bias
+    H, K = m.heads
+    xr, xw, xk, xv, xa, xg = (before(x, mu) for mu in m.shift.mu)
+    S, y = x.new_zeros(H, K, K), []
+    for t in range(len(x)):
+        r, k, v = m.r.weight @ xr[t], m.k.weight @ xk[t], m.v.weight @ xv[t]
+        w = torch.exp(-math.exp(-0.5) * torch.sigmoid(low_rank(m.decay, xw[t])))
+        a = torch.sigmoid(low_rank(m.rate, xa[t]))
+        if v_first is not None:
+            v = torch.lerp(v, v_first[t], torch.sigmoid(low_rank(m.mix, xv[t])))
+        kk, k = (k * m.erased).view(H, K), k * torch.lerp(torch.ones_like(a), a, m.kept)
+        kk = kk / kk.norm(dim=1, keepdim=True)
+        r, w, k, v, a = (z.view(H, K) for z in (r, w, k, v, a))
+        out = []
+        for h in range(H):
+            S[h] = S[h] @ (w[h].diag() - kk[h].outer(a[h] * kk[h])) + v[h].outer(k[h])
+            out.append(S[h] @ r[h])
+        bonus = (r * k * m.bonus.view(H, K)).sum(1, keepdim=True) * v
+        y.append(m.c_proj.weight @ ((head_norm(torch.cat(out), m.norm, H) + bonus.flatten())
+                                    * low_rank(m.gate, xg[t])))
+    return torch.stack(y)
+
+
+PAPERS = {'rwkv7': rwkv7}
+every_kind = pytest.mark.parametrize('kind', PAPERS)
+
+
+@every_kind
+@torch.no_grad()
+def test_layer_equals_its_paper(kind):
+    m, x = mixer(kind), rand(2, T, 16)
+    got = m(x, whole(T))
+    for row in range(2):
+        assert_close(got[row], PAPERS[kind](m, x[row]), EXACT, 'y')
+
+
+@torch.no_grad()
+def test_values_of_the_first_rwkv7_layer_reach_the_later_ones():
+    model = loud(GPT(config(rnn='rwkv7', layer_pattern='ar', n_layer=4, dropout=0.0)))
+    first, second = model.h[1].mixer, model.h[3].mixer
+    assert first.mix is None and second.mix is not None
+    x, other, ctx = rand(1, T, 16), rand(1, T, 16, seed=1), whole(T)
+    first(x, ctx)
+    values = before(x[0], first.shift.mu[3]) @ first.v.weight.T
+    assert_close(second(other, ctx)[0], rwkv7(second, other[0], values), EXACT, 'y')
+
+
+@every_kind
+def test_layer_is_causal_and_trains_every_parameter(kind):
+    m, x, t = mixer(kind), rand(2, T, 16).requires_grad_(), 17
+    y = m(x, whole(T))
+    reach, = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+    assert reach[:, t + 1:].abs().max() <= 1e-12 * reach.abs().max(), 'no token sees a later one'
+    assert reach[:, :t + 1].ne(0).all(), 'every token is seen by a later one'
+    (y * rand(*y.shape)).sum().backward()
+    for name, p in m.named_parameters():
+        assert p.grad is not None and p.grad.ne(0).any(), f'{name} must get a gradient'
+
+
+@every_kind
+@pytest.mark.parametrize('cuts', [[], [1], [29], list(range(1, 30)), [7, 8, 20]], ids=str)
+@torch.no_grad()
+def test_cached_pieces_equal_the_whole(kind, cuts):
+    m, x = mixer(kind), rand(2, T, 16)
+    cache, got = m.new_cache(2, T, torch.float64, 'cpu'), []
+    for start, end in zip([0, *cuts], [*cuts, T]):
+        ctx = context(torch.arange(start, end), causal=start == 0 and end > 1)
+        got.append(m(x[:, start:end], ctx, cache))
+    assert_close(torch.cat(got, dim=1), m(x, whole(T)), EXACT, 'y')
+
+
+@every_kind
+@torch.no_grad()
+def test_padding_is_as_if_it_were_not_there(kind):
+    """Rows of 9, 3, 1 and no tokens, padded to 12: as the first call, and as one that goes on."""
+    m, lengths = mixer(kind), (9, 3, 1, 0)
+    first, x = rand(4, 5, 16), rand(4, 12, 16, seed=2)
+    pos = torch.arange(12) - 12 + torch.tensor(lengths).unsqueeze(1)
+    for begun in (0, 5):
+        cache = m.new_cache(4, 0, torch.float64, 'cpu')
+        if begun:
+            m(first, whole(5), cache)
+        y = m(x, context(torch.where(pos < 0, pos, pos + begun)), cache)
+        for row, n in enumerate(lengths):
+            real = torch.cat((first[row, :begun], x[row, 12 - n:])).unsqueeze(0)
+            if not real.numel():
+                continue
+            alone = m.new_cache(1, 0, torch.float64, 'cpu')
+            want = m(real, whole(begun + n), alone)
+            if n:
+                assert_close(y[row, 12 - n:], want[0, begun:], EXACT, f'y of row {row}')
+            for name in ('tail', 'state'):
+                got, kept = getattr(cache, name)[row:row + 1], getattr(alone, name)
+                assert got.shape == kept.shape
+                if kept.numel():
+                    assert_close(got, kept, EXACT, f'{name} of row {row}')
+
+
+@every_kind
+@torch.no_grad()
+def test_layer_in_low_precision(kind):
+    """Under autocast, and with all weights in bf16: near the truth, with a state in fp32."""
+    x = rand(2, T, 16)
+    want = mixer(kind)(x, whole(T))
+    for autocast in (True, False):
+        m = mixer(kind).float() if autocast else mixer(kind).bfloat16()
+        cache = m.new_cache(2, 0, torch.bfloat16, 'cpu')
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            y = m(x.float() if autocast else x.bfloat16(), whole(T), cache)
+            step = m(y[:, :1], context(torch.tensor([T])), cache)
+        assert_close(y, want, 0.1, 'y')
+        assert step.dtype == y.dtype and cache.state.dtype == torch.float32
+
+
+@every_kind
+def test_layer_compiles_to_one_graph(kind):
+    m, x = mixer(kind), rand(2, 20, 16)
+    for pos in (None, torch.arange(20) - torch.tensor([[0], [4]])):
+        torch._dynamo.reset()
+        ctx = whole(20) if pos is None else context(pos)
+        got = torch.compile(m, fullgraph=True, backend='aot_eager')(x, ctx)
+        assert_close(got, m(x, whole(20) if pos is None else context(pos)), EXACT, 'y')
+
+
+@every_kind
+def test_model_trains_and_continues_from_its_cache(kind):
+    model = GPT(config(rnn=kind, n_predict=2))
+    idx = torch.randint(61, (4, 24), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    model.eval()
+    got = model.generate(idx[:, :5], 12, temperature=0)
+    for t in range(5, 17):
+        greedy = model(got[:, :t])[0][:, -1].argmax(-1)
+        assert torch.equal(got[:, t], greedy)
+
+
+@every_kind
+def test_flags_of_other_classes_are_refused_beside_it(kind):
+    for name, value in (('rnn_erase', 'none'), ('rnn_conv', 2), ('rnn_beta', 2.0)):
+        with pytest.raises(ValueError, match=f'{name}={value} must be left out unless rnn=linear'):
+            config(rnn=kind, **{name: value})
+    with pytest.raises(ValueError, match="rnn=.* must be left out unless layer_pattern has an? 'r'"):
+        config(rnn=kind, layer_pattern='a')
