@@ -148,7 +148,7 @@ class Context(NamedTuple):
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
     losses: list | None = None              # what routers add to the training loss
     reach: int | None = None                # tokens that a query sees where a chunk ends beyond max_tokens
-    first: list | None = None               # RWKV-7: its first layer's values (B,T,C), which later ones read
+    first: 'Shelf | None' = None            # RWKV-7: its first layer's values (B,T,C), which later ones read
 
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""
@@ -1457,6 +1457,10 @@ def look_back(shape, generator, powers, less=None):
 #   S <- exp(decay) S - (a kk) (kk^T S) + k v^T         kk: k of length 1, what is forgotten under it
 #   y  = r^T S + (r . k u) v                            (each with the S on its right of before the step)
 
+class Shelf:
+    """Where a layer leaves a tensor for later ones. No list: FSDP would give each block a copy."""
+    values = None
+
 class RWKV7(StateSpace):
     """
     RWKV-7 (Peng et al. 2025, https://arxiv.org/abs/2503.14456): a delta rule that erases under another key,
@@ -1497,9 +1501,9 @@ class RWKV7(StateSpace):
         decay = -math.exp(-0.5) * torch.sigmoid(self.decay(xw))
         a = torch.sigmoid(self.rate(xa))
         if self.is_first:
-            ctx.first.append(v)
+            ctx.first.values = v
         else:
-            v = v + (torch.sigmoid(self.mix(xv)) * (ctx.first[0] - v)).to(v.dtype)
+            v = v + (torch.sigmoid(self.mix(xv)) * (ctx.first.values - v)).to(v.dtype)
         # 2. what is erased, and what is written
         kk, k = k * self.erased, k * (1 + (a - 1) * self.kept)
         r, decay, k, v, kk, a, u = (z.unflatten(-1, self.heads) for z in (r, decay, k, v, kk, a, self.bonus))
@@ -1516,19 +1520,95 @@ class RWKV7(StateSpace):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# S4D: a recurrence that is the same for every token, and so a convolution with a kernel as long as the text
+#
+#   h_t = exp(dt A) h_{t-1} + B u_t     y_t = 2 Re(C h_t)           N/2 complex numbers h for each channel
+#   y_t = sum over s <= t of kernel_{t-s} u_s                       kernel_l = 2 Re(sum of C B exp(l dt A))
+
+def s4d_step(u, A, B, C, h, real):
+    """One token u (B,1,c). A = dt A, B, C (c,n) complex, h (B,c,n); real (B,1) or (1,): 0 where u is padding."""
+    h = torch.exp(A * real.unsqueeze(-1)) * h + B * u.mT
+    return 2 * (C * h).real.sum(-1).unsqueeze(1), h
+
+def s4d_convolve(u, A, B, C, h, pad):
+    """The same for T tokens, by FFT. h: None for zeros; pad (B,1) or (1,): how many of the first are padding."""
+    T, slot = u.shape[1], torch.arange(u.shape[1], device=u.device)
+    powers = torch.exp(A.unsqueeze(-1) * slot)                                      # (c,n,T)
+    kernel = 2 * torch.einsum('cn,cnt->tc', C * B, powers).real
+    # of twice the length, or the end of the text would reach its beginning
+    y = torch.fft.irfft(torch.fft.rfft(u, 2 * T, 1) * torch.fft.rfft(kernel, 2 * T, 0), 2 * T, 1)[:, :T]
+    end = B * torch.einsum('btc,cnt->bcn', u.to(B.dtype), powers.flip(-1))
+    if h is not None:
+        carried = 2 * torch.einsum('bcn,cnt->btc', C * torch.exp(A) * h, powers).real
+        # no time passes while there is padding
+        since = (slot - pad).clamp(min=0).unsqueeze(-1).expand_as(y)
+        y, end = y + carried.gather(1, since), end + torch.exp(A * (T - pad).unsqueeze(-1)) * h
+    return y, end
+
+def log_step(shape, generator):
+    """dt is log-uniform in [0.001, 0.1]."""
+    return math.log(1e-3) + math.log(100) * torch.rand(shape, generator=generator)
+
+def s4d_lin(shape, generator):
+    """Frequencies pi n of every channel (S4D-Lin)."""
+    return (math.pi * torch.arange(shape[1])).expand(shape)
+
+class S4D(StateSpace):
+    """
+    S4D (Gu et al. 2022, https://arxiv.org/abs/2206.11893): a diagonal state space with its own step dt for
+    each channel. A text passes as a convolution, a token that is generated as a step of the recurrence.
+    """
+    work, conv1d = 7, None  # operations per number of state: A h (3), B u, add, C h, add
+
+    def __init__(self, c, layer):
+        super().__init__()
+        width, pairs = c.n_embd, c.rnn_state // 2
+        self.cache_shapes = (0, width), (width, 2 * pairs)      # real and imaginary parts side by side
+        self.log_dt = param(width, init=log_step)
+        self.A_log = param(width, pairs, init=partial(constant, values=math.log(0.5)))
+        self.A_imag = param(width, pairs, init=s4d_lin)         # A = -exp(A_log) + i A_imag
+        self.C = param(width, pairs, 2, init=partial(normal, std=0.5 ** 0.5))
+        self.D = param(width, init=partial(normal, std=1.0))    # skip connection
+        self.c_proj = Linear(width, 2 * width, c.bias, std=out_std(c))     # the output and its gate
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (x[:, :0], None) if cache is None else (cache.tail, cache.read()[1])
+        u, = no_padding(ctx, x)
+        with torch.autocast(x.device.type, enabled=False):
+            y, state = self.scan(ops.at_least_fp32(u), ctx.pos, state)
+        if cache is not None:
+            cache.write(tail, torch.view_as_real(state).flatten(-2))
+        y = F.gelu(y.to(x.dtype) + self.D * u)
+        return F.glu(self.c_proj(y), dim=-1)
+
+    def scan(self, u, pos, state):
+        log_dt, A_log, A_imag, C = (
+            ops.at_least_fp32(p) for p in (self.log_dt, self.A_log, self.A_imag, self.C))
+        h = None if state is None else torch.view_as_complex(state.unflatten(-1, (-1, 2)))
+        A, C = torch.complex(-torch.exp(A_log), A_imag), torch.view_as_complex(C)
+        step = torch.exp(log_dt).unsqueeze(-1) * A
+        B = torch.expm1(step) / A       # the input is held constant for a step
+        if u.shape[1] == 1 and h is not None:
+            return s4d_step(u, step, B, C, h, (pos >= 0).to(u.dtype))
+        return s4d_convolve(u, step, B, C, h, (pos < 0).sum(-1, keepdim=True))
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The classes of recurrences
 
-RNN = {'linear': Recurrence, 'rwkv7': RWKV7}
+RNN = {'linear': Recurrence, 'rwkv7': RWKV7, 's4d': S4D}
 
 @flags(layer_pattern='r')
 class RNNFlags:
     """Recurrences"""
-    rnn: str = flag('linear', RNN)      # linear (linear attention and its kin, by the flags below), rwkv7
+    rnn: str = flag('linear', RNN)      # linear (linear attention and its kin: flags below), rwkv7, s4d
     rnn_heads: int | None = flag(None, like='n_head', rnn=('linear', 'rwkv7'))  # heads, each with a state
+    rnn_state: int = flag(64, rnn='s4d')    # real numbers of a channel's state, two for each complex one
 
     def rules(c):
         if c.rnn in ('rwkv6', 'rwkv7'):
             yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd}'
+        yield 'rnn_state', c.rnn_state % 2 == 0, 'be even'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1942,7 +2022,7 @@ class GPT(nn.Module):
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
-        ctx = ctx._replace(embedding=x, values=values, losses=[], first=[])
+        ctx = ctx._replace(embedding=x, values=values, losses=[], first=Shelf())
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             own = ctx._replace(losses=[])   # an empty list, or each block would be compiled by itself
             x = block(x, own, entry)

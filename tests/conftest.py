@@ -140,7 +140,8 @@ FIELDS = {
     'ssm_dt_min': Field((0.0, 0.003), (-0.1,)),
     'ssm_dt_max': Field((None, 0.05), (0.0,)),
     'ssm_norm': Field((False, True)),
-    'rnn': Field(('linear', 'rwkv7'), ('lstm',)),
+    'rnn': Field(('linear', 'rwkv7', 's4d'), ('lstm',)),
+    'rnn_state': Field((64, 6), (0, 3)),
     'n_predict': Field((1, 3), (0,)),
     'predict_weight': Field((0.3, 1.0), (-0.1,)),
 }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close
 
-from model import GPT, Context, GPTConfig
+from model import GPT, Context, GPTConfig, Shelf, s4d_convolve, s4d_step
 
 EXACT = 1e-10   # of the largest number, in fp64
 T = 30
@@ -38,7 +38,7 @@ def mixer(kind, layer=0, **flags):
 
 
 def context(pos, causal=False):
-    return Context(pos, causal, None, first=[])
+    return Context(pos, causal, None, first=Shelf())
 
 
 def whole(n):
@@ -88,7 +88,20 @@ def rwkv7(m, x, v_first=None):
     return torch.stack(y)
 
 
-PAPERS = {'rwkv7': rwkv7}
+def s4d(m, x):
+    """Gu et al. 2022, section 3: zero-order hold, and the recurrence token by token."""
+    dt, A = m.log_dt.exp(), torch.complex(-m.A_log.exp(), m.A_imag)
+    C, h, y = torch.view_as_complex(m.C), 0, []
+    for u in x:
+        step = torch.exp(dt[:, None] * A)
+        h = step * h + (step - 1) / A * u[:, None]
+        out = F.gelu(2 * (C * h).sum(1).real + m.D * u)
+        value, gate = (m.c_proj.weight @ out + m.c_proj.bias).chunk(2)
+        y.append(value * torch.sigmoid(gate))
+    return torch.stack(y)
+
+
+PAPERS = {'rwkv7': rwkv7, 's4d': s4d}
 every_kind = pytest.mark.parametrize('kind', PAPERS)
 
 
@@ -110,6 +123,21 @@ def test_values_of_the_first_rwkv7_layer_reach_the_later_ones():
     first(x, ctx)
     values = before(x[0], first.shift.mu[3]) @ first.v.weight.T
     assert_close(second(other, ctx)[0], rwkv7(second, other[0], values), EXACT, 'y')
+
+
+@pytest.mark.parametrize('fresh', [True, False], ids=['fresh', 'carried'])
+@torch.no_grad()
+def test_convolution_of_s4d_equals_its_recurrence(fresh):
+    n, c = 3, 5
+    A, B, C = (torch.complex(rand(c, n, seed=i), rand(c, n, seed=i + 9)) for i in range(3))
+    A, u = A - A.real - 0.1, rand(2, T, c)
+    h = None if fresh else torch.complex(rand(2, c, n), rand(2, c, n, seed=1))
+    y, end = s4d_convolve(u, A, B, C, h, torch.zeros(1, dtype=torch.long))
+    h = torch.zeros_like(end) if fresh else h
+    for t in range(T):
+        want, h = s4d_step(u[:, t:t + 1], A, B, C, h, torch.ones(1))
+        assert_close(y[:, t:t + 1], want, 1e-12, f'y of token {t}')
+    assert_close(torch.view_as_real(end), torch.view_as_real(h), 1e-12, 'state')
 
 
 @every_kind
