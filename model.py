@@ -1526,12 +1526,12 @@ class RWKV7(StateSpace):
 #   y_t = sum over s <= t of kernel_{t-s} u_s                       kernel_l = 2 Re(sum of C B exp(l dt A))
 
 def s4d_step(u, A, B, C, h, real):
-    """One token u (B,1,c). A = dt A, B, C (c,n) complex, h (B,c,n); real (B,1) or (1,): 0 where u is padding."""
+    """One token u (B,1,c). A = dt A, B, C (c,n) complex, h (B,c,n); real (B,1) or (1,): 0 for padding."""
     h = torch.exp(A * real.unsqueeze(-1)) * h + B * u.mT
     return 2 * (C * h).real.sum(-1).unsqueeze(1), h
 
 def s4d_convolve(u, A, B, C, h, pad):
-    """The same for T tokens, by FFT. h: None for zeros; pad (B,1) or (1,): how many of the first are padding."""
+    """T tokens at once, by FFT. h: None for zeros; pad (B,1) or (1,): how many of the first are padding."""
     T, slot = u.shape[1], torch.arange(u.shape[1], device=u.device)
     powers = torch.exp(A.unsqueeze(-1) * slot)                                      # (c,n,T)
     kernel = 2 * torch.einsum('cn,cnt->tc', C * B, powers).real
