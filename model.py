@@ -1266,6 +1266,8 @@ class Recurrence(StateSpace):
         self.c_attn = Linear(c.n_embd, sum(self.widths), c.rnn_bias)
         self.on_keys, self.on_values = RNN_FEATURE[c.rnn_feature]
         self.conv1d = CausalConv(sum(self.widths), c.rnn_conv, False, nn.Identity()) if c.rnn_conv else None
+        half = partial(constant, values=0.5)
+        self.shift = TokenShift(1, c.n_embd, half) if c.rnn_shift else None
         self.decay, self.erase = RNN_DECAY[c.rnn_decay](c, layer), RNN_ERASE[c.rnn_erase](c)
         self.unit, self.turns = c.rnn_unit, None
         if c.rnn_rope:
@@ -1280,13 +1282,16 @@ class Recurrence(StateSpace):
         # a value of 1 beside the others counts what was written under each key
         self.least = RNN_INPUT[c.rnn_input]
         state = c.rnn_heads, c.rnn_key_dim, c.rnn_value_dim + (self.least is not None)
-        self.cache_shapes = (max(0, c.rnn_conv - 1), sum(self.widths)), state
+        tail = (1, c.n_embd) if c.rnn_shift else (max(0, c.rnn_conv - 1), sum(self.widths))
+        self.cache_shapes = tail, state
         # operations per number of the state: decay, k v, add, q S, add; and the two products of an erasure
         self.work = 5 if c.rnn_erase == 'none' else 9
 
     def forward(self, x, ctx, cache=None):
         tail, state = (None, None) if cache is None else cache.read()
         # 1. queries, keys and values
+        if self.shift is not None:
+            (x,), tail = self.shift(x, ctx, tail)
         y, tail = self.mixed(self.c_attn(x), ctx, tail)
         q, k, v = y.split(self.widths, dim=-1)
         q, k, v = self.on_keys(q), self.on_keys(k), self.on_values(v)
@@ -1319,7 +1324,9 @@ class Recurrence(StateSpace):
         return self.c_proj(y if self.gate is None else y * self.act(self.gate(x)))
 
     def mixed(self, y, ctx, tail):
-        return (y, y[:, :0]) if self.conv1d is None else self.conv1d(y, ctx, tail)
+        if self.conv1d is not None:
+            return self.conv1d(y, ctx, tail)
+        return y, y[:, :0] if tail is None else tail
 
 RNN_DECAY = {'none': NoDecay, 'retnet': RetNetDecay, 'lightning': LightningDecay, 'head': TokenDecay,
              'key': KeyDecay, 'sigmoid': SigmoidDecay, 'slow': SlowDecay}
@@ -1343,6 +1350,7 @@ class RecurrenceFlags:
     rnn_rope: bool = False                          # rotate queries and keys by position (RetNet)
     rnn_scale: float | None = None                  # factor on queries; None: 1 / sqrt(rnn_key_dim)
     rnn_conv: int = flag(4, least=0)                # taps of a causal convolution of q, k and v; 0: none
+    rnn_shift: bool = flag(False, rnn_conv=0)       # mix each token with the one before it (RWKV)
     # weight of a token: none (1), sum (1, and a read is a mean: linear attention), exp (a gate: mLSTM)
     rnn_input: str = flag('none', RNN_INPUT)
     rnn_gate: str = flag('silu', RNN_GATE)          # gate on the output: none, silu, sigmoid
@@ -1447,6 +1455,10 @@ def rise(shape, generator, start, end, power):
     """From start, in channel 0, to end, in the last one."""
     return start + (end - start) * (torch.arange(shape[-1]) / max(1, shape[-1] - 1)) ** power
 
+def zigzag(shape, generator, start, end, size):
+    """From start to end, and in turns `size` above, on and below that."""
+    return rise(shape, generator, start, end, 1) + size * ((torch.arange(shape[-1]) + 1) % 3 - 1)
+
 def look_back(shape, generator, powers, less=None):
     """Rows of mu: 1 - (channel / channels)^power - less, so that later channels look back less."""
     channel, less = torch.arange(shape[-1]) / shape[-1], less or [0.0] * len(powers)
@@ -1517,6 +1529,129 @@ class RWKV7(StateSpace):
             cache.write(tail, state)
         y = self.norm(y) + ((r * k * u).sum(-1, keepdim=True) * v).flatten(2)
         return self.c_proj((y * self.gate(xg)).to(v.dtype))
+
+class DynamicShift(TokenShift):
+    """TokenShift, with something added to each mu that `rank` numbers say of the token itself (RWKV-6)."""
+
+    def __init__(self, n, width, init, rank):
+        super().__init__(n + 1, width, init)        # the last mu for what `down` reads
+        self.down = Linear(width, n * rank, bias=False)
+        self.down.weight.init = zeros
+        self.up = param(n, rank, width, init=partial(uniform, bound=0.01))
+
+    def forward(self, x, ctx, tail):
+        before, tail = shifted(x, ctx, tail)
+        back = before - x
+        few = torch.tanh(self.down(x + self.mu[-1] * back)).unflatten(-1, (len(self.up), -1))
+        more = torch.einsum('btnr,nrc->nbtc', few, self.up)
+        return [x + (mu + m) * back for mu, m in zip(self.mu[:-1], more, strict=True)], tail
+
+class RWKV6(StateSpace):
+    """
+    RWKV-6 (Peng et al. 2024, https://arxiv.org/abs/2404.05892): a decay per channel, from the token, and a
+    read before the write, to which the token itself adds (r . k u) v.
+    """
+    work, conv1d = 5, None
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C, H, (low, high) = c.n_embd, c.rnn_heads, depth(c, layer)
+        self.heads, self.cache_shapes = (H, C // H), ((1, C), (H, C // H, C // H))
+        powers, less = [high, high, high, high / 2, high / 2, high], [0.0, 0.0, 0.3 * low, 0.0, 0.0, 0.0]
+        self.shift = DynamicShift(5, C, partial(look_back, powers=powers, less=less), 32 if C < 4096 else 64)
+        self.r, self.k, self.v, self.gate = (
+            drawn_by(c, partial(orthogonal, scale=scale)) for scale in (1.0, 0.1, 1.0, 0.1))
+        slow_to_fast = partial(rise, start=-6.0, end=-1.0, power=0.7 + 1.3 * low)
+        self.decay = LowRank(C, 64 if C < 4096 else 128, torch.tanh, slow_to_fast)
+        self.bonus = param(C, init=partial(zigzag, start=low, end=0.0, size=0.1))
+        self.norm = HeadGroupNorm(C, C // H * c.norm_eps)
+        self.c_proj = out_proj(c, C, bias=False)
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (None, None) if cache is None else cache.read()
+        (xw, xk, xv, xr, xg), tail = self.shift(x, ctx, tail)
+        r, k, v, decay = self.r(xr), self.k(xk), self.v(xv), -torch.exp(self.decay(xw))
+        r, k, v, decay, u = (z.unflatten(-1, self.heads) for z in (r, k, v, decay, self.bonus))
+        decay, k = no_padding(ctx, decay, k)
+        y, state = ops.recurrence(r, k, v, decay, state=state, before=True)     # (B,T,H,V)
+        if cache is not None:
+            cache.write(tail, state)
+        y = self.norm(y + (r * k * u).sum(-1, keepdim=True) * v)
+        return self.c_proj((y * F.silu(self.gate(xg))).to(v.dtype))
+
+def wkv(k, v, decay, u, real, state):
+    """
+    RWKV-4's mean of the values v (B,T,C), with weights exp(k) that decay by exp(decay) (C,) a token, and
+    exp(u + k) for the token itself; real (B,T,1) or (T,1): 0 for padding -> (B,T,C) and the state (B,C,3):
+    the sums of weighted values and of weights, over exp(top), and top, the log of the largest weight so far.
+    """
+    if state is None:
+        state = torch.cat((k.new_zeros(*k.shape[::2], 2), k.new_full((*k.shape[::2], 1), -1e4)), dim=-1)
+    sums, top = state[..., None, :2], state[:, None, :, 2]                          # (B,C,1,2), (B,1,C)
+    with torch.no_grad():   # the result does not depend on it
+        since = decay * real.cumsum(-2)
+        tops = torch.cat((top, torch.where(real > 0, k, -1e4) - since), dim=1).cummax(1).values
+        tops = torch.cat((tops[:, :1], tops[:, 1:] + since), dim=1)
+        own = torch.maximum(tops[:, :-1], u + k)
+    before, after = tops[:, :-1], tops[:, 1:]
+    weight = real * torch.exp(torch.where(real > 0, k, after) - after)
+    forget = (real * decay + before - after).clamp(-60, 0)
+    pairs = torch.stack((v, torch.ones_like(v)), dim=-1)                            # (B,T,C,2)
+    weight, forget, one = (z.unsqueeze(-1) for z in (weight, forget, torch.ones_like(k)))
+    # every channel is a head with a single key
+    past, sums = ops.recurrence(one, weight, pairs, forget, state=sums, before=True, chunk=16)
+    past = past * torch.exp(before - own).unsqueeze(-1) + torch.exp(u + k - own).unsqueeze(-1) * pairs
+    return past[..., 0] / past[..., 1], torch.cat((sums.squeeze(-2), after[:, -1].unsqueeze(-1)), dim=-1)
+
+class RWKV4(StateSpace):
+    """RWKV-4 (Peng et al. 2023, https://arxiv.org/abs/2305.13048): a gated mean of values in each channel."""
+    work, conv1d = 5, None
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C, (low, high) = c.n_embd, depth(c, layer)
+        self.cache_shapes = (1, C), (C, 3)
+        powers, less = [high, high, high / 2], [0.0, 0.3 * low, 0.0]
+        self.shift = TokenShift(3, C, partial(look_back, powers=powers, less=less))
+        self.k, self.v, self.r = (
+            drawn_by(c, init) for init in (zeros, partial(orthogonal, scale=1.0), zeros))
+        self.decay = param(C, init=partial(rise, start=-5.0, end=3.0, power=0.7 + 1.3 * low))
+        self.bonus = param(C, init=partial(zigzag, start=math.log(0.3), end=math.log(0.3), size=0.5))
+        self.c_proj = out_proj(c, C, bias=False)
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (None, None) if cache is None else cache.read()
+        (xk, xv, xr), tail = self.shift(x, ctx, tail)
+        k, v, decay, u = (ops.at_least_fp32(z) for z in (self.k(xk), self.v(xv), self.decay, self.bonus))
+        real = (ctx.pos >= 0).to(k.dtype).unsqueeze(-1)
+        y, state = wkv(k, v, -torch.exp(decay), u, real, state)
+        if cache is not None:
+            cache.write(tail, state)
+        return self.c_proj(torch.sigmoid(self.r(xr)) * y.to(x.dtype))
+
+class ChannelMix(StateSpace):
+    """
+    RWKV's feed-forward: a token shift, then a squared ReLU between two projections and, up to RWKV-6, a gate.
+    As it reads the token before, it is a mixer with a state: layer_pattern='rk' and ffn_pattern='-'.
+    """
+    work, conv1d = 0, None
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C, width, (_, high) = c.n_embd, c.rnn_mix_width, depth(c, layer)
+        self.cache_shapes = (1, C), (0,)
+        powers = [high, high] if c.rnn_mix_gate else [high ** 4]
+        self.shift = TokenShift(len(powers), C, partial(look_back, powers=powers))
+        self.c_fc, self.c_proj = Linear(C, width, bias=False), out_proj(c, width, bias=False)
+        self.gate = drawn_by(c, zeros) if c.rnn_mix_gate else None
+
+    def forward(self, x, ctx, cache=None):
+        tail = None if cache is None else cache.read()[0]
+        (xk, *xr), tail = self.shift(x, ctx, tail)
+        if cache is not None:
+            cache.write(tail, tail[:, 0, :0])
+        y = self.c_proj(relu2(self.c_fc(xk)))
+        return y if self.gate is None else torch.sigmoid(self.gate(*xr)) * y
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1596,14 +1731,22 @@ class S4D(StateSpace):
 # ----------------------------------------------------------------------------------------------------------
 # The classes of recurrences
 
-RNN = {'linear': Recurrence, 'rwkv7': RWKV7, 's4d': S4D}
+RNN = {'linear': Recurrence, 'rwkv7': RWKV7, 'rwkv6': RWKV6, 'rwkv4': RWKV4, 's4d': S4D}
 
-@flags(layer_pattern='r')
+@flags()
 class RNNFlags:
     """Recurrences"""
-    rnn: str = flag('linear', RNN)      # linear (linear attention and its kin: flags below), rwkv7, s4d
-    rnn_heads: int | None = flag(None, like='n_head', rnn=('linear', 'rwkv7'))  # heads, each with a state
+    # kind of the r layers: linear (linear attention and its kin: flags below), rwkv7, rwkv6, rwkv4, s4d
+    rnn: str = flag('linear', RNN, layer_pattern='r')
+    # heads, each with a state
+    rnn_heads: int | None = flag(None, like='n_head', layer_pattern='r', rnn=('linear', 'rwkv7', 'rwkv6'))
     rnn_state: int = flag(64, rnn='s4d')    # real numbers of a channel's state, two for each complex one
+    # hidden width of channel mixing; None: 4 n_embd
+    rnn_mix_width: int | None = flag(None, layer_pattern='k')
+    rnn_mix_gate: bool = flag(False, layer_pattern='k')     # a gate on channel mixing (RWKV-4 and RWKV-6)
+
+    def fill(c):
+        return {'rnn_mix_width': 4 * c.n_embd} if 'k' in c.mixers() else {}
 
     def rules(c):
         if c.rnn in ('rwkv6', 'rwkv7'):
@@ -1885,6 +2028,7 @@ MIXERS = {
     'v': Letter('w without rope', attention(windowed=True, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
     'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)),
+    'k': Letter('channel mixing', ChannelMix),
 }
 FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
         '-': Letter('none', lambda c: None)}
@@ -1963,7 +2107,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
         return set(self.ffn_pattern[:self.n_layer])
 
     def attends(self):
-        return bool(self.mixers() - {'m', 'r'})
+        return bool(self.mixers() - set('mrk'))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close
 
-from model import GPT, Context, GPTConfig, Shelf, s4d_convolve, s4d_step
+from model import GPT, Context, GPTConfig, Shelf, s4d_convolve, s4d_step, wkv
 
 EXACT = 1e-10   # of the largest number, in fp64
 T = 30
@@ -33,8 +33,8 @@ def loud(model):
     return model.eval()
 
 
-def mixer(kind, layer=0, **flags):
-    return loud(GPT(config(rnn=kind, **flags))).h[layer].mixer
+def mixer(kind):
+    return loud(GPT(config(**KINDS[kind][0]))).h[0].mixer
 
 
 def context(pos, causal=False):
@@ -101,8 +101,72 @@ def s4d(m, x):
     return torch.stack(y)
 
 
-PAPERS = {'rwkv7': rwkv7, 's4d': s4d}
-every_kind = pytest.mark.parametrize('kind', PAPERS)
+def rwkv6(m, x):
+    """Peng et al. 2024, section 4: Finch."""
+    def low_rank(f, x):
+        return f.bias + f.up.weight @ torch.tanh(f.down.weight @ x)
+    H, K = m.heads
+    S, y, last = x.new_zeros(H, K, K), [], 0 * x[0]
+    for x_t in x:
+        xx = x_t + m.shift.mu[-1] * (last - x_t)
+        few = torch.tanh(m.shift.down.weight @ xx).view(5, -1)
+        xw, xk, xv, xr, xg = (x_t + (mu + few[i] @ m.shift.up[i]) * (last - x_t)
+                              for i, mu in enumerate(m.shift.mu[:-1]))
+        r, k, v, u = (z.view(H, K) for z in (m.r.weight @ xr, m.k.weight @ xk, m.v.weight @ xv, m.bonus))
+        w = torch.exp(-torch.exp(low_rank(m.decay, xw))).view(H, K)
+        out = []
+        for h in range(H):
+            kv = k[h].outer(v[h])
+            out.append(r[h] @ (S[h] + u[h].diag() @ kv))
+            S[h] = w[h].diag() @ S[h] + kv
+        y.append(m.c_proj.weight @ (head_norm(torch.cat(out), m.norm, H) * F.silu(m.gate.weight @ xg)))
+        last = x_t
+    return torch.stack(y)
+
+
+def rwkv4(m, x):
+    """Peng et al. 2023, equations 11 to 17: the sum over all tokens before, as it stands there."""
+    xk, xv, xr = (before(x, mu) for mu in m.shift.mu)
+    k, v, r, w = xk @ m.k.weight.T, xv @ m.v.weight.T, xr @ m.r.weight.T, torch.exp(m.decay)
+    y = []
+    for t in range(len(x)):
+        weight = torch.exp(torch.stack([k[i] - (t - 1 - i) * w for i in range(t)] + [m.bonus + k[t]]))
+        y.append((weight * v[:t + 1]).sum(0) / weight.sum(0))
+    return (torch.sigmoid(r) * torch.stack(y)) @ m.c_proj.weight.T
+
+
+def channel_mix(m, x):
+    """Peng et al. 2023, equations 18 to 20."""
+    k, *r = (before(x, mu) for mu in m.shift.mu)
+    y = F.relu(k @ m.c_fc.weight.T) ** 2 @ m.c_proj.weight.T
+    return torch.sigmoid(r[0] @ m.gate.weight.T) * y if r else y
+
+
+def shifted_delta_rule(m, x):
+    """Yang et al. 2024, equation 3, behind a token shift that all projections read."""
+    x = before(x, m.shift.mu[0])
+    q, k, v = (x @ m.c_attn.weight.T + m.c_attn.bias).view(len(x), 3, 2, 8).unbind(1)   # (T,H,K)
+    q, k = (z / (z.square().sum(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
+    beta, S, y = torch.sigmoid(x @ m.erase.beta.weight.T), x.new_zeros(2, 8, 8), []
+    for t in range(len(x)):
+        for h in range(2):
+            old = S[h].T @ k[t, h]
+            S[h] += k[t, h].outer(beta[t, h] * (v[t, h] - old))
+        y.append(torch.stack([S[h].T @ q[t, h] for h in range(2)]).flatten() / 8 ** 0.5)
+    return torch.stack(y) @ m.c_proj.weight.T + m.c_proj.bias
+
+
+DELTA = dict(rnn_decay='none', rnn_feature='none', rnn_gate='none', rnn_norm='none', rnn_conv=0)
+KINDS = {       # flags of a model, and the paper
+    'rwkv7': (dict(rnn='rwkv7'), rwkv7),
+    'rwkv6': (dict(rnn='rwkv6'), rwkv6),
+    'rwkv4': (dict(rnn='rwkv4'), rwkv4),
+    's4d': (dict(rnn='s4d'), s4d),
+    'channel_mix': (dict(layer_pattern='k', ffn_pattern='-'), channel_mix),
+    'channel_mix_gate': (dict(layer_pattern='k', ffn_pattern='-', rnn_mix_gate=True), channel_mix),
+    'shift': (DELTA | dict(rnn_shift=True), shifted_delta_rule),
+}
+every_kind = pytest.mark.parametrize('kind', KINDS)
 
 
 @every_kind
@@ -111,7 +175,7 @@ def test_layer_equals_its_paper(kind):
     m, x = mixer(kind), rand(2, T, 16)
     got = m(x, whole(T))
     for row in range(2):
-        assert_close(got[row], PAPERS[kind](m, x[row]), EXACT, 'y')
+        assert_close(got[row], KINDS[kind][1](m, x[row]), EXACT, 'y')
 
 
 @torch.no_grad()
@@ -146,7 +210,8 @@ def test_layer_is_causal_and_trains_every_parameter(kind):
     y = m(x, whole(T))
     reach, = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
     assert reach[:, t + 1:].abs().max() <= 1e-12 * reach.abs().max(), 'no token sees a later one'
-    assert reach[:, :t + 1].ne(0).all(), 'every token is seen by a later one'
+    seen = reach[:, t - 1:t + 1] if 'mix' in kind else reach[:, :t + 1]
+    assert seen.ne(0).all(), 'every token is seen by a later one'
     (y * rand(*y.shape)).sum().backward()
     for name, p in m.named_parameters():
         assert p.grad is not None and p.grad.ne(0).any(), f'{name} must get a gradient'
@@ -219,7 +284,7 @@ def test_layer_compiles_to_one_graph(kind):
 
 @every_kind
 def test_model_trains_and_continues_from_its_cache(kind):
-    model = GPT(config(rnn=kind, n_predict=2))
+    model = GPT(config(**KINDS[kind][0], n_predict=2))
     idx = torch.randint(61, (4, 24), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
@@ -237,10 +302,54 @@ def test_model_trains_and_continues_from_its_cache(kind):
         assert torch.equal(got[:, t], greedy)
 
 
-@every_kind
+@pytest.mark.parametrize('kind', ['rwkv7', 'rwkv6', 'rwkv4', 's4d'])
 def test_flags_of_other_classes_are_refused_beside_it(kind):
     for name, value in (('rnn_erase', 'none'), ('rnn_conv', 2), ('rnn_beta', 2.0)):
         with pytest.raises(ValueError, match=f'{name}={value} must be left out unless rnn=linear'):
             config(rnn=kind, **{name: value})
-    with pytest.raises(ValueError, match="rnn=.* must be left out unless layer_pattern has an? 'r'"):
+    with pytest.raises(ValueError, match='rnn=.* must be left out unless layer_pattern has an? .r'):
         config(rnn=kind, layer_pattern='a')
+    heads = kind in ('rwkv7', 'rwkv6')
+    remedy = 'divide n_embd=16' if heads else 'left out unless rnn is linear or rwkv7 or rwkv6'
+    with pytest.raises(ValueError, match=f'rnn_heads=3 must .*{remedy}'):
+        config(rnn=kind, rnn_heads=3)
+
+
+def test_flags_of_single_classes_are_refused_elsewhere():
+    for flags, remedy in ((dict(rnn_state=8), 'rnn_state=8 must be left out unless rnn=s4d'),
+                          (dict(rnn_shift=True), 'rnn_shift=True must be left out unless rnn_conv=0'),
+                          (dict(rnn_mix_gate=True), 'rnn_mix_gate=True must .* layer_pattern has an? .k'),
+                          (dict(rnn_mix_width=8), 'rnn_mix_width=8 must .* layer_pattern has an? .k'),
+                          (dict(rnn='s4d', rnn_state=7), 'rnn_state=7 must be even')):
+        with pytest.raises(ValueError, match=remedy):
+            config(**flags)
+
+
+@torch.no_grad()
+def test_wkv_keeps_its_sums_in_range():
+    """With weights from exp(-200) to exp(200), in fp32 as in fp64, and in pieces."""
+    k, v, u = 60 * rand(2, T, 4), rand(2, T, 4, seed=1), 10 * rand(4)
+    decay = -torch.tensor([1e-4, 0.1, 5.0, 200.0], dtype=torch.float64)
+    real = torch.ones(T, 1, dtype=torch.float64)
+    k[:, 10], k[:, 20] = -200.0, 200.0
+    weight = torch.stack([torch.stack([k[:, i] + (t - 1 - i) * decay if i < t else
+                                       u + k[:, t] if i == t else torch.full_like(k[:, 0], -torch.inf)
+                                       for i in range(T)], 1) for t in range(T)], 1)     # (B,T,T,C)
+    want = (torch.softmax(weight, dim=2) * v.unsqueeze(1)).sum(2)
+    assert_close(wkv(k, v, decay, u, real, None)[0], want, EXACT, 'fp64')
+    y, _ = wkv(*(z.float() for z in (k, v, decay, u, real)), None)
+    assert_close(y, want, 2e-4, 'fp32')
+    state, got = None, []
+    for piece in (slice(0, 1), slice(1, 12), slice(12, T)):
+        y, state = wkv(k[:, piece], v[:, piece], decay, u, real[piece], state)
+        got.append(y)
+    assert_close(torch.cat(got, 1), want, EXACT, 'pieces')
+
+
+def test_channel_mixing_is_the_feed_forward_of_a_published_model():
+    """Two blocks, each with a norm: r and k in turns. The cache of k is its last input alone."""
+    model = GPT(config(rnn='rwkv4', layer_pattern='rk', ffn_pattern='-', n_layer=4, rnn_mix_width=40))
+    assert [type(block.mixer).__name__ for block in model.h] == ['RWKV4', 'ChannelMix'] * 2
+    assert model.h[1].mixer.c_fc.weight.shape == (40, 16)
+    mixed = model.new_cache(3, 100)[1]
+    assert mixed.nbytes() == 3 * 16 * 4
