@@ -1579,6 +1579,15 @@ class RWKV6(StateSpace):
         y = self.norm(y + (r * k * u).sum(-1, keepdim=True) * v)
         return self.c_proj((y * F.silu(self.gate(xg))).to(v.dtype))
 
+def running_sums(x, decay, start):
+    """s_t = decay_t s_{t-1} + x_t, in log2(T) rounds: x (B,T,...), decay (B,T,...), start (B,1,...) -> s"""
+    x, step = torch.cat((x[:, :1] + decay[:, :1] * start, x[:, 1:]), dim=1), 1
+    while step < x.shape[1]:    # x sums up, and decay covers, 2 step tokens after each round
+        x = torch.cat((x[:, :step], x[:, step:] + decay[:, step:] * x[:, :-step]), dim=1)
+        decay = torch.cat((decay[:, :step], decay[:, step:] * decay[:, :-step]), dim=1)
+        step *= 2
+    return x
+
 def wkv(k, v, decay, u, real, state):
     """
     RWKV-4's mean of the values v (B,T,C), with weights exp(k) that decay by exp(decay) (C,) a token, and
@@ -1587,21 +1596,20 @@ def wkv(k, v, decay, u, real, state):
     """
     if state is None:
         state = torch.cat((k.new_zeros(*k.shape[::2], 2), k.new_full((*k.shape[::2], 1), -1e4)), dim=-1)
-    sums, top = state[..., None, :2], state[:, None, :, 2]                          # (B,C,1,2), (B,1,C)
+    start, top = state[:, None, :, :2], state[:, None, :, 2]                        # (B,1,C,2), (B,1,C)
     with torch.no_grad():   # the result does not depend on it
         since = decay * real.cumsum(-2)
         tops = torch.cat((top, torch.where(real > 0, k, -1e4) - since), dim=1).cummax(1).values
-        tops = torch.cat((tops[:, :1], tops[:, 1:] + since), dim=1)
-        own = torch.maximum(tops[:, :-1], u + k)
-    before, after = tops[:, :-1], tops[:, 1:]
+        tops = torch.cat((top, tops[:, 1:] + since), dim=1)
+        before, after = tops[:, :-1], tops[:, 1:]
+        own = torch.maximum(before, u + k)
     weight = real * torch.exp(torch.where(real > 0, k, after) - after)
-    forget = (real * decay + before - after).clamp(-60, 0)
+    forget = torch.exp((real * decay + before - after).clamp(max=0)).unsqueeze(-1)
     pairs = torch.stack((v, torch.ones_like(v)), dim=-1)                            # (B,T,C,2)
-    weight, forget, one = (z.unsqueeze(-1) for z in (weight, forget, torch.ones_like(k)))
-    # every channel is a head with a single key
-    past, sums = ops.recurrence(one, weight, pairs, forget, state=sums, before=True, chunk=16)
-    past = past * torch.exp(before - own).unsqueeze(-1) + torch.exp(u + k - own).unsqueeze(-1) * pairs
-    return past[..., 0] / past[..., 1], torch.cat((sums.squeeze(-2), after[:, -1].unsqueeze(-1)), dim=-1)
+    sums = running_sums(weight.unsqueeze(-1) * pairs, forget, start)
+    past = torch.cat((start, sums[:, :-1]), dim=1) * torch.exp(before - own).unsqueeze(-1)
+    both = past + torch.exp(u + k - own).unsqueeze(-1) * pairs
+    return both[..., 0] / both[..., 1], torch.cat((sums[:, -1], after[:, -1].unsqueeze(-1)), dim=-1)
 
 class RWKV4(StateSpace):
     """RWKV-4 (Peng et al. 2023, https://arxiv.org/abs/2305.13048): a gated mean of values in each channel."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import assert_close
 
 from model import GPT, Context, GPTConfig, Shelf, s4d_convolve, s4d_step, wkv
+from nanoblocks.pretrained.families import FAMILIES
 
 EXACT = 1e-10   # of the largest number, in fp64
 T = 30
@@ -353,3 +354,11 @@ def test_channel_mixing_is_the_feed_forward_of_a_published_model():
     assert model.h[1].mixer.c_fc.weight.shape == (40, 16)
     mixed = model.new_cache(3, 100)[1]
     assert mixed.nbytes() == 3 * 16 * 4
+
+
+def test_another_width_of_the_published_rwkv4_is_refused():
+    family = FAMILIES['rwkv']
+    with pytest.raises(ValueError, match='attention_hidden_size=32 in config.json must be hidden_size=16'):
+        family.read(dict(hidden_size=16, attention_hidden_size=32))
+    with pytest.raises(ValueError, match='to export as '):
+        GPT(config(rnn='rwkv7', layer_pattern='rk', ffn_pattern='-')).save_pretrained('unused')

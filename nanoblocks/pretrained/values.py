@@ -2,7 +2,8 @@
 import math
 
 COUNTS = {
-    'attention_chunk_size', 'attn_layer_offset', 'attn_layer_period', 'conv_kernel', 'd_model',
+    'attention_chunk_size', 'attention_hidden_size', 'attn_layer_offset', 'attn_layer_period',
+    'context_length', 'conv_kernel', 'd_model',
     'decoder_sparse_step', 'expert_layer_offset', 'expert_layer_period', 'experts_per_token',
     'ffn_hidden_size', 'first_k_dense_replace', 'head_dim', 'hidden_size', 'interleave_moe_layer_step',
     'intermediate_size', 'intermediate_size_mlp', 'kv_lora_rank', 'kv_n_heads', 'mamba_d_conv',

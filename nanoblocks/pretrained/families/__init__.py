@@ -25,9 +25,11 @@ from nanoblocks.pretrained.families import (
     llama,
     no_rope,
     qwen,
+    rwkv,
     state_space,
 )
 
 # {model_type: Family}. A model is exported as the first family that its flags fit.
 FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | experts.FAMILIES
-            | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES)
+            | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES
+            | rwkv.FAMILIES)
