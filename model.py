@@ -1464,13 +1464,13 @@ def look_back(shape, generator, powers, less=None):
     channel, less = torch.arange(shape[-1]) / shape[-1], less or [0.0] * len(powers)
     return torch.stack([1 - channel ** power - minus for power, minus in zip(powers, less, strict=True)])
 
-# r, k, v of shifted inputs; decay, a and the gate too, through few numbers:
+# RWKV-7, with kk of length 1, a rate a and a decay for each channel, and a bonus u for the token itself. Both
+# terms read the S of before the token:
 #
-#   S <- exp(decay) S - (a kk) (kk^T S) + k v^T         kk: k of length 1, what is forgotten under it
-#   y  = r^T S + (r . k u) v                            (each with the S on its right of before the step)
+#   S <- exp(decay) S - (a kk) (kk^T S) + k v^T         y = r^T S + (r . k u) v
 
 class Shelf:
-    """Where a layer leaves a tensor for later ones. No list: FSDP would give each block a copy."""
+    """Where a layer leaves a tensor for later ones. No list: FSDP in 16 bits gives blocks copies of one."""
     values = None
 
 class RWKV7(StateSpace):
@@ -2058,8 +2058,9 @@ FFN = {
 # Configuration: sizes and choices. The numbers of a block are flags of its chapter, inherited here.
 
 @flags()
-class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags, LatentFlags,
-                AttentionExtraFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags, Flags):
+class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags,
+                AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
+                Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
