@@ -148,6 +148,7 @@ class Context(NamedTuple):
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
     losses: list | None = None              # what routers add to the training loss
     reach: int | None = None                # tokens that a query sees where a chunk ends beyond max_tokens
+    first: 'Shelf | None' = None            # RWKV-7: its first layer's values (B,T,C), which later ones read
 
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""
@@ -1289,6 +1290,8 @@ class Recurrence(StateSpace):
         self.c_attn = Linear(c.n_embd, sum(self.widths), c.rnn_bias)
         self.on_keys, self.on_values = RNN_FEATURE[c.rnn_feature]
         self.conv1d = CausalConv(sum(self.widths), c.rnn_conv, False, nn.Identity()) if c.rnn_conv else None
+        half = partial(constant, values=0.5)
+        self.shift = TokenShift(1, c.n_embd, half) if c.rnn_shift else None
         self.decay, self.erase = RNN_DECAY[c.rnn_decay](c, layer), RNN_ERASE[c.rnn_erase](c)
         self.unit, self.turns = c.rnn_unit, None
         if c.rnn_rope:
@@ -1303,13 +1306,16 @@ class Recurrence(StateSpace):
         # a value of 1 beside the others counts what was written under each key
         self.least = RNN_INPUT[c.rnn_input]
         state = c.rnn_heads, c.rnn_key_dim, c.rnn_value_dim + (self.least is not None)
-        self.cache_shapes = (max(0, c.rnn_conv - 1), sum(self.widths)), state
+        tail = (1, c.n_embd) if c.rnn_shift else (max(0, c.rnn_conv - 1), sum(self.widths))
+        self.cache_shapes = tail, state
         # operations per number of the state: decay, k v, add, q S, add; and the two products of an erasure
         self.work = 5 if c.rnn_erase == 'none' else 9
 
     def forward(self, x, ctx, cache=None):
         tail, state = (None, None) if cache is None else cache.read()
         # 1. queries, keys and values
+        if self.shift is not None:
+            (x,), tail = self.shift(x, ctx, tail)
         y, tail = self.mixed(self.c_attn(x), ctx, tail)
         q, k, v = y.split(self.widths, dim=-1)
         q, k, v = self.on_keys(q), self.on_keys(k), self.on_values(v)
@@ -1342,7 +1348,9 @@ class Recurrence(StateSpace):
         return self.c_proj(y if self.gate is None else y * self.act(self.gate(x)))
 
     def mixed(self, y, ctx, tail):
-        return (y, y[:, :0]) if self.conv1d is None else self.conv1d(y, ctx, tail)
+        if self.conv1d is not None:
+            return self.conv1d(y, ctx, tail)
+        return y, y[:, :0] if tail is None else tail
 
 RNN_DECAY = {'none': NoDecay, 'retnet': RetNetDecay, 'lightning': LightningDecay, 'head': TokenDecay,
              'key': KeyDecay, 'sigmoid': SigmoidDecay, 'slow': SlowDecay}
@@ -1353,9 +1361,9 @@ RNN_INPUT = {'none': None, 'sum': 0.0, 'exp': 1.0}      # the least count that a
 RNN_GATE = {'none': None, 'silu': F.silu, 'sigmoid': torch.sigmoid}
 RNN_NORM = {'none': NoHeadNorm, 'head': HeadNorm, 'all': AllHeadsNorm, 'layer': HeadLayerNorm}
 
-@flags(layer_pattern='r')
+@flags(layer_pattern='r', rnn='linear')
 class RecurrenceFlags:
-    """Recurrences"""               # the defaults are those of a gated DeltaNet
+    """Linear attention"""          # the defaults are those of a gated DeltaNet
     # what the state forgets: none, retnet and lightning (fixed rates), head (Mamba-2's rule, per head), key
     # (the same per key: KDA), sigmoid (mLSTM), slow (GLA)
     rnn_decay: str = flag('head', RNN_DECAY)
@@ -1366,6 +1374,7 @@ class RecurrenceFlags:
     rnn_rope: bool = False                          # rotate queries and keys by position (RetNet)
     rnn_scale: float | None = None                  # factor on queries; None: 1 / sqrt(rnn_key_dim)
     rnn_conv: int = flag(4, least=0)                # taps of a causal convolution of q, k and v; 0: none
+    rnn_shift: bool = flag(False, rnn_conv=0)       # mix each token with the one before it (RWKV)
     # weight of a token: none (1), sum (1, and a read is a mean: linear attention), exp (a gate: mLSTM)
     rnn_input: str = flag('none', RNN_INPUT)
     rnn_gate: str = flag('silu', RNN_GATE)          # gate on the output: none, silu, sigmoid
@@ -1376,7 +1385,6 @@ class RecurrenceFlags:
     # rank of the projections to the gate and to the decay; None: full
     rnn_gate_rank: int | None = flag(None, rnn_gate=('silu', 'sigmoid'))
     rnn_decay_rank: int | None = flag(None, rnn_decay=('head', 'key', 'sigmoid', 'slow'))
-    rnn_heads: int | None = flag(None, like='n_head')       # heads, each with a state
     rnn_key_heads: int | None = None                # heads of queries and keys, shared as in GQA; None: all
     rnn_key_dim: int | None = None                  # width of a key; None: n_embd / rnn_heads
     rnn_value_dim: int | None = None                # width of a value; None: rnn_key_dim
@@ -1399,6 +1407,388 @@ class RecurrenceFlags:
         several = c.residual == 'serial' and 'post' not in (c.norm_at, c.rnn_norm_at)
         yield ('rnn_norm_at', several or c.rnn_norm_at == c.norm_at,
                f'be {c.norm_at}, as norm_at, unless residual=serial and neither is post')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# RWKV: a recurrence whose every input is a mixture of a token with the one before it
+
+def shifted(x, ctx, tail):
+    """
+    What stands before each token of x (B,T,C): the tail (B,1,C) of past tokens, or zeros, in front of the
+    first -> (B,T,C) and the new tail.
+    """
+    tail = torch.zeros_like(x[:, :1]) if tail is None else tail.to(x.dtype)
+    if not ctx.in_order:
+        tail, x = close_gap(tail, x, ctx.pos)
+    both = torch.cat((tail, x), dim=1)
+    return both[:, :-1], both[:, -1:]
+
+class TokenShift(nn.Module):
+    """Mixtures x + mu (x' - x) of a token x with the one before it, x', one for each row of `mu` (n,C)."""
+
+    def __init__(self, n, width, init):
+        super().__init__()
+        self.mu = param(n, width, init=init)
+
+    def forward(self, x, ctx, tail):
+        """x (B,T,C), tail (B,1,C) or None -> n tensors (B,T,C), and the new tail"""
+        before, tail = shifted(x, ctx, tail)
+        return [x + mu * (before - x) for mu in self.mu], tail
+
+def no_padding(ctx, *tensors):
+    """The tensors (B,T,...), with zeros where a token is padding, so that a state stays as it is."""
+    if ctx.in_order:
+        return tensors
+    return [x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0) for x in tensors]
+
+class LowRank(nn.Module):
+    """up act(down x), through `rank` numbers, and a bias, which is all that there is at first. In fp32."""
+
+    def __init__(self, width, rank, act, bias=None):
+        super().__init__()
+        self.down, self.up = Linear(width, rank, bias=False), Linear(rank, width, bias=False)
+        self.down.weight.init, self.up.weight.init = zeros, partial(orthogonal, scale=0.1)
+        self.act, self.bias = act, None if bias is None else param(width, init=bias)
+
+    def forward(self, x):
+        y = ops.at_least_fp32(self.up(self.act(self.down(x))))
+        return y if self.bias is None else y + ops.at_least_fp32(self.bias)
+
+class HeadGroupNorm(nn.Module):
+    """Layer norm of each head, with weights and biases of its own. y (B,T,H,V) -> (B,T,HV)"""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.bias, self.eps = param(width, init=ones), param(width, init=zeros), eps
+
+    def forward(self, y):
+        return F.layer_norm(y, y.shape[-1:], eps=self.eps).flatten(2) * self.weight + self.bias
+
+def drawn_by(c, init):
+    """A projection of the stream to its own width, without a bias, whose weight `init` draws."""
+    linear = Linear(c.n_embd, c.n_embd, bias=False)
+    linear.weight.init = init
+    return linear
+
+# initial values, from the authors' code: by how deep the layer lies (low from 0 to 1, high from 1 towards 0),
+# and by the number of a channel
+
+def depth(c, layer):
+    layer = min(layer, c.n_layer - 1)       # further predictions: as the last layer
+    return layer / max(1, c.n_layer - 1), 1 - layer / c.n_layer
+
+def orthogonal(shape, generator, scale):
+    return nn.init.orthogonal_(torch.empty(shape), scale, generator)
+
+def rise(shape, generator, start, end, power):
+    """From start, in channel 0, to end, in the last one."""
+    return start + (end - start) * (torch.arange(shape[-1]) / max(1, shape[-1] - 1)) ** power
+
+def zigzag(shape, generator, start, end, size):
+    """From start to end, and in turns `size` above, on and below that."""
+    return rise(shape, generator, start, end, 1) + size * ((torch.arange(shape[-1]) + 1) % 3 - 1)
+
+def look_back(shape, generator, powers, less=None):
+    """Rows of mu: 1 - (channel / channels)^power - less, so that later channels look back less."""
+    channel, less = torch.arange(shape[-1]) / shape[-1], less or [0.0] * len(powers)
+    return torch.stack([1 - channel ** power - minus for power, minus in zip(powers, less, strict=True)])
+
+# RWKV-7, with kk of length 1, a rate a and a decay for each channel, and a bonus u for the token itself. Both
+# terms read the S of before the token:
+#
+#   S <- exp(decay) S - (a kk) (kk^T S) + k v^T         y = r^T S + (r . k u) v
+
+class Shelf:
+    """Where a layer leaves a tensor for later ones. No list: FSDP in 16 bits gives blocks copies of one."""
+    values = None
+
+class RWKV7(StateSpace):
+    """
+    RWKV-7 (Peng et al. 2025, https://arxiv.org/abs/2503.14456): a delta rule that erases under another key,
+    kk, than it writes under, at a rate a per channel, with a decay per channel. The values of the first such
+    layer are mixed into those of the later ones.
+    """
+    work, conv1d = 9, None
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C, H, (low, high) = c.n_embd, c.rnn_heads, depth(c, layer)
+        self.heads, self.cache_shapes = (H, C // H), ((1, C), (H, C // H, C // H))
+        self.shift = TokenShift(6, C, partial(
+            look_back, powers=[high * p for p in (0.2, 0.9, 0.9, 0.4, 0.9, 0.2)],
+            less=[0.0, 0.0, 0.4 * low, 0.6 * low, 0.0, 0.0]))
+        self.r, self.k, self.v = (
+            drawn_by(c, partial(uniform, bound=size * C ** -0.5)) for size in (0.5, 0.05, 0.5))
+
+        def rank(factor, power=0.5):
+            return max(32, round(factor * C ** power / 32) * 32)
+        slow_to_fast = partial(rise, start=-6.5, end=-1.5, power=0.85 + low ** 0.5)
+        self.decay = LowRank(C, rank(1.8), torch.tanh, slow_to_fast)
+        self.rate = LowRank(C, rank(1.8), nn.Identity(), zeros)
+        self.is_first = c.layer_pattern.index('r') == layer
+        self.mix = None if self.is_first else LowRank(C, rank(1.3), nn.Identity(), ones)
+        self.gate = LowRank(C, rank(0.6, 0.8), torch.sigmoid)
+        self.erased = param(C, init=partial(constant, values=0.85))     # k times this is kk
+        self.kept = param(C, init=ones)                                 # by how much a makes k smaller
+        self.bonus = param(C, init=zeros)
+        self.norm = HeadGroupNorm(C, C // H * c.norm_eps)
+        self.c_proj = out_proj(c, C, bias=False)
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (None, None) if cache is None else cache.read()
+        # 1. six mixtures with the token before, and their projections
+        (xr, xw, xk, xv, xa, xg), tail = self.shift(x, ctx, tail)
+        r, k, v = self.r(xr), self.k(xk), self.v(xv)
+        decay = -math.exp(-0.5) * torch.sigmoid(self.decay(xw))
+        a = torch.sigmoid(self.rate(xa))
+        if self.is_first:
+            ctx.first.values = v
+        else:
+            v = v + (torch.sigmoid(self.mix(xv)) * (ctx.first.values - v)).to(v.dtype)
+        # 2. what is erased, and what is written
+        kk, k = k * self.erased, k * (1 + (a - 1) * self.kept)
+        r, decay, k, v, kk, a, u = (z.unflatten(-1, self.heads) for z in (r, decay, k, v, kk, a, self.bonus))
+        kk = F.normalize(ops.at_least_fp32(kk), dim=-1)
+        # ops.recurrence erases after it forgets, and the paper before
+        erase, along = kk * torch.exp(-decay), kk * a
+        decay, k, erase = no_padding(ctx, decay, k, erase)
+        # 3. the state, and the way back
+        y, state = ops.recurrence(r, k, v, decay, erase, along, state)          # (B,T,H,V)
+        if cache is not None:
+            cache.write(tail, state)
+        y = self.norm(y) + ((r * k * u).sum(-1, keepdim=True) * v).flatten(2)
+        return self.c_proj((y * self.gate(xg)).to(v.dtype))
+
+class DynamicShift(TokenShift):
+    """TokenShift, with something added to each mu that `rank` numbers say of the token itself (RWKV-6)."""
+
+    def __init__(self, n, width, init, rank):
+        super().__init__(n + 1, width, init)        # the last mu for what `down` reads
+        self.down = Linear(width, n * rank, bias=False)
+        self.down.weight.init = zeros
+        self.up = param(n, rank, width, init=partial(uniform, bound=0.01))
+
+    def forward(self, x, ctx, tail):
+        before, tail = shifted(x, ctx, tail)
+        back = before - x
+        few = torch.tanh(self.down(x + self.mu[-1] * back)).unflatten(-1, (len(self.up), -1))
+        more = torch.einsum('btnr,nrc->nbtc', few, self.up)
+        return [x + (mu + m) * back for mu, m in zip(self.mu[:-1], more, strict=True)], tail
+
+class RWKV6(StateSpace):
+    """
+    RWKV-6 (Peng et al. 2024, https://arxiv.org/abs/2404.05892): a decay per channel, from the token, and a
+    read before the write, to which the token itself adds (r . k u) v.
+    """
+    work, conv1d = 5, None
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C, H, (low, high) = c.n_embd, c.rnn_heads, depth(c, layer)
+        self.heads, self.cache_shapes = (H, C // H), ((1, C), (H, C // H, C // H))
+        powers, less = [high, high, high, high / 2, high / 2, high], [0.0, 0.0, 0.3 * low, 0.0, 0.0, 0.0]
+        self.shift = DynamicShift(5, C, partial(look_back, powers=powers, less=less), 32 if C < 4096 else 64)
+        self.r, self.k, self.v, self.gate = (
+            drawn_by(c, partial(orthogonal, scale=scale)) for scale in (1.0, 0.1, 1.0, 0.1))
+        slow_to_fast = partial(rise, start=-6.0, end=-1.0, power=0.7 + 1.3 * low)
+        self.decay = LowRank(C, 64 if C < 4096 else 128, torch.tanh, slow_to_fast)
+        self.bonus = param(C, init=partial(zigzag, start=low, end=0.0, size=0.1))
+        self.norm = HeadGroupNorm(C, C // H * c.norm_eps)
+        self.c_proj = out_proj(c, C, bias=False)
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (None, None) if cache is None else cache.read()
+        (xw, xk, xv, xr, xg), tail = self.shift(x, ctx, tail)
+        r, k, v, decay = self.r(xr), self.k(xk), self.v(xv), -torch.exp(self.decay(xw))
+        r, k, v, decay, u = (z.unflatten(-1, self.heads) for z in (r, k, v, decay, self.bonus))
+        decay, k = no_padding(ctx, decay, k)
+        y, state = ops.recurrence(r, k, v, decay, state=state, before=True)     # (B,T,H,V)
+        if cache is not None:
+            cache.write(tail, state)
+        y = self.norm(y + (r * k * u).sum(-1, keepdim=True) * v)
+        return self.c_proj((y * F.silu(self.gate(xg))).to(v.dtype))
+
+def running_sums(x, decay, start):
+    """s_t = decay_t s_{t-1} + x_t, in log2(T) rounds: x (B,T,...), decay (B,T,...), start (B,1,...) -> s"""
+    x, step = torch.cat((x[:, :1] + decay[:, :1] * start, x[:, 1:]), dim=1), 1
+    while step < x.shape[1]:    # x sums up, and decay covers, 2 step tokens after each round
+        x = torch.cat((x[:, :step], x[:, step:] + decay[:, step:] * x[:, :-step]), dim=1)
+        decay = torch.cat((decay[:, :step], decay[:, step:] * decay[:, :-step]), dim=1)
+        step *= 2
+    return x
+
+def wkv(k, v, decay, u, real, state):
+    """
+    RWKV-4's mean of the values v (B,T,C), with weights exp(k) that decay by exp(decay) (C,) a token, and
+    exp(u + k) for the token itself; real (B,T,1) or (T,1): 0 for padding -> (B,T,C) and the state (B,C,3):
+    the sums of weighted values and of weights, over exp(top), and top, the log of the largest weight so far.
+    """
+    if state is None:
+        state = torch.cat((k.new_zeros(*k.shape[::2], 2), k.new_full((*k.shape[::2], 1), -1e4)), dim=-1)
+    start, top = state[:, None, :, :2], state[:, None, :, 2]                        # (B,1,C,2), (B,1,C)
+    with torch.no_grad():   # the result does not depend on it
+        since = decay * real.cumsum(-2)
+        tops = torch.cat((top, torch.where(real > 0, k, -1e4) - since), dim=1).cummax(1).values
+        tops = torch.cat((top, tops[:, 1:] + since), dim=1)
+        before, after = tops[:, :-1], tops[:, 1:]
+        own = torch.maximum(before, u + k)
+    weight = real * torch.exp(torch.where(real > 0, k, after) - after)
+    forget = torch.exp((real * decay + before - after).clamp(max=0)).unsqueeze(-1)
+    pairs = torch.stack((v, torch.ones_like(v)), dim=-1)                            # (B,T,C,2)
+    sums = running_sums(weight.unsqueeze(-1) * pairs, forget, start)
+    past = torch.cat((start, sums[:, :-1]), dim=1) * torch.exp(before - own).unsqueeze(-1)
+    both = past + torch.exp(u + k - own).unsqueeze(-1) * pairs
+    return both[..., 0] / both[..., 1], torch.cat((sums[:, -1], after[:, -1].unsqueeze(-1)), dim=-1)
+
+class RWKV4(StateSpace):
+    """RWKV-4 (Peng et al. 2023, https://arxiv.org/abs/2305.13048): a gated mean of values in each channel."""
+    work, conv1d = 5, None
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C, (low, high) = c.n_embd, depth(c, layer)
+        self.cache_shapes = (1, C), (C, 3)
+        powers, less = [high, high, high / 2], [0.0, 0.3 * low, 0.0]
+        self.shift = TokenShift(3, C, partial(look_back, powers=powers, less=less))
+        self.k, self.v, self.r = (
+            drawn_by(c, init) for init in (zeros, partial(orthogonal, scale=1.0), zeros))
+        self.decay = param(C, init=partial(rise, start=-5.0, end=3.0, power=0.7 + 1.3 * low))
+        self.bonus = param(C, init=partial(zigzag, start=math.log(0.3), end=math.log(0.3), size=0.5))
+        self.c_proj = out_proj(c, C, bias=False)
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (None, None) if cache is None else cache.read()
+        (xk, xv, xr), tail = self.shift(x, ctx, tail)
+        k, v, decay, u = (ops.at_least_fp32(z) for z in (self.k(xk), self.v(xv), self.decay, self.bonus))
+        real = (ctx.pos >= 0).to(k.dtype).unsqueeze(-1)
+        y, state = wkv(k, v, -torch.exp(decay), u, real, state)
+        if cache is not None:
+            cache.write(tail, state)
+        return self.c_proj(torch.sigmoid(self.r(xr)) * y.to(x.dtype))
+
+class ChannelMix(StateSpace):
+    """
+    RWKV's feed-forward: a token shift, then a squared ReLU between two projections and, up to RWKV-6, a gate.
+    As it reads the token before, it is a mixer with a state: layer_pattern='rk' and ffn_pattern='-'.
+    """
+    work, conv1d = 0, None
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C, width, (_, high) = c.n_embd, c.rnn_mix_width, depth(c, layer)
+        self.cache_shapes = (1, C), (0,)
+        powers = [high, high] if c.rnn_mix_gate else [high ** 4]
+        self.shift = TokenShift(len(powers), C, partial(look_back, powers=powers))
+        self.c_fc, self.c_proj = Linear(C, width, bias=False), out_proj(c, width, bias=False)
+        self.gate = drawn_by(c, zeros) if c.rnn_mix_gate else None
+
+    def forward(self, x, ctx, cache=None):
+        tail = None if cache is None else cache.read()[0]
+        (xk, *xr), tail = self.shift(x, ctx, tail)
+        if cache is not None:
+            cache.write(tail, tail[:, 0, :0])
+        y = self.c_proj(relu2(self.c_fc(xk)))
+        return y if self.gate is None else torch.sigmoid(self.gate(*xr)) * y
+
+
+# ----------------------------------------------------------------------------------------------------------
+# S4D: a recurrence that is the same for every token, and so a convolution with a kernel as long as the text
+#
+#   h_t = exp(dt A) h_{t-1} + B u_t     y_t = 2 Re(C h_t)           N/2 complex numbers h for each channel
+#   y_t = sum over s <= t of kernel_{t-s} u_s                       kernel_l = 2 Re(sum of C B exp(l dt A))
+
+def s4d_step(u, A, B, C, h, real):
+    """One token u (B,1,c). A = dt A, B, C (c,n) complex, h (B,c,n); real (B,1) or (1,): 0 for padding."""
+    h = torch.exp(A * real.unsqueeze(-1)) * h + B * u.mT
+    return 2 * (C * h).real.sum(-1).unsqueeze(1), h
+
+def s4d_convolve(u, A, B, C, h, pad):
+    """T tokens at once, by FFT. h: None for zeros; pad (B,1) or (1,): how many of the first are padding."""
+    T, slot = u.shape[1], torch.arange(u.shape[1], device=u.device)
+    powers = torch.exp(A.unsqueeze(-1) * slot)                                      # (c,n,T)
+    kernel = 2 * torch.einsum('cn,cnt->tc', C * B, powers).real
+    # of twice the length, or the end of the text would reach its beginning
+    y = torch.fft.irfft(torch.fft.rfft(u, 2 * T, 1) * torch.fft.rfft(kernel, 2 * T, 0), 2 * T, 1)[:, :T]
+    end = B * torch.einsum('btc,cnt->bcn', u.to(B.dtype), powers.flip(-1))
+    if h is not None:
+        carried = 2 * torch.einsum('bcn,cnt->btc', C * torch.exp(A) * h, powers).real
+        # no time passes while there is padding
+        since = (slot - pad).clamp(min=0).unsqueeze(-1).expand_as(y)
+        y, end = y + carried.gather(1, since), end + torch.exp(A * (T - pad).unsqueeze(-1)) * h
+    return y, end
+
+def log_step(shape, generator):
+    """dt is log-uniform in [0.001, 0.1]."""
+    return math.log(1e-3) + math.log(100) * torch.rand(shape, generator=generator)
+
+def s4d_lin(shape, generator):
+    """Frequencies pi n of every channel (S4D-Lin)."""
+    return (math.pi * torch.arange(shape[1])).expand(shape)
+
+class S4D(StateSpace):
+    """
+    S4D (Gu et al. 2022, https://arxiv.org/abs/2206.11893): a diagonal state space with its own step dt for
+    each channel. A text passes as a convolution, a token that is generated as a step of the recurrence.
+    """
+    work, conv1d = 7, None  # operations per number of state: A h (3), B u, add, C h, add
+
+    def __init__(self, c, layer):
+        super().__init__()
+        width, pairs = c.n_embd, c.rnn_state // 2
+        self.cache_shapes = (0, width), (width, 2 * pairs)      # real and imaginary parts side by side
+        self.log_dt = param(width, init=log_step)
+        self.A_log = param(width, pairs, init=partial(constant, values=math.log(0.5)))
+        self.A_imag = param(width, pairs, init=s4d_lin)         # A = -exp(A_log) + i A_imag
+        self.C = param(width, pairs, 2, init=partial(normal, std=0.5 ** 0.5))
+        self.D = param(width, init=partial(normal, std=1.0))    # skip connection
+        self.c_proj = Linear(width, 2 * width, c.bias, std=out_std(c))     # the output and its gate
+
+    def forward(self, x, ctx, cache=None):
+        tail, state = (x[:, :0], None) if cache is None else (cache.tail, cache.read()[1])
+        u, = no_padding(ctx, x)
+        with torch.autocast(x.device.type, enabled=False):
+            y, state = self.scan(ops.at_least_fp32(u), ctx.pos, state)
+        if cache is not None:
+            cache.write(tail, torch.view_as_real(state).flatten(-2))
+        y = F.gelu(y.to(x.dtype) + self.D * u)
+        return F.glu(self.c_proj(y), dim=-1)
+
+    def scan(self, u, pos, state):
+        log_dt, A_log, A_imag, C = (
+            ops.at_least_fp32(p) for p in (self.log_dt, self.A_log, self.A_imag, self.C))
+        h = None if state is None else torch.view_as_complex(state.unflatten(-1, (-1, 2)))
+        A, C = torch.complex(-torch.exp(A_log), A_imag), torch.view_as_complex(C)
+        step = torch.exp(log_dt).unsqueeze(-1) * A
+        B = torch.expm1(step) / A       # the input is held constant for a step
+        if u.shape[1] == 1 and h is not None:
+            return s4d_step(u, step, B, C, h, (pos >= 0).to(u.dtype))
+        return s4d_convolve(u, step, B, C, h, (pos < 0).sum(-1, keepdim=True))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The classes of recurrences
+
+RNN = {'linear': Recurrence, 'rwkv7': RWKV7, 'rwkv6': RWKV6, 'rwkv4': RWKV4, 's4d': S4D}
+
+@flags()
+class RNNFlags:
+    """Recurrences"""
+    # kind of the r layers: linear (linear attention and its kin: flags below), rwkv7, rwkv6, rwkv4, s4d
+    rnn: str = flag('linear', RNN, layer_pattern='r')
+    # heads, each with a state
+    rnn_heads: int | None = flag(None, like='n_head', layer_pattern='r', rnn=('linear', 'rwkv7', 'rwkv6'))
+    rnn_state: int = flag(64, rnn='s4d')    # real numbers of a channel's state, two for each complex one
+    # hidden width of channel mixing; None: 4 n_embd
+    rnn_mix_width: int | None = flag(None, layer_pattern='k')
+    rnn_mix_gate: bool = flag(False, layer_pattern='k')     # a gate on channel mixing (RWKV-4 and RWKV-6)
+
+    def fill(c):
+        return {'rnn_mix_width': 4 * c.n_embd} if 'k' in c.mixers() else {}
+
+    def rules(c):
+        if c.rnn in ('rwkv6', 'rwkv7'):
+            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd}'
+        yield 'rnn_state', c.rnn_state % 2 == 0, 'be even'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1690,7 +2080,8 @@ MIXERS = {
     'n': Letter('a without rope', attention(rotary=False)),
     'v': Letter('w without rope', attention(windowed=True, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
-    'r': Letter('recurrence', Recurrence),
+    'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)),
+    'k': Letter('channel mixing', ChannelMix),
 }
 FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
         '-': Letter('none', lambda c: None)}
@@ -1713,7 +2104,7 @@ FFN = {
 
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags,
-                AttentionExtraFlags, LatentFlags, SSMFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
+                AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
                 NormedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
@@ -1770,7 +2161,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
         return set(self.ffn_pattern[:self.n_layer])
 
     def attends(self):
-        return bool(self.mixers() - {'m', 'r'})
+        return bool(self.mixers() - set('mrk'))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1829,7 +2220,7 @@ class GPT(nn.Module):
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
-        ctx = ctx._replace(embedding=x, values=values, losses=[])
+        ctx = ctx._replace(embedding=x, values=values, losses=[], first=Shelf())
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             own = ctx._replace(losses=[])   # an empty list, or each block would be compiled by itself
             x = block(x, own, entry)

@@ -273,6 +273,10 @@ CASES = {
     'cohere-qk-norm': Case('cohere', {'use_qk_norm': True, 'logit_scale': 0.7, 'attention_bias': True,
                                       **rope(theta=500000.0)}, old={'rope_theta': ABSENT}),
     'cohere-untied': Case('cohere', {'tie_word_embeddings': False, 'logit_scale': 1.0, **LLAMA3}),
+    # transformers' own step is wrong for several rows
+    'rwkv': Case('rwkv', {'layer_norm_epsilon': 1e-5}, cache=False),
+    'rwkv-halved-tied': Case('rwkv', {'layer_norm_epsilon': 1e-5, 'rescale_every': 2,
+                                      'tie_word_embeddings': True}, cache=False),
     'gpt2': Case('gpt2', {'n_positions': 48}, old={'n_ctx': 48}),
     'gpt2-inner-relu': Case('gpt2', {'n_positions': 48, 'n_inner': 50, 'activation_function': 'relu',
                                      'layer_norm_epsilon': 1e-3}),

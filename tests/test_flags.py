@@ -25,6 +25,8 @@ CAPTURED = 200  # those of them that are compiled and saved as well
 # Flags that change how some tensors are drawn, with the name of those: a projection onto the residual stream
 # is scaled by the number of layers, or zero. Direction and sign are kept.
 RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight', 'ssm_conv': 'conv1d.bias'}
+# drawn by the number of a channel or state alone, as Mamba-1's decays are 1, 2, 3, ...
+BY_PLACE = ('A_log', 'A_imag', 'shift.mu', 'mixer.decay', 'decay.bias', 'mixer.bonus')
 
 
 def test_the_tests_have_values_for_every_field():
@@ -53,7 +55,9 @@ def bases():
             groups, long, long | {'rope_context': 40},
             toy(n_predict=3), toy(layer_pattern='m', ffn_pattern='-', ssm_head_dim=8),
             toy(layer_pattern='ra'), toy(layer_pattern='ra', norm_at='output'),
-            toy(layer_pattern='ra', residual='normed')]
+            toy(layer_pattern='ra', residual='normed'),
+            toy(layer_pattern='rk', ffn_pattern='-', rnn='rwkv7'), toy(layer_pattern='r', rnn='s4d'),
+            toy(layer_pattern='r', rnn_conv=0)]
 
 
 def flips(name):
@@ -134,7 +138,7 @@ def test_another_seed_draws_every_random_tensor_anew():
         drawn = 0
         for (name, p), q, r in zip(first.named_parameters(), again.parameters(), other.parameters()):
             assert torch.equal(p, q), f'{name} must be the same with the same seed'
-            if p.unique().numel() > 1 and not name.endswith('A_log'):  # Mamba-1's decays are 1, 2, 3, ...
+            if p.unique().numel() > 1 and not name.endswith(BY_PLACE):
                 drawn += 1
                 assert (p != r).float().mean() > 0.99, f'{name} must be another with another seed'
         assert drawn > 4

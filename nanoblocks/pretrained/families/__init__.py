@@ -27,10 +27,11 @@ from nanoblocks.pretrained.families import (
     no_rope,
     qwen,
     recurrent,
+    rwkv,
     state_space,
 )
 
 # {model_type: Family}. A model is exported as the first family that its flags fit.
 FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | experts.FAMILIES
             | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES
-            | recurrent.FAMILIES | kimi.FAMILIES)
+            | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES)
