@@ -146,7 +146,7 @@ class Context(NamedTuple):
                         # for windowed ones, which may rotate at another base
     embedding: torch.Tensor | None = None   # embed_skip: the embedding (B,T,C), which blocks mix back in
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
-    losses: list | None = None              # what routers add to the training loss
+    losses: 'RouterLosses | None' = None    # what routers add to the training loss
     reach: int | None = None                # tokens that a query sees where a chunk ends beyond max_tokens
 
 class Positions(nn.Module):
@@ -1088,6 +1088,12 @@ class SSMFlags:
 # ----------------------------------------------------------------------------------------------------------
 # Experts
 
+class RouterLosses:
+    """What routers add to the training loss. No list: FSDP in 16 bits gives each block a copy of a list."""
+
+    def __init__(self):
+        self.terms = []
+
 ROUTER = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
 ROUTER_NORM = (True, False, 'fixed')
 BALANCE = ('none', 'aux', 'bias', 'both')
@@ -1227,9 +1233,9 @@ class MoE(nn.Module):
         if self.aux:
             wanted_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).mean(0)
             aux_loss = self.c.n_expert * (counts_E / counts_E.sum() * wanted_E).sum()
-            ctx.losses.append(self.c.aux_weight * aux_loss)
+            ctx.losses.terms.append(self.c.aux_weight * aux_loss)
         if self.c.z_weight:
-            ctx.losses.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
+            ctx.losses.terms.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
 
     def idle(self):
         """Parameters that one token does not pass through."""
@@ -1495,11 +1501,11 @@ class GPT(nn.Module):
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
-        ctx = ctx._replace(embedding=x, values=values, losses=[])
+        ctx = ctx._replace(embedding=x, values=values, losses=RouterLosses())
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
-            own = ctx._replace(losses=[])   # an empty list, or each block would be compiled by itself
+            own = ctx._replace(losses=RouterLosses())   # empty, or each block would be compiled by itself
             x = block(x, own, entry)
-            ctx.losses.extend(own.losses)
+            ctx.losses.terms.extend(own.losses.terms)
         if targets is not None:
             losses = self.losses(x, targets, ctx, z_loss)
             return None, losses if parts else losses['loss']
@@ -1540,7 +1546,7 @@ class GPT(nn.Module):
                 shifted = F.pad(targets, (0, k), value=-1)[:, k:]
                 loss = self.cross_entropy(block(x, ctx), shifted, z_loss)
                 losses['mtp'] = losses['mtp'] + self.config.predict_weight / len(self.further) * loss
-            losses['router'] = sum(ctx.losses)
+            losses['router'] = sum(ctx.losses.terms)
             losses['loss'] = cross_entropy + (losses['mtp'] + losses['router'])
         return losses
 

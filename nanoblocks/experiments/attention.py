@@ -322,7 +322,7 @@ def influences(model, device):
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(min(64, model.config.vocab_size), (8, T), generator=generator).to(device)
     start = model.wte(idx).detach().requires_grad_()
-    ctx = model.context(idx, None, None)._replace(losses=[])
+    ctx = model.context(idx, None, None)._replace(losses=RouterLosses())
     x, influence = start, []
     for layer, block in enumerate(model.h, start=1):
         x = block(x, ctx)
