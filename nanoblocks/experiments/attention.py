@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from kernels import rope as rotate
-from model import GPT, GPTConfig, RotaryPositions, kv_cache_bytes
+from model import GPT, GPTConfig, RotaryPositions, RouterLosses, kv_cache_bytes
 from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import in_short, sizes, tell
