@@ -146,7 +146,7 @@ class Context(NamedTuple):
                         # for windowed ones, which may rotate at another base
     embedding: torch.Tensor | None = None   # embed_skip: the embedding (B,T,C), which blocks mix back in
     values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
-    losses: list | None = None              # what routers add to the training loss
+    losses: 'RouterLosses | None' = None    # what routers add to the training loss
     reach: int | None = None                # tokens that a query sees where a chunk ends beyond max_tokens
     first: 'Shelf | None' = None            # RWKV-7: its first layer's values (B,T,C), which later ones read
 
@@ -1169,7 +1169,8 @@ class LightningDecay(FixedDecay):
 
     @staticmethod
     def rates(c, layer):
-        less = 1 - layer / (c.n_layer - 1 + 1e-5) + 1e-5
+        # further predictions: as the last layer
+        less = 1 - min(layer, c.n_layer - 1) / (c.n_layer - 1 + 1e-5) + 1e-5
         return [-2.0 ** (-8 * (h + 1) / c.rnn_heads) * less for h in range(c.rnn_heads)]
 
 class TokenDecay(NoDecay):
@@ -1794,6 +1795,12 @@ class RNNFlags:
 # ----------------------------------------------------------------------------------------------------------
 # Experts
 
+class RouterLosses:
+    """What routers add to the training loss. No list: FSDP in 16 bits gives each block a copy of a list."""
+
+    def __init__(self):
+        self.terms = []
+
 ROUTER = {'softmax': partial(torch.softmax, dim=-1), 'sigmoid': torch.sigmoid}
 ROUTER_NORM = (True, False, 'fixed')
 BALANCE = ('none', 'aux', 'bias', 'both')
@@ -1933,9 +1940,9 @@ class MoE(nn.Module):
         if self.aux:
             wanted_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).mean(0)
             aux_loss = self.c.n_expert * (counts_E / counts_E.sum() * wanted_E).sum()
-            ctx.losses.append(self.c.aux_weight * aux_loss)
+            ctx.losses.terms.append(self.c.aux_weight * aux_loss)
         if self.c.z_weight:
-            ctx.losses.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
+            ctx.losses.terms.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
 
     def idle(self):
         """Parameters that one token does not pass through."""
@@ -2029,7 +2036,7 @@ class SharedBlock(Block):
 class NormedFlags:
     """Branches added to their norm"""      # a n + b f(n), with the two factors a, b:
     normed_attn: tuple = flag((1.0, 1.0), layer_pattern='awcnv')    # where f is attention (MiniMax)
-    normed_rnn: tuple = flag((1.0, 1.0), layer_pattern='mr')        # where f is a state space or recurrence
+    normed_rnn: tuple = flag((1.0, 1.0), layer_pattern='mrk')       # where f is a state space or recurrence
     normed_ffn: tuple = (1.0, 1.0)                                  # where f is a feed-forward
 
     def rules(c):
@@ -2041,7 +2048,7 @@ class NormedBlock(Block):
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__(c, mixer, ffn, layer)
-        self.factors = c.normed_rnn if mixer in 'mr' else c.normed_attn, c.normed_ffn
+        self.factors = c.normed_rnn if mixer in 'mrk' else c.normed_attn, c.normed_ffn
 
     def branches(self, x, ctx, cache):
         (a, b), (a_ffn, b_ffn) = self.factors
@@ -2220,11 +2227,11 @@ class GPT(nn.Module):
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
-        ctx = ctx._replace(embedding=x, values=values, losses=[], first=Shelf())
+        ctx = ctx._replace(embedding=x, values=values, losses=RouterLosses(), first=Shelf())
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
-            own = ctx._replace(losses=[])   # an empty list, or each block would be compiled by itself
+            own = ctx._replace(losses=RouterLosses())   # empty, or each block would be compiled by itself
             x = block(x, own, entry)
-            ctx.losses.extend(own.losses)
+            ctx.losses.terms.extend(own.losses.terms)
         if targets is not None:
             losses = self.losses(x, targets, ctx, z_loss)
             return None, losses if parts else losses['loss']
@@ -2265,7 +2272,7 @@ class GPT(nn.Module):
                 shifted = F.pad(targets, (0, k), value=-1)[:, k:]
                 loss = self.cross_entropy(block(x, ctx), shifted, z_loss)
                 losses['mtp'] = losses['mtp'] + self.config.predict_weight / len(self.further) * loss
-            losses['router'] = sum(ctx.losses)
+            losses['router'] = sum(ctx.losses.terms)
             losses['loss'] = cross_entropy + (losses['mtp'] + losses['router'])
         return losses
 

@@ -146,6 +146,23 @@ def test_two_shards_killed_and_resumed_are_bit_exact(tmp_path):
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
+def test_shards_in_16_bits_keep_the_losses_of_routers(tmp_path):
+    """Tensors and containers among a block's arguments are copied by FSDP where it casts them."""
+    settings = SMALL | EXPERTS | dict(aux_weight=3.0, max_iters=1, eval_interval=1)
+    found = [float(line.split()[1]) for result in pair(*toy(
+        tmp_path / 'run', **settings, shard=True, dtype='bfloat16'), before='''
+import model
+whole = model.GPT.losses
+def losses(self, *args):
+    found = whole(self, *args)
+    if self.training:
+        print('router', float(found['router']))
+    return found
+model.GPT.losses = losses''') for line in result.out.splitlines() if line.startswith('router ')]
+    # balanced experts have an auxiliary loss of 1, times its weight
+    assert len(found) == 4 and min(found) > 2.9, found
+
+
 def test_shards_in_16_bits_learn_equally_well(tmp_path):
     settings = SMALL | dict(max_iters=20, lr_decay_iters=20)
     succeed(pair(*toy(tmp_path / 'run', **settings, shard=True, dtype='bfloat16')))
