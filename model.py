@@ -1390,8 +1390,6 @@ class RecurrenceFlags:
     rnn_key_dim: int | None = None                  # width of a key; None: n_embd / rnn_heads
     rnn_value_dim: int | None = None                # width of a value; None: rnn_key_dim
     rnn_bias: bool | None = flag(None, like='bias')     # bias of the projections; None: as bias
-    # norm_at of recurrent layers (OLMo Hybrid: pre, where attention has output); None: as norm_at
-    rnn_norm_at: str | None = flag(None, (None, *NORM_AT), like='norm_at')
 
     def fill(c):
         heads = c.rnn_heads or c.n_head
@@ -1405,9 +1403,6 @@ class RecurrenceFlags:
         yield 'rnn_key_dim', not c.rnn_rope or c.rnn_key_dim % 2 == 0, 'be even when rnn_rope=True'
         yield ('rnn_input', c.rnn_input != 'sum' or c.rnn_feature == 'elu1' and c.rnn_erase == 'none',
                'be none or exp unless rnn_feature=elu1 and rnn_erase=none, which keep its sums positive')
-        several = c.residual == 'serial' and 'post' not in (c.norm_at, c.rnn_norm_at)
-        yield ('rnn_norm_at', several or c.rnn_norm_at == c.norm_at,
-               f'be {c.norm_at}, as norm_at, unless residual=serial and neither is post')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1779,6 +1774,8 @@ class RNNFlags:
     # heads, each with a state
     rnn_heads: int | None = flag(None, like='n_head', layer_pattern='r', rnn=('linear', 'rwkv7', 'rwkv6'))
     rnn_state: int = flag(64, rnn='s4d')    # real numbers of a channel's state, two for each complex one
+    # norm_at of r layers (OLMo Hybrid: pre, where attention has output); None: as norm_at
+    rnn_norm_at: str | None = flag(None, (None, *NORM_AT), like='norm_at', layer_pattern='r')
     # hidden width of channel mixing; None: 4 n_embd
     rnn_mix_width: int | None = flag(None, layer_pattern='k')
     rnn_mix_gate: bool = flag(False, layer_pattern='k')     # a gate on channel mixing (RWKV-4 and RWKV-6)
@@ -1790,6 +1787,9 @@ class RNNFlags:
         if c.rnn in ('rwkv6', 'rwkv7'):
             yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd}'
         yield 'rnn_state', c.rnn_state % 2 == 0, 'be even'
+        alike = c.rnn_norm_at in (None, c.norm_at)
+        yield ('rnn_norm_at', alike or c.residual == 'serial' and 'post' not in (c.norm_at, c.rnn_norm_at),
+               f'be {c.norm_at}, as norm_at, unless residual=serial and neither is post')
 
 
 # ----------------------------------------------------------------------------------------------------------
