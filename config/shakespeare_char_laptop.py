@@ -1,6 +1,6 @@
 """
-nanoGPT's Shakespeare characters, for which it takes a GPU and 5,000 steps, with a model half as large, sized
-for half an hour on two cores of a CPU: 6 layers, 256 wide, 256 characters of context, and the recipe of
+nanoGPT's Shakespeare characters, for which it takes a GPU and 5,000 steps to a loss of 1.4697, with a model
+half as large for a CPU: 6 layers, 256 wide, 256 characters of context, and the recipe of
 `config/shakespeare_char_fast.py`. Needs `python data/shakespeare_char/prepare.py` first.
 """
 out_dir = 'out/shakespeare_char_laptop'

@@ -101,7 +101,7 @@ class _Weight:
         self.weight = weight
 
     def logits(self, x, out):
-        return x @ self.weight.T if out is None else torch.mm(x, self.weight.T, out=out)
+        return torch.mm(x, self.weight.T, out=out)
 
     def gradient(self, dz, out=None):
         return torch.mm(dz, self.weight, out=out)
@@ -259,8 +259,8 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
     targets = targets.contiguous()
     count = (targets >= 0).sum().clamp(min=1)
     block = clamp(pow2(V), 64, 2048)
-    # products in the dtype of their inputs, under any autocast of the caller
     factor = (float8.Weight if eight_bits else _Weight)(weight)
+    # products in the dtype of their inputs, under any autocast of the caller
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, N, max(1, n)):
             part = slice(start, min(start + n, N))
