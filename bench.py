@@ -78,8 +78,9 @@ TOPICS = {
     'step': speed.step, 'window': speed.window, 'optimizers': speed.optimizers, 'families': speed.families,
     'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
     'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
-    'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations, 'plot': curves.plot,
-    'kernels': gpu.kernel_table, 'gpu': gpu.gpu, 'limits': limits.limits, 'peers': peers.peers,
+    'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations,
+    'mixers': studies.mixers, 'plot': curves.plot, 'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
+    'limits': limits.limits, 'peers': peers.peers,
 }
 ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
 

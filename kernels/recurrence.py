@@ -29,9 +29,10 @@ head, with Z the gradient of the state behind a chunk:
 and g_t gets all that crosses from j < t to i >= t. With f given (RWKV-7), r = T ((e exp G) S + (e|k) v) is
 what was stored, v is written as it is, y loses (q|f) r, and S loses (f exp(G_L - G))^T r.
 
-exp(G_i - G_j) is a matrix for a decay per head. For a decay per key it is a factor of x and one of y,
-relative to the first token of each 16, so that neither overflows; only within those it is made for each key
-and pair.
+exp(G_i - G_j) is a matrix for a decay per head. For a decay per key it is a factor of x and one of y. So that
+neither overflows, they are relative to a token between the two: the last one of the first half of every 16,
+32 and 64 tokens for pairs across their halves, and one in the middle of every 8 for those within. The
+gradients of G are those of the factors: x dx, and -y dy.
 
 The Triton kernels take a decay per head, without `along` and `before`; the rest is left to plain PyTorch, and
 so are products of fp32. What goes from chunk to chunk is one kernel in each direction, with S or Z in
@@ -48,7 +49,9 @@ from .common import capability, cdiv, check, fits, jit, kernel, leaf, pow2, rand
 from .ssd import chunked, segment_decay
 from .tiles import decays, load, scaled, square, state_at, store
 
-CHUNK, PART = 64, 16
+CHUNK, PART = 64, 8
+# of a decay per key: nothing is left beyond, and exp(PART / 2 of it) is not 0
+WEAKEST = {torch.float32: -20.0, torch.float64: -150.0}
 
 
 def recurrence_reference(q, k, v, g, erase=None, along=None, state=None, before=False):
@@ -137,55 +140,150 @@ class _Delta(torch.autograd.Function):
         return dq, dk, dv, dg, de, d_start.unflatten(0, q.shape[1:3])
 
 
-def _pairs(x, y, Gx, G, keep):
-    """sum over keys of x_i y_j exp(Gx_i - G_j) where keep (L,L) allows it: x, y, Gx and G (...,L,K)."""
-    rows, L = [], x.shape[-2]
-    for start in range(0, L, PART):
-        part = slice(start, min(start + PART, L))
-        apart = Gx[..., part, None, :] - G[..., None, part, :]
-        apart = apart.masked_fill(~keep[part, part].unsqueeze(-1), -torch.inf).exp()
-        row = [(x[..., part, None, :] * y[..., None, part, :] * apart).sum(-1)]
-        if start:
-            at = G[..., start - 1:start, :]
-            row.insert(0, (x[..., part, :] * (Gx[..., part, :] - at).exp())
-                       @ (y[..., :start, :] * (at - G[..., :start, :]).exp()).mT)
-        rows.append(F.pad(torch.cat(row, -1), (0, L - part.stop)))
-    return torch.cat(rows, -2)
+def _blocks(x, size):
+    """Rows in blocks: (...,L,K) -> (...,L/size,size,K)"""
+    return x.unflatten(-2, (-1, size))
+
+
+def _halves(x, size):
+    """Rows of the first and of the second half of every 2 size: (...,L,K) -> two (...,L/2size,size,K)"""
+    return x.unflatten(-2, (-1, 2, size)).unbind(-3)
+
+
+def _on_diagonal(x, size):
+    """The square blocks of x (...,L,L) on its diagonal: (...,L/size,size,size)"""
+    blocks = x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _factors(Gx, G):
+    """
+    (size, exp(Gx_i - at), exp(at - G_j)) of the squares that a lower triangle is made of: rows i of a block
+    of PART, and those of the second half of every 2 size, against columns j of the first.
+    """
+    middle = _blocks(G, PART)[..., PART // 2 - 1:PART // 2, :]
+    yield PART, (_blocks(Gx, PART) - middle).exp(), (middle - _blocks(G, PART)).exp()
+    size = PART
+    while size < G.shape[-2]:
+        first, second = _halves(G, size)[0], _halves(Gx, size)[1]
+        at = first[..., -1:, :]
+        yield size, (second - at).exp(), (at - first).exp()
+        size *= 2
+
+
+class _Pairs(torch.autograd.Function):
+    """
+    (x|y) = sum over keys of x_i y_j exp(Gx_i - G_j), j <= i, for each x of the first `rows` of xy and each y
+    of the others: all (...,L,K), L a power of 2 -> (...,L,L) each, by x, then by y.
+    """
+
+    @staticmethod
+    def forward(ctx, Gx, G, rows, *xy):
+        ctx.rows, results = rows, {}
+        ctx.save_for_backward(Gx, G, *xy)
+        xs, ys = xy[:rows], xy[rows:]
+        for level, (size, to_row, to_column) in enumerate(_factors(Gx, G)):
+            left = [(_halves(x, size)[1] if level else _blocks(x, size)) * to_row for x in xs]
+            right = [((_halves(y, size)[0] if level else _blocks(y, size)) * to_column).mT for y in ys]
+            for i, a in enumerate(left):
+                for j, b in enumerate(right):
+                    if not level:
+                        results[i, j] = (a @ b).tril_()
+                        continue
+                    first, second = results[i, j].unflatten(-3, (-1, 2)).unbind(-3)
+                    results[i, j] = torch.cat((F.pad(first, (0, size)), torch.cat((a @ b, second), -1)), -2)
+        return tuple(x.squeeze(-3) for x in results.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        Gx, G, *xy = ctx.saved_tensors
+        xs, ys = xy[:ctx.rows], xy[ctx.rows:]
+        dxy = [torch.zeros_like(x) for x in xy]
+        dxs, dys = dxy[:ctx.rows], dxy[ctx.rows:]
+        for level, (size, to_row, to_column) in enumerate(_factors(Gx, G)):
+            left, d_left = ([_halves(x, size)[1] if level else _blocks(x, size) for x in z] for z in (xs, dxs))
+            right, d_right = (
+                [_halves(y, size)[0] if level else _blocks(y, size) for y in z] for z in (ys, dys))
+            left, right = [x * to_row for x in left], [y * to_column for y in right]
+            for number, grad in enumerate(grads):
+                i, j = divmod(number, len(ys))
+                d = _on_diagonal(grad, size).tril() if not level else _on_diagonal(grad, 2 * size)[..., size:, :size]
+                d_left[i].addcmul_(d @ right[j], to_row)
+                d_right[j].addcmul_(d.mT @ left[i], to_column)
+        dGx = sum(x * dx for x, dx in zip(xs, dxs))
+        dG = sum(y * dy for y, dy in zip(ys, dys)).neg_()
+        return dGx, dG, None, *dxy
+
+
+class _Carry(torch.autograd.Function):
+    """
+    n = U - W S, then S <- keep S + add + M n, through N chunks: state (B,H,K,V), keep (N,B,H,K,1), add
+    (N,B,H,K,V), M (N,B,H,K,L), U (N,B,H,L,V), W (N,B,H,L,K) -> n (N,B,H,L,V), S in front of each chunk and
+    behind the last. add may be None, and M, U and W all three; n is U then.
+    """
+
+    @staticmethod
+    def forward(ctx, state, keep, add, M, U, W):
+        def step(n, s):
+            new, after = None, keep[n] * s if add is None else torch.addcmul(add[n], keep[n], s)
+            if M is not None:
+                new = U[n] - W[n] @ s
+                after = after + M[n] @ new
+            return new, after
+        news, starts, state = _in_turn(step, state, range(len(keep)))
+        new, starts = U if M is None else torch.stack(news), torch.stack(starts)
+        ctx.adds = add is not None
+        ctx.save_for_backward(keep, M, W, new, starts)
+        return new, starts, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_new, d_starts, d_end):
+        keep, M, W, new, starts = ctx.saved_tensors
+
+        def step(n, z):
+            dn, passed = None, torch.addcmul(d_starts[n], keep[n], z)
+            if M is not None:
+                dn = d_new[n] + M[n].mT @ z
+                passed = passed - W[n].mT @ dn
+            return dn, passed
+        dns, ends, d_state = _in_turn(step, d_end, range(len(keep) - 1, -1, -1))
+        ends = torch.stack(ends[::-1])
+        d_keep, d_add = (ends * starts).sum(-1, keepdim=True), ends if ctx.adds else None
+        if M is None:
+            return d_state, d_keep, d_add, None, None, None
+        dn = torch.stack(dns[::-1])
+        return d_state, d_keep, d_add, ends @ new.mT, dn, (dn @ starts.mT).neg_()
 
 
 def _by_key(q, k, v, g, e, f, state, before):
     """The recurrence of N chunks with a decay per key: as _Delta, g (N,B,H,L,K), f or e and f may be None."""
-    # beyond e^-50 nothing is left, and running sums keep their digits
-    g = g.clamp(min=-50)
+    g = g.clamp(min=WEAKEST[g.dtype])
     G = g.cumsum(-2)
-    lower = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).tril()
-    strict = lower.tril(-1)
-    seen, Gq = (strict, G - g) if before else (lower, G)
-    reads, read = _pairs(q, k, Gq, G, seen), q * Gq.exp()
-    to_end, keep = (G[..., -1:, :] - G).exp(), G[..., -1:, :].exp().mT
-    k_end = (k * to_end).mT
-    if e is None:
-        def step(n, s):
-            return read[n] @ s + reads[n] @ v[n], keep[n] * s + k_end[n] @ v[n]
+    Gq, columns = G - g if before else G, (k,) if f is None else (k, f)
+    if e is None or before:
+        reads = _Pairs.apply(Gq, G, 1, q, *columns)
+        erases = () if e is None else _Pairs.apply(G, G, 1, e, *columns)
     else:
-        erases, started = _pairs(e, k if f is None else f, G, G, strict), e * G.exp()
-        right = v if f is None else _pairs(e, k, G, G, strict) @ v
-        U, W = torch.linalg.solve_triangular(
-            erases, torch.cat((right, started), -1), upper=False, unitriangular=True,
-        ).split((v.shape[-1], k.shape[-1]), -1)
-    if e is not None and f is None:
-        def step(n, s):
-            new = U[n] - W[n] @ s
-            return read[n] @ s + reads[n] @ new, keep[n] * s + k_end[n] @ new
-    elif e is not None:
-        lost, f_end = _pairs(q, f, Gq, G, seen), (f * to_end).mT
-
-        def step(n, s):
-            stored = U[n] + W[n] @ s
-            return (read[n] @ s + reads[n] @ v[n] - lost[n] @ stored,
-                    keep[n] * s + k_end[n] @ v[n] - f_end[n] @ stored)
-    y, _, state = _in_turn(step, state, range(len(q)))
-    return torch.stack(y), state
+        both = _Pairs.apply(G, G, 2, q, e, *columns)
+        reads, erases = both[:len(columns)], both[len(columns):]
+    if before:
+        reads = [x.tril(-1) for x in reads]
+    to_end, keep = (G[..., -1:, :] - G).exp(), G[..., -1:, :].exp().mT
+    written = (k * to_end).mT
+    if e is None:
+        _, starts, state = _Carry.apply(state, keep, written @ v, None, None, None)
+        return (q * Gq.exp()) @ starts + reads[0] @ v, state
+    right = v if f is None else -erases[0].tril(-1) @ v
+    U, W = torch.linalg.solve_triangular(
+        erases[-1], torch.cat((right, e * G.exp()), -1), upper=False, unitriangular=True,
+    ).split((v.shape[-1], k.shape[-1]), -1)
+    if f is None:
+        new, starts, state = _Carry.apply(state, keep, None, written, U, W)
+        return (q * Gq.exp()) @ starts + reads[0] @ new, state
+    new, starts, state = _Carry.apply(state, keep, written @ v, (f * to_end).mT, U, W)
+    return (q * Gq.exp()) @ starts + reads[0] @ v + reads[1] @ new, state
 
 
 def recurrence(q, k, v, g, erase=None, along=None, state=None, before=False, chunk=CHUNK):
@@ -212,7 +310,7 @@ def recurrence(q, k, v, g, erase=None, along=None, state=None, before=False, chu
                 return None
             x = F.pad(x.to(wide), (0, 0, 0, 0, 0, -T % size)).unflatten(1, (-1, size))
             return x.permute(1, 0, 3, 2, 4).contiguous()
-        size = min(chunk, T)
+        size = min(chunk, T) if per_head else max(PART, pow2(min(chunk, T)))
         q, k, y, g, e, f = map(cut, (q, k, v, g, erase, along))
         if per_head:
             y, state = _Delta.apply(q, k, y, g.squeeze(-1), e, state)

@@ -306,10 +306,13 @@ def test_the_sweeps_of_results_train_five_seeds_of_every_block_asked_about(monke
         plans[plan['results']] = plan
     monkeypatch.setattr(sweep, 'main', main)
     studies.ablations(['--max_iters=6'], 'cpu')
-    ladder, blocks = plans['results/ladder'], plans['results/blocks']
+    studies.mixers(['--max_iters=6'], 'cpu')
+    ladder, blocks, mixers = (plans[f'results/{name}'] for name in ('ladder', 'blocks', 'mixers'))
     assert [pair['flag'] for pair in ladder['comparisons']] == [
         'all of them', 'pos', 'norm', 'ffn', 'bias', 'n_kv_head']
     assert list(blocks['arms']) == ['llama_small', 'MHA', 'MQA', 'MLA', 'MoE', 'hybrid', 'Mamba-2']
+    assert list(mixers['arms']) == ['llama_small', 'window', 'Mamba-2', 'RetNet', 'gated DeltaNet', 'KDA',
+                                    'Mamba-2 3:1', 'gated DeltaNet 3:1', 'KDA 3:1']
     for plan in plans.values():
         assert len(plan['seeds']) == 5 and plan['reference'] in plan['arms']
         assert all(words['max_iters'] == 6 for words in plan['arms'].values())

@@ -28,23 +28,44 @@ SIZE = ['config/llama_small.py', 'config/study.py']  # of every model that is tr
 # ----------------------------------------------------------------------------------------------------------
 # The sweeps of results/
 
+ALONE = 'pos=none+n_kv_head=None'
+MAMBA2 = 'ssm_state=64'
+RETNET = 'rnn_decay=retnet+rnn_erase=none+rnn_feature=none+rnn_unit=False+rnn_conv=0+rnn_rope=True'
+KDA = 'rnn_decay=key+rnn_decay_rank=32+rnn_gate=sigmoid+rnn_gate_rank=32'
 
-# each block from GPT-2 to Llama; then other kinds of layers, with as many active parameters
+# each block from GPT-2 to Llama; other kinds of layers; states in the place of attention: the last two with
+# as many active parameters
 SWEEPS = {
     'ladder': ['--base=config/gpt2_small.py', '--arms=ladder'],
     'blocks': ['--vary=MHA: n_kv_head=4; MQA: n_kv_head=1; MLA: attn=mla+n_kv_head=None; '
                'MoE: ffn_pattern=e+n_expert=8; hybrid: layer_pattern=mmam+ssm_state=64; '
-               'Mamba-2: layer_pattern=m+pos=none+n_kv_head=None+ssm_state=64', '--match=active'],
+               f'Mamba-2: layer_pattern=m+{ALONE}+{MAMBA2}', '--match=active'],
+    'mixers': ['--vary=window: layer_pattern=w+window=32; '
+               f'Mamba-2: layer_pattern=m+{ALONE}+{MAMBA2}; RetNet: layer_pattern=r+{ALONE}+{RETNET}; '
+               f'gated DeltaNet: layer_pattern=r+{ALONE}; KDA: layer_pattern=r+{ALONE}+{KDA}; '
+               f'Mamba-2 3:1: layer_pattern=mmma+{MAMBA2}; '
+               f'gated DeltaNet 3:1: layer_pattern=rrra; KDA 3:1: layer_pattern=rrra+{KDA}',
+               '--match=active'],
 }
 
 
 def ablations(argv, device):
-    """The sweeps whose reports are in results/, on five seeds: 42 minutes on two cores."""
+    """The sweeps whose reports are in results/ladder and results/blocks: 42 minutes on two cores."""
+    run_sweeps(('ladder', 'blocks'), argv, device)
+
+
+def mixers(argv, device):
+    """The sweep whose report is in results/mixers: states in the place of attention, or of most of it."""
+    run_sweeps(('mixers',), argv, device)
+
+
+def run_sweeps(names, argv, device):
+    """Each on five seeds."""
     jobs = torch.cuda.device_count() if device.startswith('cuda') else min(2, os.cpu_count() or 1)
     files, flags = files_and_flags(argv, without=('device',))
-    for name, arms in SWEEPS.items():
-        words = [*SIZE, *files, *arms, '--seeds=5', '--evals=6', f'--jobs={jobs}', f'--device={device}',
-                 f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
+    for name in names:
+        words = [*SIZE, *files, *SWEEPS[name], '--seeds=5', '--evals=6', f'--jobs={jobs}',
+                 f'--device={device}', f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
         print(f'{name}: python ablate.py {shlex.join(words)}', flush=True)
         sweep.main(words)
 
