@@ -21,12 +21,7 @@ Shapes, in comments like (B,T,C):
     R width of a latent     Dn, Dr, Dv coordinates of an MLA head that do not rotate, that do, of a value
     P channels of a head, N state size, W taps (state spaces); N tokens of all sequences (experts)
 
-The papers' letters, and ours:
-    Vaswani et al.   d_model C, h H, d_k = d_v D, d_ff ffn_width
-    DeepSeek (MLA)   d_c kv_rank (R), d_c' q_rank, d_h head_dim (Dn), d_h^R rope_head_dim (Dr); W^DQ q_down,
-                     W^UQ and W^QR q_up, W^DKV and W^KR kv_down, W^UK and W^UV kv_up
-    Mamba            D I (ssm_expand * n_embd), N ssm_state, R ssm_dt_rank, Delta dt; Mamba-2: P ssm_head_dim
-    experts          N or E n_expert, k n_expert_used
+In the letters of Vaswani et al., C is d_model, H h, D d_k = d_v, and ffn_width d_ff.
 """
 import hashlib
 import math
@@ -538,6 +533,13 @@ class Block(nn.Module):
 # ==========================================================================================================
 # Part II: other blocks, read when wanted
 # ==========================================================================================================
+#
+# The papers' letters, and ours:
+#   DeepSeek (MLA)   d_c kv_rank (R), d_c' q_rank, d_h head_dim (Dn), d_h^R rope_head_dim (Dr); W^DQ q_down,
+#                    W^UQ and W^QR q_up, W^DKV and W^KR kv_down, W^UK and W^UV kv_up
+#   Mamba            D I (ssm_expand * n_embd), N ssm_state, R ssm_dt_rank, Delta dt; Mamba-2: P ssm_head_dim
+#   experts          N or E n_expert, k n_expert_used
+#   recurrences      alpha exp(decay), beta rnn_beta at most; RWKV-7: w decay, a rate, kappa kk
 
 # ----------------------------------------------------------------------------------------------------------
 # Other positions: sinusoidal, ALiBi

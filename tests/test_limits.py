@@ -138,7 +138,7 @@ def test_limits_prints_a_row_for_each_model_and_number_type(models, settings, ca
     ('limits', ['--models=lama'], 'models=lama must be families, separated by commas: did you mean llama?'),
     ('limits', [*FLAGS, '--tokens=8'], 'tokens=8 must be at least block_size=16'),
     ('limits', ['--batch_size=4'], 'batch_size=4 must be left out: bench.py limits reads'),
-    ('peers', ['--models=gemma2'], 'choose from gpt2, llama, mixtral, mamba, mamba2'),
+    ('peers', ['--models=gemma2'], 'choose from gpt2, llama, mixtral, mamba, mamba2, gated_deltanet'),
     ('peers', ['--norm=rmsnorm'], 'norm=rmsnorm must be left out: the peers have these models as they are'),
     ('peers', ['--nanogpt=nowhere', *FLAGS, '--models=gpt2'], 'nanogpt=nowhere must be the folder of a'),
 ])

@@ -29,7 +29,7 @@ from nanoblocks.experiments.timing import interleaved, print_markdown, timed, ti
 from nanoblocks.experiments.topics import each
 from nanoblocks.hardware import synchronized_time
 
-FAMILIES = ['gpt2', 'llama', 'mixtral', 'mamba', 'mamba2']
+FAMILIES = ['gpt2', 'llama', 'mixtral', 'mamba', 'mamba2', 'gated_deltanet']
 SIZES = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'ffn_width', 'block_size', 'vocab_size')
 
 
