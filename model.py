@@ -173,7 +173,7 @@ class LearnedPositions(Positions):
     def __init__(self, c):
         super().__init__(c)
         self.max_tokens = c.block_size
-        self.weight = param(c.block_size, c.n_embd, init=normal)
+        self.weight = param(c.block_size, c.embed_width, init=normal)
 
     def forward(self, x, pos):
         if pos.is_cpu and not torch.compiler.is_compiling() and pos.max() >= self.max_tokens:
@@ -346,7 +346,7 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, c, n_head, scale, span):
         super().__init__()
         self.options = dict(scale=scale, window=span.window, chunked=span.chunked, softcap=c.softcap,
-                            alibi_bf16=c.pos == 'alibi_bf16')
+                            alibi_bf16=c.pos == 'alibi_bf16', causal=c.causal)
         slopes = POSITIONS[c.pos].slopes(n_head)
         # as integers, like the bits of Frequencies
         self.register_buffer('slopes', None if slopes is None else slopes.view(torch.int32), persistent=False)
@@ -480,10 +480,13 @@ class BlockFlags:
     residual_scale: float = 1.0     # factor on the output of every branch (Granite)
     embed_scale: bool | float = False   # factor on the token embedding: a number, or True for sqrt(n_embd)
     embed_norm: bool = False        # a norm on the embedding (BLOOM)
+    first_norm: bool = flag(True, embed_norm=True)  # a norm before the first mixer too (not in ModernBERT)
     embed_skip: bool = False        # later blocks read a x + b embedding, with learned a and b
 
     def rules(c):
         yield 'embed_skip', not c.embed_skip or c.n_layer > 1, 'be False when n_layer=1'
+        yield ('first_norm', c.first_norm or NORM_AT[c.norm_at][0] and c.residual == 'serial',
+               'be True unless norm_at is pre or sandwich, and residual=serial')
 
 #           norms: before a branch, on its output, on the sum
 NORM_AT = {
@@ -493,8 +496,8 @@ NORM_AT = {
     'sandwich': (True, True, False),
 }
 
-def norm_if(wanted, c):
-    return NORMS[c.norm](c.n_embd, c) if wanted else nn.Identity()
+def norm_if(wanted, c, width=None):
+    return NORMS[c.norm](width or c.n_embd, c) if wanted else nn.Identity()
 
 class Block(nn.Module):
     """Two branches, mixer and feed-forward, with the norms that NORM_AT lists; others are nn.Identity."""
@@ -503,6 +506,8 @@ class Block(nn.Module):
         super().__init__()
         at = NORM_AT[c.rnn_norm_at if mixer == 'r' else c.norm_at]
         self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(wanted, c) for wanted in at)
+        if layer == 0 and not c.first_norm:
+            self.ln_1 = nn.Identity()
         self.mixer, self.ffn = MIXERS[mixer].build(c, layer), FFNS[ffn].build(c)
         if self.ffn is not None:
             self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(wanted, c) for wanted in at)
@@ -549,7 +554,8 @@ class SinusoidalPositions(Positions):
 
     def __init__(self, c):
         super().__init__(c)
-        self.freq = Frequencies(10000.0 ** (-torch.arange(0, c.n_embd, 2, dtype=torch.float64) / c.n_embd))
+        width = c.embed_width
+        self.freq = Frequencies(10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width))
 
     def forward(self, x, pos):
         angle = self.freq.angles(pos)                                           # (...,T,C/2)
@@ -2059,6 +2065,33 @@ class NormedBlock(Block):
         return a_ffn * x + b_ffn * self.feed(x, ctx)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Heads of encoders (BERT, Devlin et al. 2018, https://arxiv.org/abs/1810.04805)
+
+@flags()
+class HeadFlags:
+    """Output head"""
+    head_mlp: bool = False          # a linear layer, GELU and a norm before the head
+    head_mlp_bias: bool | None = flag(None, like='bias', head_mlp=True)     # bias of that layer; None: as bias
+    head_bias: bool = False         # bias of the logits
+    # width of the embedding and of a tied head, with a projection to n_embd behind it (ELECTRA); None: n_embd
+    embed_width: int | None = flag(None, like='n_embd')
+
+    def rules(c):
+        yield ('embed_width', c.embed_width == c.n_embd or c.head_mlp or not c.tie,
+               'be n_embd unless head_mlp=True, which projects back to it, or tie=False')
+
+class HeadMLP(nn.Module):
+    """norm(gelu(W x)), as wide as the embedding. x (B,T,C) -> (B,T,embed_width)"""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c_fc, self.norm = Linear(c.n_embd, c.embed_width, c.head_mlp_bias), norm_if(True, c, c.embed_width)
+
+    def forward(self, x):
+        return self.norm(F.gelu(self.c_fc(x)))
+
+
 # ==========================================================================================================
 # Part III: the model
 # ==========================================================================================================
@@ -2114,12 +2147,13 @@ FFN = {
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, Flags):
+                NormedFlags, HeadFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
     n_layer: int = 12               # blocks
     n_head: int = 12                # query heads
+    causal: bool = True             # a token sees none after it; False: an encoder, where each sees all
     n_embd: int = 768               # width of the residual stream
     layer_pattern: str = flag('a', MIXERS)      # mixer of each layer, one letter per layer, repeated
     ffn_pattern: str = flag('f', FFNS)          # feed-forward of each layer, one letter per layer, repeated
@@ -2154,6 +2188,10 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
                f'be serial when norm_at={c.norm_at}, which has no norm before a branch')
         yield ('residual', c.residual == 'serial' or '-' not in c.ffns(),
                "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
+        yield 'causal', c.causal or not c.mixers() & set('mrkc'), (
+            "be True when layer_pattern has an 'm', 'r', 'k' or 'c', which look back alone")
+        yield 'n_predict', c.causal or c.n_predict == 1, 'be 1 when causal=False'
+        yield 'pos', c.causal or c.pos != 'alibi_bf16', 'not be alibi_bf16 when causal=False: choose alibi'
         if c.attn == 'diff':
             for name in ('n_head', 'n_kv_head'):
                 yield name, getattr(c, name) % 2 == 0, 'be even when attn=diff, which takes heads in pairs'
@@ -2187,10 +2225,11 @@ class GPT(nn.Module):
         """seed=None leaves the parameters undrawn, for weights that are loaded next."""
         super().__init__()
         self.config = c = config
-        self.wte = Embedding(c.vocab_size, c.n_embd)
+        self.wte = Embedding(c.vocab_size, c.embed_width)
         self.wpe = POSITIONS[c.pos](c)
         self.embed_scale = math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0
-        self.ln_e = norm_if(c.embed_norm, c)
+        self.ln_e = norm_if(c.embed_norm, c, c.embed_width)
+        self.embed_proj = nn.Identity() if c.embed_width == c.n_embd else Linear(c.embed_width, c.n_embd, True)
         self.drop = nn.Dropout(c.dropout)
         block, plan = RESIDUAL[c.residual], c.plan()
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(plan))
@@ -2198,7 +2237,8 @@ class GPT(nn.Module):
         self.further = nn.ModuleList(block(c, *plan[-1], c.n_layer + k) for k in range(c.n_predict - 1))
         self.vte = Embedding(c.vocab_size, c.n_kv_head * c.head_dim) if c.value_embed else None
         self.ln_f = norm_if(c.norm_at != 'post', c)  # post-norm blocks have normalised already
-        self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
+        self.head_mlp = HeadMLP(c) if c.head_mlp else nn.Identity()
+        self.lm_head = Linear(c.embed_width if c.head_mlp else c.n_embd, c.vocab_size, c.head_bias)
         if c.tie:
             self.lm_head.weight = self.wte.weight
         self.moes = tuple(module for module in self.modules() if isinstance(module, MoE))
@@ -2213,19 +2253,20 @@ class GPT(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
             p.copy_(p.init(p.shape, generator))
 
-    def forward(self, idx, targets=None, cache=None, pos=None, last_only=False, z_loss=0.0, parts=False):
+    def forward(self, idx, targets=None, cache=None, pos=None, last_only=False, z_loss=0.0, parts=False,
+                weights=None):
         """
         idx (B,T) int64. pos (T,) or (B,T) int64: their positions, consecutive, negative for padding in front
-        of a row, below block_size where positions are learned; None: 0..T-1. cache: from new_cache; then pos
+        of a row (of an encoder: anywhere), below block_size where positions are learned; None: 0..T-1. cache: from new_cache; then pos
         may be None on its first call only.
 
         Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where
         there is none -> (None, mean cross entropy in nats); the logits are never stored. In training the loss
         includes what routers and further predictions add, and z_loss times the mean square of the logits'
-        log-sum-exp (PaLM). parts=True: a dict of the loss and its parts, see `losses`.
+        log-sum-exp (PaLM). weights (B,T): of the targets in that mean. parts=True: a dict of the loss and its parts, see `losses`.
         """
         ctx = self.context(idx, pos, cache)
-        x = self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos)))       # (B,T,C)
+        x = self.embed_proj(self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos))))
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
@@ -2235,7 +2276,7 @@ class GPT(nn.Module):
             x = block(x, own, entry)
             ctx.losses.terms.extend(own.losses.terms)
         if targets is not None:
-            losses = self.losses(x, targets, ctx, z_loss)
+            losses = self.losses(x, targets, ctx, z_loss, weights)
             return None, losses if parts else losses['loss']
         logits, cap = self.lm_head(self.read_out(x[:, -1:] if last_only else x)), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
@@ -2259,15 +2300,15 @@ class GPT(nn.Module):
 
     def read_out(self, x):
         """The last block's output (B,T,C) -> the input of the head"""
-        x, scale = self.ln_f(x), self.config.logit_scale
+        x, scale = self.head_mlp(self.ln_f(x)), self.config.logit_scale
         return x if scale == 1 else x * scale
 
-    def losses(self, x, targets, ctx, z_loss):
+    def losses(self, x, targets, ctx, z_loss, weights=None):
         """
         The last block's output (B,T,C) and targets (B,T) -> {'loss': the sum, 'cross_entropy': of the next
         token (with its z-loss), 'mtp': of the tokens after it, 'router': of the experts}
         """
-        cross_entropy = self.cross_entropy(x, targets, z_loss if self.training else 0.0)
+        cross_entropy = self.cross_entropy(x, targets, z_loss if self.training else 0.0, weights)
         losses = {'loss': cross_entropy, 'cross_entropy': cross_entropy, 'mtp': 0.0, 'router': 0.0}
         if self.training:
             for k, block in enumerate(self.further, start=1):
@@ -2278,9 +2319,10 @@ class GPT(nn.Module):
             losses['loss'] = cross_entropy + (losses['mtp'] + losses['router'])
         return losses
 
-    def cross_entropy(self, x, targets, z_loss):
-        return ops.linear_cross_entropy(self.read_out(x).flatten(0, 1), self.lm_head.weight,
-                                        targets.flatten(), self.config.logit_softcap, z_loss)
+    def cross_entropy(self, x, targets, z_loss, weights=None):
+        weights = None if weights is None else weights.flatten()
+        return ops.linear_cross_entropy(self.read_out(x).flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                        self.config.logit_softcap, z_loss, self.lm_head.bias, weights)
 
     def new_cache(self, batch_size: int, max_tokens: int, spare: int = 0) -> list:
         """
@@ -2289,6 +2331,8 @@ class GPT(nn.Module):
         """
         check_counts(1, batch_size=batch_size, max_tokens=max_tokens)
         check_counts(0, spare=spare)
+        if not self.config.causal:
+            raise ValueError('causal=False must do without a cache: an encoder reads its whole text at once')
         weight = self.wte.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

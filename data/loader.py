@@ -46,8 +46,8 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')'''
 
 
-def open_dataset(folder, block_size, seed):
-    """The `Dataset` in `folder`, for rows of `block_size` tokens.
+def open_dataset(folder, block_size, seed, objective=None):
+    """The `Dataset` in `folder`, for rows of `block_size` tokens and one of OBJECTIVES (None: next).
 
     Raises FileNotFoundError if it was never prepared or a file is missing, and ValueError if a file is
     damaged or a split is too short for one row.
@@ -59,7 +59,7 @@ def open_dataset(folder, block_size, seed):
         if len(tokens) <= block_size:
             raise ValueError(f'block_size={block_size} must be less than the {len(tokens):,} tokens of '
                              f'the {name} split of {folder}: lower it, or prepare more text')
-    return Dataset(meta, train, val, block_size, seed)
+    return Dataset(meta, train, val, block_size, seed, objective)
 
 
 def read_meta(folder):
@@ -238,8 +238,9 @@ class Tokens:
 class Dataset:
     """Both splits of a prepared folder, as batches: `meta`, `train_batch` and `eval_batches`."""
 
-    def __init__(self, meta, train, val, block_size, seed):
+    def __init__(self, meta, train, val, block_size, seed, objective=None):
         self.meta, self.train, self.val = meta, train, val
+        self.objective = objective or (lambda rows, keys: inputs_and_targets(rows))
         self.block_size = block_size
         self.key = mix(np.array([seed % 2**64], np.uint64))
         # even the largest shift leaves room for all windows and for the target of the last token
@@ -254,8 +255,12 @@ class Dataset:
         return (mix(key) % self.n_shifts + window * self.block_size).astype(np.int64)
 
     def train_batch(self, first_row, n_rows):
-        """x and y of n_rows rows from first_row on, int64 (n_rows, block_size); y is x one token later."""
-        return inputs_and_targets(self.train.rows(self.train_starts(first_row, n_rows), self.block_size + 1))
+        """
+        The tensors of n_rows rows from first_row on, as the objective makes them; x and y, int64 (n_rows,
+        block_size), y one token later, where it is the next token.
+        """
+        rows = self.train.rows(self.train_starts(first_row, n_rows), self.block_size + 1)
+        return self.objective(rows, mix(np.arange(first_row, first_row + n_rows, dtype=np.uint64) + self.key))
 
     def eval_batches(self, batch_size, max_tokens, rank=0, world=1, full=False):
         """Yields x and y of windows spread evenly over the validation split, without overlap.
@@ -270,11 +275,12 @@ class Dataset:
         starts = np.arange(wanted, dtype=np.int64) * available // wanted * self.block_size
         starts, most = starts[rank::world], -(-wanted // world)
         for i in range(0, most if full else len(starts), batch_size):
-            x, y = inputs_and_targets(self.val.rows(starts[i:i + batch_size], self.block_size + 1))
+            own = starts[i:i + batch_size]
+            x, y, *others = self.objective(self.val.rows(own, self.block_size + 1), mix(own.astype(np.uint64)))
             if full and len(x) < batch_size:
                 more = (0, 0, 0, batch_size - len(x))
-                x, y = F.pad(x, more), F.pad(y, more, value=-1)
-            yield x, y
+                x, y, *others = F.pad(x, more), F.pad(y, more, value=-1), *(F.pad(z, more) for z in others)
+            yield x, y, *others
 
 
 def prefetched(batches, depth, pin=False):

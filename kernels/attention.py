@@ -40,6 +40,7 @@ class Scoring(NamedTuple):
     chunked: bool = False
     alibi_bf16: bool = False
     dropout: float = 0.0
+    causal: bool = True
 
     @property
     def by_products_alone(self):
@@ -51,18 +52,27 @@ class Scoring(NamedTuple):
 # What positions decide
 
 
-def visible(pos, key_pos, window=None, chunked=False):
+def visible(pos, key_pos, window=None, chunked=False, causal=True):
     """
     Which keys at key_pos (S,) or (B,S) each query at pos (T,) or (B,T) may see -> bool (1 or B,1,T,S): none
     after the query and none at a negative position, which is padding. window: only the query's own position
-    and the window - 1 before it; chunked: only positions of the query's own chunk of `window` (Llama 4).
+    and the window - 1 before it; chunked: only positions of the query's own chunk of `window` (Llama 4). Not
+    causal: also keys after the query, in a window as many as before it.
     """
     query, key = pos.unsqueeze(-1), key_pos.unsqueeze(-2)  # (...,T,1), (...,1,S)
-    mask = (key <= query) & (key >= 0)
+    mask = key >= 0
+    if not causal:
+        mask = mask & ((key - query).abs() < window) if window is not None else mask.expand_as(key - query)
+        return mask.view(-1, 1, *mask.shape[-2:])
+    mask = mask & (key <= query)
     if window is not None:
         reach = query % window + 1 if chunked else window
         mask = mask & (key > query - reach)
     return mask.view(-1, 1, *mask.shape[-2:])
+
+
+def visible_in(pos, key_pos, scoring):
+    return visible(pos, key_pos, scoring.window, scoring.chunked, scoring.causal)
 
 
 def alibi(slopes, pos, key_pos):
@@ -70,7 +80,7 @@ def alibi(slopes, pos, key_pos):
     A bias that falls linearly with distance (Press et al. 2022, https://arxiv.org/abs/2108.12409).
     slopes (H,1,1) -> fp32 (1 or B,H,T,S)
     """
-    distance = key_pos.unsqueeze(-2) - pos.unsqueeze(-1)  # (...,T,S)
+    distance = -(key_pos.unsqueeze(-2) - pos.unsqueeze(-1)).abs()  # (...,T,S)
     return slopes * distance.view(-1, 1, *distance.shape[-2:])
 
 
@@ -85,7 +95,7 @@ def alibi_as_falcon(slopes, key_pos, scale):
 
 def score_bias(pos, key_pos, scoring):
     """What positions add to the scores -> fp32 (1 or B,1 or H,T,S), UNSEEN where a key may not be seen."""
-    seen = visible(pos, key_pos, scoring.window, scoring.chunked)
+    seen = visible_in(pos, key_pos, scoring)
     bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, UNSEEN)
     if scoring.slopes is not None:
         slopes = scoring.slopes.view(-1, 1, 1)
@@ -121,9 +131,9 @@ def all_scores(q, k, v, bias, scoring):
 
 
 def attention_reference(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None,
-                        in_order=False, chunked=False, alibi_bf16=False, dropout=0.0):
+                        in_order=False, chunked=False, alibi_bf16=False, dropout=0.0, causal=True):
     """The definition: what every other way must equal. In fp32 or fp64; arguments as in `attention`."""
-    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout)
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal)
     dtype = q.dtype
     q, k, v = (at_least_fp32(x).transpose(1, 2) for x in (q, k, v))
     bias = score_bias(pos, key_pos, scoring)
@@ -139,10 +149,10 @@ def attention_reference(q, k, v, pos, key_pos, scale, window=None, softcap=None,
 def sdpa(q, k, v, scoring, mask=None):
     """
     PyTorch's own kernels. q (B,H,T,D), k (B,K,S,D), v (B,K,S,Dv) -> (B,H,T,Dv). mask: True where a key is
-    seen, or a bias in q's dtype; None: the triangle of tokens 0..T-1.
+    seen, or a bias in q's dtype; None: the triangle of tokens 0..T-1, or all of them.
     """
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scoring.scale, dropout_p=scoring.dropout,
+        q, k, v, attn_mask=mask, is_causal=mask is None and scoring.causal, scale=scoring.scale, dropout_p=scoring.dropout,
         enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -152,7 +162,7 @@ def by_position(q, k, v, pos, key_pos, scoring):
     # values narrower than their keys are latents, which PyTorch's kernels would copy for every head
     narrow = v.shape[-1] < k.shape[-1]
     if scoring.by_products_alone and not narrow:
-        return sdpa(q, k, v, scoring, visible(pos, key_pos, scoring.window, scoring.chunked)).transpose(1, 2)
+        return sdpa(q, k, v, scoring, visible_in(pos, key_pos, scoring)).transpose(1, 2)
     bias = score_bias(pos, key_pos, scoring)
     if scoring.sinks is not None:
         k, v, bias = with_sinks(k, v, bias, scoring.sinks)
@@ -175,7 +185,7 @@ def without_unseen(q, k, v, pos, key_pos, scoring, size=256):
     """
     k, v, parts = by_head(k), by_head(v), []
     for block, at in zip(q.split(size, dim=1), pos.split(size, dim=-1)):
-        seen = visible(at, key_pos, scoring.window, scoring.chunked).flatten(0, -2).any(0).nonzero()
+        seen = visible_in(at, key_pos, scoring).flatten(0, -2).any(0).nonzero()
         # queries of padding alone may see no key
         keys = slice(seen.min(), seen.max() + 1) if len(seen) else slice(None)
         parts.append(by_position(by_head(block), k[:, keys], v[:, keys], at, key_pos[..., keys], scoring))
@@ -226,6 +236,23 @@ def blockwise(q, k, v, scoring):
     return y.unflatten(0, (B, n)).flatten(1, 2)[:, :T]
 
 
+def both_sides(q, k, v, scoring):
+    """
+    Tokens 0..T-1 under a window to both sides, in blocks that become a batch, as in `blockwise`: each reads
+    its own keys and window - 1 before and after them.
+    """
+    (B, T), reach = q.shape[:2], scoring.window - 1
+    n = cdiv(T, max(reach, 64))
+    size = cdiv(T, n)
+    length, pad = size + 2 * reach, n * size - T
+    q = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (n, size)).flatten(0, 1)        # (B n,size,H,D)
+    k, v = (spans(F.pad(x, (0, 0, 0, 0, reach, reach + pad)), length, size) for x in (k, v))
+    pos = torch.arange(-reach, n * size + reach, device=q.device)
+    key_pos = torch.where(pos < T, pos, -1).unfold(0, length, size).repeat(B, 1)    # (B n,length)
+    pos = pos[reach:reach + n * size].view(n, size).repeat(B, 1)
+    return by_position(q, k, v, pos, key_pos, scoring).unflatten(0, (B, n)).flatten(1, 2)[:, :T]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The choice
 
@@ -233,7 +260,7 @@ def blockwise(q, k, v, scoring):
 def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, scale: float,
               window: int | None = None, softcap: float | None = None, slopes: Tensor | None = None,
               sinks: Tensor | None = None, in_order: bool = False, chunked: bool = False,
-              alibi_bf16: bool = False, dropout: float = 0.0) -> Tensor:
+              alibi_bf16: bool = False, dropout: float = 0.0, causal: bool = True) -> Tensor:
     """
     q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), H a multiple of K; integers pos (T,) or (B,T) and key_pos (S,) or
     (B,S) -> (B,T,H,Dv). A query sees the keys at its own position and before, but no padding, which has
@@ -246,16 +273,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
     sinks       (H,) learned, added to the denominator of the softmax: exp sink (gpt-oss)
     in_order    promises that pos and key_pos are both 0..T-1 in every row, so that they need not be read
     dropout     the share of weights that are dropped
+    causal      False: a query sees keys after it too, in a window as many as before it
     """
     if in_order and window is not None and q.shape[1] <= window:
         window, chunked = None, False   # a window as long as the text is full attention
-    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout)
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal)
     # PyTorch's fastest path, on any device
     if in_order and scoring.by_products_alone and window is None:
         if q.is_cpu and q.shape[1] >= 1024:
             q, k, v = by_head(q), by_head(k), by_head(v)
         return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scoring).transpose(1, 2)
-    if runs_triton(q) and not (chunked or alibi_bf16 or dropout):
+    if runs_triton(q) and causal and not (chunked or alibi_bf16 or dropout):
         arguments = q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks
         if not in_order and decode_attention.ok(*arguments):
             return decode_attention.fused(*arguments)
@@ -263,7 +291,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
             return flash_attention.fused(*arguments, in_order)
     # what Falcon rounds depends on where a text begins
     if in_order and window is not None and not alibi_bf16:
-        return in_pieces(q, k, v, scoring)
+        return (in_pieces if causal else both_sides)(q, k, v, scoring)
     reads = q.is_cpu and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
     if reads and q.shape[1] >= 512:
         return without_unseen(q, k, v, pos, key_pos, scoring)

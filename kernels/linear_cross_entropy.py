@@ -1,19 +1,19 @@
 """
 The output head and its loss in one operation, so that the logits of all tokens never exist at once.
 
-    z = x W^T    (soft-capped: z = cap * tanh(z / cap))
-    loss = mean over targets of logsumexp(z) - z[target]
+    z = x W^T + b    (soft-capped: z = cap * tanh(z / cap))
+    loss = weighted mean over targets of logsumexp(z) - z[target]
 
 The gradients are made chunk by chunk during the forward pass, when the logits are at hand anyway:
 
-    dz = (softmax(z) - onehot(target)) / count    (soft-capped: times 1 - (z/cap)^2)
-    dx = dz W    dW = dz^T x
+    dz = (softmax(z) - onehot(target)) * weight / sum of weights    (soft-capped: times 1 - (z/cap)^2)
+    dx = dz W    dW = dz^T x    db = sum of dz
 
 With a z-loss (PaLM, https://arxiv.org/abs/2204.02311) the mean of z_weight * logsumexp(z)^2 is added, which
 keeps logits from drifting, and softmax(z) above becomes softmax(z) * (1 + 2 z_weight logsumexp(z)).
 
 Saved for the backward pass: dx (N,C) and dW (V,C), which backward only has to scale by the incoming gradient,
-and by 1 / count in fp16, where dz would lose small numbers. With N = 12288 tokens and V = 50257, fp32 logits
+and by the sum of weights in fp16, where dz would lose small numbers. With N = 12288 tokens and V = 50257, fp32 logits
 take 2.5 GB and autograd as much again for their softmax; eight chunks keep an eighth of one.
 
 On a CPU the products are most of the time. Memory that is fresh costs more to get than to compute in, so one
@@ -22,7 +22,8 @@ widened, turned into their gradient, and written back, all in the cache; and dW 
 
 On a GPU the three products of a chunk are PyTorch's, and one Triton kernel between them reads a row of logits
 twice and writes its gradient over it. The logits stay in the products' dtype, in rows padded to a multiple of
-16 bytes, which the products need to be fast; dW is summed in fp32. Not measured on a GPU yet.
+16 bytes, which the products need to be fast; dW is summed in fp32. A bias and weights are left to PyTorch. Not
+measured on a GPU yet.
 """
 import torch
 import torch.nn.functional as F
@@ -39,20 +40,33 @@ CHUNK_BYTES, MAX_CHUNKS = 2**26, 8
 BLOCK_NUMEL, BLOCK_ROWS = 2**19, 4096
 
 
-def capped_logits(x, weight, softcap):
-    """x W^T in fp32 (fp64 stays), soft-capped: (n,V)."""
-    logits = F.linear(x, weight)
+def capped_logits(x, weight, softcap, bias=None):
+    """x W^T + bias in fp32 (fp64 stays), soft-capped: (n,V)."""
+    logits = F.linear(x, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def linear_cross_entropy_reference(x, weight, targets, softcap=None, z_weight=0.0):
+def linear_cross_entropy_reference(x, weight, targets, softcap=None, z_weight=0.0, bias=None,
+                                   token_weights=None):
     """The definition, with all logits at once. Same arguments and result as linear_cross_entropy."""
-    logits = capped_logits(x, weight, softcap)
-    total = F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction='sum')
+    logits, counts = capped_logits(x, weight, softcap, bias), _counts(targets, token_weights)
+    each = F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction='none')
     if z_weight:
-        total = total + z_weight * (logits.logsumexp(-1).square() * (targets >= 0)).sum()
-    return total / (targets >= 0).sum().clamp(min=1)
+        each = each + z_weight * logits.logsumexp(-1).square()
+    return (each * counts).sum() / _total(counts)
+
+
+def _counts(targets, token_weights):
+    """What each row counts: its weight, or 1, and 0 without a target (N,)."""
+    counts = targets >= 0
+    return counts if token_weights is None else counts * token_weights
+
+
+def _total(counts):
+    """The sum of what rows count, 1 where none does, as then there is nothing to divide."""
+    total = counts.sum()
+    return torch.where(total > 0, total, 1)
 
 
 def _buffer(x, weight, n_chunk):
@@ -65,12 +79,12 @@ def _buffer(x, weight, n_chunk):
     return x.new_empty(cdiv(x.shape[0], n_chunk), cdiv(weight.shape[0], 32) * 32)[:, :weight.shape[0]]
 
 
-def _loss(z, targets, softcap, z_weight, scale):
+def _loss(z, targets, counts, softcap, z_weight, scale):
     """
     The sum of the losses of rows of products z (n,V), which become `scale` times their gradient; they are
     lost if scale is None.
     """
-    counts, index = (targets >= 0).unsqueeze(-1), targets.clamp(min=0).unsqueeze(-1)
+    counts, index = counts.unsqueeze(-1), targets.clamp(min=0).unsqueeze(-1)
     wide, slope = at_least_fp32(z), None
     if softcap is not None:
         wide = torch.tanh(wide / softcap)
@@ -107,13 +121,15 @@ class _Weight:
         return torch.mm(dz, self.weight, out=out)
 
 
-def _chunk(x, weight, targets, softcap, z_weight, scale, buffer):
+def _chunk(x, weight, bias, targets, counts, softcap, z_weight, scale, buffer):
     """Over one chunk of rows: the sum of the losses, and dz, `scale` times their gradient, or None."""
     n = x.shape[0]
     z = weight.logits(x, None if buffer is None else buffer[:n])
+    z = z if bias is None else z.add_(bias)
     if buffer is not None and x.is_cpu:
         n = max(1, BLOCK_NUMEL // z.shape[1])
-    loss = sum(_loss(*rows, softcap, z_weight, scale) for rows in zip(z.split(n), targets.split(n)))
+    loss = sum(_loss(*rows, softcap, z_weight, scale)
+               for rows in zip(z.split(n), targets.split(n), counts.split(n)))
     return loss, z if scale is not None else None
 
 
@@ -131,12 +147,13 @@ def _add_product(total, a, b):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, z_weight, grads):
-        ctx.dtypes, device = (x.dtype, weight.dtype), x.device.type
+    def forward(ctx, x, weight, targets, softcap, z_weight, bias, token_weights, grads):
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        device, counts = x.device.type, _counts(targets, token_weights)
         # cast once and not for each chunk; autocast leaves fp64 alone
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-        mean = 1 / (targets >= 0).sum().clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
+        mean = 1 / _total(counts).to(torch.promote_types(x.dtype, torch.float32))
         # divided by the count in the backward pass, where a scaled loss has made small numbers large: fp16
         # would lose them in dz
         ctx.divide_later = x.dtype == torch.float16
@@ -144,37 +161,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_chunk = clamp(cdiv(x.shape[0] * weight.shape[0] * x.itemsize, CHUNK_BYTES), 1, MAX_CHUNKS)
         buffer, loss, dx = _buffer(x, weight, n_chunk), 0.0, []
         dw = torch.zeros_like(weight, dtype=mean.dtype) if grads else None
+        db = torch.zeros_like(bias, dtype=mean.dtype) if grads and bias is not None else None
         factor = (float8.Weight if common.head_dtype == 'float8' and grads else _Weight)(weight)
         with torch.autocast(device, enabled=False):
-            for xs, ts in zip(x.chunk(n_chunk), targets.chunk(n_chunk)):
-                part, dz = _chunk(xs, factor, ts, softcap, z_weight, scale, buffer)
+            for xs, *rows in zip(x.chunk(n_chunk), targets.chunk(n_chunk), counts.chunk(n_chunk)):
+                part, dz = _chunk(xs, factor, bias, *rows, softcap, z_weight, scale, buffer)
                 loss = loss + part
                 if grads:
                     dx.append(factor.gradient(dz))
                     # summed in fp32 whatever the products' dtype, or late chunks would be rounded away
                     _add_product(dw, dz.T, xs)
+                    if db is not None:
+                        db.add_(dz.sum(0, dtype=db.dtype))
         if grads:
-            ctx.save_for_backward(torch.cat(dx), dw, mean)
+            ctx.save_for_backward(torch.cat(dx), dw, db, mean)
         return loss * mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        dx, dw, mean = ctx.saved_tensors
+        dx, dw, db, mean = ctx.saved_tensors
         factor = grad * mean if ctx.divide_later else grad
         if not (dw.is_cpu and not torch.compiler.is_compiling() and factor == 1):
-            dx, dw = at_least_fp32(dx) * factor, dw * factor
-        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None
+            dx, dw, db = at_least_fp32(dx) * factor, dw * factor, None if db is None else db * factor
+        dx, dw, db = (None if d is None else d.to(dtype) for d, dtype in zip((dx, dw, db), ctx.dtypes))
+        return dx, dw, None, None, None, db, None, None
 
 
-def linear_cross_entropy(x, weight, targets, softcap=None, z_weight=0.0):
+def linear_cross_entropy(x, weight, targets, softcap=None, z_weight=0.0, bias=None, token_weights=None):
     """
-    x (N,C), weight (V,C), targets (N,) int64, negative for rows that do not count, softcap float or None
-    -> scalar fp32: the mean cross entropy, in nats, over the rows that count (0 when none does), and z_weight
-    times the mean square of the logits' logsumexp.
+    x (N,C), weight (V,C), targets (N,) int64, negative for rows that do not count, softcap float or None,
+    bias (V,), token_weights (N,) -> scalar fp32: the mean cross entropy, in nats, over the rows that count,
+    weighted by token_weights (0 when none counts), and z_weight times the mean square of the logits'
+    logsumexp.
     """
-    grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(x, weight, targets, softcap, z_weight, grads)
+    grads = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias))
+    return _LinearCrossEntropy.apply(x, weight, targets, softcap, z_weight, bias, token_weights, grads)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -303,11 +325,11 @@ def _autograd(ctx, grad, *_):
 _forward.register_autograd(_autograd, setup_context=_save)
 
 
-def ok(x, weight, targets, softcap=None, z_weight=0.0):
-    return fits(x, weight) and x.dim() == 2
+def ok(x, weight, targets, softcap=None, z_weight=0.0, bias=None, token_weights=None):
+    return fits(x, weight) and x.dim() == 2 and bias is None and token_weights is None
 
 
-def fused(x, weight, targets, softcap=None, z_weight=0.0):
+def fused(x, weight, targets, softcap=None, z_weight=0.0, bias=None, token_weights=None):
     grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
