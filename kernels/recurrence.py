@@ -40,6 +40,8 @@ registers, that leaves S in front of each chunk and Z behind it; all else runs f
 save the inputs, T, n and S, in v's dtype. Products are of numbers in v's dtype, those for T of TF32; sums are
 fp32. A decay below e^-30 counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
 """
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -140,34 +142,55 @@ class _Delta(torch.autograd.Function):
         return dq, dk, dv, dg, de, d_start.unflatten(0, q.shape[1:3])
 
 
-def _blocks(x, size):
-    """Rows in blocks: (...,L,K) -> (...,L/size,size,K)"""
-    return x.unflatten(-2, (-1, size))
-
-
-def _halves(x, size):
-    """Rows of the first and of the second half of every 2 size: (...,L,K) -> two (...,L/2size,size,K)"""
-    return x.unflatten(-2, (-1, 2, size)).unbind(-3)
-
-
-def _on_diagonal(x, size):
-    """The square blocks of x (...,L,L) on its diagonal: (...,L/size,size,size)"""
-    blocks = x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
-    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-
-
-def _factors(Gx, G):
+class _Squares:
     """
-    (size, exp(Gx_i - at), exp(at - G_j)) of the squares that a lower triangle is made of: rows i of a block
-    of PART, and those of the second half of every 2 size, against columns j of the first.
+    Squares that a lower triangle (L,L) is made of: blocks of PART on its diagonal, or rows of the second half
+    of every 2 size tokens beside columns of the first.
     """
-    middle = _blocks(G, PART)[..., PART // 2 - 1:PART // 2, :]
-    yield PART, (_blocks(Gx, PART) - middle).exp(), (middle - _blocks(G, PART)).exp()
+
+    def __init__(self, size, on_diagonal):
+        self.size, self.on_diagonal = size, on_diagonal
+
+    def rows(self, x):
+        """x (...,L,K) -> a view (...,n,size,K)"""
+        return self._part(x, 1)
+
+    def columns(self, y):
+        return self._part(y, 0)
+
+    def _part(self, x, half):
+        if self.on_diagonal:
+            return x.unflatten(-2, (-1, self.size))
+        return x.unflatten(-2, (-1, 2, self.size)).select(-3, half)
+
+    def factors(self, Gx, G):
+        """exp(Gx_i - at) and exp(at - G_j), at a token between rows and columns."""
+        columns = self.columns(G)
+        last = PART // 2 if self.on_diagonal else self.size
+        at = columns[..., last - 1:last, :]
+        return (self.rows(Gx) - at).exp(), (at - columns).exp()
+
+    def of(self, d):
+        """d (...,L,L) -> (...,n,size,size)"""
+        whole = self.size if self.on_diagonal else 2 * self.size
+        blocks = d.unflatten(-1, (-1, whole)).unflatten(-3, (-1, whole))
+        blocks = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        return blocks.tril() if self.on_diagonal else blocks[..., self.size:, :self.size]
+
+    def put(self, d, inside):
+        """The squares, with the triangles (...,2n,size,size) around them -> triangles (...,n,2size,2size)"""
+        if self.on_diagonal:
+            return d.tril_()
+        first, second = inside.unflatten(-3, (-1, 2)).unbind(-3)
+        return torch.cat((F.pad(first, (0, self.size)), torch.cat((d, second), -1)), -2)
+
+
+def _squares(L):
+    """Those of all sizes, for L tokens, from the smallest on."""
+    yield _Squares(PART, on_diagonal=True)
     size = PART
-    while size < G.shape[-2]:
-        first, second = _halves(G, size)[0], _halves(Gx, size)[1]
-        at = first[..., -1:, :]
-        yield size, (second - at).exp(), (at - first).exp()
+    while size < L:
+        yield _Squares(size, on_diagonal=False)
         size *= 2
 
 
@@ -181,36 +204,28 @@ class _Pairs(torch.autograd.Function):
     def forward(ctx, Gx, G, rows, *xy):
         ctx.rows, results = rows, {}
         ctx.save_for_backward(Gx, G, *xy)
-        xs, ys = xy[:rows], xy[rows:]
-        for level, (size, to_row, to_column) in enumerate(_factors(Gx, G)):
-            left = [(_halves(x, size)[1] if level else _blocks(x, size)) * to_row for x in xs]
-            right = [((_halves(y, size)[0] if level else _blocks(y, size)) * to_column).mT for y in ys]
-            for i, a in enumerate(left):
-                for j, b in enumerate(right):
-                    if not level:
-                        results[i, j] = (a @ b).tril_()
-                        continue
-                    first, second = results[i, j].unflatten(-3, (-1, 2)).unbind(-3)
-                    results[i, j] = torch.cat((F.pad(first, (0, size)), torch.cat((a @ b, second), -1)), -2)
+        for squares in _squares(G.shape[-2]):
+            to_row, to_column = squares.factors(Gx, G)
+            left = [squares.rows(x) * to_row for x in xy[:rows]]
+            right = [(squares.columns(y) * to_column).mT for y in xy[rows:]]
+            for i, j in product(range(len(left)), range(len(right))):
+                results[i, j] = squares.put(left[i] @ right[j], results.get((i, j)))
         return tuple(x.squeeze(-3) for x in results.values())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         Gx, G, *xy = ctx.saved_tensors
-        xs, ys = xy[:ctx.rows], xy[ctx.rows:]
         dxy = [torch.zeros_like(x) for x in xy]
-        dxs, dys = dxy[:ctx.rows], dxy[ctx.rows:]
-        for level, (size, to_row, to_column) in enumerate(_factors(Gx, G)):
-            left, d_left = ([_halves(x, size)[1] if level else _blocks(x, size) for x in z] for z in (xs, dxs))
-            right, d_right = (
-                [_halves(y, size)[0] if level else _blocks(y, size) for y in z] for z in (ys, dys))
-            left, right = [x * to_row for x in left], [y * to_column for y in right]
-            for number, grad in enumerate(grads):
-                i, j = divmod(number, len(ys))
-                d = _on_diagonal(grad, size).tril() if not level else _on_diagonal(grad, 2 * size)[..., size:, :size]
-                d_left[i].addcmul_(d @ right[j], to_row)
-                d_right[j].addcmul_(d.mT @ left[i], to_column)
+        xs, ys, dxs, dys = xy[:ctx.rows], xy[ctx.rows:], dxy[:ctx.rows], dxy[ctx.rows:]
+        for squares in _squares(G.shape[-2]):
+            to_row, to_column = squares.factors(Gx, G)
+            left = [squares.rows(x) * to_row for x in xs]
+            right = [squares.columns(y) * to_column for y in ys]
+            for grad, (i, j) in zip(grads, product(range(len(xs)), range(len(ys)))):
+                d = squares.of(grad)
+                squares.rows(dxs[i]).addcmul_(d @ right[j], to_row)
+                squares.columns(dys[j]).addcmul_(d.mT @ left[i], to_column)
         dGx = sum(x * dx for x, dx in zip(xs, dxs))
         dG = sum(y * dy for y, dy in zip(ys, dys)).neg_()
         return dGx, dG, None, *dxy

@@ -511,6 +511,16 @@ def test_packed_weights_give_the_product_in_float64(cls):
             assert_close(no_bias, want - bias.double(), bound, 'without a bias')
 
 
+@torch.no_grad()
+def test_each_thread_has_its_columns_of_a_packed_weight(monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+    for N, blocks in ((200, 1), (512, 2), (1000, 3)):
+        weight, bias, x = torch.randn(N, 20), torch.randn(N), torch.randn(2, 5, 20)
+        layer = PackedLinear(weight, bias)
+        assert len(layer.packed) == blocks
+        assert_close(layer(x).double(), x.double() @ weight.double().T + bias.double(), 1e-6, f'{N}')
+
+
 @pytest.mark.parametrize('kind', ['none', 'int8', 'int4'])
 @torch.no_grad()
 def test_a_packed_step_is_one_graph_and_draws_the_same(kind):

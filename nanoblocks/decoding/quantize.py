@@ -108,15 +108,18 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed):
-    """The weights as they are: fp32 in columns (I,N), 16-bit ones in the blocks of oneDNN."""
+    """
+    The weights as they are: fp32 in a block of columns (I,n) for each thread, as a product of one row would
+    otherwise run in one thread, and 16-bit ones in the blocks of oneDNN.
+    """
 
     def __init__(self, weight, bias):
         super().__init__(weight, bias)
         self.wide = weight.dtype == torch.float32
         weight = weight.detach()
-        # the blocks fit many rows as well as one
+        # the blocks of oneDNN fit many rows as well as one
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        self.packed = weight.t().contiguous() if self.wide else reorder(weight, 512)
+        self.packed = columns_by_thread(weight) if self.wide else reorder(weight, 512)
 
     @staticmethod
     def fits(weight):
@@ -125,8 +128,16 @@ class PackedLinear(Packed):
 
     def product(self, x):
         if self.wide:
-            return x @ self.packed if self.bias is None else torch.addmm(self.bias, x, self.packed)
+            y = torch.bmm(x.expand(len(self.packed), *x.shape), self.packed)                # (P,M,n)
+            return self.plus_bias(y.transpose(0, 1).flatten(1)[:, :self.out_features])
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+
+
+def columns_by_thread(weight):
+    """weight (N,I) -> (P,I,n), n = N / P rounded up, for P threads or fewer blocks of at least 256 columns"""
+    blocks = max(1, min(torch.get_num_threads(), len(weight) // 256))
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % blocks))
+    return padded.unflatten(0, (blocks, -1)).transpose(1, 2).contiguous()
 
 
 class Int8Packed(Packed):

@@ -1,7 +1,7 @@
 """
-README's table of published models, made from config/: the flags that turn GPT-2, or Llama, into each of them.
+The table of docs/models.md, made from config/: the flags that turn GPT-2, or Llama, into each of them.
 
-    python -m nanoblocks.experiments.tables     # writes the table into README.md
+    python -m nanoblocks.experiments.tables     # writes the table
 """
 import ast
 import re
@@ -59,11 +59,11 @@ def models_table():
 
 
 def with_table(text):
-    """The text of README.md with the table made anew."""
+    """The text of docs/models.md with the table made anew."""
     before, _, rest = text.partition(BEGIN)
     return f'{before}{BEGIN}\n{models_table()}\n{END}{rest.partition(END)[2]}'
 
 
 if __name__ == '__main__':
-    readme = ROOT / 'README.md'
-    readme.write_text(with_table(readme.read_text(encoding='utf-8')), encoding='utf-8')
+    page = ROOT / 'docs' / 'models.md'
+    page.write_text(with_table(page.read_text(encoding='utf-8')), encoding='utf-8')
