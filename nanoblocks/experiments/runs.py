@@ -118,6 +118,11 @@ def recorded(folder):
         raise ValueError(f'{path} is no config of a run: remove that folder and train it again') from None
 
 
+def as_recorded(config):
+    """The flags as a config.json has them, where a tuple is a list."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The guard: compared runs differ in the flags of their comparison, and in nothing else
 
@@ -127,7 +132,7 @@ def check_run(folder, flags):
     model, settings = recorded(folder)
     wanted_model, wanted = split(flags)
     # train.py takes the vocabulary size from the dataset, which is a setting
-    wanted_model = asdict(GPTConfig(**({'vocab_size': model.get('vocab_size')} | wanted_model)))
+    wanted_model = as_recorded(GPTConfig(**({'vocab_size': model.get('vocab_size')} | wanted_model)))
     for wish, found in ((wanted_model, model), (wanted, settings)):
         for name in wish:
             if name not in NOT_IDENTIFYING and (name not in found or found[name] != wish[name]):
@@ -156,7 +161,7 @@ def check_pair(first, second, names, free=()):
                              f'{name} too ({both[0].get(name)}, {both[1].get(name)})')
     # a flag left at None must have been filled in with the value that follows from the others
     for folder, (model, _) in zip((first, second), runs):
-        follows = asdict(GPTConfig(**(model | dict.fromkeys(derived))))
+        follows = as_recorded(GPTConfig(**(model | dict.fromkeys(derived))))
         wrong = [name for name in derived if follows[name] != model[name]]
         if wrong:
             raise ValueError(f'{first} and {second} must differ in {", ".join(names)} alone, and '
