@@ -2072,7 +2072,7 @@ class NormedBlock(Block):
 class HeadFlags:
     """Output head"""
     head_mlp: bool = False          # a linear layer, GELU and a norm before the head
-    head_mlp_bias: bool | None = flag(None, like='bias', head_mlp=True)     # bias of that layer; None: as bias
+    head_mlp_bias: bool | None = flag(None, like='bias', head_mlp=True)     # its bias; None: as bias
     head_bias: bool = False         # bias of the logits
     # width of the embedding and of a tied head, with a projection to n_embd behind it (ELECTRA); None: n_embd
     embed_width: int | None = flag(None, like='n_embd')
@@ -2086,7 +2086,8 @@ class HeadMLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c_fc, self.norm = Linear(c.n_embd, c.embed_width, c.head_mlp_bias), norm_if(True, c, c.embed_width)
+        self.c_fc = Linear(c.n_embd, c.embed_width, c.head_mlp_bias)
+        self.norm = norm_if(True, c, c.embed_width)
 
     def forward(self, x):
         return self.norm(F.gelu(self.c_fc(x)))
@@ -2229,7 +2230,8 @@ class GPT(nn.Module):
         self.wpe = POSITIONS[c.pos](c)
         self.embed_scale = math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0
         self.ln_e = norm_if(c.embed_norm, c, c.embed_width)
-        self.embed_proj = nn.Identity() if c.embed_width == c.n_embd else Linear(c.embed_width, c.n_embd, True)
+        narrow = c.embed_width != c.n_embd
+        self.embed_proj = Linear(c.embed_width, c.n_embd, bias=True) if narrow else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
         block, plan = RESIDUAL[c.residual], c.plan()
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(plan))
@@ -2257,13 +2259,14 @@ class GPT(nn.Module):
                 weights=None):
         """
         idx (B,T) int64. pos (T,) or (B,T) int64: their positions, consecutive, negative for padding in front
-        of a row (of an encoder: anywhere), below block_size where positions are learned; None: 0..T-1. cache: from new_cache; then pos
-        may be None on its first call only.
+        of a row (of an encoder: anywhere), below block_size where positions are learned; None: 0..T-1.
+        cache: from new_cache; then pos may be None on its first call only.
 
         Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where
         there is none -> (None, mean cross entropy in nats); the logits are never stored. In training the loss
         includes what routers and further predictions add, and z_loss times the mean square of the logits'
-        log-sum-exp (PaLM). weights (B,T): of the targets in that mean. parts=True: a dict of the loss and its parts, see `losses`.
+        log-sum-exp (PaLM). weights (B,T): of the targets in that mean. parts=True: a dict of the loss and
+        its parts, see `losses`.
         """
         ctx = self.context(idx, pos, cache)
         x = self.embed_proj(self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos))))
@@ -2320,9 +2323,9 @@ class GPT(nn.Module):
         return losses
 
     def cross_entropy(self, x, targets, z_loss, weights=None):
-        weights = None if weights is None else weights.flatten()
-        return ops.linear_cross_entropy(self.read_out(x).flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                        self.config.logit_softcap, z_loss, self.lm_head.bias, weights)
+        x, weights = self.read_out(x).flatten(0, 1), None if weights is None else weights.flatten()
+        return ops.linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), self.config.logit_softcap,
+                                        z_loss, self.lm_head.bias, weights)
 
     def new_cache(self, batch_size: int, max_tokens: int, spare: int = 0) -> list:
         """

@@ -28,6 +28,7 @@ import torch
 
 from configurator import configure, errors_as_messages, plain_settings
 from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
+from data.objectives import OBJECTIVES
 from kernels import use_attention, use_head_dtype, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
@@ -63,6 +64,8 @@ wandb_run_name = ''                 # Weights & Biases: name of the run; empty: 
 wandb_samples = 2                   # Weights & Biases: sample texts of 200 tokens at every evaluation
 # data
 dataset = 'pysource'                # a folder of data/, or the path of any prepared folder
+objective = 'next'                  # next (decoders); mask, diffusion (encoders: causal=False)
+mask_rate = 0.15                    # mask: share of the tokens that are masked and named
 check_data: bool | None = None      # verify the checksums of the token files; None: if they are below 4 GB
 batch_size = 12                     # sequences per micro-batch of one process
 gradient_accumulation_steps = 40    # micro-batches per step, summed over all processes
@@ -168,14 +171,17 @@ with errors_as_messages():
         ensure_prepared(data_folder)
     parallel.wait_for_all()
     meta = open_dataset(data_folder, 1, seed).meta
+    task = OBJECTIVES[objective](meta['vocab_size'], mask_rate)
+    n_tokens = meta['vocab_size'] + task.more
     if resumed:
         model = checkpoint.build(resumed, ckpt_path, model_args if eval_only else {})
         config = model.config
     else:
-        config = loaded.config if loaded else GPTConfig(**({'vocab_size': meta['vocab_size']} | model_args))
-        rules.check_vocabulary(config, meta, dataset, init_from if loaded else None)
+        config = loaded.config if loaded else GPTConfig(**({'vocab_size': n_tokens} | model_args))
+        rules.check_vocabulary(config, n_tokens, dataset, init_from if loaded else None)
+    rules.check_objective(settings, config)
     T = config.block_size
-    data = open_dataset(data_folder, T, seed)
+    data = open_dataset(data_folder, T, seed, task)
     rules.check_lengths(settings, world, T)
     if batch_tokens is not None:
         gradient_accumulation_steps = batch_tokens // (batch_size * T)
@@ -249,23 +255,27 @@ signals.open()
 
 
 def micro_batch(number):
-    """x and y, (batch_size,T) each; which rows they are depends on the number alone."""
+    """idx, targets, ... (batch_size,T) each; which rows they are depends on the number alone."""
     return data.train_batch(number * batch_size, batch_size)
 
 
-def losses_of(model, x, y, number):
+def on_device(batch):
+    """The tensors of a batch by the names that the model has for them."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in zip(task.names, batch)}
+
+
+def losses_of(model, batch, number):
     """The loss of a micro-batch and its parts: {'loss', 'cross_entropy', ...}, scalars."""
     # dropout is seeded by the micro-batch: a resumed run draws the same masks
     torch.manual_seed(zlib.crc32(f'{seed} {number}'.encode()))
     with autocast:
-        return model(x, y, z_loss=z_loss, parts=True)[1]
+        return model(**batch, z_loss=z_loss, parts=True)[1]
 
 
 def recomputed_losses():
     """Yields the losses of the last step, computed once more, to find the tensor that is not finite."""
     for number in numbers:
-        x, y = micro_batch(number)
-        losses = losses_of(raw_model, x.to(device), y.to(device), number)
+        losses = losses_of(raw_model, on_device(micro_batch(number)), number)
         yield optimizers.scaled(losses['loss'], 1 / len(numbers))
 
 
@@ -277,11 +287,10 @@ def evaluate():
     with progress.paused(), optimizers.averaged(), signals.interruptible():
         # batches of one size, or torch.compile would compile again
         batches = data.eval_batches(batch_size, tokens, rank, world, full=True)
-        for x, y in prefetched(batches, prefetch, pin):
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        for batch in map(on_device, prefetched(batches, prefetch, pin)):
             with autocast:
-                loss = fast_model(x, y)[1]
-            count = (y >= 0).sum()
+                loss = fast_model(**batch)[1]
+            count = ((batch['targets'] >= 0) * batch.get('weights', 1)).sum()
             sums.append(torch.stack([loss.float() * count, count.float()]))
             log.evaluating(min(1, len(sums) * batch_size * T * world / tokens))
             signals.poll()
@@ -339,8 +348,8 @@ try:
         if eval_only or step > evaluated and (step % eval_interval == 0 or step == max_iters):
             val_loss = evaluate()
             bits = val_loss / math.log(2) / meta['val_bytes_per_token']
-            log.print(f'step {step}: val loss {val_loss:.4f}, {bits:.4f} bits per byte')
-            record(val_loss=val_loss, val_bpb=bits)
+            log.print(f'step {step}: val loss {val_loss:.4f}{task.told.format(bits=bits)}')
+            record(val_loss=val_loss, **{'val_bpb': bits} if task.whole else {})
             if eval_only:
                 break
             evaluated, improved = step, step > 0 and val_loss < best_val_loss
@@ -358,10 +367,10 @@ try:
         numbers, count = micro_batches.mine(step, micro_done), micro_batches.count(step)
         with signals.interruptible(trains=True), casts_kept:
             for number in numbers:
-                x, y = (tensor.to(device, non_blocking=True) for tensor in next(stream))
+                batch = on_device(next(stream))
                 # processes exchange their gradients once a step, with the last micro-batch
                 parallel.exchange_gradients(model, number == numbers[-1])
-                losses = losses_of(model, x, y, number)
+                losses = losses_of(model, batch, number)
                 optimizers.scaled(losses['loss'], 1 / len(numbers)).backward()
                 progress.add(losses['cross_entropy'], 1 / len(numbers))
                 signals.poll()

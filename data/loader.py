@@ -276,7 +276,8 @@ class Dataset:
         starts, most = starts[rank::world], -(-wanted // world)
         for i in range(0, most if full else len(starts), batch_size):
             own = starts[i:i + batch_size]
-            x, y, *others = self.objective(self.val.rows(own, self.block_size + 1), mix(own.astype(np.uint64)))
+            rows = self.val.rows(own, self.block_size + 1)
+            x, y, *others = self.objective(rows, mix(own.astype(np.uint64)))
             if full and len(x) < batch_size:
                 more = (0, 0, 0, batch_size - len(x))
                 x, y, *others = F.pad(x, more), F.pad(y, more, value=-1), *(F.pad(z, more) for z in others)

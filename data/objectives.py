@@ -27,6 +27,9 @@ def uniform(keys, columns, purpose):
 class Next:
     names = 'idx', 'targets'    # of the tensors that a batch has, as the model calls them
     more = 0                    # tokens beside those of the dataset
+    causal = True               # the model that it needs
+    whole = True                # the loss is of every token, so that it is bits per byte as well
+    told = ', {bits:.4f} bits per byte'     # behind a validation loss
 
     def __init__(self, vocab_size, mask_rate):
         self.vocab_size, self.mask_rate = vocab_size, mask_rate
@@ -41,7 +44,7 @@ class Mask(Next):
     token, and 10 % stay (Devlin et al. 2018, https://arxiv.org/abs/1810.04805). The mask is the token after
     the dataset's last.
     """
-    more = 1
+    more, causal, whole, told = 1, False, False, ' of masked tokens'
 
     def __call__(self, rows, keys):
         x = rows[:, :-1]
@@ -63,6 +66,7 @@ class Diffusion(Mask):
     loss of the whole row (LLaDA: Nie et al. 2025, https://arxiv.org/abs/2502.09992).
     """
     names = 'idx', 'targets', 'weights'
+    whole, told = True, ', at most {bits:.4f} bits per byte'
 
     def __call__(self, rows, keys):
         x = rows[:, :-1]

@@ -152,8 +152,8 @@ def sdpa(q, k, v, scoring, mask=None):
     seen, or a bias in q's dtype; None: the triangle of tokens 0..T-1, or all of them.
     """
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and scoring.causal, scale=scoring.scale, dropout_p=scoring.dropout,
-        enable_gqa=q.shape[1] != k.shape[1])
+        q, k, v, attn_mask=mask, is_causal=mask is None and scoring.causal, scale=scoring.scale,
+        dropout_p=scoring.dropout, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def by_position(q, k, v, pos, key_pos, scoring):

@@ -13,8 +13,8 @@ With a z-loss (PaLM, https://arxiv.org/abs/2204.02311) the mean of z_weight * lo
 keeps logits from drifting, and softmax(z) above becomes softmax(z) * (1 + 2 z_weight logsumexp(z)).
 
 Saved for the backward pass: dx (N,C) and dW (V,C), which backward only has to scale by the incoming gradient,
-and by the sum of weights in fp16, where dz would lose small numbers. With N = 12288 tokens and V = 50257, fp32 logits
-take 2.5 GB and autograd as much again for their softmax; eight chunks keep an eighth of one.
+and by the sum of weights in fp16, where dz would lose small numbers. With N = 12288 tokens and V = 50257,
+fp32 logits take 2.5 GB and autograd as much again for their softmax; eight chunks keep an eighth of one.
 
 On a CPU the products are most of the time. Memory that is fresh costs more to get than to compute in, so one
 buffer holds the logits of each chunk, in the products' dtype; between the products, some rows at a time are
@@ -22,8 +22,8 @@ widened, turned into their gradient, and written back, all in the cache; and dW 
 
 On a GPU the three products of a chunk are PyTorch's, and one Triton kernel between them reads a row of logits
 twice and writes its gradient over it. The logits stay in the products' dtype, in rows padded to a multiple of
-16 bytes, which the products need to be fast; dW is summed in fp32. A bias and weights are left to PyTorch. Not
-measured on a GPU yet.
+16 bytes, which the products need to be fast; dW is summed in fp32. A bias and weights are left to plain
+PyTorch. Not measured on a GPU yet.
 """
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # cast once and not for each chunk; autocast leaves fp64 alone
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-        mean = 1 / _total(counts).to(torch.promote_types(x.dtype, torch.float32))
+        mean = 1 / _total(counts.to(torch.promote_types(x.dtype, torch.float32)))
         # divided by the count in the backward pass, where a scaled loss has made small numbers large: fp16
         # would lose them in dz
         ctx.divide_later = x.dtype == torch.float16

@@ -172,6 +172,12 @@ FIELDS = {
     'rnn_shift': Field((False, True)),
     'rnn_mix_width': Field((None, 40), (0,)),
     'rnn_mix_gate': Field((False, True)),
+    'causal': Field((True, False)),
+    'first_norm': Field((True, False)),
+    'head_mlp': Field((False, True)),
+    'head_mlp_bias': Field((None, True, False)),
+    'head_bias': Field((False, True)),
+    'embed_width': Field((None, 20), (0,), same_for_all(None)),
     'n_predict': Field((1, 3), (0,)),
     'predict_weight': Field((0.3, 1.0), (-0.1,)),
 }

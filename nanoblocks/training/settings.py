@@ -6,11 +6,13 @@ import shlex
 from dataclasses import asdict
 
 from configurator import within
+from data.objectives import OBJECTIVES
 from model import GPTConfig
 from nanoblocks.formats import counted
 from nanoblocks.training.optim import SCHEDULES
 
-CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': tuple(SCHEDULES), 'backend': ('nccl', 'gloo'),
+CHOICES = {'optimizer': ('adamw', 'muon'), 'objective': tuple(OBJECTIVES), 'schedule': tuple(SCHEDULES),
+           'backend': ('nccl', 'gloo'),
            'dtype': ('auto', 'float32', 'bfloat16', 'float16'), 'stream_dtype': ('float32', 'bfloat16'),
            # modes with CUDA graphs would write over the losses of earlier micro-batches
            'compile_mode': ('default', 'max-autotune-no-cudagraphs')}
@@ -24,6 +26,7 @@ LIMITS = {
     'warmup_iters': {'least': 0}, 'lr_decay_iters': {'least': 1},
     'wsd_decay': {'least': 0, 'most': 1},
     'weight_decay': {'least': 0}, 'grad_clip': {'least': 0}, 'z_loss': {'least': 0},
+    'mask_rate': {'above': 0, 'most': 1},
     'beta1': {'least': 0, 'below': 1}, 'beta2': {'least': 0, 'below': 1},
     'ema': {'least': 0, 'below': 1},
     'prefetch': {'least': 0}, 'wandb_samples': {'least': 0},
@@ -31,8 +34,8 @@ LIMITS = {
 # values of init_from that do not name a checkpoint
 STARTS = ('scratch', 'resume', 'auto')
 # settings that a resumed run must keep, as it must keep the model's flags
-FIXED = ('seed', 'batch_size', 'gradient_accumulation_steps', 'batch_tokens', 'batch_warmup_iters',
-         'optimizer')
+FIXED = ('seed', 'objective', 'mask_rate', 'batch_size', 'gradient_accumulation_steps', 'batch_tokens',
+         'batch_warmup_iters', 'optimizer')
 
 # When torch.compile pays on a CPU. The first step then takes 33 to 97 seconds longer, and the others 1 / 1.26
 # to 1 / 1.95 of their time, which makes up for it after 1e13 (Gemma 2, Mamba-2) to 3.5e13 FLOPs (Llama of 5M
@@ -108,6 +111,7 @@ def unread(s, world):
         (decays and schedule != 'wsd', f'with schedule={schedule}', ['wsd_decay']),
         (s['eval_tokens'], f'with eval_tokens={s["eval_tokens"]}', ['eval_iters']),
         (s['batch_tokens'], f'with batch_tokens={s["batch_tokens"]}', ['gradient_accumulation_steps']),
+        (s['objective'] != 'mask', f'with objective={s["objective"]}', ['mask_rate']),
         (not s['wandb_log'], 'with wandb_log=False', ['wandb_project', 'wandb_run_name', 'wandb_samples']),
         (world == 1, 'in one process', ['backend'])]
 
@@ -148,11 +152,18 @@ def rule_of(settings):
     return must
 
 
-def check_vocabulary(config, meta, dataset, published):
+def check_objective(s, config):
+    """ValueError if the objective cannot be learned by such a model."""
+    must, task = rule_of(s), OBJECTIVES[s['objective']]
+    others = [name for name, other in OBJECTIVES.items() if other.causal == config.causal]
+    must('objective', task.causal == config.causal, f'be {" or ".join(others)} when causal={config.causal}')
+
+
+def check_vocabulary(config, n_tokens, dataset, published):
     """ValueError if a model lacks tokens of its data; `published`: what its weights come from, or None."""
-    if config.vocab_size < meta['vocab_size']:
+    if config.vocab_size < n_tokens:
         remedy = f'prepare it with --tokenizer={published}' if published else 'leave it out, and it is set'
-        raise ValueError(f'vocab_size={config.vocab_size} must be at least the {meta["vocab_size"]} '
+        raise ValueError(f'vocab_size={config.vocab_size} must be at least the {n_tokens} '
                          f'tokens of dataset={dataset}: {remedy}')
 
 
