@@ -1189,7 +1189,9 @@ class TokenDecay(NoDecay):
     def forward(self, x):
         f = (ops.at_least_fp32(self.f(x)) + ops.at_least_fp32(self.dt_bias)).unflatten(-1, self.shape)
         rate = torch.exp(ops.at_least_fp32(self.A_log)).unsqueeze(-1)
-        return -rate * F.softplus(f) if self.floor is None else self.floor * torch.sigmoid(rate * f)
+        if self.floor is None:  # log sigmoid(-f) is -softplus(f), and its gradient can be compiled
+            return rate * F.logsigmoid(-f)
+        return self.floor * torch.sigmoid(rate * f)
 
 class KeyDecay(TokenDecay):
     """TokenDecay with a rate for each key (KDA: Kimi Linear 2025, https://arxiv.org/abs/2510.26692)."""

@@ -197,15 +197,15 @@ def _squares(L):
 class _Pairs(torch.autograd.Function):
     """
     (x|y) = sum over keys of x_i y_j exp(Gx_i - G_j), j <= i, for each x of the first `rows` of xy and each y
-    of the others: all (...,L,K), L a power of 2 -> (...,L,L) each, by x, then by y.
+    of the others: all (...,L,K), L a power of 2 -> (...,L,L) each, by x, then by y. Gx: None for G.
     """
 
     @staticmethod
-    def forward(ctx, Gx, G, rows, *xy):
+    def forward(ctx, G, Gx, rows, *xy):
         ctx.rows, results = rows, {}
-        ctx.save_for_backward(Gx, G, *xy)
+        ctx.save_for_backward(G, Gx, *xy)
         for squares in _squares(G.shape[-2]):
-            to_row, to_column = squares.factors(Gx, G)
+            to_row, to_column = squares.factors(G if Gx is None else Gx, G)
             left = [squares.rows(x) * to_row for x in xy[:rows]]
             right = [(squares.columns(y) * to_column).mT for y in xy[rows:]]
             for i, j in product(range(len(left)), range(len(right))):
@@ -215,11 +215,11 @@ class _Pairs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        Gx, G, *xy = ctx.saved_tensors
+        G, Gx, *xy = ctx.saved_tensors
         dxy = [torch.zeros_like(x) for x in xy]
         xs, ys, dxs, dys = xy[:ctx.rows], xy[ctx.rows:], dxy[:ctx.rows], dxy[ctx.rows:]
         for squares in _squares(G.shape[-2]):
-            to_row, to_column = squares.factors(Gx, G)
+            to_row, to_column = squares.factors(G if Gx is None else Gx, G)
             left = [squares.rows(x) * to_row for x in xs]
             right = [squares.columns(y) * to_column for y in ys]
             for grad, (i, j) in zip(grads, product(range(len(xs)), range(len(ys)))):
@@ -228,7 +228,7 @@ class _Pairs(torch.autograd.Function):
                 squares.columns(dys[j]).addcmul_(d.mT @ left[i], to_column)
         dGx = sum(x * dx for x, dx in zip(xs, dxs))
         dG = sum(y * dy for y, dy in zip(ys, dys)).neg_()
-        return dGx, dG, None, *dxy
+        return (dG + dGx, None, None, *dxy) if Gx is None else (dG, dGx, None, *dxy)
 
 
 class _Carry(torch.autograd.Function):
@@ -278,10 +278,10 @@ def _by_key(q, k, v, g, e, f, state, before):
     G = g.cumsum(-2)
     Gq, columns = G - g if before else G, (k,) if f is None else (k, f)
     if e is None or before:
-        reads = _Pairs.apply(Gq, G, 1, q, *columns)
-        erases = () if e is None else _Pairs.apply(G, G, 1, e, *columns)
+        reads = _Pairs.apply(G, Gq if before else None, 1, q, *columns)
+        erases = () if e is None else _Pairs.apply(G, None, 1, e, *columns)
     else:
-        both = _Pairs.apply(G, G, 2, q, e, *columns)
+        both = _Pairs.apply(G, None, 2, q, e, *columns)
         reads, erases = both[:len(columns)], both[len(columns):]
     if before:
         reads = [x.tril(-1) for x in reads]

@@ -10,7 +10,7 @@ import bench
 from model import GPT
 from nanoblocks.experiments import limits, peers, timing
 
-TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+TOY = dict(n_layer=4, n_head=2, n_embd=32, block_size=16, vocab_size=64)
 FLAGS = [f'--{name}={value}' for name, value in TOY.items()]
 
 
