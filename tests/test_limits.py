@@ -20,7 +20,7 @@ def case(name, dtype='float32', **flags):
 
 def counted(name, **options):
     """(step, its products, those within attention) of three sequences of a toy model."""
-    step = limits.Step(case(name, **options), 'cpu')
+    step = limits.Step(case(name, n_layer=2, **options), 'cpu')
     attention = limits.attention_runs(step)
     with limits.Products() as within:
         for run in attention:
