@@ -378,6 +378,36 @@ def test_layer_equals_its_paper(name):
         assert_close(got[row], paper(m, x[row]), 1e-5, 'y')
 
 
+MORE = {
+    'gated delta rule': dict(rnn_decay='head', rnn_erase='delta', rnn_conv=3, rnn_unit=True, rnn_key_heads=1),
+    'Kimi delta attention': dict(rnn_decay='key', rnn_erase='delta', rnn_conv=4, rnn_unit=True),
+    'mLSTM': dict(rnn_decay='sigmoid', rnn_input='exp', rnn_gate='sigmoid', rnn_norm='layer'),
+}
+
+
+@pytest.mark.parametrize('name', [*LAYERS, *MORE])
+@torch.no_grad()
+def test_layer_in_pieces_and_behind_padding_is_as_if_alone(name):
+    """Row 1 has padding in front of its text, in front of what goes on, and as the one token of a step."""
+    m, x = mixer(**(MORE[name] if name in MORE else LAYERS[name][0])), rand(2, 30, 16)
+
+    def alone(x):
+        return m(x, Context(torch.arange(x.shape[1]), True, None))
+    padded = torch.arange(30) - torch.tensor([[0], [4]])
+    got = m(x, Context(padded, False, None))
+    assert_close(got[:1], alone(x[:1]), EXACT, 'y without padding')
+    assert_close(got[1:, 4:], alone(x[1:, 4:]), EXACT, 'y behind padding')
+    cache, got = m.new_cache(2, 30, torch.float64, 'cpu'), []
+    real = torch.ones(30, dtype=torch.bool)
+    real[[0, 1, 8, 9, 10, 25]] = False      # in row 1
+    pos = torch.stack((torch.arange(30), torch.where(real, real.cumsum(0) - 1, -1)))
+    for piece in map(slice, (0, 8, 24, 25, 26, 27), (8, 24, 25, 26, 27, 30)):
+        got.append(m(x[:, piece], Context(pos[:, piece], False, None), cache))
+    got = torch.cat(got, 1)
+    assert_close(got[:1], alone(x[:1]), EXACT, 'y of the row without padding, in pieces')
+    assert_close(got[1:, real], alone(x[1:, real]), EXACT, 'y of the row with padding, in pieces')
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Numbers
 
