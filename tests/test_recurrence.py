@@ -211,6 +211,8 @@ def test_a_token_that_forgets_all_leaves_little_rounding_to_the_others(make, era
     args = {k: v.float() for k, v in args.items()}
     args['g'][:, 20] = -2000
     assert_same(recurrence, args, bound=5e-6)
+    _, grads = gradients(recurrence, args, [rand(*o.shape, seed=7) for o in definition(**args)])
+    assert grads['g'][:, 20].eq(0).all(), 'how much more it forgets changes nothing'
 
 
 # ----------------------------------------------------------------------------------------------------------
