@@ -259,6 +259,20 @@ def test_padding_is_as_if_it_were_not_there(kind):
 
 @every_kind
 @torch.no_grad()
+def test_a_single_token_of_padding_is_as_if_it_were_not_there(kind):
+    """Row 1 begins with a step of padding, and has another one between its tokens 4 and 5."""
+    m, x = mixer(kind), rand(2, 7, 16)
+    cache, got = m.new_cache(2, 0, torch.float64, 'cpu'), []
+    pos = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [-1, 0, 1, 2, 3, -1, 4]])
+    for piece in map(slice, (0, 1, 5, 6), (1, 5, 6, 7)):
+        got.append(m(x[:, piece], context(pos[:, piece]), cache))
+    got, real = torch.cat(got, 1), pos[1] >= 0
+    assert_close(got[:1], m(x[:1], whole(7)), EXACT, 'y of the row without padding')
+    assert_close(got[1:, real], m(x[1:, real], whole(5)), EXACT, 'y of the row with padding')
+
+
+@every_kind
+@torch.no_grad()
 def test_layer_in_low_precision(kind):
     """Under autocast, and with all weights in bf16: near the truth, with a state in fp32."""
     x = rand(2, T, 16)
