@@ -181,13 +181,14 @@ def test_layer_equals_its_paper(kind):
 
 @torch.no_grad()
 def test_values_of_the_first_rwkv7_layer_reach_the_later_ones():
-    model = loud(GPT(config(rnn='rwkv7', layer_pattern='ar', n_layer=4, dropout=0.0)))
-    first, second = model.h[1].mixer, model.h[3].mixer
-    assert first.mix is None and second.mix is not None
+    model = loud(GPT(config(rnn='rwkv7', layer_pattern='ar', n_layer=6, dropout=0.0)))
+    first, *later = (model.h[i].mixer for i in (1, 3, 5))
+    assert first.mix is None and all(m.mix is not None for m in later)
     x, other, ctx = rand(1, T, 16), rand(1, T, 16, seed=1), whole(T)
     first(x, ctx)
     values = before(x[0], first.shift.mu[3]) @ first.v.weight.T
-    assert_close(second(other, ctx)[0], rwkv7(second, other[0], values), EXACT, 'y')
+    for m in later:
+        assert_close(m(other, ctx)[0], rwkv7(m, other[0], values), EXACT, 'y')
 
 
 @pytest.mark.parametrize('fresh', [True, False], ids=['fresh', 'carried'])
