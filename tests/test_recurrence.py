@@ -380,6 +380,16 @@ def test_layer_equals_its_paper(name):
         assert_close(got[row], paper(m, x[row]), 1e-5, 'y')
 
 
+def test_further_predictions_forget_as_the_last_layer():
+    model = GPT(GPTConfig(block_size=64, vocab_size=7, n_layer=3, n_head=2, n_embd=16, pos='none',
+                          layer_pattern='r', rnn_decay='lightning', n_predict=3))
+    first, *rest = (block.mixer.decay(rand(1, 1, 16))[0, 0, :, 0] for block in (*model.h, *model.further))
+    slopes = -2.0 ** torch.tensor([-4.0, -8.0])
+    for i, decay in enumerate((first, *rest)):
+        assert_close(decay, slopes * (1 - min(i, 2) / (2 + 1e-5) + 1e-5), 1e-6, f'layer {i}')
+    assert len(rest) == 4 and rest[-1].lt(0).all()
+
+
 MORE = {
     'gated delta rule': dict(rnn_decay='head', rnn_erase='delta', rnn_conv=3, rnn_unit=True, rnn_key_heads=1),
     'Kimi delta attention': dict(rnn_decay='key', rnn_erase='delta', rnn_conv=4, rnn_unit=True),

@@ -191,6 +191,15 @@ def test_values_of_the_first_rwkv7_layer_reach_the_later_ones():
         assert_close(m(other, ctx)[0], rwkv7(m, other[0], values), EXACT, 'y')
 
 
+@pytest.mark.parametrize('kind', ['rwkv7', 'rwkv6', 'rwkv4', 'channel_mix_gate'])
+def test_further_predictions_begin_as_the_last_layer(kind):
+    model = GPT(config(**KINDS[kind][0], n_predict=3))
+    first, last, *further = (block.mixer for block in (*model.h, *model.further))
+    for mixer in further:
+        assert torch.equal(mixer.shift.mu, last.shift.mu)
+    assert not torch.equal(first.shift.mu, last.shift.mu)
+
+
 @pytest.mark.parametrize('fresh', [True, False], ids=['fresh', 'carried'])
 @torch.no_grad()
 def test_convolution_of_s4d_equals_its_recurrence(fresh):
