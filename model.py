@@ -938,6 +938,12 @@ def close_gap(tail, x, pos):
     source = torch.where(slot < pad + sizes[0], slot - pad, slot).clamp(min=0)      # (1 or B,W-1+T)
     return both.gather(1, source.unsqueeze(-1).expand_as(both)).split(sizes, dim=1)
 
+def no_padding(ctx, *tensors):
+    """The tensors (B,T,...), with zeros where a token is padding, so that a state stays as it is."""
+    if ctx.in_order:
+        return tensors
+    return [x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0) for x in tensors]
+
 def step_size(dt, ctx, limits=(0.0, None)):
     """softplus of dt (B,T,...), in fp32. Padding gets a step of 0, which leaves the state unchanged."""
     dt = F.softplus(ops.at_least_fp32(dt)).clamp(*limits)
@@ -1339,9 +1345,7 @@ class Recurrence(StateSpace):
             k = k * soft_capped(ops.at_least_fp32(self.input(x)), self.cap).exp().unsqueeze(-1)
         if self.least is not None:
             v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-        if not ctx.in_order:  # padding leaves the state as it is
-            padding = (ctx.pos < 0).view(-1, x.shape[1], 1, 1)
-            g, k, e = (z if z is None else z.masked_fill(padding, 0) for z in (g, k, e))
+        g, k = no_padding(ctx, g, k)        # so nothing is erased either
         # 3. the state, and the way back
         y, state = ops.recurrence(q, k, v, g, e, state=state)                           # (B,T,H,V)
         if cache is not None:
@@ -1434,12 +1438,6 @@ class TokenShift(nn.Module):
         """x (B,T,C), tail (B,1,C) or None -> n tensors (B,T,C), and the new tail"""
         before, tail = shifted(x, ctx, tail)
         return [x + mu * (before - x) for mu in self.mu], tail
-
-def no_padding(ctx, *tensors):
-    """The tensors (B,T,...), with zeros where a token is padding, so that a state stays as it is."""
-    if ctx.in_order:
-        return tensors
-    return [x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0) for x in tensors]
 
 class LowRank(nn.Module):
     """up act(down x), through `rank` numbers, and a bias, which is all that there is at first. In fp32."""
