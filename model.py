@@ -1382,7 +1382,8 @@ class RecurrenceFlags:
     rnn_input: str = flag('none', RNN_INPUT)
     rnn_gate: str = flag('silu', RNN_GATE)          # gate on the output: none, silu, sigmoid
     rnn_norm: str = flag('head', RNN_NORM)          # of the output: none, head (RMS), all (RMS), layer
-    rnn_eps: float | None = flag(None, like='norm_eps')     # of that norm; None: norm_eps
+    # of that norm; None: norm_eps
+    rnn_eps: float | None = flag(None, like='norm_eps', rnn_norm=('head', 'all', 'layer'))
     rnn_floor: float | None = flag(None, below=0, rnn_decay=('head', 'key'))    # lowest log decay of a token
     rnn_gate_cap: float | None = flag(None, rnn_decay='sigmoid')    # caps mLSTM's gates smoothly
     # rank of the projections to the gate and to the decay; None: full
@@ -1394,11 +1395,10 @@ class RecurrenceFlags:
     rnn_bias: bool | None = flag(None, like='bias')     # bias of the projections; None: as bias
 
     def fill(c):
-        heads = c.rnn_heads or c.n_head
-        c._must('n_embd', c.rnn_key_dim or c.n_embd % heads == 0,
-                f'be a multiple of rnn_heads={heads}, or rnn_key_dim must be set')
-        key_dim = c.rnn_key_dim or c.n_embd // heads
-        return {'rnn_key_heads': heads, 'rnn_key_dim': key_dim, 'rnn_value_dim': key_dim}
+        c._must('n_embd', c.rnn_key_dim or c.n_embd % c.rnn_heads == 0,
+                f'be a multiple of rnn_heads={c.rnn_heads} (by default n_head), or rnn_key_dim must be set')
+        key_dim = c.rnn_key_dim or c.n_embd // c.rnn_heads
+        return {'rnn_key_heads': c.rnn_heads, 'rnn_key_dim': key_dim, 'rnn_value_dim': key_dim}
 
     def rules(c):
         yield 'rnn_key_heads', c.rnn_heads % c.rnn_key_heads == 0, f'divide rnn_heads={c.rnn_heads}'
@@ -1787,7 +1787,7 @@ class RNNFlags:
 
     def rules(c):
         if c.rnn in ('rwkv6', 'rwkv7'):
-            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd}'
+            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd} (its default is n_head)'
         yield 'rnn_state', c.rnn_state % 2 == 0, 'be even'
         alike = c.rnn_norm_at in (None, c.norm_at)
         yield ('rnn_norm_at', alike or c.residual == 'serial' and 'post' not in (c.norm_at, c.rnn_norm_at),
