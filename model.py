@@ -885,14 +885,15 @@ class MLA(CachedAttention):
 class StateCache:
     """
     What one recurrent layer remembers of past tokens, of one size however long the text: the last inputs of
-    its convolution, and its state, in fp32 or fp64 as bf16 would lose small late terms of the sum.
+    its convolution or token shift, and its state, in fp32 or fp64 as bf16 would lose small late terms of the
+    sum. Mamba: (B,I,N), Mamba-2: (B,H,P,N), recurrences: as each says in cache_shapes.
     """
     max_tokens = math.inf   # no limit
 
     def __init__(self, batch_size, tail, state, dtype, device):
         state_dtype = torch.promote_types(dtype, torch.float32)
         self.tail = torch.zeros(batch_size, *tail, dtype=dtype, device=device)          # (B,W-1,I)
-        self.state = torch.zeros(batch_size, *state, dtype=state_dtype, device=device)  # (B,I,N) or (B,H,P,N)
+        self.state = torch.zeros(batch_size, *state, dtype=state_dtype, device=device)
         self.empty = True
 
     def read(self):
@@ -985,7 +986,10 @@ def s4d_real(shape, generator):
     return torch.arange(1.0, shape[1] + 1).log().expand(shape)
 
 class StateSpace(nn.Module):
-    """What Mamba and Mamba-2 share. They set cache_shapes, of a convolution's tail and of the state."""
+    """
+    What mixers with a state share, from Mamba to RWKV. They set cache_shapes, of the tail of past inputs and
+    of the state, `work`, and conv1d, None where there is no convolution.
+    """
 
     def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
         return StateCache(batch_size, *self.cache_shapes, dtype, device)
@@ -1117,8 +1121,9 @@ class SSMFlags:
 # ----------------------------------------------------------------------------------------------------------
 # Recurrences: linear attention, RetNet, GLA, DeltaNet, gated DeltaNet, KDA, Lightning attention, mLSTM
 #
-#   S <- decay S - k (e^T S) + k v^T        a head's state, K keys by V values: forget, erase, write
-#   y  = q^T S                              read
+#   S <- decay S                        a head's state, K keys by V values: forget,
+#   S <- S - k (e^T S) + k v^T          erase, write,
+#   y  = q^T S                          read
 #
 # Attention keeps every key and value. A recurrence adds their products up in S, of one size however long the
 # text. rnn_decay says what is forgotten, rnn_erase what is taken out before a write, rnn_input how much a
@@ -1282,6 +1287,13 @@ class NoHeadNorm(nn.Flatten):
     def __init__(self, c):
         super().__init__(2)
 
+def no_padding(ctx, *tensors):
+    """The tensors (B,T,...) or None, with zeros where a token is padding, so that a state stays as it is."""
+    if ctx.in_order:
+        return tensors
+    return [None if x is None else x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0)
+            for x in tensors]
+
 class Recurrence(StateSpace):
     """Queries, keys and values, as in attention, and a state in the place of the tokens they came from."""
 
@@ -1337,9 +1349,7 @@ class Recurrence(StateSpace):
             k = k * soft_capped(ops.at_least_fp32(self.input(x)), self.cap).exp().unsqueeze(-1)
         if self.least is not None:
             v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-        if not ctx.in_order:  # padding leaves the state as it is
-            padding = (ctx.pos < 0).view(-1, x.shape[1], 1, 1)
-            g, k, e = (z if z is None else z.masked_fill(padding, 0) for z in (g, k, e))
+        g, k, e = no_padding(ctx, g, k, e)
         # 3. the state, and the way back
         y, state = ops.recurrence(q, k, v, g, e, state=state)                           # (B,T,H,V)
         if cache is not None:
@@ -1432,12 +1442,6 @@ class TokenShift(nn.Module):
         """x (B,T,C), tail (B,1,C) or None -> n tensors (B,T,C), and the new tail"""
         before, tail = shifted(x, ctx, tail)
         return [x + mu * (before - x) for mu in self.mu], tail
-
-def no_padding(ctx, *tensors):
-    """The tensors (B,T,...), with zeros where a token is padding, so that a state stays as it is."""
-    if ctx.in_order:
-        return tensors
-    return [x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0) for x in tensors]
 
 class LowRank(nn.Module):
     """up act(down x), through `rank` numbers, and a bias, which is all that there is at first. In fp32."""
@@ -1787,7 +1791,7 @@ class RNNFlags:
 
     def rules(c):
         if c.rnn in ('rwkv6', 'rwkv7'):
-            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd} (its default is n_head)'
+            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd} (default: n_head)'
         yield 'rnn_state', c.rnn_state % 2 == 0, 'be even'
         alike = c.rnn_norm_at in (None, c.norm_at)
         yield ('rnn_norm_at', alike or c.residual == 'serial' and 'post' not in (c.norm_at, c.rnn_norm_at),

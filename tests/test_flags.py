@@ -236,7 +236,7 @@ ONE_EXPERT = {'ffn_pattern': 'e', 'n_expert': 4, 'n_expert_used': 1}
     ({'layer_pattern': 'ra', 'residual': 'parallel', 'rnn_norm_at': 'output'}, 'rnn_norm_at', 'be pre'),
     ({'residual': 'normed', 'normed_ffn': (1.0,)}, 'normed_ffn', 'two numbers'),
     ({'layer_pattern': 'r', 'n_head': 3}, 'n_embd', r'rnn_heads=3 \(by default n_head\)'),
-    ({'layer_pattern': 'r', 'rnn': 'rwkv7', 'n_head': 3}, 'rnn_heads', 'divide n_embd=32 .*default is n_head'),
+    ({'layer_pattern': 'r', 'rnn': 'rwkv7', 'n_head': 3}, 'rnn_heads', r'divide n_embd=32 \(default'),
     ({'layer_pattern': 'r', 'rnn_norm': 'none', 'rnn_eps': 0.1}, 'rnn_eps', 'unless rnn_norm is head'),
     (ONE_EXPERT | {'router_norm': True}, 'router_norm', 'be False'),
     (ONE_EXPERT | {'n_expert_used': 2, 'router_norm': 'fixed'}, 'router_norm', 'be True or False'),
