@@ -885,14 +885,15 @@ class MLA(CachedAttention):
 class StateCache:
     """
     What one recurrent layer remembers of past tokens, of one size however long the text: the last inputs of
-    its convolution, and its state, in fp32 or fp64 as bf16 would lose small late terms of the sum.
+    its convolution or token shift, and its state, in fp32 or fp64 as bf16 would lose small late terms of the
+    sum. Mamba: (B,I,N), Mamba-2: (B,H,P,N), recurrences: as each says in cache_shapes.
     """
     max_tokens = math.inf   # no limit
 
     def __init__(self, batch_size, tail, state, dtype, device):
         state_dtype = torch.promote_types(dtype, torch.float32)
         self.tail = torch.zeros(batch_size, *tail, dtype=dtype, device=device)          # (B,W-1,I)
-        self.state = torch.zeros(batch_size, *state, dtype=state_dtype, device=device)  # (B,I,N) or (B,H,P,N)
+        self.state = torch.zeros(batch_size, *state, dtype=state_dtype, device=device)
         self.empty = True
 
     def read(self):
@@ -991,7 +992,10 @@ def s4d_real(shape, generator):
     return torch.arange(1.0, shape[1] + 1).log().expand(shape)
 
 class StateSpace(nn.Module):
-    """What Mamba and Mamba-2 share. They set cache_shapes, of a convolution's tail and of the state."""
+    """
+    What mixers with a state share, from Mamba to RWKV. They set cache_shapes, of the tail of past inputs and
+    of the state, `work`, and conv1d, None where there is no convolution.
+    """
 
     def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
         return StateCache(batch_size, *self.cache_shapes, dtype, device)
@@ -1123,8 +1127,9 @@ class SSMFlags:
 # ----------------------------------------------------------------------------------------------------------
 # Recurrences: linear attention, RetNet, GLA, DeltaNet, gated DeltaNet, KDA, Lightning attention, mLSTM
 #
-#   S <- decay S - k (e^T S) + k v^T        a head's state, K keys by V values: forget, erase, write
-#   y  = q^T S                              read
+#   S <- decay S                        a head's state, K keys by V values: forget,
+#   S <- S - k (e^T S) + k v^T          erase, write,
+#   y  = q^T S                          read
 #
 # Attention keeps every key and value. A recurrence adds their products up in S, of one size however long the
 # text. rnn_decay says what is forgotten, rnn_erase what is taken out before a write, rnn_input how much a
@@ -1290,6 +1295,13 @@ class NoHeadNorm(nn.Flatten):
     def __init__(self, c):
         super().__init__(2)
 
+def no_padding(ctx, *tensors):
+    """The tensors (B,T,...) or None, with zeros where a token is padding, so that a state stays as it is."""
+    if ctx.in_order:
+        return tensors
+    return [None if x is None else x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0)
+            for x in tensors]
+
 class Recurrence(StateSpace):
     """Queries, keys and values, as in attention, and a state in the place of the tokens they came from."""
 
@@ -1388,7 +1400,8 @@ class RecurrenceFlags:
     rnn_input: str = flag('none', RNN_INPUT)
     rnn_gate: str = flag('silu', RNN_GATE)          # gate on the output: none, silu, sigmoid
     rnn_norm: str = flag('head', RNN_NORM)          # of the output: none, head (RMS), all (RMS), layer
-    rnn_eps: float | None = flag(None, like='norm_eps')     # of that norm; None: norm_eps
+    # of that norm; None: norm_eps
+    rnn_eps: float | None = flag(None, like='norm_eps', rnn_norm=('head', 'all', 'layer'))
     rnn_floor: float | None = flag(None, below=0, rnn_decay=('head', 'key'))    # lowest log decay of a token
     rnn_gate_cap: float | None = flag(None, rnn_decay='sigmoid')    # caps mLSTM's gates smoothly
     # rank of the projections to the gate and to the decay; None: full
@@ -1400,11 +1413,10 @@ class RecurrenceFlags:
     rnn_bias: bool | None = flag(None, like='bias')     # bias of the projections; None: as bias
 
     def fill(c):
-        heads = c.rnn_heads or c.n_head
-        c._must('n_embd', c.rnn_key_dim or c.n_embd % heads == 0,
-                f'be a multiple of rnn_heads={heads}, or rnn_key_dim must be set')
-        key_dim = c.rnn_key_dim or c.n_embd // heads
-        return {'rnn_key_heads': heads, 'rnn_key_dim': key_dim, 'rnn_value_dim': key_dim}
+        c._must('n_embd', c.rnn_key_dim or c.n_embd % c.rnn_heads == 0,
+                f'be a multiple of rnn_heads={c.rnn_heads} (by default n_head), or rnn_key_dim must be set')
+        key_dim = c.rnn_key_dim or c.n_embd // c.rnn_heads
+        return {'rnn_key_heads': c.rnn_heads, 'rnn_key_dim': key_dim, 'rnn_value_dim': key_dim}
 
     def rules(c):
         yield 'rnn_key_heads', c.rnn_heads % c.rnn_key_heads == 0, f'divide rnn_heads={c.rnn_heads}'
@@ -1787,7 +1799,7 @@ class RNNFlags:
 
     def rules(c):
         if c.rnn in ('rwkv6', 'rwkv7'):
-            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd}'
+            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd} (default: n_head)'
         yield 'rnn_state', c.rnn_state % 2 == 0, 'be even'
         alike = c.rnn_norm_at in (None, c.norm_at)
         yield ('rnn_norm_at', alike or c.residual == 'serial' and 'post' not in (c.norm_at, c.rnn_norm_at),

@@ -334,7 +334,6 @@ def recurrence(q, k, v, g, erase=None, along=None, state=None, before=False, chu
         return y.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].to(v.dtype), state
 
 
-
 # ----------------------------------------------------------------------------------------------------------
 # Triton, for a decay per head. A program has L tokens of one head: (L,K) and (L,V) tiles, and (K,V) states.
 
