@@ -1256,7 +1256,7 @@ class DeltaRule(NoErase):
         return beta * k, beta * v
 
 class GatedDelta(NoErase):
-    """A gate for each key of e, and one for each value of v (gated DeltaNet-2)."""
+    """A gate for each key of e, and one for each value of v (lara_mini's gated DeltaNet-2)."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -1294,13 +1294,6 @@ class HeadLayerNorm(AllHeadsNorm):
 class NoHeadNorm(nn.Flatten):
     def __init__(self, c):
         super().__init__(2)
-
-def no_padding(ctx, *tensors):
-    """The tensors (B,T,...) or None, with zeros where a token is padding, so that a state stays as it is."""
-    if ctx.in_order:
-        return tensors
-    return [None if x is None else x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0)
-            for x in tensors]
 
 class Recurrence(StateSpace):
     """Queries, keys and values, as in attention, and a state in the place of the tokens they came from."""
@@ -1484,8 +1477,11 @@ def drawn_by(c, init):
 # and by the number of a channel
 
 def depth(c, layer):
-    layer = min(layer, c.n_layer - 1)       # further predictions: as the last layer
-    return layer / max(1, c.n_layer - 1), 1 - layer / c.n_layer
+    """(low, high) among the layers of the same letter; further predictions: as the last layer."""
+    letters = [letter for letter, _ in c.plan()]
+    layer = min(layer, c.n_layer - 1)
+    at, count = letters[:layer].count(letters[layer]), letters.count(letters[layer])
+    return at / max(1, count - 1), 1 - at / count
 
 def orthogonal(shape, generator, scale):
     return nn.init.orthogonal_(torch.empty(shape), scale, generator)
