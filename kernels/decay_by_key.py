@@ -3,8 +3,8 @@ The recurrence of recurrence.py with a decay for each key, in chunks; in its let
 
     (x|y)_ij = sum over keys of x_i y_j exp(G_i - G_j)
 
-exp(G_i - G_j) is a factor of x times one of y. So that neither overflows, both are relative to a token between
-i and j: the last one of the first half of every 16, 32 and 64 tokens for pairs across their halves, and one
+exp(G_i - G_j) is a factor of x times one of y. So that neither overflows, both are relative to a token from j
+to i: the last one of the first half of every 16, 32 and 64 tokens for pairs across their halves, and one
 in the middle of every 8 for those within. The gradients of G are those of the factors: x dx, and -y dy.
 """
 from itertools import product
