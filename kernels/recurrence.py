@@ -131,8 +131,8 @@ def recurrence(q, k, v, g, erase=None, along=None, state=None, before=False, chu
     q and k (B,T,H,K), v (B,T,H,V), g (B,T,H,1) for a decay per head or (B,T,H,K) for one per key, <= 0; erase
     (e) and along (f) (B,T,H,K) or None, along only beside erase; state (B,H,K,V) in front of the first token,
     None for zeros -> y (B,T,H,V) in v's dtype and the state (B,H,K,V) behind the last. The state and all sums
-    are fp32, or fp64 when v is. A token with g, k and along of 0 leaves the state as it is. A decay per key below
-    WEAKEST, e^-20 in fp32, counts as that.
+    are fp32, or fp64 when v is. A token with g, k and along of 0 leaves the state as it is. A decay per key
+    below WEAKEST, e^-20 in fp32, counts as that.
     """
     (batch, T, H, V), K = v.shape, k.shape[-1]
     wide = torch.promote_types(v.dtype, torch.float32)
