@@ -891,14 +891,15 @@ class MLA(CachedAttention):
 class StateCache:
     """
     What one recurrent layer remembers of past tokens, of one size however long the text: the last inputs of
-    its convolution, and its state, in fp32 or fp64 as bf16 would lose small late terms of the sum.
+    its convolution or token shift, and its state, in fp32 or fp64 as bf16 would lose small late terms of the
+    sum. Mamba: (B,I,N), Mamba-2: (B,H,P,N), recurrences: as each says in cache_shapes.
     """
     max_tokens = math.inf   # no limit
 
     def __init__(self, batch_size, tail, state, dtype, device):
         state_dtype = torch.promote_types(dtype, torch.float32)
         self.tail = torch.zeros(batch_size, *tail, dtype=dtype, device=device)          # (B,W-1,I)
-        self.state = torch.zeros(batch_size, *state, dtype=state_dtype, device=device)  # (B,I,N) or (B,H,P,N)
+        self.state = torch.zeros(batch_size, *state, dtype=state_dtype, device=device)
         self.empty = True
 
     def read(self):
@@ -943,6 +944,12 @@ def close_gap(tail, x, pos):
     pad, slot = (pos < 0).sum(-1).view(-1, 1), torch.arange(sum(sizes), device=x.device)
     source = torch.where(slot < pad + sizes[0], slot - pad, slot).clamp(min=0)      # (1 or B,W-1+T)
     return both.gather(1, source.unsqueeze(-1).expand_as(both)).split(sizes, dim=1)
+
+def no_padding(ctx, *tensors):
+    """The tensors (B,T,...), with zeros where a token is padding, so that a state stays as it is."""
+    if ctx.in_order:
+        return tensors
+    return [x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0) for x in tensors]
 
 def step_size(dt, ctx, limits=(0.0, None)):
     """softplus of dt (B,T,...), in fp32. Padding gets a step of 0, which leaves the state unchanged."""
@@ -991,7 +998,10 @@ def s4d_real(shape, generator):
     return torch.arange(1.0, shape[1] + 1).log().expand(shape)
 
 class StateSpace(nn.Module):
-    """What Mamba and Mamba-2 share. They set cache_shapes, of a convolution's tail and of the state."""
+    """
+    What mixers with a state share, from Mamba to RWKV. They set cache_shapes, of the tail of past inputs and
+    of the state, `work`, and conv1d, None where there is no convolution.
+    """
 
     def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
         return StateCache(batch_size, *self.cache_shapes, dtype, device)
@@ -1123,8 +1133,9 @@ class SSMFlags:
 # ----------------------------------------------------------------------------------------------------------
 # Recurrences: linear attention, RetNet, GLA, DeltaNet, gated DeltaNet, KDA, Lightning attention, mLSTM
 #
-#   S <- decay S - k (e^T S) + k v^T        a head's state, K keys by V values: forget, erase, write
-#   y  = q^T S                              read
+#   S <- decay S                        a head's state, K keys by V values: forget,
+#   S <- S - k (e^T S) + k v^T          erase, write,
+#   y  = q^T S                          read
 #
 # Attention keeps every key and value. A recurrence adds their products up in S, of one size however long the
 # text. rnn_decay says what is forgotten, rnn_erase what is taken out before a write, rnn_input how much a
@@ -1195,7 +1206,9 @@ class TokenDecay(NoDecay):
     def forward(self, x):
         f = (ops.at_least_fp32(self.f(x)) + ops.at_least_fp32(self.dt_bias)).unflatten(-1, self.shape)
         rate = torch.exp(ops.at_least_fp32(self.A_log)).unsqueeze(-1)
-        return -rate * F.softplus(f) if self.floor is None else self.floor * torch.sigmoid(rate * f)
+        if self.floor is None:  # log sigmoid(-f) is -softplus(f), and its gradient can be compiled
+            return rate * F.logsigmoid(-f)
+        return self.floor * torch.sigmoid(rate * f)
 
 class KeyDecay(TokenDecay):
     """TokenDecay with a rate for each key (KDA: Kimi Linear 2025, https://arxiv.org/abs/2510.26692)."""
@@ -1249,7 +1262,7 @@ class DeltaRule(NoErase):
         return beta * k, beta * v
 
 class GatedDelta(NoErase):
-    """A gate for each key of e, and one for each value of v (gated DeltaNet-2)."""
+    """A gate for each key of e, and one for each value of v (lara_mini's gated DeltaNet-2)."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -1343,9 +1356,7 @@ class Recurrence(StateSpace):
             k = k * soft_capped(ops.at_least_fp32(self.input(x)), self.cap).exp().unsqueeze(-1)
         if self.least is not None:
             v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-        if not ctx.in_order:  # padding leaves the state as it is
-            padding = (ctx.pos < 0).view(-1, x.shape[1], 1, 1)
-            g, k, e = (z if z is None else z.masked_fill(padding, 0) for z in (g, k, e))
+        g, k = no_padding(ctx, g, k)        # so nothing is erased either
         # 3. the state, and the way back
         y, state = ops.recurrence(q, k, v, g, e, state=state)                           # (B,T,H,V)
         if cache is not None:
@@ -1388,7 +1399,8 @@ class RecurrenceFlags:
     rnn_input: str = flag('none', RNN_INPUT)
     rnn_gate: str = flag('silu', RNN_GATE)          # gate on the output: none, silu, sigmoid
     rnn_norm: str = flag('head', RNN_NORM)          # of the output: none, head (RMS), all (RMS), layer
-    rnn_eps: float | None = flag(None, like='norm_eps')     # of that norm; None: norm_eps
+    # of that norm; None: norm_eps
+    rnn_eps: float | None = flag(None, like='norm_eps', rnn_norm=('head', 'all', 'layer'))
     rnn_floor: float | None = flag(None, below=0, rnn_decay=('head', 'key'))    # lowest log decay of a token
     rnn_gate_cap: float | None = flag(None, rnn_decay='sigmoid')    # caps mLSTM's gates smoothly
     # rank of the projections to the gate and to the decay; None: full
@@ -1400,11 +1412,10 @@ class RecurrenceFlags:
     rnn_bias: bool | None = flag(None, like='bias')     # bias of the projections; None: as bias
 
     def fill(c):
-        heads = c.rnn_heads or c.n_head
-        c._must('n_embd', c.rnn_key_dim or c.n_embd % heads == 0,
-                f'be a multiple of rnn_heads={heads}, or rnn_key_dim must be set')
-        key_dim = c.rnn_key_dim or c.n_embd // heads
-        return {'rnn_key_heads': heads, 'rnn_key_dim': key_dim, 'rnn_value_dim': key_dim}
+        c._must('n_embd', c.rnn_key_dim or c.n_embd % c.rnn_heads == 0,
+                f'be a multiple of rnn_heads={c.rnn_heads} (by default n_head), or rnn_key_dim must be set')
+        key_dim = c.rnn_key_dim or c.n_embd // c.rnn_heads
+        return {'rnn_key_heads': c.rnn_heads, 'rnn_key_dim': key_dim, 'rnn_value_dim': key_dim}
 
     def rules(c):
         yield 'rnn_key_heads', c.rnn_heads % c.rnn_key_heads == 0, f'divide rnn_heads={c.rnn_heads}'
@@ -1439,12 +1450,6 @@ class TokenShift(nn.Module):
         before, tail = shifted(x, ctx, tail)
         return [x + mu * (before - x) for mu in self.mu], tail
 
-def no_padding(ctx, *tensors):
-    """The tensors (B,T,...), with zeros where a token is padding, so that a state stays as it is."""
-    if ctx.in_order:
-        return tensors
-    return [x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0) for x in tensors]
-
 class LowRank(nn.Module):
     """up act(down x), through `rank` numbers, and a bias, which is all that there is at first. In fp32."""
 
@@ -1478,8 +1483,11 @@ def drawn_by(c, init):
 # and by the number of a channel
 
 def depth(c, layer):
-    layer = min(layer, c.n_layer - 1)       # further predictions: as the last layer
-    return layer / max(1, c.n_layer - 1), 1 - layer / c.n_layer
+    """(low, high) among the layers of the same letter; further predictions: as the last layer."""
+    letters = [letter for letter, _ in c.plan()]
+    layer = min(layer, c.n_layer - 1)
+    at, count = letters[:layer].count(letters[layer]), letters.count(letters[layer])
+    return at / max(1, count - 1), 1 - at / count
 
 def orthogonal(shape, generator, scale):
     return nn.init.orthogonal_(torch.empty(shape), scale, generator)
@@ -1793,7 +1801,7 @@ class RNNFlags:
 
     def rules(c):
         if c.rnn in ('rwkv6', 'rwkv7'):
-            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd}'
+            yield 'rnn_heads', c.n_embd % c.rnn_heads == 0, f'divide n_embd={c.n_embd} (default: n_head)'
         yield 'rnn_state', c.rnn_state % 2 == 0, 'be even'
         alike = c.rnn_norm_at in (None, c.norm_at)
         yield ('rnn_norm_at', alike or c.residual == 'serial' and 'post' not in (c.norm_at, c.rnn_norm_at),

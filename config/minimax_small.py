@@ -1,6 +1,6 @@
 """
 MiniMax-01 (MiniMax 2025, https://arxiv.org/abs/2501.08313): Lightning attention, linear attention that
-forgets at fixed rates, in seven of eight layers, softmax attention in the eighth. Here without experts.
+forgets at fixed rates, in seven of eight layers, softmax attention in one. Here without experts.
 """
 out_dir = 'out/minimax_small'
 pos = 'rope'
@@ -9,7 +9,7 @@ norm = 'rmsnorm'
 ffn = 'swiglu'
 bias = False
 n_kv_head = 2
-layer_pattern = 'rrrrrrra'
+layer_pattern = 'rrrarrrr'
 rnn_decay = 'lightning'
 rnn_erase = 'none'
 rnn_unit = False

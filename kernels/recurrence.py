@@ -29,10 +29,7 @@ head, with Z the gradient of the state behind a chunk:
 and g_t gets all that crosses from j < t to i >= t. With f given (RWKV-7), r = T ((e exp G) S + (e|k) v) is
 what was stored, v is written as it is, y loses (q|f) r, and S loses (f exp(G_L - G))^T r.
 
-exp(G_i - G_j) is a matrix for a decay per head. For a decay per key it is a factor of x and one of y. So that
-neither overflows, they are relative to a token between the two: the last one of the first half of every 16,
-32 and 64 tokens for pairs across their halves, and one in the middle of every 8 for those within. The
-gradients of G are those of the factors: x dx, and -y dy.
+exp(G_i - G_j) is a matrix for a decay per head. For a decay per key, see decay_by_key.py.
 
 The Triton kernels take a decay per head, without `along` and `before`; the rest is left to plain PyTorch, and
 so are products of fp32. What goes from chunk to chunk is one kernel in each direction, with S or Z in
@@ -40,20 +37,17 @@ registers, that leaves S in front of each chunk and Z behind it; all else runs f
 save the inputs, T, n and S, in v's dtype. Products are of numbers in v's dtype, those for T of TF32; sums are
 fp32. A decay below e^-30 counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
 """
-from itertools import product
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .common import capability, cdiv, check, fits, jit, kernel, leaf, pow2, randn, tl
+from .decay_by_key import PART, by_key, in_turn
 from .ssd import chunked, segment_decay
 from .tiles import decays, load, scaled, square, state_at, store
 
-CHUNK, PART = 64, 8
-# of a decay per key: nothing is left beyond, and exp(PART / 2 of it) is not 0
-WEAKEST = {torch.float32: -20.0, torch.float64: -150.0}
+CHUNK = 64
 
 
 def recurrence_reference(q, k, v, g, erase=None, along=None, state=None, before=False):
@@ -70,16 +64,6 @@ def recurrence_reference(q, k, v, g, erase=None, along=None, state=None, before=
         s = s + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
         y.append((q_t.unsqueeze(-1) * (old if before else s)).sum(-2))
     return torch.stack(y, dim=1).to(v.dtype), s
-
-
-def _in_turn(step, state, chunks):
-    """(results of step(n, state) -> (result, state) of chunks n, the states in front of them, the last)"""
-    found, before = [], []
-    for n in chunks:
-        before.append(state)
-        result, state = step(n, state)
-        found.append(result)
-    return found, before, state
 
 
 class _Delta(torch.autograd.Function):
@@ -103,7 +87,7 @@ class _Delta(torch.autograd.Function):
         def step(n, s):
             new = torch.baddbmm(U[n].flatten(0, 1), W[n].flatten(0, 1), s, alpha=-1)
             return new, torch.baddbmm(keep[n].flatten(0, 1) * s, written[n].flatten(0, 1), new)
-        news, starts, state = _in_turn(step, state.flatten(0, 1), range(len(q)))
+        news, starts, state = in_turn(step, state.flatten(0, 1), range(len(q)))
         new, starts = torch.stack(news).view_as(v), torch.stack(starts).unflatten(1, q.shape[1:3])
         ctx.save_for_backward(q, k, g, e, decay, from_start, reads, erases, W, new, starts)
         return read @ starts + reads @ new, state.unflatten(0, q.shape[1:3])
@@ -121,7 +105,7 @@ class _Delta(torch.autograd.Function):
             passed = torch.baddbmm(found[n].flatten(0, 1), W[n].flatten(0, 1).mT, dn, alpha=-1)
             return dn, passed.addcmul_(keep[n].flatten(0, 1), z)
         order = range(len(q) - 1, -1, -1)
-        dns, ends, d_start = _in_turn(step, d_state.flatten(0, 1), order)
+        dns, ends, d_start = in_turn(step, d_state.flatten(0, 1), order)
         dn, ends = torch.stack(dns[::-1]).view_as(new), torch.stack(ends[::-1]).view_as(starts)
         dv = torch.linalg.solve_triangular(erases.mT, dn, upper=True, unitriangular=True)
         d_started = (dv @ starts.mT).neg_()
@@ -142,171 +126,13 @@ class _Delta(torch.autograd.Function):
         return dq, dk, dv, dg, de, d_start.unflatten(0, q.shape[1:3])
 
 
-class _Squares:
-    """
-    Squares that a lower triangle (L,L) is made of: blocks of PART on its diagonal, or rows of the second half
-    of every 2 size tokens beside columns of the first.
-    """
-
-    def __init__(self, size, on_diagonal):
-        self.size, self.on_diagonal = size, on_diagonal
-
-    def rows(self, x):
-        """x (...,L,K) -> a view (...,n,size,K)"""
-        return self._part(x, 1)
-
-    def columns(self, y):
-        return self._part(y, 0)
-
-    def _part(self, x, half):
-        if self.on_diagonal:
-            return x.unflatten(-2, (-1, self.size))
-        return x.unflatten(-2, (-1, 2, self.size)).select(-3, half)
-
-    def factors(self, Gx, G):
-        """exp(Gx_i - at) and exp(at - G_j), at a token between rows and columns."""
-        columns = self.columns(G)
-        last = PART // 2 if self.on_diagonal else self.size
-        at = columns[..., last - 1:last, :]
-        return (self.rows(Gx) - at).exp(), (at - columns).exp()
-
-    def of(self, d):
-        """d (...,L,L) -> (...,n,size,size)"""
-        whole = self.size if self.on_diagonal else 2 * self.size
-        blocks = d.unflatten(-1, (-1, whole)).unflatten(-3, (-1, whole))
-        blocks = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-        return blocks.tril() if self.on_diagonal else blocks[..., self.size:, :self.size]
-
-    def put(self, d, inside):
-        """The squares, with the triangles (...,2n,size,size) around them -> triangles (...,n,2size,2size)"""
-        if self.on_diagonal:
-            return d.tril_()
-        first, second = inside.unflatten(-3, (-1, 2)).unbind(-3)
-        return torch.cat((F.pad(first, (0, self.size)), torch.cat((d, second), -1)), -2)
-
-
-def _squares(L):
-    """Those of all sizes, for L tokens, from the smallest on."""
-    yield _Squares(PART, on_diagonal=True)
-    size = PART
-    while size < L:
-        yield _Squares(size, on_diagonal=False)
-        size *= 2
-
-
-class _Pairs(torch.autograd.Function):
-    """
-    (x|y) = sum over keys of x_i y_j exp(Gx_i - G_j), j <= i, for each x of the first `rows` of xy and each y
-    of the others: all (...,L,K), L a power of 2 -> (...,L,L) each, by x, then by y.
-    """
-
-    @staticmethod
-    def forward(ctx, Gx, G, rows, *xy):
-        ctx.rows, results = rows, {}
-        ctx.save_for_backward(Gx, G, *xy)
-        for squares in _squares(G.shape[-2]):
-            to_row, to_column = squares.factors(Gx, G)
-            left = [squares.rows(x) * to_row for x in xy[:rows]]
-            right = [(squares.columns(y) * to_column).mT for y in xy[rows:]]
-            for i, j in product(range(len(left)), range(len(right))):
-                results[i, j] = squares.put(left[i] @ right[j], results.get((i, j)))
-        return tuple(x.squeeze(-3) for x in results.values())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        Gx, G, *xy = ctx.saved_tensors
-        dxy = [torch.zeros_like(x) for x in xy]
-        xs, ys, dxs, dys = xy[:ctx.rows], xy[ctx.rows:], dxy[:ctx.rows], dxy[ctx.rows:]
-        for squares in _squares(G.shape[-2]):
-            to_row, to_column = squares.factors(Gx, G)
-            left = [squares.rows(x) * to_row for x in xs]
-            right = [squares.columns(y) * to_column for y in ys]
-            for grad, (i, j) in zip(grads, product(range(len(xs)), range(len(ys)))):
-                d = squares.of(grad)
-                squares.rows(dxs[i]).addcmul_(d @ right[j], to_row)
-                squares.columns(dys[j]).addcmul_(d.mT @ left[i], to_column)
-        dGx = sum(x * dx for x, dx in zip(xs, dxs))
-        dG = sum(y * dy for y, dy in zip(ys, dys)).neg_()
-        return dGx, dG, None, *dxy
-
-
-class _Carry(torch.autograd.Function):
-    """
-    n = U - W S, then S <- keep S + add + M n, through N chunks: state (B,H,K,V), keep (N,B,H,K,1), add
-    (N,B,H,K,V), M (N,B,H,K,L), U (N,B,H,L,V), W (N,B,H,L,K) -> n (N,B,H,L,V), S in front of each chunk and
-    behind the last. add may be None, and M, U and W all three; n is U then.
-    """
-
-    @staticmethod
-    def forward(ctx, state, keep, add, M, U, W):
-        def step(n, s):
-            new, after = None, keep[n] * s if add is None else torch.addcmul(add[n], keep[n], s)
-            if M is not None:
-                new = U[n] - W[n] @ s
-                after = after + M[n] @ new
-            return new, after
-        news, starts, state = _in_turn(step, state, range(len(keep)))
-        new, starts = U if M is None else torch.stack(news), torch.stack(starts)
-        ctx.adds = add is not None
-        ctx.save_for_backward(keep, M, W, new, starts)
-        return new, starts, state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_new, d_starts, d_end):
-        keep, M, W, new, starts = ctx.saved_tensors
-
-        def step(n, z):
-            dn, passed = None, torch.addcmul(d_starts[n], keep[n], z)
-            if M is not None:
-                dn = d_new[n] + M[n].mT @ z
-                passed = passed - W[n].mT @ dn
-            return dn, passed
-        dns, ends, d_state = _in_turn(step, d_end, range(len(keep) - 1, -1, -1))
-        ends = torch.stack(ends[::-1])
-        d_keep, d_add = (ends * starts).sum(-1, keepdim=True), ends if ctx.adds else None
-        if M is None:
-            return d_state, d_keep, d_add, None, None, None
-        dn = torch.stack(dns[::-1])
-        return d_state, d_keep, d_add, ends @ new.mT, dn, (dn @ starts.mT).neg_()
-
-
-def _by_key(q, k, v, g, e, f, state, before):
-    """The recurrence of N chunks with a decay per key: as _Delta, g (N,B,H,L,K), f or e and f may be None."""
-    g = g.clamp(min=WEAKEST[g.dtype])
-    G = g.cumsum(-2)
-    Gq, columns = G - g if before else G, (k,) if f is None else (k, f)
-    if e is None or before:
-        reads = _Pairs.apply(Gq, G, 1, q, *columns)
-        erases = () if e is None else _Pairs.apply(G, G, 1, e, *columns)
-    else:
-        both = _Pairs.apply(G, G, 2, q, e, *columns)
-        reads, erases = both[:len(columns)], both[len(columns):]
-    if before:
-        reads = [x.tril(-1) for x in reads]
-    to_end, keep = (G[..., -1:, :] - G).exp(), G[..., -1:, :].exp().mT
-    written = (k * to_end).mT
-    if e is None:
-        _, starts, state = _Carry.apply(state, keep, written @ v, None, None, None)
-        return (q * Gq.exp()) @ starts + reads[0] @ v, state
-    right = v if f is None else -erases[0].tril(-1) @ v
-    U, W = torch.linalg.solve_triangular(
-        erases[-1], torch.cat((right, e * G.exp()), -1), upper=False, unitriangular=True,
-    ).split((v.shape[-1], k.shape[-1]), -1)
-    if f is None:
-        new, starts, state = _Carry.apply(state, keep, None, written, U, W)
-        return (q * Gq.exp()) @ starts + reads[0] @ new, state
-    new, starts, state = _Carry.apply(state, keep, written @ v, (f * to_end).mT, U, W)
-    return (q * Gq.exp()) @ starts + reads[0] @ v + reads[1] @ new, state
-
-
 def recurrence(q, k, v, g, erase=None, along=None, state=None, before=False, chunk=CHUNK):
     """
     q and k (B,T,H,K), v (B,T,H,V), g (B,T,H,1) for a decay per head or (B,T,H,K) for one per key, <= 0; erase
     (e) and along (f) (B,T,H,K) or None, along only beside erase; state (B,H,K,V) in front of the first token,
     None for zeros -> y (B,T,H,V) in v's dtype and the state (B,H,K,V) behind the last. The state and all sums
-    are fp32, or fp64 when v is. A token with g, k and erase of 0 leaves the state as it is.
+    are fp32, or fp64 when v is. A token with g, k and along of 0 leaves the state as it is. A decay per key
+    below WEAKEST, e^-20 in fp32, counts as that.
     """
     (batch, T, H, V), K = v.shape, k.shape[-1]
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -319,20 +145,20 @@ def recurrence(q, k, v, g, erase=None, along=None, state=None, before=False, chu
             y, state = chunked(*(x.to(wide) for x in (v, g.squeeze(-1), k, q)), state.mT, chunk)
             return y.to(v.dtype), state.mT
 
+        size = min(chunk, T) if per_head else max(PART, pow2(min(chunk, T)))
+
         def cut(x):
             """(B,T,H,.) -> (N,B,H,L,.); tokens of zeros fill the last chunk"""
             if x is None:
                 return None
             x = F.pad(x.to(wide), (0, 0, 0, 0, 0, -T % size)).unflatten(1, (-1, size))
             return x.permute(1, 0, 3, 2, 4).contiguous()
-        size = min(chunk, T) if per_head else max(PART, pow2(min(chunk, T)))
-        q, k, y, g, e, f = map(cut, (q, k, v, g, erase, along))
+        dtype, (q, k, v, g, e, f) = v.dtype, map(cut, (q, k, v, g, erase, along))
         if per_head:
-            y, state = _Delta.apply(q, k, y, g.squeeze(-1), e, state)
+            y, state = _Delta.apply(q, k, v, g.squeeze(-1), e, state)
         else:
-            y, state = _by_key(q, k, y, g.expand(q.shape), e, f, state, before)
-        return y.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].to(v.dtype), state
-
+            y, state = by_key(q, k, v, g.expand(q.shape), e, f, state, before)
+        return y.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].to(dtype), state
 
 
 # ----------------------------------------------------------------------------------------------------------

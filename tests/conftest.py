@@ -136,7 +136,7 @@ FIELDS = {
     'attn_gate': Field(('none', 'head', 'channel'), ('token',)),
     'kv_rank': Field((None, 12), (0,), same_for_all(None)),
     'q_rank': Field((None, 12), (0,)),
-    'rope_head_dim': Field((None, 6), (0, 3), same_for_all(None)),
+    'rope_head_dim': Field((None, 6), (0,), same_for_all(None)),
     'v_head_dim': Field((None, 6), (0,), same_for_all(None)),
     'latent_eps': Field((None, 1e-2), (0.0, -1e-5)),
     'n_expert': Field((None, 4, 8), (0,), same_for_all(4)),

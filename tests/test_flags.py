@@ -18,6 +18,7 @@ from test_model import (
     assert_gradients,
 )
 
+from configurator import configure
 from model import GPT, GPTConfig, kv_cache_bytes
 
 LEGAL = 320     # random combinations of flags
@@ -39,6 +40,13 @@ def test_the_tests_have_values_for_every_field():
         assert len(field.values) > 1, f'{name} needs a value to be flipped to: add it in tests/conftest.py'
         refuses = field.bad or set(field.values) <= {True, False, None}
         assert refuses, f'{name} needs values that are refused: add them in tests/conftest.py'
+
+
+@pytest.mark.parametrize('size', ['tiny', 'study'])
+def test_every_architecture_fits_the_small_sizes(size):
+    for path in conftest.config_files():
+        flags = configure(dict(conftest.train_settings()), GPTConfig, [str(path), f'config/{size}.py'])
+        GPTConfig(**flags)
 
 
 def bases():
@@ -218,6 +226,7 @@ ONE_EXPERT = {'ffn_pattern': 'e', 'n_expert': 4, 'n_expert_used': 1}
     ({'head_dim': 7, 'pos': 'rope'}, 'head_dim', 'pos=rope'),
     ({'n_embd': 36, 'n_head': 4, 'pos': 'rope'}, 'head_dim', 'pos=rope'),
     ({'n_embd': 33, 'n_head': 3, 'pos': 'sinusoidal'}, 'n_embd', 'pos=sinusoidal'),
+    ({'attn': 'mla', 'pos': 'rope', 'rope_head_dim': 3}, 'rope_head_dim', 'pos=rope'),
     ({'pos': 'learned', 'rope_theta': 100.0}, 'rope_theta', 'pos=rope'),
     ({'qk_norm': 'unit'}, 'qk_norm', 'pos=learned'),
     ({'qk_norm': 'unit', 'pos': 'none'}, 'qk_norm', 'pos=none'),
@@ -226,6 +235,10 @@ ONE_EXPERT = {'ffn_pattern': 'e', 'n_expert': 4, 'n_expert_used': 1}
     ({'layer_pattern': 'ra', 'norm_at': 'post', 'rnn_norm_at': 'pre'}, 'rnn_norm_at', 'be post'),
     ({'layer_pattern': 'ra', 'residual': 'parallel', 'rnn_norm_at': 'output'}, 'rnn_norm_at', 'be pre'),
     ({'residual': 'normed', 'normed_ffn': (1.0,)}, 'normed_ffn', 'two numbers'),
+    ({'layer_pattern': 'r', 'n_embd': 32, 'n_head': 3}, 'n_embd', r'rnn_heads=3 \(by default n_head\)'),
+    ({'layer_pattern': 'r', 'rnn': 'rwkv7', 'n_embd': 32, 'rnn_heads': 3}, 'rnn_heads',
+     r'divide n_embd=32 \(default'),
+    ({'layer_pattern': 'r', 'rnn_norm': 'none', 'rnn_eps': 0.1}, 'rnn_eps', 'unless rnn_norm is head'),
     (ONE_EXPERT | {'router_norm': True}, 'router_norm', 'be False'),
     (ONE_EXPERT | {'n_expert_used': 2, 'router_norm': 'fixed'}, 'router_norm', 'be True or False'),
     ], ids=str)

@@ -10,7 +10,7 @@ import bench
 from model import GPT
 from nanoblocks.experiments import limits, peers, timing
 
-TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+TOY = dict(n_layer=4, n_head=2, n_embd=32, block_size=16, vocab_size=64)
 FLAGS = [f'--{name}={value}' for name, value in TOY.items()]
 
 
@@ -20,7 +20,7 @@ def case(name, dtype='float32', **flags):
 
 def counted(name, **options):
     """(step, its products, those within attention) of three sequences of a toy model."""
-    step = limits.Step(case(name, **options), 'cpu')
+    step = limits.Step(case(name, n_layer=2, **options), 'cpu')
     attention = limits.attention_runs(step)
     with limits.Products() as within:
         for run in attention:

@@ -55,18 +55,24 @@ def test_no_logit_depends_on_later_tokens(flags):
 
 @torch.no_grad()
 def assert_causal(model, idx):
-    # row t has another token at t: the same shapes in both passes, so what is equal is equal bit for bit
+    # row t has another token at t: the same shapes in both passes, so what is equal is equal bit for bit. But
+    # for recurrences: the decays of later tokens round the factors of earlier ones
     c = model.config
+    exact = 'r' not in c.mixers()
+    model = model if exact else model.double()
+
+    def same(a, b):
+        return torch.equal(a, b) if exact else torch.allclose(a, b, rtol=0, atol=1e-11)
     T, V = idx.shape[1], c.vocab_size
     idx = idx.repeat(T, 1)
     changed = torch.where(torch.eye(T, dtype=torch.bool), (idx + 1) % V, idx)
     before, after = model(idx)[0], model(changed)[0]
     for t in range(T):
-        assert torch.equal(before[t, :t], after[t, :t]), f'a logit before {t} depends on token {t}'
+        assert same(before[t, :t], after[t, :t]), f'a logit before {t} depends on token {t}'
         for later in range(t, min(t + 2, T)):
             # a token that begins a chunk sees no other
             alone = later > t and c.window and set(c.mixers()) == {'c'} and later % c.window == 0
-            seen = not torch.equal(before[t, later], after[t, later])
+            seen = not same(before[t, later], after[t, later])
             assert seen or alone, f'the logits of {later} do not depend on token {t}'
 
 

@@ -12,6 +12,7 @@ from conftest import assert_close
 import kernels
 from kernels.recurrence import recurrence, recurrence_reference
 from kernels.ssd import ssd
+from model import GPT, Context, GPTConfig
 
 EXACT = 1e-12  # of the largest number, in fp64
 # what depends on the token
@@ -210,6 +211,8 @@ def test_a_token_that_forgets_all_leaves_little_rounding_to_the_others(make, era
     args = {k: v.float() for k, v in args.items()}
     args['g'][:, 20] = -2000
     assert_same(recurrence, args, bound=5e-6)
+    _, grads = gradients(recurrence, args, [rand(*o.shape, seed=7) for o in definition(**args)])
+    assert grads['g'][:, 20].eq(0).all(), 'how much more it forgets changes nothing'
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -285,6 +288,136 @@ def test_transformers_compute_the_same(family, T):
     got, state = recurrence(**args | dict(q=args['q'] * 16**-0.5, v=beta * args['v'], erase=beta * args['k']))
     assert_close(got, want.double(), 1e-5, 'y')
     assert_close(state, want_state.double(), 1e-5, 'state')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Layers, as their papers have them: a layer and x (T,C) -> y (T,C)
+
+
+def mixer(**flags):
+    """The second of three layers in fp64, with every weight large and irregular, so that faults stand out."""
+    none = dict(rnn_decay='none', rnn_erase='none', rnn_feature='none', rnn_unit=False, rnn_conv=0,
+                rnn_gate='none', rnn_norm='none')
+    model = GPT(GPTConfig(block_size=64, vocab_size=7, n_layer=3, n_head=2, n_embd=16, pos='none',
+                          layer_pattern='r', **none | flags))
+    with torch.no_grad():
+        for i, p in enumerate(model.double().parameters()):
+            p.add_(0.3 * rand(*p.shape, seed=i))
+    return model.eval().h[1].mixer
+
+
+def projected(m, x):
+    """q, k and v (H,T,K) of two heads"""
+    return (x @ m.c_attn.weight.T + m.c_attn.bias).view(len(x), 3, 2, -1).permute(1, 2, 0, 3)
+
+
+def read_out(m, y, x):
+    """y (H,T,V), an RMS norm of each head, a gate with SiLU -> (T,C)"""
+    y = y / (y.square().mean(-1, keepdim=True) + m.norm.eps).sqrt() * m.norm.weight
+    gate = F.silu(x @ m.gate.weight.T + m.gate.bias)
+    return (y.transpose(0, 1).flatten(1) * gate) @ m.c_proj.weight.T + m.c_proj.bias
+
+
+def linear_attention(m, x):
+    """Katharopoulos et al. 2020, equations 3 and 7: every pair of tokens, with weights that sum to 1."""
+    q, k, v = projected(m, x)
+    weight = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
+    y = weight / weight.sum(-1, keepdim=True) @ v
+    return y.transpose(0, 1).flatten(1) @ m.c_proj.weight.T + m.c_proj.bias
+
+
+def retnet(m, x):
+    """Sun et al. 2023, equation 5: every pair of tokens n >= m, gamma^(n-m) and a turn by theta (n-m)."""
+    q, k, v = projected(m, x)
+    ago = torch.arange(len(x)).unsqueeze(1) - torch.arange(len(x))
+    gamma = (1 - 2.0 ** (-5 - torch.arange(2.0).double())).view(2, 1, 1)
+    theta = 10000 ** (-torch.arange(4).double() / 4)
+    q, k = (torch.complex(*z.chunk(2, -1)) for z in (q, k))
+    turned = torch.einsum('hnd,hmd,nmd->hnm', q, k.conj(), torch.exp(1j * ago.unsqueeze(-1) * theta)).real
+    return read_out(m, (turned / 8 ** 0.5 * gamma ** ago.clamp(min=0)).tril() @ v, x)
+
+
+def gla(m, x):
+    """Yang et al. 2023, section 4.4: alpha = sigmoid(W2 W1 x + b)^(1/16) for each key, token by token."""
+    q, k, v = projected(m, x)
+    alpha = torch.sigmoid(x @ m.decay.f[0].weight.T @ m.decay.f[1].weight.T + m.decay.f[1].bias) ** (1 / 16)
+    S, y, alpha = x.new_zeros(2, 8, 8), [], alpha.view(len(x), 2, 8, 1)
+    for t in range(len(x)):
+        S = alpha[t] * S + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        y.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2) / 8 ** 0.5)
+    return read_out(m, torch.stack(y, 1), x)
+
+
+def channel_gated_delta_rule(m, x):
+    """S <- (1 - k (beta b k)^T) S + k (w v)^T, with a gate b for each key and w for each value, beta 2."""
+    q, k, v = projected(m, x)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    b, w = torch.sigmoid(x @ m.erase.gates.weight.T).view(len(x), 2, 2, 8).unbind(1)
+    S, y = x.new_zeros(2, 8, 8), []
+    for t in range(len(x)):
+        for h in range(2):
+            S[h] += k[h, t].outer(w[t, h] * v[h, t] - 2 * S[h].T @ (b[t, h] * k[h, t]))
+        y.append((q[:, t].unsqueeze(-2) @ S).flatten() / 8 ** 0.5)
+    return torch.stack(y) @ m.c_proj.weight.T + m.c_proj.bias
+
+
+LAYERS = {
+    'linear attention': (dict(rnn_feature='elu1', rnn_input='sum'), linear_attention),
+    'RetNet': (dict(rnn_decay='retnet', rnn_rope=True, rnn_gate='silu', rnn_norm='head'), retnet),
+    'GLA': (dict(rnn_decay='slow', rnn_decay_rank=6, rnn_gate='silu', rnn_norm='head'), gla),
+    'gates per channel': (dict(rnn_erase='gated', rnn_beta=2.0, rnn_unit=True), channel_gated_delta_rule),
+}
+
+
+@pytest.mark.parametrize('name', LAYERS)
+@torch.no_grad()
+def test_layer_equals_its_paper(name):
+    flags, paper = LAYERS[name]
+    m, x = mixer(**flags), rand(2, 40, 16)
+    got = m(x, Context(torch.arange(40), True, None))
+    # angles, fixed rates and what keeps a norm from dividing by 0 have the precision of fp32
+    for row in range(2):
+        assert_close(got[row], paper(m, x[row]), 1e-5, 'y')
+
+
+def test_further_predictions_forget_as_the_last_layer():
+    model = GPT(GPTConfig(block_size=64, vocab_size=7, n_layer=3, n_head=2, n_embd=16, pos='none',
+                          layer_pattern='r', rnn_decay='lightning', n_predict=3))
+    first, *rest = (block.mixer.decay(rand(1, 1, 16))[0, 0, :, 0] for block in (*model.h, *model.further))
+    slopes = -2.0 ** torch.tensor([-4.0, -8.0])
+    for i, decay in enumerate((first, *rest)):
+        assert_close(decay, slopes * (1 - min(i, 2) / (2 + 1e-5) + 1e-5), 1e-6, f'layer {i}')
+    assert len(rest) == 4 and rest[-1].lt(0).all()
+
+
+MORE = {
+    'gated delta rule': dict(rnn_decay='head', rnn_erase='delta', rnn_conv=3, rnn_unit=True, rnn_key_heads=1),
+    'Kimi delta attention': dict(rnn_decay='key', rnn_erase='delta', rnn_conv=4, rnn_unit=True),
+    'mLSTM': dict(rnn_decay='sigmoid', rnn_input='exp', rnn_gate='sigmoid', rnn_norm='layer'),
+}
+
+
+@pytest.mark.parametrize('name', [*LAYERS, *MORE])
+@torch.no_grad()
+def test_layer_in_pieces_and_behind_padding_is_as_if_alone(name):
+    """Row 1 has padding in front of its text, in front of what goes on, and as the one token of a step."""
+    m, x = mixer(**(MORE[name] if name in MORE else LAYERS[name][0])), rand(2, 30, 16)
+
+    def alone(x):
+        return m(x, Context(torch.arange(x.shape[1]), True, None))
+    padded = torch.arange(30) - torch.tensor([[0], [4]])
+    got = m(x, Context(padded, False, None))
+    assert_close(got[:1], alone(x[:1]), EXACT, 'y without padding')
+    assert_close(got[1:, 4:], alone(x[1:, 4:]), EXACT, 'y behind padding')
+    cache, got = m.new_cache(2, 30, torch.float64, 'cpu'), []
+    real = torch.ones(30, dtype=torch.bool)
+    real[[0, 1, 8, 9, 10, 25]] = False      # in row 1
+    pos = torch.stack((torch.arange(30), torch.where(real, real.cumsum(0) - 1, -1)))
+    for piece in map(slice, (0, 8, 24, 25, 26, 27), (8, 24, 25, 26, 27, 30)):
+        got.append(m(x[:, piece], Context(pos[:, piece], False, None), cache))
+    got = torch.cat(got, 1)
+    assert_close(got[:1], alone(x[:1]), EXACT, 'y of the row without padding, in pieces')
+    assert_close(got[1:, real], alone(x[1:, real]), EXACT, 'y of the row with padding, in pieces')
 
 
 # ----------------------------------------------------------------------------------------------------------

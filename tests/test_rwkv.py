@@ -181,13 +181,23 @@ def test_layer_equals_its_paper(kind):
 
 @torch.no_grad()
 def test_values_of_the_first_rwkv7_layer_reach_the_later_ones():
-    model = loud(GPT(config(rnn='rwkv7', layer_pattern='ar', n_layer=4, dropout=0.0)))
-    first, second = model.h[1].mixer, model.h[3].mixer
-    assert first.mix is None and second.mix is not None
+    model = loud(GPT(config(rnn='rwkv7', layer_pattern='ar', n_layer=6, dropout=0.0)))
+    first, *later = (model.h[i].mixer for i in (1, 3, 5))
+    assert first.mix is None and all(m.mix is not None for m in later)
     x, other, ctx = rand(1, T, 16), rand(1, T, 16, seed=1), whole(T)
     first(x, ctx)
     values = before(x[0], first.shift.mu[3]) @ first.v.weight.T
-    assert_close(second(other, ctx)[0], rwkv7(second, other[0], values), EXACT, 'y')
+    for m in later:
+        assert_close(m(other, ctx)[0], rwkv7(m, other[0], values), EXACT, 'y')
+
+
+@pytest.mark.parametrize('kind', ['rwkv7', 'rwkv6', 'rwkv4', 'channel_mix_gate'])
+def test_further_predictions_begin_as_the_last_layer(kind):
+    model = GPT(config(**KINDS[kind][0], n_predict=3))
+    first, last, *further = (block.mixer for block in (*model.h, *model.further))
+    for mixer in further:
+        assert torch.equal(mixer.shift.mu, last.shift.mu)
+    assert not torch.equal(first.shift.mu, last.shift.mu)
 
 
 @pytest.mark.parametrize('fresh', [True, False], ids=['fresh', 'carried'])
@@ -255,6 +265,20 @@ def test_padding_is_as_if_it_were_not_there(kind):
                 assert got.shape == kept.shape
                 if kept.numel():
                     assert_close(got, kept, EXACT, f'{name} of row {row}')
+
+
+@every_kind
+@torch.no_grad()
+def test_a_single_token_of_padding_is_as_if_it_were_not_there(kind):
+    """Row 1 begins with a step of padding, and has another one between its tokens 4 and 5."""
+    m, x = mixer(kind), rand(2, 7, 16)
+    cache, got = m.new_cache(2, 0, torch.float64, 'cpu'), []
+    pos = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [-1, 0, 1, 2, 3, -1, 4]])
+    for piece in map(slice, (0, 1, 5, 6), (1, 5, 6, 7)):
+        got.append(m(x[:, piece], context(pos[:, piece]), cache))
+    got, real = torch.cat(got, 1), pos[1] >= 0
+    assert_close(got[:1], m(x[:1], whole(7)), EXACT, 'y of the row without padding')
+    assert_close(got[1:, real], m(x[1:, real], whole(5)), EXACT, 'y of the row with padding')
 
 
 @every_kind
