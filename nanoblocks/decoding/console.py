@@ -22,17 +22,31 @@ class Console:
 
     def samples(self, texts, path=None):
         """Continue each text. path: the file that holds the texts; None: there is one, the setting start."""
+        if not self.session.model.config.causal:
+            return self.fill(texts)
         prompts = [self.session.encode(text, f'prompt {n} of {path}' if path else 'start')
                    for n, text in enumerate(texts, 1)]
         with self.running():
             for generation in self.session.generations(prompts):
                 self.show(generation)
 
+    def fill(self, texts):
+        """The texts of an encoder, which names each [MASK]."""
+        with self.running():
+            print('an encoder: it names each [MASK], and in a text without one, tokens behind it')
+            for n, text in enumerate(texts):
+                for filled, tokens in self.session.fill(text, n * self.session.num_samples):
+                    print(f'{filled}\n---------------')
+                    self.write(prompt=text, text=filled, tokens=tokens)
+
     def interactive(self):
         """Continue each line that is typed, until the end of the input. Ctrl-C ends a sample."""
         with self.running():
             for n, line in enumerate(typed_lines()):
                 try:
+                    if not self.session.model.config.causal:
+                        print(*(text for text, _ in self.session.fill(line)), sep='\n')
+                        continue
                     prompts = [self.session.encode(line)]
                     for generation in self.session.generations(prompts, n * self.session.num_samples):
                         self.show(generation)
@@ -46,8 +60,9 @@ class Console:
         tokens = self.session.tokens_to_score(text)
         with self.running(tokens):
             score = self.session.score_tokens(tokens)
+            kind = '' if self.session.model.config.causal else 'pseudo-'  # each token given all others
             print(f'{counted(len(score.logprobs), "token")}, {counted(score.bytes, "byte")}: '
-                  f'log-likelihood {score.nats:.3f} nats, perplexity {score.perplexity:.3f} per token, '
+                  f'{kind}log-likelihood {score.nats:.3f} nats, perplexity {score.perplexity:.3f} per token, '
                   f'{score.bits_per_byte:.4f} bits per byte')
             self.write(text=text, tokens=tokens, logprobs=score.logprobs, bits_per_byte=score.bits_per_byte)
 

@@ -22,6 +22,7 @@ from nanoblocks.decoding.generation import Generation, Sample
 from nanoblocks.decoding.scoring import Score, token_logprobs
 from nanoblocks.decoding.speculative import Speculative
 from nanoblocks.decoding.text import Text, special_token, stops_of
+from nanoblocks.decoding.unmask import MASK, mask_token, pseudo_logprobs, unmask
 from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
 from nanoblocks.tokenizer import from_meta
@@ -208,6 +209,32 @@ class Session:
         """(stop strings, stop tokens)"""
         return stops_of(self.stop, self.tokenizer)
 
+    # -- an encoder
+
+    def fill(self, text: str, first_row: int = 0) -> list[tuple[str, list[int]]]:
+        """
+        num_samples times (the text, its tokens), with a token in the place of each [MASK]; without one, with
+        as many more tokens as fit, at most max_new_tokens. first_row: number of the first, which seeds its
+        draws.
+        """
+        if self.model.config.causal:
+            raise ValueError('causal=True must be False to fill [MASK]: a decoder continues a text')
+        if self.draft is not None or self.sampling.repetition_penalty != 1:
+            raise ValueError('causal=False must have no draft and repetition_penalty=1: leave them out')
+        mask, limit = mask_token(self.model, self.tokenizer), self.model.config.block_size
+        first, *others = text.split(MASK)
+        tokens = self.tokenizer.prompt(first) if first else []
+        for piece in others:
+            tokens += [mask, *self.tokenizer.encode(piece)]
+        if len(tokens) + (not others) > limit:
+            raise ValueError(f'the text has {len(tokens)} tokens and must have at most block_size={limit}, '
+                             'and a missing one among them: shorten it')
+        if not others:
+            tokens += [mask] * min(self.max_new_tokens, limit - len(tokens))
+        idx = torch.tensor([tokens] * self.num_samples, device=self.device)
+        *_, filled = unmask(self.model, idx, mask, self.sampling, self.seed, first_row=first_row)
+        return [(self.tokenizer.decode(row), row) for row in filled.tolist()]
+
     # -- scoring, rounded weights
 
     def score(self, text: str) -> Score:
@@ -228,10 +255,14 @@ class Session:
     def score_tokens(self, tokens: list[int], step: int | None = None) -> Score:
         """
         How likely the tokens are, each but the first given those before it within block_size. step: tokens of
-        one forward pass, through a cache as in sampling; None: all.
+        one forward pass, through a cache as in sampling; None: all. With an encoder: each given all others.
         """
         window = min(self.model.config.block_size, self.model.wpe.max_tokens or math.inf)
-        logprobs = token_logprobs(self.model, torch.tensor(tokens, device=self.device), window, step)
+        idx = torch.tensor(tokens, device=self.device)
+        if self.model.config.causal:
+            logprobs = token_logprobs(self.model, idx, window, step)
+        else:
+            logprobs = pseudo_logprobs(self.model, idx, mask_token(self.model, self.tokenizer), window)[1:]
         return Score(tokens, logprobs.tolist(), logprobs.sum().item(),
                      len(self.tokenizer.decode_bytes(tokens[1:])))
 
@@ -358,3 +389,6 @@ def prepare(model, tokenizer, device, dtype):
     model.eval().to(device, dtype)
     head = model.lm_head.weight[:tokenizer.vocab_size]
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
+    if model.lm_head.bias is not None:
+        bias = model.lm_head.bias[:tokenizer.vocab_size]
+        model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
