@@ -480,13 +480,10 @@ class BlockFlags:
     residual_scale: float = 1.0     # factor on the output of every branch (Granite)
     embed_scale: bool | float = False   # factor on the token embedding: a number, or True for sqrt(n_embd)
     embed_norm: bool = False        # a norm on the embedding (BLOOM)
-    first_norm: bool = flag(True, embed_norm=True)  # a norm before the first mixer too (not in ModernBERT)
     embed_skip: bool = False        # later blocks read a x + b embedding, with learned a and b
 
     def rules(c):
         yield 'embed_skip', not c.embed_skip or c.n_layer > 1, 'be False when n_layer=1'
-        yield ('first_norm', c.first_norm or NORM_AT[c.norm_at][0] and c.residual == 'serial',
-               'be True unless norm_at is pre or sandwich, and residual=serial')
 
 #           norms: before a branch, on its output, on the sum
 NORM_AT = {
@@ -2074,11 +2071,14 @@ class NormedBlock(Block):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Heads of encoders (BERT, Devlin et al. 2018, https://arxiv.org/abs/1810.04805)
+# Encoders: every token sees those before and after it (BERT, Devlin et al. 2018,
+# https://arxiv.org/abs/1810.04805), and train.py masks the tokens to be named (--objective=mask)
 
 @flags()
-class HeadFlags:
-    """Output head"""
+class EncoderFlags:
+    """Encoders, and heads"""
+    causal: bool = True             # a token sees none after it; False: an encoder, where each sees all
+    first_norm: bool = flag(True, embed_norm=True)  # a norm before the first mixer too (not in ModernBERT)
     head_mlp: bool = False          # a linear layer, GELU and a norm before the head
     head_mlp_bias: bool | None = flag(None, like='bias', head_mlp=True)     # its bias; None: as bias
     head_bias: bool = False         # bias of the logits
@@ -2088,6 +2088,13 @@ class HeadFlags:
     def rules(c):
         yield ('embed_width', c.embed_width == c.n_embd or c.head_mlp or not c.tie,
                'be n_embd unless head_mlp=True, which projects back to it, or tie=False')
+        yield ('first_norm', c.first_norm or NORM_AT[c.norm_at][0] and c.residual == 'serial',
+               'be True unless norm_at is pre or sandwich, and residual=serial')
+        if not c.causal:
+            yield ('causal', not c.mixers() & set('mrkc'),
+                   "be True when layer_pattern has an 'm', 'r', 'k' or 'c', which look back alone")
+            yield 'n_predict', c.n_predict == 1, 'be 1 when causal=False'
+            yield 'pos', c.pos != 'alibi_bf16', 'not be alibi_bf16 when causal=False: choose alibi'
 
 class HeadMLP(nn.Module):
     """norm(gelu(W x)), as wide as the embedding. x (B,T,C) -> (B,T,embed_width)"""
@@ -2156,13 +2163,12 @@ FFN = {
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, HeadFlags, Flags):
+                NormedFlags, EncoderFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
     n_layer: int = 12               # blocks
     n_head: int = 12                # query heads
-    causal: bool = True             # a token sees none after it; False: an encoder, where each sees all
     n_embd: int = 768               # width of the residual stream
     layer_pattern: str = flag('a', MIXERS)      # mixer of each layer, one letter per layer, repeated
     ffn_pattern: str = flag('f', FFNS)          # feed-forward of each layer, one letter per layer, repeated
@@ -2197,10 +2203,6 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
                f'be serial when norm_at={c.norm_at}, which has no norm before a branch')
         yield ('residual', c.residual == 'serial' or '-' not in c.ffns(),
                "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
-        yield 'causal', c.causal or not c.mixers() & set('mrkc'), (
-            "be True when layer_pattern has an 'm', 'r', 'k' or 'c', which look back alone")
-        yield 'n_predict', c.causal or c.n_predict == 1, 'be 1 when causal=False'
-        yield 'pos', c.causal or c.pos != 'alibi_bf16', 'not be alibi_bf16 when causal=False: choose alibi'
         if c.attn == 'diff':
             for name in ('n_head', 'n_kv_head'):
                 yield name, getattr(c, name) % 2 == 0, 'be even when attn=diff, which takes heads in pairs'

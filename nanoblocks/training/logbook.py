@@ -154,9 +154,11 @@ def describe_run(log, model, meta, settings, optimizers, resumed, machine):
     """Print what a run is about to do. `resumed`: the checkpoint or None; `machine`: a line about it."""
     T, s, quantity = model.config.block_size, settings, format_quantity
     flops, tokens = model.flops_per_token(T), s['gradient_accumulation_steps'] * s['batch_size'] * T
+    cache = 'no cache, as it is an encoder'
+    if model.config.causal:
+        cache = f'{quantity(kv_cache_bytes(model.config, T, 1, 2))}B of cache at {T} tokens in 16 bits'
     log.print(f'model     {quantity(model.num_params())} parameters, '
-              f'{quantity(model.num_params(active=True))} active, {quantity(flops)} FLOPs per token, '
-              f'{quantity(kv_cache_bytes(model.config, T, 1, 2))}B of cache at {T} tokens in 16 bits')
+              f'{quantity(model.num_params(active=True))} active, {quantity(flops)} FLOPs per token, {cache}')
     log.print(f'data      {s["dataset"]}: {quantity(meta["train_tokens"])} tokens to train on, '
               f'vocabulary {meta["vocab_size"]}')
     if not s['eval_only']:
