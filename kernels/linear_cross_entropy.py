@@ -149,19 +149,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, z_weight, bias, token_weights, grads):
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        device, counts = x.device.type, _counts(targets, token_weights)
+        device, wide = x.device.type, torch.promote_types(x.dtype, torch.float32)
+        counts = _counts(targets, token_weights).to(wide)
         # cast once and not for each chunk; autocast leaves fp64 alone
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-        mean = 1 / _total(counts.to(torch.promote_types(x.dtype, torch.float32)))
+        mean = 1 / _total(counts)
         # divided by the count in the backward pass, where a scaled loss has made small numbers large: fp16
         # would lose them in dz
         ctx.divide_later = x.dtype == torch.float16
         scale = (1.0 if ctx.divide_later else mean) if grads else None
         n_chunk = clamp(cdiv(x.shape[0] * weight.shape[0] * x.itemsize, CHUNK_BYTES), 1, MAX_CHUNKS)
         buffer, loss, dx = _buffer(x, weight, n_chunk), 0.0, []
-        dw = torch.zeros_like(weight, dtype=mean.dtype) if grads else None
-        db = torch.zeros_like(bias, dtype=mean.dtype) if grads and bias is not None else None
+        dw = torch.zeros_like(weight, dtype=wide) if grads else None
+        db = torch.zeros_like(bias, dtype=wide) if grads and bias is not None else None
         factor = (float8.Weight if common.head_dtype == 'float8' and grads else _Weight)(weight)
         with torch.autocast(device, enabled=False):
             for xs, *rows in zip(x.chunk(n_chunk), targets.chunk(n_chunk), counts.chunk(n_chunk)):
