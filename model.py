@@ -27,6 +27,7 @@ import hashlib
 import math
 import numbers
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -139,11 +140,8 @@ class Context(NamedTuple):
     in_order: bool      # they are 0..T-1, and nothing is cached: no padding, the mask is a triangle
     rope: tuple | None  # two (cos, sin) pairs of angles, each (T,D/2) or (B,T,D/2) fp32: for all layers, and
                         # for windowed ones, which may rotate at another base
-    embedding: torch.Tensor | None = None   # embed_skip: the embedding (B,T,C), which blocks mix back in
-    values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
-    losses: 'RouterLosses | None' = None    # what routers add to the training loss
-    reach: int | None = None                # tokens that a query sees where a chunk ends beyond max_tokens
-    first: 'Shelf | None' = None            # RWKV-7: its first layer's values (B,T,C), which later ones read
+    reach: int | None = None        # tokens that a query sees where a chunk ends beyond max_tokens
+    given: 'Given | None' = None    # what single blocks of Part II read
 
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""
@@ -351,6 +349,8 @@ class SoftmaxAttention(nn.Module):
         # as integers, like the bits of Frequencies
         self.register_buffer('slopes', None if slopes is None else slopes.view(torch.int32), persistent=False)
         self.sinks = param(n_head, init=normal) if c.sinks else None
+        self.relative = c.rel_distance if c.pos == 'relative' else None
+        self.table = relative_table(c) if c.pos == 'relative' and not c.rel_shared else None
         self.dropout = c.dropout
 
     def forward(self, q, k, v, ctx, key_pos):
@@ -361,8 +361,12 @@ class SoftmaxAttention(nn.Module):
         slopes, options = None if self.slopes is None else self.slopes.view(torch.float32), self.options
         if ctx.reach is not None and ctx.reach < (options['window'] or math.inf) and not options['chunked']:
             options = options | {'window': ctx.reach}
+        relative = None
+        if self.relative is not None:
+            relative = ctx.given.relative if self.table is None else self.table, self.relative
         return ops.attention(q, k, v, ctx.pos, key_pos, **options, slopes=slopes, sinks=self.sinks,
-                             in_order=ctx.in_order, dropout=self.dropout if self.training else 0.0)
+                             in_order=ctx.in_order, dropout=self.dropout if self.training else 0.0,
+                             relative=relative)
 
 class CachedAttention(nn.Module):
     """What Attention and MLA share. They set `cached`, the widths of what one token leaves in the cache."""
@@ -515,7 +519,7 @@ class Block(nn.Module):
 
     def forward(self, x, ctx, cache=None):
         if self.skip is not None:
-            x = self.skip[0] * x + self.skip[1] * ctx.embedding
+            x = self.skip[0] * x + self.skip[1] * ctx.given.embedding
         return self.branches(x, ctx, cache)
 
     def branches(self, x, ctx, cache):
@@ -531,6 +535,12 @@ class Block(nn.Module):
     def scaled(self, y):
         return self.drop(y) if self.scale == 1 else self.drop(y) * self.scale
 
+    def flops(self, T):
+        return self.mixer.flops(T)
+
+    def new_caches(self, *sizes):
+        return [self.mixer.new_cache(*sizes)]
+
 
 # ==========================================================================================================
 # Part II: other blocks, read when wanted
@@ -544,7 +554,33 @@ class Block(nn.Module):
 #   recurrences      alpha exp(decay), beta rnn_beta at most; RWKV-7: w decay, a rate, kappa kk
 
 # ----------------------------------------------------------------------------------------------------------
-# Other positions: sinusoidal, ALiBi
+# What many blocks share: what they are given, and what their caches take
+
+class Given(NamedTuple):
+    """What single blocks read of a forward pass, beside the Context of all."""
+    embedding: torch.Tensor | None = None   # embed_skip: the embedding (B,T,C), which blocks mix back in
+    values: torch.Tensor | None = None      # value_embed: (B,T,K,D), which attention adds to its values
+    losses: 'RouterLosses | None' = None    # what routers add to the training loss
+    first: 'Shelf | None' = None            # RWKV-7: its first layer's values (B,T,C), which later ones read
+    relative: torch.Tensor | None = None    # pos=relative: the table of biases (rel_buckets,H)
+    memory: torch.Tensor | None = None      # n_encoder: the encoder's output (B,S,C)
+    memory_pos: torch.Tensor | None = None  # and its positions (B,S), negative for padding
+
+def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_bytes: int) -> int:
+    """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
+    dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+    if dtype_bytes not in dtypes:
+        raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
+    check_counts(1, seq_len=seq_len, batch_size=batch_size)
+    with torch.device('meta'):
+        mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
+        size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
+                for letter, mixer in mixers.items()}
+    return sum(size[letter] for letter, _ in config.plan())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Other positions: sinusoidal, ALiBi, relative
 
 class SinusoidalPositions(Positions):
     """Fixed sines and cosines, added to the embedding (Vaswani et al. 2017, sections 3.4 and 3.5)."""
@@ -568,6 +604,32 @@ class AlibiPositions(Positions):
         n = 2 ** int(math.log2(n_head))
         slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
         return torch.tensor(slopes + [2 ** (-4 * (2 * i + 1) / n) for i in range(n_head - n)])
+
+@flags(pos='relative')
+class RelativeFlags:
+    """Relative positions"""
+    rel_buckets: int = flag(32, least=4)    # distances that have a bias of their own, or share one
+    rel_distance: int = 128                 # the distance from which on all share one
+    rel_shared: bool = True                 # one table for all layers (T5), or each its own (umT5)
+
+    def rules(c):
+        yield 'rel_buckets', c.rel_buckets % 4 == 0, 'be a multiple of 4'
+        yield ('rel_distance', c.rel_distance > c.rel_buckets // 2,
+               f'be above half of rel_buckets={c.rel_buckets}')
+        yield 'attn', c.attn == 'standard', 'be standard when pos=relative'
+
+def relative_table(c):
+    return param(c.rel_buckets, c.n_head, init=normal)
+
+class RelativePositions(Positions):
+    """
+    A learned bias on the scores of each head, by the distance between query and key (Raffel et al. 2019,
+    https://arxiv.org/abs/1910.10683), in ops.attention.
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.table = relative_table(c) if c.rel_shared else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -751,7 +813,7 @@ def temperature(attention, q, k, v, ctx, scale, floor):
 
 def value_embedding(attention, q, k, v, ctx):
     """The values plus a token embedding of their own, times a learned number (modded-nanogpt)."""
-    return q, k, v + (attention.value_scale * ctx.values).to(v.dtype)
+    return q, k, v + (attention.value_scale * ctx.given.values).to(v.dtype)
 
 def attention_extras(attention, c):
     """The functions above that a layer applies, (attention, q, k, v, ctx) -> (q, k, v)."""
@@ -1551,9 +1613,9 @@ class RWKV7(StateSpace):
         decay = -math.exp(-0.5) * torch.sigmoid(self.decay(xw))
         a = torch.sigmoid(self.rate(xa))
         if self.is_first:
-            ctx.first.values = v
+            ctx.given.first.values = v
         else:
-            v = v + (torch.sigmoid(self.mix(xv)) * (ctx.first.values - v)).to(v.dtype)
+            v = v + (torch.sigmoid(self.mix(xv)) * (ctx.given.first.values - v)).to(v.dtype)
         # 2. what is erased, and what is written
         kk, k = k * self.erased, k * (1 + (a - 1) * self.kept)
         r, decay, k, v, kk, a, u = (z.unflatten(-1, self.heads) for z in (r, decay, k, v, kk, a, self.bonus))
@@ -1953,9 +2015,9 @@ class MoE(nn.Module):
         if self.aux:
             wanted_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).mean(0)
             aux_loss = self.c.n_expert * (counts_E / counts_E.sum() * wanted_E).sum()
-            ctx.losses.terms.append(self.c.aux_weight * aux_loss)
+            ctx.given.losses.terms.append(self.c.aux_weight * aux_loss)
         if self.c.z_weight:
-            ctx.losses.terms.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
+            ctx.given.losses.terms.append(self.c.z_weight * logits_NE.logsumexp(-1).square().mean())
 
     def idle(self):
         """Parameters that one token does not pass through."""
@@ -2108,6 +2170,136 @@ class HeadMLP(nn.Module):
         return self.norm(F.gelu(self.c_fc(x)))
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Encoder and decoder: a third branch of every block attends to what an encoder makes of a source (Vaswani et
+# al. 2017)
+#
+#   source -> embedding -> n_encoder blocks, not causal -> memory
+#   idx    -> embedding -> n_layer blocks: mixer, attention to the memory, feed-forward -> logits
+
+@flags()
+class EncoderDecoderFlags:
+    """Encoder beside a decoder"""
+    n_encoder: int = flag(0, least=0)   # blocks of an encoder of the source; 0: there is none
+
+    def rules(c):
+        if c.n_encoder:
+            yield 'n_encoder', c.causal, 'be 0 when causal=False, which is an encoder already'
+            yield 'residual', c.residual == 'serial', 'be serial when there is an encoder'
+            yield 'n_predict', c.n_predict == 1, 'be 1 when there is an encoder'
+            yield ('layer_pattern', not c.mixers() & set('mrkc'),
+                   "have no 'm', 'r', 'k' or 'c' when there is an encoder, which has the same layers")
+            yield ('value_embed', not (c.value_embed or c.embed_skip),
+                   'be False when there is an encoder, and embed_skip too')
+
+class Encoder(nn.Module):
+    """n_encoder blocks, in which every token of the source sees all others."""
+
+    def __init__(self, c, embed_scale):
+        super().__init__()
+        c, self.embed_scale = replace(c, causal=False, n_layer=c.n_encoder, n_encoder=0), embed_scale
+        self.wpe, self.ln_e = POSITIONS[c.pos](c), norm_if(c.embed_norm, c, c.embed_width)
+        self.drop = nn.Dropout(c.dropout)
+        self.h = nn.ModuleList(Block(c, *letters, layer) for layer, letters in enumerate(c.plan()))
+        self.ln_f = norm_if(c.norm_at != 'post', c)
+
+    def forward(self, x, pos):
+        """x (B,S,E) embedded, pos (B,S) -> the memory (B,S,C)"""
+        x = self.drop(self.ln_e(self.wpe(x, pos)))
+        given = Given(losses=RouterLosses(), relative=getattr(self.wpe, 'table', None))
+        ctx = Context(pos, False, self.wpe.rope(pos, pos.shape[-1]), given=given)
+        for block in self.h:
+            x = block(x, ctx)
+        return self.drop(self.ln_f(x))
+
+    def remembered(self, given, wte, source):
+        """What is given to the decoder's blocks, with the memory of source (B,S), -1 for padding."""
+        pos = torch.where(source >= 0, torch.arange(source.shape[1], device=source.device), -1)
+        x = wte(source.clamp(min=0)) * self.embed_scale
+        return given._replace(memory=self(x, pos), memory_pos=pos)
+
+def entries(blocks, cache):
+    """What GPT.new_cache gave, block by block; beside an encoder, a block has two entries."""
+    if cache is None:
+        return [None] * len(blocks)
+    return cache if len(cache) == len(blocks) else list(zip(cache[::2], cache[1::2]))
+
+class MemoryCache:
+    """The keys and values that one block makes of the memory, once."""
+    max_tokens = math.inf
+
+    def __init__(self):
+        self.held = None
+
+    @property
+    def empty(self):
+        return self.held is None
+
+    def reset(self):
+        self.held = None
+
+    def expand(self, n):
+        self.held = tuple(x.repeat_interleave(n, 0) for x in self.held)
+
+    def snapshot(self):
+        """Nothing: the memory stays when tokens are rolled back."""
+
+    def restore(self, snapshot):
+        pass
+
+    def nbytes(self):
+        return 0 if self.empty else sum(x.nbytes for x in self.held)
+
+class CrossAttention(nn.Module):
+    """Queries of the decoder, keys and values of the memory. Nothing rotates."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.scale = (c.n_head, c.n_kv_head, c.head_dim), c.attn_scale or c.head_dim ** -0.5
+        self.c_q = Linear(c.n_embd, c.n_head * c.head_dim, c.qkv_bias)
+        self.c_kv = Linear(c.n_embd, 2 * c.n_kv_head * c.head_dim, c.qkv_bias)
+        self.c_proj = out_proj(c, c.n_head * c.head_dim, c.proj_bias)
+        self.dropout = c.dropout
+
+    def forward(self, x, ctx, cache=None):
+        H, K, D = self.heads
+        if cache is None or cache.empty:
+            if ctx.given.memory is None:
+                raise ValueError('source=None must be what the encoder reads: pass source=')
+            k, v = self.c_kv(ctx.given.memory).unflatten(-1, (2, K, D)).unbind(2)       # (B,S,K,D)
+            held = k, v, ctx.given.memory_pos
+            if cache is not None:
+                cache.held = held
+        else:
+            held = cache.held
+        k, v, key_pos = held
+        q = self.c_q(x).unflatten(-1, (H, D))
+        y = ops.attention(q, k, v, ctx.pos, key_pos, self.scale, causal=False,
+                          dropout=self.dropout if self.training else 0.0)
+        return self.c_proj(y.flatten(2))
+
+class CrossBlock(Block):
+    """Three branches: mixer, attention to the memory, feed-forward."""
+
+    def __init__(self, c, mixer, ffn, layer):
+        super().__init__(c, mixer, ffn, layer)
+        self.ln_x, self.ln_x_out, self.ln_x_sum = (norm_if(wanted, c) for wanted in NORM_AT[c.norm_at])
+        self.cross = CrossAttention(c)
+
+    def branches(self, x, ctx, cache):
+        own, memory = cache or (None, None)
+        x = self.ln_1_sum(x + self.mix(self.ln_1(x), ctx, own))
+        x = self.ln_x_sum(x + self.scaled(self.ln_x_out(self.cross(self.ln_x(x), ctx, memory))))
+        return x if self.ffn is None else self.ln_2_sum(x + self.feed(self.ln_2(x), ctx))
+
+    def flops(self, T):
+        """With a source as long as the text."""
+        return super().flops(T) + 12 * math.prod(self.cross.heads[::2]) * T
+
+    def new_caches(self, *sizes):
+        return [*super().new_caches(*sizes), MemoryCache()]
+
+
 # ==========================================================================================================
 # Part III: the model
 # ==========================================================================================================
@@ -2127,6 +2319,7 @@ def attention(windowed=False, **span):
 POSITIONS = {
     'learned': LearnedPositions, 'sinusoidal': SinusoidalPositions, 'rope': RotaryPositions,
     'alibi': AlibiPositions, 'alibi_bf16': AlibiPositions, 'none': Positions,  # bf16: rounded as in Falcon
+    'relative': RelativePositions,
 }
 NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
 RESIDUAL = {'serial': Block, 'parallel': ParallelBlock, 'shared': SharedBlock, 'normed': NormedBlock}
@@ -2161,9 +2354,9 @@ FFN = {
 # Configuration: sizes and choices. The numbers of a block are flags of its chapter, inherited here.
 
 @flags()
-class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RopeScalingFlags,
+class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, EncoderFlags, Flags):
+                NormedFlags, EncoderFlags, EncoderDecoderFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -2172,7 +2365,8 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rope
     n_embd: int = 768               # width of the residual stream
     layer_pattern: str = flag('a', MIXERS)      # mixer of each layer, one letter per layer, repeated
     ffn_pattern: str = flag('f', FFNS)          # feed-forward of each layer, one letter per layer, repeated
-    pos: str = flag('learned', POSITIONS)       # learned, sinusoidal, rope, alibi, alibi_bf16 (Falcon), none
+    # learned, sinusoidal, rope, alibi, alibi_bf16 (Falcon), relative (T5), none
+    pos: str = flag('learned', POSITIONS)
     norm: str = flag('layernorm', NORMS)        # layernorm, rmsnorm
     norm_at: str = flag('pre', NORM_AT)     # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
     # serial (mixer, then feed-forward), parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM)
@@ -2243,7 +2437,8 @@ class GPT(nn.Module):
         narrow = c.embed_width != c.n_embd
         self.embed_proj = Linear(c.embed_width, c.n_embd, bias=True) if narrow else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
-        block, plan = RESIDUAL[c.residual], c.plan()
+        self.encoder = Encoder(c, self.embed_scale) if c.n_encoder else None
+        block, plan = CrossBlock if c.n_encoder else RESIDUAL[c.residual], c.plan()
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(plan))
         # multi-token prediction (Gloeckle et al. 2024): block k predicts the k-th token after the next
         self.further = nn.ModuleList(block(c, *plan[-1], c.n_layer + k) for k in range(c.n_predict - 1))
@@ -2266,11 +2461,12 @@ class GPT(nn.Module):
             p.copy_(p.init(p.shape, generator))
 
     def forward(self, idx, targets=None, cache=None, pos=None, last_only=False, z_loss=0.0, parts=False,
-                weights=None):
+                weights=None, source=None):
         """
         idx (B,T) int64. pos (T,) or (B,T) int64: their positions, consecutive, negative for padding in front
         of a row (of an encoder: anywhere), below block_size where positions are learned; None: 0..T-1.
-        cache: from new_cache; then pos may be None on its first call only.
+        cache: from new_cache; then pos may be None on its first call only. source (B,S) int64, -1 for
+        padding: what an encoder reads (n_encoder), with a cache on its first call only.
 
         Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where
         there is none -> (None, mean cross entropy in nats); the logits are never stored. In training the loss
@@ -2283,13 +2479,16 @@ class GPT(nn.Module):
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
-        ctx = ctx._replace(embedding=x, values=values, losses=RouterLosses(), first=Shelf())
-        for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
-            own = ctx._replace(losses=RouterLosses())   # empty, or each block would be compiled by itself
-            x = block(x, own, entry)
-            ctx.losses.terms.extend(own.losses.terms)
+        given = Given(x, values, RouterLosses(), Shelf(), getattr(self.wpe, 'table', None))
+        if source is not None:
+            given = self.encoder.remembered(given, self.wte, source)
+        for block, entry in zip(self.h, entries(self.h, cache), strict=True):
+            # empty, or each block would be compiled by itself
+            own = given._replace(losses=RouterLosses())
+            x = block(x, ctx._replace(given=own), entry)
+            given.losses.terms.extend(own.losses.terms)
         if targets is not None:
-            losses = self.losses(x, targets, ctx, z_loss, weights)
+            losses = self.losses(x, targets, ctx._replace(given=given), z_loss, weights)
             return None, losses if parts else losses['loss']
         logits, cap = self.lm_head(self.read_out(x[:, -1:] if last_only else x)), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits.float() / cap), None
@@ -2328,7 +2527,7 @@ class GPT(nn.Module):
                 shifted = F.pad(targets, (0, k), value=-1)[:, k:]
                 loss = self.cross_entropy(block(x, ctx), shifted, z_loss)
                 losses['mtp'] = losses['mtp'] + self.config.predict_weight / len(self.further) * loss
-            losses['router'] = sum(ctx.losses.terms)
+            losses['router'] = sum(ctx.given.losses.terms)
             losses['loss'] = cross_entropy + (losses['mtp'] + losses['router'])
         return losses
 
@@ -2349,8 +2548,8 @@ class GPT(nn.Module):
         weight = self.wte.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return [block.mixer.new_cache(batch_size, max_tokens, dtype, weight.device, spare)
-                for block in self.h]
+        return [entry for block in self.h
+                for entry in block.new_caches(batch_size, max_tokens, dtype, weight.device, spare)]
 
     # -- counting
 
@@ -2366,7 +2565,8 @@ class GPT(nn.Module):
         """Floating-point operations per token, forward and backward, in sequences of T (PaLM, appendix B)."""
         matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         matmul += len(self.further) * self.lm_head.weight.numel()  # the further predictions share the head
-        mixers = sum(block.mixer.flops(T) for block in (*self.h, *self.further))
+        mixers = sum(block.flops(T) for block in (*self.h, *self.further))
+        mixers += 0 if self.encoder is None else sum(block.flops(T) for block in self.encoder.h)
         return 6 * matmul + mixers + sum(moe.flops() for moe in self.moes)
 
     # -- for the training loop
@@ -2421,15 +2621,3 @@ def check_counts(least, **given):
             raise ValueError(f'{name}={value} must be a whole number')
         if value < least:
             raise ValueError(f'{name}={value} must be at least {least}')
-
-def kv_cache_bytes(config: GPTConfig, seq_len: int, batch_size: int, dtype_bytes: int) -> int:
-    """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
-    dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-    if dtype_bytes not in dtypes:
-        raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
-    check_counts(1, seq_len=seq_len, batch_size=batch_size)
-    with torch.device('meta'):
-        mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
-        size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
-                for letter, mixer in mixers.items()}
-    return sum(size[letter] for letter, _ in config.plan())

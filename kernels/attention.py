@@ -15,6 +15,7 @@ A new pattern of attention is an argument of `attention`, a field of `Scoring` a
 `score_bias`, which `by_position` then computes on any device. In `attention`, the faster branches must leave
 the new pattern out until they support it.
 """
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,13 @@ class Scoring(NamedTuple):
     alibi_bf16: bool = False
     dropout: float = 0.0
     causal: bool = True
+    relative: tuple | None = None
 
     @property
     def by_products_alone(self):
         """Whether scores are scaled products of queries and keys, and nothing more."""
-        return self.softcap is None and self.slopes is None and self.sinks is None
+        added = self.softcap, self.slopes, self.sinks, self.relative
+        return all(argument is None for argument in added)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -93,6 +96,23 @@ def alibi_as_falcon(slopes, key_pos, scale):
     return (slopes.bfloat16() * key).bfloat16().float() * scale
 
 
+def bucket(distance, n, farthest, causal):
+    """
+    A number below n for each distance, key - query: half of them for one distance each, the others for longer
+    and longer ranges up to `farthest` (Raffel et al. 2019, section 2.1). Not causal: half for each side.
+    """
+    after, distance = 0, -distance
+    if causal:
+        distance = distance.clamp(min=0)
+    else:
+        n //= 2
+        after, distance = (distance < 0) * n, distance.abs()
+    alone = n // 2
+    ranges = torch.log(distance.clamp(min=1).float() / alone) / math.log(farthest / alone) * (n - alone)
+    far = (alone + ranges.long()).clamp(max=n - 1)
+    return after + torch.where(distance < alone, distance, far)
+
+
 def score_bias(pos, key_pos, scoring):
     """What positions add to the scores -> fp32 (1 or B,1 or H,T,S), UNSEEN where a key may not be seen."""
     seen = visible_in(pos, key_pos, scoring)
@@ -101,6 +121,11 @@ def score_bias(pos, key_pos, scoring):
         slopes = scoring.slopes.view(-1, 1, 1)
         bias = bias + (alibi_as_falcon(slopes, key_pos, scoring.scale) if scoring.alibi_bf16 else
                        alibi(slopes, pos, key_pos))
+    if scoring.relative is not None:
+        table, farthest = scoring.relative
+        distance = key_pos.unsqueeze(-2).long() - pos.unsqueeze(-1)
+        learned = table[bucket(distance, len(table), farthest, scoring.causal)]     # (...,T,S,H)
+        bias = bias + at_least_fp32(learned.movedim(-1, -3).view(-1, table.shape[1], *distance.shape[-2:]))
     return bias
 
 
@@ -131,9 +156,10 @@ def all_scores(q, k, v, bias, scoring):
 
 
 def attention_reference(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None,
-                        in_order=False, chunked=False, alibi_bf16=False, dropout=0.0, causal=True):
+                        in_order=False, chunked=False, alibi_bf16=False, dropout=0.0, causal=True,
+                        relative=None):
     """The definition: what every other way must equal. In fp32 or fp64; arguments as in `attention`."""
-    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal)
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative)
     dtype = q.dtype
     q, k, v = (at_least_fp32(x).transpose(1, 2) for x in (q, k, v))
     bias = score_bias(pos, key_pos, scoring)
@@ -260,7 +286,8 @@ def both_sides(q, k, v, scoring):
 def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, scale: float,
               window: int | None = None, softcap: float | None = None, slopes: Tensor | None = None,
               sinks: Tensor | None = None, in_order: bool = False, chunked: bool = False,
-              alibi_bf16: bool = False, dropout: float = 0.0, causal: bool = True) -> Tensor:
+              alibi_bf16: bool = False, dropout: float = 0.0, causal: bool = True,
+              relative: tuple | None = None) -> Tensor:
     """
     q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), H a multiple of K; integers pos (T,) or (B,T) and key_pos (S,) or
     (B,S) -> (B,T,H,Dv). A query sees the keys at its own position and before, but no padding, which has
@@ -274,16 +301,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
     in_order    promises that pos and key_pos are both 0..T-1 in every row, so that they need not be read
     dropout     the share of weights that are dropped
     causal      False: a query sees keys after it too, in a window as many as before it
+    relative    (table (n,H) learned, farthest): a bias by distance, see `bucket` (T5)
     """
     if in_order and window is not None and q.shape[1] <= window:
         window, chunked = None, False   # a window as long as the text is full attention
-    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal)
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative)
     # PyTorch's fastest path, on any device
     if in_order and scoring.by_products_alone and window is None:
         if q.is_cpu and q.shape[1] >= 1024:
             q, k, v = by_head(q), by_head(k), by_head(v)
         return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scoring).transpose(1, 2)
-    if runs_triton(q) and causal and not (chunked or alibi_bf16 or dropout):
+    if runs_triton(q) and causal and relative is None and not (chunked or alibi_bf16 or dropout):
         arguments = q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks
         if not in_order and decode_attention.ok(*arguments):
             return decode_attention.fused(*arguments)
