@@ -64,7 +64,7 @@ wandb_run_name = ''                 # Weights & Biases: name of the run; empty: 
 wandb_samples = 2                   # Weights & Biases: sample texts of 200 tokens at every evaluation
 # data
 dataset = 'pysource'                # a folder of data/, or the path of any prepared folder
-objective = 'next'                  # next (decoders); mask, diffusion (encoders: causal=False)
+objective = 'next'                  # next; mask, diffusion (causal=False); prefix, span (n_encoder)
 mask_rate = 0.15                    # mask: share of the tokens that are masked and named
 check_data: bool | None = None      # verify the checksums of the token files; None: if they are below 4 GB
 batch_size = 12                     # sequences per micro-batch of one process
@@ -179,7 +179,7 @@ with errors_as_messages():
     else:
         config = loaded.config if loaded else GPTConfig(**({'vocab_size': n_tokens} | model_args))
         rules.check_vocabulary(config, n_tokens, dataset, init_from if loaded else None)
-    rules.check_objective(settings, config)
+    task = task.read_by(rules.check_objective(settings, config))
     T = config.block_size
     data = open_dataset(data_folder, T, seed, task)
     rules.check_lengths(settings, world, T)

@@ -4,6 +4,8 @@ What a model learns to say about a row of text: which tokens it reads, and which
     next        each token's next one                       a decoder
     mask        the tokens that were masked (BERT)          an encoder: causal=False
     diffusion   the same, of any share of them (LLaDA)      an encoder: causal=False
+    prefix      the second half of a row, after the first   a decoder, or one with an encoder: n_encoder
+    span        spans that were cut out (T5)                a decoder, or one with an encoder: n_encoder
 
 An objective is called with rows (n,T+1) and a key for each row, from which all its draws are hashed: a row is
 masked alike in every run that has the seed, whatever its other flags, and in a run that is resumed.
@@ -27,12 +29,16 @@ def uniform(keys, columns, purpose):
 class Next:
     names = 'idx', 'targets'    # of the tensors that a batch has, as the model calls them
     more = 0                    # tokens beside those of the dataset
-    causal = True               # the model that it needs
+    models = 'decoder',         # that can learn it: decoder, encoder, both
     whole = True                # the loss is of every token, so that it is bits per byte as well
     told = ', {bits:.4f} bits per byte'     # behind a validation loss
 
     def __init__(self, vocab_size, mask_rate):
         self.vocab_size, self.mask_rate = vocab_size, mask_rate
+
+    def read_by(self, model):
+        """The objective for one of `models`."""
+        return self
 
     def __call__(self, rows, keys):
         return inputs_and_targets(rows)
@@ -44,7 +50,7 @@ class Mask(Next):
     token, and 10 % stay (Devlin et al. 2018, https://arxiv.org/abs/1810.04805). The mask is the token after
     the dataset's last.
     """
-    more, causal, whole, told = 1, False, False, ' of masked tokens'
+    more, models, whole, told = 1, ('encoder',), False, ' of masked tokens'
 
     def __call__(self, rows, keys):
         x = rows[:, :-1]
@@ -78,4 +84,82 @@ class Diffusion(Mask):
                 torch.from_numpy(np.where(chosen, x, -1)), torch.from_numpy(weights))
 
 
-OBJECTIVES = {'next': Next, 'mask': Mask, 'diffusion': Diffusion}
+class Prefix(Next):
+    """
+    The second half of each row, given the first: an encoder reads it, or a decoder before it begins to be
+    judged. Both name the same tokens, and begin with the last of the first half.
+    """
+    models, whole, told = ('decoder', 'both'), False, ' of second halves'
+
+    def read_by(self, model):
+        self.names = ('idx', 'targets', 'source') if model == 'both' else ('idx', 'targets')
+        return self
+
+    def __call__(self, rows, keys):
+        half = rows.shape[1] // 2
+        return self.given(rows[:, :half], rows[:, half - 1:])
+
+    def given(self, source, text):
+        """source (n,S), and text (n,L) whose first token is given, not named -> the tensors"""
+        text, source = torch.from_numpy(text), torch.from_numpy(source)
+        idx, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+        if 'source' in self.names:
+            return idx, targets, source.contiguous()
+        before = self.before(source)
+        return torch.cat((before, idx), 1), torch.cat((torch.full_like(before, -1), targets), 1)
+
+    def before(self, source):
+        """What a decoder reads in front of idx."""
+        return source[:, :-1]
+
+
+class Span(Prefix):
+    """
+    Spans of 3 tokens on average, mask_rate of a row in all, are cut out, and each leaves a mark of its own;
+    what was cut out follows, each span behind its mark (Raffel et al. 2019, https://arxiv.org/abs/1910.10683).
+    The marks are the tokens after the dataset's last.
+    """
+    more, told = 100, ' of spans'
+
+    def __call__(self, rows, keys):
+        T = rows.shape[1] - 1
+        length, spans, cut = self.sizes(T)
+        lengths = self.parts(keys, length - cut, spans, 1), self.parts(keys, cut, spans, 2)
+        # kept and cut pieces in turns, kept first
+        ends = np.stack(lengths, -1).reshape(len(rows), -1).cumsum(-1)              # (n,2 spans)
+        piece = (np.arange(length) >= ends[:, :, None]).sum(1)                      # (n,length)
+        source, text = (self.marked(rows[:, :length], piece, spans, which) for which in (0, 1))
+        return self.given(source, text)
+
+    def sizes(self, T):
+        """(tokens of a row that are used, spans, tokens in them), so that a decoder reads at most T tokens"""
+        length = T
+        while True:
+            cut = max(1, round(self.mask_rate * length))
+            spans = max(1, round(cut / 3))
+            if length + 2 * spans <= T + 1 and cut < length:
+                return length, min(spans, length - cut), cut
+            length -= 1
+
+    def parts(self, keys, total, count, purpose):
+        """Lengths, at least 1, of `count` parts of `total`, any with the same chance: (n,count)."""
+        borders = noise(keys, total - 1, purpose).argsort(-1)[:, :count - 1] + 1
+        whole = np.zeros((len(keys), 1), np.int64)
+        return np.diff(np.concatenate((whole, np.sort(borders), whole + total), 1))
+
+    def marked(self, rows, piece, spans, which):
+        """The kept pieces (0), each with a mark behind it, or the cut ones (1), each behind its mark."""
+        at = piece % 2 == which
+        marks = np.broadcast_to(self.vocab_size + np.arange(spans), (len(rows), spans))
+        # a mark lies between the pieces 2i and 2i + 1
+        where = np.concatenate((piece, np.broadcast_to(2 * np.arange(spans) + 0.5, marks.shape)), 1)
+        tokens, wanted = np.concatenate((rows, marks), 1), np.concatenate((at, np.ones_like(marks, bool)), 1)
+        order = where.argsort(-1, kind='stable')
+        tokens, wanted = (np.take_along_axis(x, order, -1) for x in (tokens, wanted))
+        return tokens[wanted].reshape(len(rows), -1)
+
+    def before(self, source):
+        return source
+
+
+OBJECTIVES = {'next': Next, 'mask': Mask, 'diffusion': Diffusion, 'prefix': Prefix, 'span': Span}

@@ -197,7 +197,7 @@ class Decoder:
 
     def __init__(self, model, idx: torch.Tensor, max_new_tokens: int, sampling: Sampling, stop=None,
                  seed: int | None = None, *, lengths=None, num_samples: int = 1, first_row: int = 0,
-                 chunk: int = 2048, compiled: bool = False, logprobs: bool = False):
+                 chunk: int = 2048, compiled: bool = False, logprobs: bool = False, source=None):
         """
         idx: prompts (B,T) int64; with `lengths` (B,), row b is padded on the left to T by any tokens
         stop: a token, or several, that end a row
@@ -205,6 +205,7 @@ class Decoder:
         first_row: row r of this Decoder takes the noise of row first_row + r
         chunk: tokens of the prompt in one forward pass
         logprobs: keep the log-probability of the last token, at temperature 1, in self.logprob (R,1)
+        source: what an encoder reads, (B,S) int64, -1 for padding at the end of a row
         """
         check_counts(0, max_new_tokens=max_new_tokens, first_row=first_row)
         check_counts(1, num_samples=num_samples, chunk=chunk)
@@ -214,6 +215,7 @@ class Decoder:
         total, rows = T + max_new_tokens, B * num_samples
         self.model, self.idx, self.max_new_tokens, self.chunk = model, idx, max_new_tokens, chunk
         self.sampling, self.num_samples, self.compiled = sampling, num_samples, compiled
+        self.source = {} if source is None else {'source': source}
         # where the rotation depends on the length of the text, a longer text invalidates every cached key
         slots = cache_slots(model, total, compiled)
         self.cache = model.new_cache(B, slots) if total <= model.wpe.longest else None
@@ -263,7 +265,9 @@ class Decoder:
         pos = torch.arange(T, device=self.idx.device)
         pos = pos if self.padding is None else pos - self.padding           # (T,) or (B,T)
         if self.cache is None:
-            logits, _ = self.model(self.idx, pos=None if self.padding is None else pos, last_only=True)
+            logits, _ = self.model(self.idx, pos=None if self.padding is None else pos, last_only=True,
+                                   **self.source)
+            self.source = {name: x.repeat_interleave(self.num_samples, 0) for name, x in self.source.items()}
             self.all_pos = pos.expand(self.idx.shape).repeat_interleave(self.num_samples, 0)
             self.idx = self.idx.repeat_interleave(self.num_samples, 0)
         else:
@@ -271,7 +275,8 @@ class Decoder:
                 piece = slice(start, start + self.chunk)
                 # without pos, the first piece takes the fast path of training
                 where = None if start == 0 and self.padding is None else pos[..., piece]
-                logits, _ = self.model(self.idx[:, piece], cache=self.cache, pos=where, last_only=True)
+                logits, _ = self.model(self.idx[:, piece], cache=self.cache, pos=where, last_only=True,
+                                       **self.source if start == 0 else {})
             if self.num_samples > 1:
                 for entry in self.cache:
                     entry.expand(self.num_samples)
@@ -285,7 +290,7 @@ class Decoder:
             self.idx = torch.cat((self.idx, self.token), dim=1)
             self.all_pos = torch.cat((self.all_pos, self.pos), dim=1)
             pos = None if self.padding is None else self.all_pos
-            logits, _ = self.model(self.idx, pos=pos, last_only=True)
+            logits, _ = self.model(self.idx, pos=pos, last_only=True, **self.source)
         else:
             logits, _ = self.model(self.token, cache=self.cache, pos=self.pos, last_only=True)
         self.append(logits[:, -1])

@@ -111,7 +111,7 @@ def unread(s, world):
         (decays and schedule != 'wsd', f'with schedule={schedule}', ['wsd_decay']),
         (s['eval_tokens'], f'with eval_tokens={s["eval_tokens"]}', ['eval_iters']),
         (s['batch_tokens'], f'with batch_tokens={s["batch_tokens"]}', ['gradient_accumulation_steps']),
-        (s['objective'] != 'mask', f'with objective={s["objective"]}', ['mask_rate']),
+        (s['objective'] not in ('mask', 'span'), f'with objective={s["objective"]}', ['mask_rate']),
         (not s['wandb_log'], 'with wandb_log=False', ['wandb_project', 'wandb_run_name', 'wandb_samples']),
         (world == 1, 'in one process', ['backend'])]
 
@@ -153,10 +153,12 @@ def rule_of(settings):
 
 
 def check_objective(s, config):
-    """ValueError if the objective cannot be learned by such a model."""
-    must, task = rule_of(s), OBJECTIVES[s['objective']]
-    others = [name for name, other in OBJECTIVES.items() if other.causal == config.causal]
-    must('objective', task.causal == config.causal, f'be {" or ".join(others)} when causal={config.causal}')
+    """What kind of model it is: decoder, encoder or both. ValueError if the objective is none for it."""
+    kind = 'both' if config.n_encoder else 'decoder' if config.causal else 'encoder'
+    fits = [name for name, task in OBJECTIVES.items() if kind in task.models]
+    told = f'n_encoder={config.n_encoder}' if config.n_encoder else f'causal={config.causal}'
+    rule_of(s)('objective', s['objective'] in fits, f'be {" or ".join(fits)} when {told}')
+    return kind
 
 
 def check_vocabulary(config, n_tokens, dataset, published):
