@@ -15,6 +15,8 @@ import torch
 
 from .loader import inputs_and_targets, mix
 
+SPANS = 100     # marks of spans that a vocabulary has, and so the most spans of a row
+
 
 def noise(keys, columns, purpose):
     """Pseudo-random 64-bit integers, uint64 (n,columns), of keys (n,) and a number for what they decide."""
@@ -119,7 +121,7 @@ class Span(Prefix):
     what was cut out follows, each span behind its mark (Raffel et al. 2019, https://arxiv.org/abs/1910.10683).
     The marks are the tokens after the dataset's last.
     """
-    more, told = 100, ' of spans'
+    more, told = SPANS, ' of spans'
 
     def __call__(self, rows, keys):
         T = rows.shape[1] - 1

@@ -22,7 +22,7 @@ class Console:
 
     def samples(self, texts, path=None):
         """Continue each text. path: the file that holds the texts; None: there is one, the setting start."""
-        if not self.session.model.config.causal:
+        if self.session.fills:
             return self.fill(texts)
         prompts = [self.session.encode(text, f'prompt {n} of {path}' if path else 'start')
                    for n, text in enumerate(texts, 1)]
@@ -31,9 +31,10 @@ class Console:
                 self.show(generation)
 
     def fill(self, texts):
-        """The texts of an encoder, which names each [MASK]."""
+        """Each text with what is missing in the place of [MASK]."""
         with self.running():
-            print('an encoder: it names each [MASK], and in a text without one, tokens behind it')
+            print(f'trained with objective={self.session.objective}: it fills each [MASK], or continues a '
+                  'text without one')
             for n, text in enumerate(texts):
                 for filled, tokens in self.session.fill(text, n * self.session.num_samples):
                     print(f'{filled}\n---------------')
@@ -44,7 +45,7 @@ class Console:
         with self.running():
             for n, line in enumerate(typed_lines()):
                 try:
-                    if not self.session.model.config.causal:
+                    if self.session.fills:
                         print(*(text for text, _ in self.session.fill(line)), sep='\n')
                         continue
                     prompts = [self.session.encode(line)]

@@ -25,6 +25,7 @@ from nanoblocks.decoding.text import Text, special_token, stops_of
 from nanoblocks.decoding.unmask import MASK, mask_token, pseudo_logprobs, unmask
 from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
+from nanoblocks.objectives import SPANS
 from nanoblocks.tokenizer import from_meta
 from nanoblocks.training import checkpoint
 from nanoblocks.training.run_folder import RunFolder, refuse_misspelt
@@ -70,6 +71,7 @@ class Session:
     logprobs: bool = True               # keep the log-probability of every token
     default_prompt: str = ''            # what `sample` continues when it is given nothing
     source: str = ''                    # the model in words: its file, step, validation loss and size
+    objective: str = 'next'             # what it was trained for: objectives.OBJECTIVES
 
     def __post_init__(self):
         check_counts(1, num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
@@ -100,11 +102,13 @@ class Session:
             model, tokenizer, meta, source = *load_published(init_from), {}, init_from
         source = f'model: {source}, {format_quantity(model.num_params())} parameters'
         draft_model = load_draft(draft, ckpt, tokenizer) if draft else None
+        objective = meta.get('objective', 'next' if model.config.causal else 'mask')
         for m in (model, draft_model):
             if m is not None:
-                prepare(m, tokenizer, device, getattr(torch, dtype))
+                marks = SPANS if objective == 'span' else 0
+                prepare(m, tokenizer.vocab_size + marks, device, getattr(torch, dtype))
         return cls(model, tokenizer, draft=draft_model, default_prompt=meta.get('prompt', ''), source=source,
-                   **settings)
+                   objective=objective, **settings)
 
     @property
     def device(self):
@@ -188,11 +192,16 @@ class Session:
 
     def decoder(self, prompts, max_new_tokens, num_samples=1, first_row=0):
         """A Decoder for a batch of prompts, without the draft."""
-        idx, lengths = left_padded([prompt.tokens for prompt in prompts], self.device)
+        tokens, source = [prompt.tokens for prompt in prompts], None
+        if self.model.encoder is not None:
+            # the decoder begins with the last token that the encoder reads (objectives.Prefix)
+            source = right_padded(tokens, self.device)
+            tokens = [row[-1:] for row in tokens]
+        idx, lengths = left_padded(tokens, self.device)
         lengths = None if min(lengths) == max(lengths) else lengths
         return Decoder(self.model, idx, max_new_tokens, self.sampling, self.stops[1] or None, self.seed,
                        lengths=lengths, num_samples=num_samples, first_row=first_row, chunk=self.chunk,
-                       compiled=self.compiled, logprobs=self.logprobs)
+                       compiled=self.compiled, logprobs=self.logprobs, source=source)
 
     def speculative(self, prompt, row):
         """A Speculative decoder for one sample of a prompt."""
@@ -209,18 +218,27 @@ class Session:
         """(stop strings, stop tokens)"""
         return stops_of(self.stop, self.tokenizer)
 
-    # -- an encoder
+    # -- filling in what is missing
+
+    @property
+    def fills(self):
+        """Whether the model fills [MASK] in a text, and does not continue one."""
+        return self.objective in ('mask', 'diffusion', 'span')
 
     def fill(self, text: str, first_row: int = 0) -> list[tuple[str, list[int]]]:
         """
-        num_samples times (the text, its tokens), with a token in the place of each [MASK]; without one, with
-        as many more tokens as fit, at most max_new_tokens. first_row: number of the first, which seeds its
-        draws.
+        num_samples times (the text, its tokens), with what is missing in the place of each [MASK]: a token,
+        or with objective=span any number of them. A text without one is continued by at most max_new_tokens.
+        first_row: number of the first, which seeds its draws.
         """
-        if self.model.config.causal:
-            raise ValueError('causal=True must be False to fill [MASK]: a decoder continues a text')
+        if not self.fills:
+            raise ValueError(f'objective={self.objective} must be mask, diffusion or span to fill [MASK]: '
+                             'this model continues a text')
         if self.draft is not None or self.sampling.repetition_penalty != 1:
-            raise ValueError('causal=False must have no draft and repetition_penalty=1: leave them out')
+            raise ValueError(f'objective={self.objective} must have no draft and repetition_penalty=1: leave '
+                             'them out')
+        if self.objective == 'span':
+            return self.fill_spans(text if MASK in text else text + MASK, first_row)
         mask, limit = mask_token(self.model, self.tokenizer), self.model.config.block_size
         first, *others = text.split(MASK)
         tokens = self.tokenizer.prompt(first) if first else []
@@ -234,6 +252,35 @@ class Session:
         idx = torch.tensor([tokens] * self.num_samples, device=self.device)
         *_, filled = unmask(self.model, idx, mask, self.sampling, self.seed, first_row=first_row)
         return [(self.tokenizer.decode(row), row) for row in filled.tolist()]
+
+    def fill_spans(self, text, first_row):
+        pieces, mark = text.split(MASK), self.tokenizer.vocab_size
+        if len(pieces) > SPANS:
+            raise ValueError(f'the text has {len(pieces) - 1} times {MASK} and must have fewer than {SPANS}')
+        parts = [self.tokenizer.encode(piece) for piece in pieces]
+        source = [token for n, part in enumerate(parts) for token in (*part, mark + n)][:-1]
+        source = torch.tensor([source], device=self.device)
+        first = torch.tensor([[mark]], device=self.device)
+        given = {'source': source} if self.model.encoder is not None else {}
+        idx = first if given else torch.cat((source, first), 1)
+        # the first mark that the text has not ends it
+        ends = [mark + len(pieces) - 1, *self.stops[1]]
+        room = self.max_new_tokens if self.position_limit is None else self.position_limit - idx.shape[1]
+        decoder = Decoder(self.model, idx, min(room, self.max_new_tokens), self.sampling, ends, self.seed,
+                          num_samples=self.num_samples, first_row=first_row, chunk=self.chunk, **given)
+        filled = []
+        for row in torch.cat(list(decoder.stream()), 1).tolist():
+            spans, at = [[] for _ in parts], 0
+            for token in row:
+                if token in ends:
+                    break
+                if token >= mark:
+                    at = min(token - mark, len(parts) - 1)
+                else:
+                    spans[at].append(token)
+            tokens = [token for part, span in zip(parts, spans) for token in (*part, *span)]
+            filled.append((self.tokenizer.decode(tokens), tokens))
+        return filled
 
     # -- scoring, rounded weights
 
@@ -259,6 +306,9 @@ class Session:
         """
         window = min(self.model.config.block_size, self.model.wpe.max_tokens or math.inf)
         idx = torch.tensor(tokens, device=self.device)
+        if self.model.encoder is not None:
+            raise ValueError('score must be left out for a model with an encoder: it says how likely a text '
+                             'is after a source, not how likely a text is')
         if self.model.config.causal:
             logprobs = token_logprobs(self.model, idx, window, step)
         else:
@@ -295,6 +345,12 @@ class Session:
         first = [bos] if bos is not None else self.tokenizer.prompt(self.default_prompt or '\n')[:1]
         new = min(256, (self.model.wpe.max_tokens or 257) - 1)
         return self.model.generate(torch.tensor([first], device=self.device), new, seed=self.seed)[0].tolist()
+
+
+def right_padded(rows, device):
+    """Lists of tokens -> (B,S) int64, -1 behind the shorter ones"""
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=device)
 
 
 def check_vocabulary(model, tokenizer, tokens, name):
@@ -336,7 +392,8 @@ def load_run(out_dir, ckpt, setting='out_dir'):
         raise
     model, tokenizer = checkpoint.build(state, path), from_meta(state['meta']['tokenizer'])
     model.texts = pretrained.texts.Texts(meta=tokenizer.meta())
-    return model, tokenizer, state['meta'], in_words(state, path)
+    meta = state['meta'] | {'objective': state['settings'].get('objective', 'next')}
+    return model, tokenizer, meta, in_words(state, path)
 
 
 def in_words(state, path):
@@ -384,11 +441,11 @@ def vocabulary(tokenizer):
     return {key: value for key, value in tokenizer.meta().items() if key not in ('ends', 'bos', 'add_bos')}
 
 
-def prepare(model, tokenizer, device, dtype):
+def prepare(model, n_tokens, device, dtype):
     """Move the model to its device, and drop the rows of the head that only round up the vocabulary."""
     model.eval().to(device, dtype)
-    head = model.lm_head.weight[:tokenizer.vocab_size]
+    head = model.lm_head.weight[:n_tokens]
     model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     if model.lm_head.bias is not None:
-        bias = model.lm_head.bias[:tokenizer.vocab_size]
+        bias = model.lm_head.bias[:n_tokens]
         model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)

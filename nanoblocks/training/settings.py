@@ -6,9 +6,9 @@ import shlex
 from dataclasses import asdict
 
 from configurator import within
-from data.objectives import OBJECTIVES
 from model import GPTConfig
 from nanoblocks.formats import counted
+from nanoblocks.objectives import OBJECTIVES
 from nanoblocks.training.optim import SCHEDULES
 
 CHOICES = {'optimizer': ('adamw', 'muon'), 'objective': tuple(OBJECTIVES), 'schedule': tuple(SCHEDULES),
