@@ -2068,12 +2068,16 @@ class NormedBlock(Block):
 # ----------------------------------------------------------------------------------------------------------
 # Heads of encoders (BERT, Devlin et al. 2018, https://arxiv.org/abs/1810.04805)
 
+HEAD_ACT = {'gelu': F.gelu, 'silu': F.silu}
+
 @flags()
 class HeadFlags:
     """Output head"""
-    head_mlp: bool = False          # a linear layer, GELU and a norm before the head
+    head_mlp: bool = False          # a linear layer, an activation and a norm before the head
     head_mlp_bias: bool | None = flag(None, like='bias', head_mlp=True)     # its bias; None: as bias
+    head_act: str = flag('gelu', HEAD_ACT, head_mlp=True)   # its activation: gelu, silu (nomic BERT)
     head_bias: bool = False         # bias of the logits
+    embed_bias: bool = False        # one learned vector added to every token's embedding (nomic BERT)
     # width of the embedding and of a tied head, with a projection to n_embd behind it (ELECTRA); None: n_embd
     embed_width: int | None = flag(None, like='n_embd')
 
@@ -2082,15 +2086,26 @@ class HeadFlags:
                'be n_embd unless head_mlp=True, which projects back to it, or tie=False')
 
 class HeadMLP(nn.Module):
-    """norm(gelu(W x)), as wide as the embedding. x (B,T,C) -> (B,T,embed_width)"""
+    """norm(act(W x)), as wide as the embedding. x (B,T,C) -> (B,T,embed_width)"""
 
     def __init__(self, c):
         super().__init__()
         self.c_fc = Linear(c.n_embd, c.embed_width, c.head_mlp_bias)
+        self.act = HEAD_ACT[c.head_act]
         self.norm = norm_if(True, c, c.embed_width)
 
     def forward(self, x):
-        return self.norm(F.gelu(self.c_fc(x)))
+        return self.norm(self.act(self.c_fc(x)))
+
+class BiasedEmbedding(Embedding):
+    """BERT adds a vector for the type of each token. All are of one type here; a tied head has no part in it."""
+
+    def __init__(self, n, width):
+        super().__init__(n, width)
+        self.bias = param(width, init=zeros)
+
+    def forward(self, idx):
+        return super().forward(idx) + self.bias
 
 
 # ==========================================================================================================
@@ -2226,7 +2241,7 @@ class GPT(nn.Module):
         """seed=None leaves the parameters undrawn, for weights that are loaded next."""
         super().__init__()
         self.config = c = config
-        self.wte = Embedding(c.vocab_size, c.embed_width)
+        self.wte = (BiasedEmbedding if c.embed_bias else Embedding)(c.vocab_size, c.embed_width)
         self.wpe = POSITIONS[c.pos](c)
         self.embed_scale = math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0
         self.ln_e = norm_if(c.embed_norm, c, c.embed_width)
