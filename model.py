@@ -2098,7 +2098,7 @@ class HeadMLP(nn.Module):
         return self.norm(self.act(self.c_fc(x)))
 
 class BiasedEmbedding(Embedding):
-    """BERT adds a vector for the type of each token. All are of one type here; a tied head has no part in it."""
+    """One vector is added to every token, of which a tied head knows nothing: BERT's type of tokens."""
 
     def __init__(self, n, width):
         super().__init__(n, width)

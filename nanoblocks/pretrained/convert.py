@@ -228,8 +228,8 @@ def under_names_of(where, rules):
 
 def matches(rules, c, ours):
     """
-    (our name, their names, layout) of every tensor of ours for which there is a rule. One for a weight or a bias
-    alone goes before one for both.
+    (our name, their names, layout) of every tensor of ours for which there is a rule. One for a weight or a
+    bias alone goes before one for both.
     """
     plan = list(enumerate(c.plan()))
     layers = {'i': range(c.n_layer),

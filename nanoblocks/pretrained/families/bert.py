@@ -87,8 +87,8 @@ def read_types(hf):
     return {}
 
 
-# Heads. Their bias has two names in memory, and transformers writes one of them where the weight is tied, both
-# where it is not, when only the decoder's counts.
+# Heads. Their bias has two names in memory. transformers writes one of them where the weight is tied; where
+# it is not it writes both, and the decoder's counts.
 
 
 def both(p, c):
@@ -193,7 +193,8 @@ FAMILIES['roberta'] = Family(
     architecture='RobertaForMaskedLM',
     flags=BERT_FLAGS,
     keys=BERT_KEYS | {
-        'max_position_embeddings': Key(('block_size',), lambda n, hf: n - FIRST, lambda c: c.block_size + FIRST),
+        'max_position_embeddings': Key(
+            ('block_size',), lambda n, hf: n - FIRST, lambda c: c.block_size + FIRST),
         'hidden_act': UNGATED_FFN},
     defaults=BERT_DEFAULTS | {'pad_token_id': 1},
     only=BERT_ONLY | {'pad_token_id': FIRST - 1},
