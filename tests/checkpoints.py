@@ -124,7 +124,7 @@ LEARNED = dict(max_position_embeddings=48)
 # a bias of the keys moves nothing without rope, and tokens of the second type do not occur
 INERT = r'key\.bias|k_lin\.bias|token_type'
 MODERN = dict(**FOUR, local_attention=10, norm_eps=EPS, cls_token_id=None, sep_token_id=None)
-NOMIC = dict(num_hidden_layers=2, pad_token_id=0)
+NOMIC = dict(pad_token_id=0)
 OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
 OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
 
@@ -353,7 +353,7 @@ CASES = {
     'roberta-relu-untied': Case('roberta', {
         'max_position_embeddings': 50, 'pad_token_id': 1, 'hidden_act': 'relu',
         'tie_word_embeddings': False}, inert=INERT + r'|lm_head\.bias'),
-    'electra': Case('electra', {**LEARNED, 'embedding_size': 20}, inert=INERT),
+    'electra': Case('electra', {**LEARNED, 'embedding_size': 30}, inert=INERT),
     'electra-tanh-untied': Case('electra', {
         **LEARNED, 'embedding_size': 36, 'hidden_act': 'gelu_new', 'tie_word_embeddings': False},
         inert=INERT),
