@@ -307,7 +307,7 @@ def redraw_ours(model):
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek',
-                                    'mamba2', 'jamba'])
+                                    'mamba2', 'jamba', 'bert'])
 @torch.no_grad()
 def test_models_trained_here_export(family, tmp_path):
     model = redraw_ours(build(shrink(flags_of(ROOT / 'config' / f'{family}_small.py'))))

@@ -182,7 +182,7 @@ def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
-                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT])
+                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS])
 @torch.no_grad()
 def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
     made = made(name)

@@ -17,6 +17,7 @@ from nanoblocks.pretrained.families.llama import (
     LLAMA_KEYS,
     LLAMA_TENSORS,
 )
+from nanoblocks.pretrained.families.recurrent import stored
 from nanoblocks.pretrained.keys import (
     GATED_FFN,
     UNGATED_FFN,
@@ -290,6 +291,22 @@ def nomic_tensors(c, hf):
         'head_mlp.norm': 'cls.predictions.transform.layer_norm'}
 
 
+def nomic_as_stored(rules, files, c):
+    """In memory, transformers has names like those of Llama."""
+    rules = bias_as_stored(rules, files, c)
+    return rules | NOMIC_IN_MEMORY if stored(files, '.self_attn.o_proj.weight') else rules
+
+
+BLOCK = 'nomic_bert.layers.{i}.'
+NOMIC_IN_MEMORY = {
+    'ln_e': 'nomic_bert.embeddings.LayerNorm',
+    'h.{i}.mixer.c_attn': (BLOCK + 'self_attn.{q,k,v}_proj', qkv),
+    'h.{i}.mixer.c_proj': BLOCK + 'self_attn.o_proj',
+    'h.{i}.ln_1_sum': BLOCK + 'post_attention_layernorm',
+    'h.{i}.ffn.c_fc': (BLOCK + 'mlp.{gate,up}_proj', gate_up), 'h.{i}.ffn.c_proj': BLOCK + 'mlp.down_proj',
+    'h.{i}.ln_2_sum': BLOCK + 'post_mlp_layernorm'}
+
+
 def read_nomic(hf):
     return read_types(hf) | read_rope(hf) | {'head_act': hf['hidden_act']}
 
@@ -302,5 +319,5 @@ FAMILIES['nomic_bert'] = Family(
     defaults=BERT_DEFAULTS | {'hidden_act': 'silu', 'rope_theta': 1000.0},
     only=BERT_ONLY,
     tensors=nomic_tensors,
-    as_stored=bias_as_stored, unread=BERT_UNREAD,
+    as_stored=nomic_as_stored, unread=BERT_UNREAD,
     read=read_nomic, write=lambda c: write_rope(c) | {'type_vocab_size': 2, 'pad_token_id': 0})
