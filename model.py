@@ -2136,14 +2136,18 @@ class NormedBlock(Block):
 # Encoders: every token sees those before and after it (BERT, Devlin et al. 2018,
 # https://arxiv.org/abs/1810.04805), and train.py masks the tokens to be named (--objective=mask)
 
+HEAD_ACT = {'gelu': F.gelu, 'silu': F.silu}
+
 @flags()
 class EncoderFlags:
     """Encoders, and heads"""
     causal: bool = True             # a token sees none after it; False: an encoder, where each sees all
     first_norm: bool = flag(True, embed_norm=True)  # a norm before the first mixer too (not in ModernBERT)
-    head_mlp: bool = False          # a linear layer, GELU and a norm before the head
+    head_mlp: bool = False          # a linear layer, an activation and a norm before the head
     head_mlp_bias: bool | None = flag(None, like='bias', head_mlp=True)     # its bias; None: as bias
+    head_act: str = flag('gelu', HEAD_ACT, head_mlp=True)   # its activation: gelu, silu (nomic BERT)
     head_bias: bool = False         # bias of the logits
+    embed_bias: bool = False        # one learned vector added to every token's embedding (nomic BERT)
     # width of the embedding and of a tied head, with a projection to n_embd behind it (ELECTRA); None: n_embd
     embed_width: int | None = flag(None, like='n_embd')
 
@@ -2159,15 +2163,26 @@ class EncoderFlags:
             yield 'pos', c.pos != 'alibi_bf16', 'not be alibi_bf16 when causal=False: choose alibi'
 
 class HeadMLP(nn.Module):
-    """norm(gelu(W x)), as wide as the embedding. x (B,T,C) -> (B,T,embed_width)"""
+    """norm(act(W x)), as wide as the embedding. x (B,T,C) -> (B,T,embed_width)"""
 
     def __init__(self, c):
         super().__init__()
         self.c_fc = Linear(c.n_embd, c.embed_width, c.head_mlp_bias)
+        self.act = HEAD_ACT[c.head_act]
         self.norm = norm_if(True, c, c.embed_width)
 
     def forward(self, x):
-        return self.norm(F.gelu(self.c_fc(x)))
+        return self.norm(self.act(self.c_fc(x)))
+
+class BiasedEmbedding(Embedding):
+    """One vector is added to every token, of which a tied head knows nothing: BERT's type of tokens."""
+
+    def __init__(self, n, width):
+        super().__init__(n, width)
+        self.bias = param(width, init=zeros)
+
+    def forward(self, idx):
+        return super().forward(idx) + self.bias
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2430,7 +2445,7 @@ class GPT(nn.Module):
         """seed=None leaves the parameters undrawn, for weights that are loaded next."""
         super().__init__()
         self.config = c = config
-        self.wte = Embedding(c.vocab_size, c.embed_width)
+        self.wte = (BiasedEmbedding if c.embed_bias else Embedding)(c.vocab_size, c.embed_width)
         self.wpe = POSITIONS[c.pos](c)
         self.embed_scale = math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0
         self.ln_e = norm_if(c.embed_norm, c, c.embed_width)

@@ -119,6 +119,12 @@ BAILING = dict(**FOUR, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, 
                short_conv_kernel_size=3, layer_group_size=3, first_k_dense_replace=1, num_mtp_layers=0)
 # transformers' cache has room for widths in multiples of 64 only
 XLSTM = dict(hidden_size=64, num_hidden_layers=2, num_heads=4, qk_dim_factor=1.0, norm_eps=EPS)
+# as many positions as the texts have tokens, and a few
+LEARNED = dict(max_position_embeddings=48)
+# a bias of the keys moves nothing without rope, and tokens of the second type do not occur
+INERT = r'key\.bias|k_lin\.bias|token_type'
+MODERN = dict(**FOUR, local_attention=10, norm_eps=EPS, cls_token_id=None, sep_token_id=None)
+NOMIC = dict(pad_token_id=0)
 OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
 OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
 
@@ -335,6 +341,44 @@ CASES = {
         'ffn_proj_factor': 0.8, 'ffn_round_up_to_multiple_of': 5, 'gate_soft_cap': 2.0,
         'output_logit_soft_cap': 3.0, 'tie_word_embeddings': True}),
 
+    'eurobert': Case('eurobert', dict(mask_token_id=3, rope_theta=500.0)),
+    'eurobert-biased-tied': Case('eurobert', {
+        **YARN, 'mask_token_id': 3, 'attention_bias': True, 'mlp_bias': True, 'tie_word_embeddings': True,
+        'head_dim': None, 'num_key_value_heads': None}, old={'head_dim': ABSENT}),
+    'bert': Case('bert', LEARNED, old={'position_embedding_type': 'absolute'}, inert=INERT),
+    'bert-untied': Case('bert', {**LEARNED, 'tie_word_embeddings': False, 'type_vocab_size': 3},
+                        inert=INERT + r'|predictions\.bias'),
+    'roberta': Case('roberta', {'max_position_embeddings': 50, 'pad_token_id': 1, 'type_vocab_size': 1},
+                    inert=INERT),
+    'roberta-relu-untied': Case('roberta', {
+        'max_position_embeddings': 50, 'pad_token_id': 1, 'hidden_act': 'relu',
+        'tie_word_embeddings': False}, inert=INERT + r'|lm_head\.bias'),
+    'electra': Case('electra', {**LEARNED, 'embedding_size': 30}, inert=INERT),
+    'electra-tanh-untied': Case('electra', {
+        **LEARNED, 'embedding_size': 36, 'hidden_act': 'gelu_new', 'tie_word_embeddings': False},
+        inert=INERT),
+    'distilbert': Case('distilbert', {**LEARNED, 'hidden_dim': 51}, inert=INERT),
+    'distilbert-untied': Case('distilbert', {
+        **LEARNED, 'hidden_dim': 50, 'sinusoidal_pos_embds': True, 'tie_word_embeddings': False},
+        inert=INERT),
+    'modernbert': Case('modernbert', MODERN),
+    'modernbert-biased-untied': Case('modernbert', {
+        **MODERN, 'local_attention': 7, 'norm_bias': True, 'attention_bias': True, 'mlp_bias': True,
+        'classifier_bias': True, 'classifier_activation': 'silu', 'hidden_activation': 'silu',
+        'tie_word_embeddings': False, 'layer_types': layers('sfsf'), 'rope_parameters': {
+            'full_attention': {'rope_type': 'linear', 'rope_theta': 5000.0, 'factor': 4.0},
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 500.0}}}, old=None),
+    'modernbert-no-biases': Case('modernbert', {
+        **MODERN, 'decoder_bias': False, 'layer_types': layers('fsfs')},
+        old={'global_attn_every_n_layers': 2}),
+    'modernbert-all-windows': Case('modernbert', {**MODERN, 'layer_types': layers('ssss')}, old=None),
+    'modernbert-no-windows': Case('modernbert', {**MODERN, 'layer_types': layers('ffff')},
+                                  old={'global_attn_every_n_layers': 1}),
+    'nomic_bert': Case('nomic_bert', {**NOMIC, 'head_dim': None}),
+    'nomic_bert-gelu-untied': Case('nomic_bert', {
+        **NOMIC, **rope(theta=500.0), 'hidden_act': 'gelu', 'tie_word_embeddings': False,
+        'type_vocab_size': 1}, inert=r'predictions\.bias'),
+
     # combinations at the edge of what a key can say
     'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),
     'mistral-yarn-by-one': Case('mistral', {**WINDOW, **rope('yarn', factor=1.0, mscale=0.7)}),
@@ -375,7 +419,13 @@ CASES = {
 # one of each family that has recurrences
 RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid', 'kimi_linear', 'minimax',
              'bailing_hybrid', 'xlstm')
+# model types that fill in masked tokens
+ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert', 'nomic_bert')
 every_case = pytest.mark.parametrize('name', CASES)
+every_encoder = pytest.mark.parametrize('name', [name for name, case in CASES.items()
+                                                 if case.model_type in ENCODERS])
+every_decoder = pytest.mark.parametrize('name', [name for name, case in CASES.items()
+                                                 if case.model_type not in ENCODERS])
 one_of_each = pytest.mark.parametrize('name', {case.model_type: name for name, case in reversed(CASES.items())
                                                if not case.rare}.values())
 
@@ -418,9 +468,14 @@ def redraw(model, seed=0):
     return model
 
 
+def class_of(case):
+    return (transformers.AutoModelForMaskedLM if case.model_type in ENCODERS else
+            transformers.AutoModelForCausalLM)
+
+
 def load_reference(folder, case, **more):
     # the fused experts want strides of 16 bytes, which odd sizes do not have
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    return class_of(case).from_pretrained(
         folder, dtype=torch.float32, attn_implementation=case.attention,
         experts_implementation='eager', **more)
 
@@ -429,6 +484,7 @@ def load_reference(folder, case, **more):
 RENAMED = {
     'bloom': {'hidden_size': 'n_embed', 'n_head': 'num_attention_heads'},
     'gemma3_text': {'_sliding_window_pattern': 'sliding_window_pattern'},
+    'modernbert': {'rope_theta': 'global_rope_theta', 'rope_local_base_freq': 'local_rope_theta'},
     'gpt_neox': {'rope_theta': 'rotary_emb_base', 'partial_rotary_factor': 'rotary_pct'},
     'qwen3_moe': {'num_local_experts': 'num_experts'},
 }
@@ -468,7 +524,7 @@ def make(folder, name):
     """Saves the checkpoint of a case, in both styles of config.json, and what transformers makes of it."""
     case = CASES[name]
     torch.manual_seed(0)    # where a class draws decays, redraw adds to them
-    redraw(transformers.AutoModelForCausalLM.from_config(config_of(case))).save_pretrained(folder)
+    redraw(class_of(case).from_config(config_of(case))).save_pretrained(folder)
     made = SimpleNamespace(case=case, folder=folder, old_folder=None)
     if case.old is not None:
         made.old_folder = folder / 'published'
@@ -479,11 +535,27 @@ def make(folder, name):
                             object_hook=lambda d: float(d['__float__']) if '__float__' in d else d)
         (made.old_folder / 'config.json').write_text(json.dumps(published(config, case)))
     made.model = load_reference(folder, case).eval()
+    if case.model_type in ENCODERS:
+        return fill_in(made)
     for seed in range(40):
         made.idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(seed))
         if greedy(made):
             return made
     raise AssertionError(f'{name}: no prompt leads to a clear choice of all {NEW} tokens')
+
+
+@torch.no_grad()
+def fill_in(made):
+    """
+    Adds logits to `made`, and those of the same rows where the second is `padded` at its end. Tokens that
+    are padding to RoBERTa, wherever they are, do not occur.
+    """
+    made.idx = torch.randint(2, V, (2, T), generator=torch.Generator().manual_seed(0))
+    made.logits = made.model(made.idx).logits
+    made.padding = (torch.arange(2) == 1).unsqueeze(1) & (torch.arange(T) >= T - 9)
+    made.padded = made.idx.masked_fill(made.padding, made.model.config.pad_token_id or 0)
+    made.padded_logits = made.model(made.padded, attention_mask=(~made.padding).long()).logits
+    return made
 
 
 @torch.no_grad()

@@ -176,6 +176,8 @@ FIELDS = {
     'first_norm': Field((True, False)),
     'head_mlp': Field((False, True)),
     'head_mlp_bias': Field((None, True, False)),
+    'head_act': Field(('gelu', 'silu'), ('relu',)),
+    'embed_bias': Field((False, True)),
     'head_bias': Field((False, True)),
     'embed_width': Field((None, 20), (0,), same_for_all(None)),
     'n_predict': Field((1, 3), (0,)),

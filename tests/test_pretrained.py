@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import (
     CASES,
+    ENCODERS,
     NEW,
     RECURRENT,
     TOLERANCE,
@@ -19,6 +20,8 @@ from checkpoints import (
     config_of,
     copy_of,
     every_case,
+    every_decoder,
+    every_encoder,
     load,
     load_reference,
     made,
@@ -30,8 +33,8 @@ from checkpoints import (
 )
 from conftest import ROOT, build, flags_of, shrink, toy
 
-from model import GPTConfig
-from nanoblocks.pretrained import families, keys
+from model import GPT, GPTConfig
+from nanoblocks.pretrained import convert, families, keys
 from nanoblocks.pretrained.convert import NOT_WEIGHTS
 from nanoblocks.pretrained.families import FAMILIES, llama
 from nanoblocks.pretrained.families.family import DEFAULTS
@@ -82,7 +85,8 @@ def test_the_published_config_means_the_same(made, name):
 # Ours against the reference
 
 # the exact families that export whatever their size
-EXPORTED = ('gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek_v3', 'mamba2', 'jamba')
+EXPORTED = ('gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek_v3', 'mamba2', 'jamba',
+            *ENCODERS)
 FLAGS = [field.name for field in fields(GPTConfig)]
 
 
@@ -101,7 +105,7 @@ def test_the_published_config_reads_the_same(made, ours, name):
     assert old.config == model.config
 
 
-@every_case
+@every_decoder
 @torch.no_grad()
 def test_greedy_tokens_equal_transformers(made, ours, name):
     made, model = made(name), ours(name)
@@ -117,6 +121,43 @@ def test_a_row_behind_padding_equals_transformers(made, ours, name):
     # alone, as xlstm of transformers does not look at a mask
     assert (got[:1, pad:] - made.model(made.idx[:1, pad:]).logits).abs().max() <= TOLERANCE
     assert (got[1:] - made.logits[1:]).abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+def assert_padded(model, made, what):
+    """Logits of all tokens of rows of which one is padded at its end."""
+    if isinstance(model, GPT):
+        pos = torch.arange(T).expand(2, T).masked_fill(made.padding, -1)
+        logits = model(made.padded, pos=pos)[0]
+    else:
+        logits = model(made.padded, attention_mask=(~made.padding).long()).logits
+    error = (logits - made.padded_logits).abs()[~made.padding]
+    assert error.max() <= TOLERANCE, f'{what}: error {error.max():.1e} must be at most {TOLERANCE:.0e}'
+
+
+@every_encoder
+def test_padded_rows_equal_transformers(made, ours, name):
+    made, model = made(name), ours(name)
+    # what is padding would be seen otherwise
+    assert (made.padded_logits - made.logits).abs()[~made.padding].max() > 50 * TOLERANCE
+    assert_padded(model, made, name)
+
+
+@every_encoder
+@torch.no_grad()
+def test_encoders_export_as_their_own_family(made, ours, name, tmp_path, monkeypatch):
+    """Also where another family comes first: a RoBERTa may be a BERT."""
+    made, model = made(name), ours(name)
+    kind = made.case.model_type
+    monkeypatch.setattr(convert, 'FAMILIES', {kind: FAMILIES[kind]})
+    model.save_pretrained(tmp_path)
+    theirs, info = load_reference(tmp_path, made.case, output_loading_info=True)
+    assert theirs.config.model_type == kind and not any(info.values()), f'{name}: {info}'
+    assert_logits(theirs, made, f'{name}, exported')
+    assert_padded(theirs, made, f'{name}, exported and padded')
+    again = load(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(made.idx)[0], model(made.idx)[0])
 
 
 @every_case
@@ -175,7 +216,8 @@ OPTIONAL = """
     no_rope_layers no_rope_layer_interval moe_layers use_qk_norm attn_temperature_tuning floor_scale
     attn_scale attention_chunk_size swiglu_limit swiglu_alpha embedding_multiplier residual_multiplier
     logits_scaling attention_multiplier logit_scale scale_attn_weights scale_attn_by_inverse_layer_idx
-    n_inner
+    n_inner norm_eps norm_bias local_attention decoder_bias classifier_bias
+    classifier_activation is_decoder add_cross_attention
 """.split()
 
 
@@ -183,7 +225,8 @@ OPTIONAL = """
 @torch.no_grad()
 def test_keys_that_are_left_out_mean_their_defaults(made, name, tmp_path):
     def drop(config, tensors):
-        for key in OPTIONAL:
+        sizes = {'max_position_embeddings'} if any('position_embeddings' in key for key in tensors) else ()
+        for key in set(OPTIONAL).difference(sizes):
             config.pop(key, None)
     made = made(name)
     theirs, info = load_reference(copy_of(made, tmp_path, drop), made.case, output_loading_info=True)
@@ -264,7 +307,7 @@ def redraw_ours(model):
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek',
-                                    'mamba2', 'jamba'])
+                                    'mamba2', 'jamba', 'bert'])
 @torch.no_grad()
 def test_models_trained_here_export(family, tmp_path):
     model = redraw_ours(build(shrink(flags_of(ROOT / 'config' / f'{family}_small.py'))))

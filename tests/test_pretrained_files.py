@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import (
+    ENCODERS,
     RECURRENT,
     Marker,
     V,
@@ -33,7 +34,7 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
-                                  *RECURRENT])
+                                  *RECURRENT, *ENCODERS])
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)
@@ -44,8 +45,46 @@ def test_shards_read_as_one_file(made, ours, name, tmp_path):
     assert torch.equal(load(tmp_path)(made.idx)[0], ours(name)(made.idx)[0])
 
 
+def published_bert(config, tensors):
+    """The names of the first files of BERT, and all that they hold beside a model of masked tokens."""
+    for name in list(tensors):
+        old = name.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta')
+        tensors[old] = tensors.pop(name)
+    other = {'bert.pooler.dense.weight': (36, 36), 'bert.pooler.dense.bias': (36,),
+             'cls.seq_relationship.weight': (2, 36), 'cls.seq_relationship.bias': (2,)}
+    tensors |= {name: torch.ones(shape) for name, shape in other.items()}
+    tensors |= {'bert.embeddings.position_ids': torch.arange(48).unsqueeze(0),
+                'cls.predictions.decoder.weight': tensors['bert.embeddings.word_embeddings.weight'].clone()}
+
+
+def with_decoder_bias(config, tensors):
+    """A second bias of the head, which counts."""
+    for name in list(tensors):
+        if name in ('cls.predictions.bias', 'lm_head.bias'):
+            tensors[name.replace('bias', 'decoder.bias')] = tensors[name] + 1
+
+
+def decoder_bias_alone(config, tensors):
+    with_decoder_bias(config, tensors)
+    tensors.pop('cls.predictions.bias', None), tensors.pop('lm_head.bias', None)
+
+
+@pytest.mark.parametrize('name, change', [
+    ('bert', published_bert), *((name, change) for name in ('bert', 'roberta', 'nomic_bert')
+                                for change in (with_decoder_bias, decoder_bias_alone))])
+@torch.no_grad()
+def test_published_files_of_encoders_are_read_as_transformers_reads_them(made, name, change, tmp_path):
+    made = made(name)
+    theirs = load_reference(copy_of(made, tmp_path, change), made.case)
+    model = load(tmp_path)
+    logits = theirs(made.idx).logits
+    assert torch.equal(logits, made.logits) == (change is published_bert)
+    assert_logits(model, SimpleNamespace(idx=made.idx, logits=logits), name)
+    assert model.config.tie
+
+
 # of minimax, transformers rounds the tables of decays as well
-@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba',
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba', *ENCODERS,
                                   *(name for name in RECURRENT if name != 'minimax')])
 @torch.no_grad()
 def test_sixteen_bit_files_become_fp32(made, name, tmp_path):
@@ -143,7 +182,7 @@ def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
-                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT])
+                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS])
 @torch.no_grad()
 def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
     made = made(name)
@@ -259,7 +298,7 @@ BAD = {
     'index not json': ('llama', after(lambda folder: index(folder, '{"weight_map":')), 'index.json'),
     'index without map': ('llama', after(lambda folder: index(folder, '{"metadata": {}}')), 'index.json'),
     'no model_type': ('llama', lambda config, tensors: config.pop('model_type'), 'model_type'),
-    'unknown model_type': ('llama', setting(model_type='bert'), 'bert'),
+    'unknown model_type': ('llama', setting(model_type='whisper'), 'whisper'),
     'another shape': ('llama', tensor(UP, torch.zeros(51, 35)), UP),
     'more dimensions': ('llama', tensor(UP, torch.zeros(1, 51, 36)), UP),
     'shape of fused heads': ('phi3', tensor('model.layers.0.self_attn.qkv_proj.weight', torch.zeros(59, 36)),
@@ -334,6 +373,30 @@ BAD = {
                         'mlp_layer_types'),
     'multimodal qwen3_5': ('qwen3_5', lambda config, tensors: config.update(
         {'model_type': 'qwen3_5', 'text_config': dict(config)}), 'qwen3_5|text_config'),
+    **{f'{key} of {kind}': (kind, setting(**{key: value}), key)
+       for kind in ('bert', 'roberta', 'electra', 'nomic_bert')
+       for key, value in {'position_embedding_type': 'relative_key', 'is_decoder': True,
+                          'add_cross_attention': True, 'type_vocab_size': 0, 'hidden_act': 'mish'}.items()},
+    'activation of the head of bert': ('bert', setting(hidden_act='gelu_new'), 'hidden_act'),
+    'activation of the head of distilbert': ('distilbert', setting(activation='relu'), 'activation'),
+    'activation of the head of modernbert': ('modernbert', setting(classifier_activation='relu'),
+                                             'classifier_activation'),
+    'activation of the head of nomic_bert': ('nomic_bert', setting(hidden_act='relu'), 'hidden_act'),
+    'padding of roberta': ('roberta', setting(pad_token_id=0), 'pad_token_id'),
+    'positions of roberta': ('roberta', setting(max_position_embeddings=2), 'max_position_embeddings'),
+    'more positions than in the table': ('roberta', setting(max_position_embeddings=51),
+                                         'position_embeddings'),
+    'more types than in the table': ('bert', setting(type_vocab_size=3), 'token_type_embeddings'),
+    'another embedding_size': ('electra', setting(embedding_size=29), 'electra'),
+    'scaled rope of modernbert': ('modernbert', setting(rope_scaling={'type': 'linear', 'factor': 2.0}),
+                                  'rope_scaling'),
+    'scaled windows of modernbert': ('modernbert', lambda config, tensors: config['rope_parameters'].update(
+        sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
+    'layer types of modernbert': ('modernbert', setting(layer_types=['full_attention'] * 3), 'layer_types'),
+    'the discriminator of electra': ('electra', lambda config, tensors: tensors.pop(
+        'generator_predictions.dense.weight'), 'generator_predictions'),
+    'no head of bert': ('bert', lambda config, tensors: [
+        tensors.pop(name) for name in list(tensors) if name.startswith('cls.')], 'cls.predictions'),
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }
@@ -343,7 +406,7 @@ WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math
 
 
 @pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
-                                  'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT])
+                                  'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT, *ENCODERS])
 def test_any_value_in_any_key_is_answered(made, name, tmp_path):
     """A model, or one sentence, and at once; 13 wrong values for each key."""
     folder = copy_of(made(name), tmp_path)

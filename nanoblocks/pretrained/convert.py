@@ -227,7 +227,10 @@ def under_names_of(where, rules):
 
 
 def matches(rules, c, ours):
-    """(our name, their names, layout) of every tensor of ours for which there is a rule."""
+    """
+    (our name, their names, layout) of every tensor of ours for which there is a rule. One for a weight or a
+    bias alone goes before one for both.
+    """
     plan = list(enumerate(c.plan()))
     layers = {'i': range(c.n_layer),
               'a': [i for i, (mixer, _) in plan if mixer in 'awcnv'],
@@ -240,7 +243,7 @@ def matches(rules, c, ours):
         for i in layers[letter[1]] if letter else [None]:
             name = rule.replace(letter[0], str(i)) if letter else rule
             for leaf in ('', '.weight', '.bias'):
-                if name + leaf in ours:
+                if name + leaf in ours and not (leaf and rule + leaf in rules):
                     yield name + leaf, [t + leaf for t in expanded(theirs, i, c.n_expert)], layout
 
 
@@ -249,7 +252,7 @@ def expanded(theirs, layer, n_expert):
     names = [theirs.replace('{i}', str(layer))]
     if '{n}' in theirs:
         names = [name.replace('{n}', str(n)) for n in range(n_expert) for name in names]
-    if alternatives := re.search(r'\{(\w+(?:,\w+)+)\}', theirs):
+    if alternatives := re.search(r'\{([\w.]+(?:,[\w.]+)+)\}', theirs):
         names = [name.replace(alternatives[0], word) for name in names for word in alternatives[1].split(',')]
     return names
 
@@ -263,6 +266,9 @@ def names_in_file(where, embedding, head, config, hf):
     prefix = embedding.partition('.')[0] + '.'
     bare = not any(name.startswith(prefix) for name in where)
     theirs = {(prefix + name if bare and name != head else name): name for name in where}
+    # the first files of BERT
+    theirs = {name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias'):
+              stored for name, stored in theirs.items()}
     # DeepSeek V3's multi-token prediction is stored as layers after the last
     extra = min(hf.get('num_nextn_predict_layers', 0), len(where))
     after = tuple(f'model.layers.{config.n_layer + k}.' for k in range(extra))
@@ -287,6 +293,7 @@ def copy_tensors(model, rules, hf, files, theirs):
         unfilled.discard(mine)
     if unfilled:
         raise ValueError(f'{kind} has no tensor for {min(unfilled)}')
+    unused = {name for name in unused if not re.search(FAMILIES[kind].unread, name)}
     if unused:
         more = f', and neither are {len(unused) - 1} more' if len(unused) > 1 else ''
         raise ValueError(f'{min(unused)} in {folder} is not a tensor of this {kind}{more}')

@@ -17,6 +17,7 @@ Then add cases to tests/checkpoints.py: small random checkpoints made by `transf
 must agree. The facts here are taken from published checkpoints and from `transformers`.
 """
 from nanoblocks.pretrained.families import (
+    bert,
     cohere,
     deepseek,
     experts,
@@ -34,4 +35,4 @@ from nanoblocks.pretrained.families import (
 # {model_type: Family}. A model is exported as the first family that its flags fit.
 FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | experts.FAMILIES
             | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES
-            | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES)
+            | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES | bert.FAMILIES)

@@ -28,13 +28,17 @@ class Family:
     # {our tensor: theirs, or (theirs, layout)}, or a function (config, config.json) that returns it.
     # In our name {i} is any layer, {a} one with attention, {m} one with a state space, {r} one with a
     # recurrence, {f} one with a dense feed-forward, {e} one with experts. In theirs {i} is the same layer,
-    # {n} every expert, {q,k,v} each of the three. A name without .weight or .bias stands for both. Rules for
-    # tensors that a model does not have are skipped. Several of ours may be parts of one of theirs.
+    # {n} every expert, {q,k,v} each of the three. A name without .weight or .bias stands for both, unless
+    # there is a rule for one of them. Rules for tensors that a model does not have are skipped. Several of
+    # ours may be parts of one of theirs.
     tensors: dict | Callable
 
     # (rules, TensorFiles, config) -> rules: those of `tensors`, changed for files that hold some of them
     # under other names or in other parts
     as_stored: Callable = lambda rules, files, c: rules
+
+    # a regular expression for tensors of files that the model does not use
+    unread: str = '$^'
 
     # the letters of layer_pattern that its models may have
     mixers: str = 'a'

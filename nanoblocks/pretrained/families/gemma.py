@@ -69,8 +69,13 @@ FAMILIES['gemma2'] = Family(
 
 
 def read_gemma3(hf):
-    both, every = hf.get('rope_parameters', {}), hf['sliding_window_pattern']
-    letters = mixer_letters(hf, lambda i: 'w' if (i + 1) % every else 'a')
+    every = hf['sliding_window_pattern']
+    return read_two_bases(hf, mixer_letters(hf, lambda i: 'w' if (i + 1) % every else 'a'))
+
+
+def read_two_bases(hf, letters):
+    """Flags of positions and mixers where layers with windows, letter w, rotate at a base of their own."""
+    both = hf.get('rope_parameters', {})
     local = both.get('sliding_attention') or {'rope_theta': hf['rope_local_base_freq']}
     if (local.get('rope_type') or 'default') != 'default' and 'w' in letters:
         raise ValueError(f'rope_type={local["rope_type"]} of sliding_attention in config.json must be '
@@ -79,10 +84,13 @@ def read_gemma3(hf):
     return read_rope(hf, both.get('full_attention')) | theta | {'layer_pattern': shortest_pattern(letters)}
 
 
-def write_gemma3(c):
+def write_two_bases(c):
     local = {'rope_theta': c.rope_local_theta or c.rope_theta, 'rope_type': 'default'}
-    return write_alternating(c) | {
-        'rope_parameters': {'full_attention': rope_parameters_of(c), 'sliding_attention': local}}
+    return {'rope_parameters': {'full_attention': rope_parameters_of(c), 'sliding_attention': local}}
+
+
+def write_gemma3(c):
+    return write_alternating(c) | write_two_bases(c)
 
 
 FAMILIES['gemma3_text'] = Family(
