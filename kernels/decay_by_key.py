@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 # tokens of the smallest squares
 PART = 8
-# log decays that count as this one, of which nothing is left in these digits, so that exp(-PART / 2 of them)
-# is finite
+# The least log decay of a token: exp of it is too small for the digits of a state, and exp(-PART / 2 of it), the
+# largest factor, does not overflow.
 WEAKEST = {torch.float32: -20.0, torch.float64: -150.0}
 
 
