@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 # tokens of the smallest squares
 PART = 8
-# The least log decay of a token: exp of it is too small for the digits of a state, and exp(-PART / 2 of it), the
-# largest factor, does not overflow.
+# The least log decay of a token: exp of it is too small for the digits of a state, and the largest
+# factor, exp(-PART / 2 of it), does not overflow
 WEAKEST = {torch.float32: -20.0, torch.float64: -150.0}
 
 

@@ -87,8 +87,9 @@ def assert_gradients(model):
     idx = tokens(asdict(c), 9, c.block_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     model.train()
-    # with projections that start at zero, what lies before them has its first gradient in the second step
-    for _ in range(1 + c.zero_init):
+    # with projections that start at zero, as some of RWKV's do, what lies on their other side has its first
+    # gradient in the second step
+    for _ in range(1 + (c.zero_init or 'r' in c.mixers())):
         optimizer.zero_grad(set_to_none=True)
         model(idx[:8], idx[1:])[1].backward()
         for name, p in model.named_parameters():
