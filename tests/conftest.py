@@ -54,7 +54,8 @@ FIELDS = {
     'n_kv_head': Field((None, 1, 2), (0, -2), lambda value, flags: (
         {None: None, 1: 1, flags.get('n_head', 12): 4}.get(value, 2))),
     'head_dim': Field((None, 6, 20), (0,), lambda value, flags: None if value is None else 12),
-    'pos': Field(('learned', 'sinusoidal', 'rope', 'alibi', 'alibi_bf16', 'none'), ('absolute', '')),
+    'pos': Field(('learned', 'sinusoidal', 'rope', 'alibi', 'alibi_bf16', 'none', 'relative'),
+                 ('absolute', '')),
     'rope_theta': Field((10000.0, 100.0), (1.0, 0.0, -10.0)),
     'rope_local_theta': Field((None, 50.0), (1.0, -10.0)),
     'norm': Field(('layernorm', 'rmsnorm'), ('batchnorm',)),
@@ -173,6 +174,10 @@ FIELDS = {
     'rnn_mix_width': Field((None, 40), (0,)),
     'rnn_mix_gate': Field((False, True)),
     'causal': Field((True, False)),
+    'n_encoder': Field((0, 2), (-1,), lambda value, flags: min(value, 2)),
+    'rel_buckets': Field((32, 8), (0, 6)),
+    'rel_distance': Field((128, 20), (0,)),
+    'rel_shared': Field((True, False)),
     'first_norm': Field((True, False)),
     'head_mlp': Field((False, True)),
     'head_mlp_bias': Field((None, True, False)),
@@ -317,8 +322,21 @@ def random_flags(count, seed):
 
 
 def build(flags, seed=1337, **more):
-    """GPT of these flags, in eval mode."""
-    return GPT(GPTConfig(**(flags | more)), seed=seed).eval()
+    """GPT of these flags, in eval mode. One with an encoder reads SOURCE where no other source is given."""
+    model = GPT(GPTConfig(**(flags | more)), seed=seed).eval()
+    if model.encoder is not None:
+        model.register_forward_pre_hook(with_source, with_kwargs=True)
+    return model
+
+
+SOURCE = [5, 3, 8, 13, 1, 2, -1]
+
+
+def with_source(model, args, kwargs):
+    cache = kwargs.get('cache')
+    if kwargs.get('source') is None and (cache is None or cache[1].empty):
+        source = torch.tensor(SOURCE, device=args[0].device).expand(len(args[0]), -1)
+        return args, kwargs | {'source': source}
 
 
 @torch.no_grad()
