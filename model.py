@@ -1479,8 +1479,11 @@ class RecurrenceFlags:
     def rules(c):
         yield 'rnn_key_heads', c.rnn_heads % c.rnn_key_heads == 0, f'divide rnn_heads={c.rnn_heads}'
         yield 'rnn_key_dim', not c.rnn_rope or c.rnn_key_dim % 2 == 0, 'be even when rnn_rope=True'
-        yield ('rnn_input', c.rnn_input != 'sum' or c.rnn_feature == 'elu1' and c.rnn_erase == 'none',
-               'be none or exp unless rnn_feature=elu1 and rnn_erase=none, which keep its sums positive')
+        yield ('rnn_input', c.rnn_input != 'sum' or c.rnn_feature == 'elu1',
+               'be none or exp unless rnn_feature=elu1, which keeps its sums positive')
+        if c.rnn_erase != 'none':   # erasing along longer keys would turn into growing
+            yield 'rnn_unit', c.rnn_unit, f'be True when rnn_erase={c.rnn_erase}, or states would grow'
+            yield 'rnn_input', c.rnn_input == 'none', f'be none when rnn_erase={c.rnn_erase}'
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def ablations(argv, device):
 
 
 def mixers(argv, device):
-    """The sweep whose report is in results/mixers: states in the place of attention, or of most of it."""
+    """A sweep into results/mixers, on five seeds: states in the place of attention, or of most of it."""
     run_sweeps(('mixers',), argv, device)
 
 
