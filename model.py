@@ -1662,7 +1662,7 @@ class RWKV6(StateSpace):
         self.heads, self.cache_shapes = (H, C // H), ((1, C), (H, C // H, C // H))
         powers, less = [high, high, high, high / 2, high / 2, high], [0.0, 0.0, 0.3 * low, 0.0, 0.0, 0.0]
         self.shift = DynamicShift(5, C, partial(look_back, powers=powers, less=less), 32 if C < 4096 else 64)
-        self.r, self.k, self.v, self.gate = (
+        self.r, self.k, self.v, self.g = (
             drawn_by(c, partial(orthogonal, scale=scale)) for scale in (1.0, 0.1, 1.0, 0.1))
         slow_to_fast = partial(rise, start=-6.0, end=-1.0, power=0.7 + 1.3 * low)
         self.decay = LowRank(C, 64 if C < 4096 else 128, torch.tanh, slow_to_fast)
@@ -1680,7 +1680,7 @@ class RWKV6(StateSpace):
         if cache is not None:
             cache.write(tail, state)
         y = self.norm(y + (r * k * u).sum(-1, keepdim=True) * v)
-        return self.c_proj((y * F.silu(self.gate(xg))).to(v.dtype))
+        return self.c_proj((y * F.silu(self.g(xg))).to(v.dtype))
 
 def running_sums(x, decay, start):
     """s_t = decay_t s_{t-1} + x_t, in log2(T) rounds: x (B,T,...), decay (B,T,...), start (B,1,...) -> s"""

@@ -128,7 +128,7 @@ FIELDS = {
     'attn': Field(('standard', 'mla', 'diff'), ('gqa',)),
     'window': Field((None, 5, 3), (0, -1), same_for_all(5)),
     'attn_scale': Field((None, 0.1), (0.0, -1.0)),
-    'qkv_clip': Field((None, 0.5), (0.0, -1.0)),
+    'qkv_clip': Field((None, 0.15), (0.0, -1.0)),
     'temp_scale': Field((None, 0.5), (0.0, -1.0)),
     'temp_floor': Field((3, 7), (0,), same_for_all(3)),
     'softcap': Field((None, 2.0), (0.0, -1.0), same_for_all(2.0)),

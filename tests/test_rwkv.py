@@ -120,7 +120,7 @@ def rwkv6(m, x):
             kv = k[h].outer(v[h])
             out.append(r[h] @ (S[h] + u[h].diag() @ kv))
             S[h] = w[h].diag() @ S[h] + kv
-        y.append(m.c_proj.weight @ (head_norm(torch.cat(out), m.norm, H) * F.silu(m.gate.weight @ xg)))
+        y.append(m.c_proj.weight @ (head_norm(torch.cat(out), m.norm, H) * F.silu(m.g.weight @ xg)))
         last = x_t
     return torch.stack(y)
 
