@@ -128,7 +128,8 @@ def test_flag_leaves_other_weights_bit_identical(name):
         ours, theirs = (dict(build(f).named_parameters()) for f in (flags, flipped))
         for tensor in ours.keys() & theirs.keys():
             a, b = ours[tensor].detach(), theirs[tensor].detach()
-            if a.shape != b.shape:
+            # kinds of recurrences are classes of their own, whose tensors share names by chance
+            if a.shape != b.shape or name == 'rnn' and '.mixer.' in tensor:
                 continue
             compared += a.dim() >= 2
             if name in RESCALE and tensor.endswith(RESCALE[name]) and not torch.equal(a, b):
