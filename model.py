@@ -1447,7 +1447,7 @@ class TokenShift(nn.Module):
         before, tail = shifted(x, ctx, tail)
         return [x + mu * (before - x) for mu in self.mu], tail
 
-class LowRank(nn.Module):
+class LowRankMLP(nn.Module):
     """up act(down x), through `rank` numbers, and a bias, which is all that there is at first. In fp32."""
 
     def __init__(self, width, rank, act, bias=None):
@@ -1532,11 +1532,11 @@ class RWKV7(StateSpace):
         def rank(factor, power=0.5):
             return max(32, round(factor * C ** power / 32) * 32)
         slow_to_fast = partial(rise, start=-6.5, end=-1.5, power=0.85 + low ** 0.5)
-        self.decay = LowRank(C, rank(1.8), torch.tanh, slow_to_fast)
-        self.rate = LowRank(C, rank(1.8), nn.Identity(), zeros)
+        self.decay = LowRankMLP(C, rank(1.8), torch.tanh, slow_to_fast)
+        self.rate = LowRankMLP(C, rank(1.8), nn.Identity(), zeros)
         self.is_first = c.layer_pattern.index('r') == layer
-        self.mix = None if self.is_first else LowRank(C, rank(1.3), nn.Identity(), ones)
-        self.gate = LowRank(C, rank(0.6, 0.8), torch.sigmoid)
+        self.mix = None if self.is_first else LowRankMLP(C, rank(1.3), nn.Identity(), ones)
+        self.gate = LowRankMLP(C, rank(0.6, 0.8), torch.sigmoid)
         self.erased = param(C, init=partial(constant, values=0.85))     # k times this is kk
         self.kept = param(C, init=ones)                                 # by how much a makes k smaller
         self.bonus = param(C, init=zeros)
@@ -1600,7 +1600,7 @@ class RWKV6(StateSpace):
         self.r, self.k, self.v, self.g = (
             drawn_by(c, partial(orthogonal, scale=scale)) for scale in (1.0, 0.1, 1.0, 0.1))
         slow_to_fast = partial(rise, start=-6.0, end=-1.0, power=0.7 + 1.3 * low)
-        self.decay = LowRank(C, 64 if C < 4096 else 128, torch.tanh, slow_to_fast)
+        self.decay = LowRankMLP(C, 64 if C < 4096 else 128, torch.tanh, slow_to_fast)
         self.bonus = param(C, init=partial(zigzag, start=low, end=0.0, size=0.1))
         self.norm = HeadGroupNorm(C, C // H * c.norm_eps)
         self.c_proj = out_proj(c, C, bias=False)
