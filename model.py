@@ -1711,14 +1711,17 @@ def s4d_step(u, A, B, C, h, real):
     h = torch.exp(A * real.unsqueeze(-1)) * h + B * u.mT
     return 2 * (C * h).real.sum(-1).unsqueeze(1), h
 
-def s4d_convolve(u, A, B, C, h, pad):
-    """T tokens at once, by FFT. h: None for zeros; pad (B,1) or (1,): how many of the first are padding."""
+def s4d_convolve(u, A, B, C, h, pad, keep=True):
+    """
+    T tokens at once, by FFT. h: None for zeros; pad (B,1) or (1,): how many of the first are padding; keep:
+    whether the state behind the last is wanted, which is None otherwise.
+    """
     T, slot = u.shape[1], torch.arange(u.shape[1], device=u.device)
     powers = torch.exp(A.unsqueeze(-1) * slot)                                      # (c,n,T)
     kernel = 2 * torch.einsum('cn,cnt->tc', C * B, powers).real
     # of twice the length, or the end of the text would reach its beginning
     y = torch.fft.irfft(torch.fft.rfft(u, 2 * T, 1) * torch.fft.rfft(kernel, 2 * T, 0), 2 * T, 1)[:, :T]
-    end = B * torch.einsum('btc,cnt->bcn', u.to(B.dtype), powers.flip(-1))
+    end = B * torch.einsum('btc,cnt->bcn', u.to(B.dtype), powers.flip(-1)) if keep else None
     if h is not None:
         carried = 2 * torch.einsum('bcn,cnt->btc', C * torch.exp(A) * h, powers).real
         # no time passes while there is padding
@@ -1756,13 +1759,13 @@ class S4D(StateSpace):
         tail, state = (x[:, :0], None) if cache is None else (cache.tail, cache.read()[1])
         u, = no_padding(ctx, x)
         with torch.autocast(x.device.type, enabled=False):
-            y, state = self.scan(ops.at_least_fp32(u), ctx.pos, state)
+            y, state = self.scan(ops.at_least_fp32(u), ctx.pos, state, keep=cache is not None)
         if cache is not None:
             cache.write(tail, torch.view_as_real(state).flatten(-2))
         y = F.gelu(y.to(x.dtype) + self.D * u)
         return F.glu(self.c_proj(y), dim=-1)
 
-    def scan(self, u, pos, state):
+    def scan(self, u, pos, state, keep):
         log_dt, A_log, A_imag, C = (
             ops.at_least_fp32(p) for p in (self.log_dt, self.A_log, self.A_imag, self.C))
         h = None if state is None else torch.view_as_complex(state.unflatten(-1, (-1, 2)))
@@ -1771,7 +1774,7 @@ class S4D(StateSpace):
         B = torch.expm1(step) / A       # the input is held constant for a step
         if u.shape[1] == 1 and h is not None:
             return s4d_step(u, step, B, C, h, (pos >= 0).to(u.dtype))
-        return s4d_convolve(u, step, B, C, h, (pos < 0).sum(-1, keepdim=True))
+        return s4d_convolve(u, step, B, C, h, (pos < 0).sum(-1, keepdim=True), keep)
 
 
 # ----------------------------------------------------------------------------------------------------------
