@@ -1512,7 +1512,7 @@ class TokenShift(nn.Module):
         before, tail = shifted(x, ctx, tail)
         return [x + mu * (before - x) for mu in self.mu], tail
 
-class LowRank(nn.Module):
+class LowRankMLP(nn.Module):
     """up act(down x), through `rank` numbers, and a bias, which is all that there is at first. In fp32."""
 
     def __init__(self, width, rank, act, bias=None):
@@ -1597,11 +1597,11 @@ class RWKV7(StateSpace):
         def rank(factor, power=0.5):
             return max(32, round(factor * C ** power / 32) * 32)
         slow_to_fast = partial(rise, start=-6.5, end=-1.5, power=0.85 + low ** 0.5)
-        self.decay = LowRank(C, rank(1.8), torch.tanh, slow_to_fast)
-        self.rate = LowRank(C, rank(1.8), nn.Identity(), zeros)
+        self.decay = LowRankMLP(C, rank(1.8), torch.tanh, slow_to_fast)
+        self.rate = LowRankMLP(C, rank(1.8), nn.Identity(), zeros)
         self.is_first = c.layer_pattern.index('r') == layer
-        self.mix = None if self.is_first else LowRank(C, rank(1.3), nn.Identity(), ones)
-        self.gate = LowRank(C, rank(0.6, 0.8), torch.sigmoid)
+        self.mix = None if self.is_first else LowRankMLP(C, rank(1.3), nn.Identity(), ones)
+        self.gate = LowRankMLP(C, rank(0.6, 0.8), torch.sigmoid)
         self.erased = param(C, init=partial(constant, values=0.85))     # k times this is kk
         self.kept = param(C, init=ones)                                 # by how much a makes k smaller
         self.bonus = param(C, init=zeros)
@@ -1665,7 +1665,7 @@ class RWKV6(StateSpace):
         self.r, self.k, self.v, self.g = (
             drawn_by(c, partial(orthogonal, scale=scale)) for scale in (1.0, 0.1, 1.0, 0.1))
         slow_to_fast = partial(rise, start=-6.0, end=-1.0, power=0.7 + 1.3 * low)
-        self.decay = LowRank(C, 64 if C < 4096 else 128, torch.tanh, slow_to_fast)
+        self.decay = LowRankMLP(C, 64 if C < 4096 else 128, torch.tanh, slow_to_fast)
         self.bonus = param(C, init=partial(zigzag, start=low, end=0.0, size=0.1))
         self.norm = HeadGroupNorm(C, C // H * c.norm_eps)
         self.c_proj = out_proj(c, C, bias=False)
@@ -1776,14 +1776,17 @@ def s4d_step(u, A, B, C, h, real):
     h = torch.exp(A * real.unsqueeze(-1)) * h + B * u.mT
     return 2 * (C * h).real.sum(-1).unsqueeze(1), h
 
-def s4d_convolve(u, A, B, C, h, pad):
-    """T tokens at once, by FFT. h: None for zeros; pad (B,1) or (1,): how many of the first are padding."""
+def s4d_convolve(u, A, B, C, h, pad, keep=True):
+    """
+    T tokens at once, by FFT. h: None for zeros; pad (B,1) or (1,): how many of the first are padding; keep:
+    whether the state behind the last is wanted, which is None otherwise.
+    """
     T, slot = u.shape[1], torch.arange(u.shape[1], device=u.device)
     powers = torch.exp(A.unsqueeze(-1) * slot)                                      # (c,n,T)
     kernel = 2 * torch.einsum('cn,cnt->tc', C * B, powers).real
     # of twice the length, or the end of the text would reach its beginning
     y = torch.fft.irfft(torch.fft.rfft(u, 2 * T, 1) * torch.fft.rfft(kernel, 2 * T, 0), 2 * T, 1)[:, :T]
-    end = B * torch.einsum('btc,cnt->bcn', u.to(B.dtype), powers.flip(-1))
+    end = B * torch.einsum('btc,cnt->bcn', u.to(B.dtype), powers.flip(-1)) if keep else None
     if h is not None:
         carried = 2 * torch.einsum('bcn,cnt->btc', C * torch.exp(A) * h, powers).real
         # no time passes while there is padding
@@ -1821,13 +1824,13 @@ class S4D(StateSpace):
         tail, state = (x[:, :0], None) if cache is None else (cache.tail, cache.read()[1])
         u, = no_padding(ctx, x)
         with torch.autocast(x.device.type, enabled=False):
-            y, state = self.scan(ops.at_least_fp32(u), ctx.pos, state)
+            y, state = self.scan(ops.at_least_fp32(u), ctx.pos, state, keep=cache is not None)
         if cache is not None:
             cache.write(tail, torch.view_as_real(state).flatten(-2))
         y = F.gelu(y.to(x.dtype) + self.D * u)
         return F.glu(self.c_proj(y), dim=-1)
 
-    def scan(self, u, pos, state):
+    def scan(self, u, pos, state, keep):
         log_dt, A_log, A_imag, C = (
             ops.at_least_fp32(p) for p in (self.log_dt, self.A_log, self.A_imag, self.C))
         h = None if state is None else torch.view_as_complex(state.unflatten(-1, (-1, 2)))
@@ -1836,7 +1839,7 @@ class S4D(StateSpace):
         B = torch.expm1(step) / A       # the input is held constant for a step
         if u.shape[1] == 1 and h is not None:
             return s4d_step(u, step, B, C, h, (pos >= 0).to(u.dtype))
-        return s4d_convolve(u, step, B, C, h, (pos < 0).sum(-1, keepdim=True))
+        return s4d_convolve(u, step, B, C, h, (pos < 0).sum(-1, keepdim=True), keep)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -84,8 +84,8 @@ def _ssd(n, device, batch, H, P, G, N):
 
 def _recurrence(n, device, batch, H, K, V, erase=True):
     q, v = (_randn(batch, n // batch, H, width, device=device) for width in (K, V))
-    k, beta = torch.nn.functional.normalize(_randn(*q.shape, device=device, grad=False), dim=-1), torch.rand(
-        *q.shape[:3], 1, device=device)
+    k = torch.nn.functional.normalize(_randn(*q.shape, device=device, grad=False), dim=-1)
+    beta = torch.rand(*q.shape[:3], 1, device=device)
     e = (beta * k).to(k.dtype).requires_grad_() if erase else None
     return q, k.requires_grad_(), v, beta.log().mul_(0.1).requires_grad_(), e
 
