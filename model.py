@@ -4,7 +4,8 @@ GPT-2, Llama and the blocks of newer language models, each switched on by a flag
     Part I    A decoder, from GPT-2 to Llama    parameters, norms, positions, cache, attention, feed-forward,
                                                 and the block that joins them
     Part II   Other blocks, read when wanted    positions, rope scaling, additions to attention, differential
-                                                and latent attention, state spaces, experts, activations
+                                                and latent attention, state spaces, recurrences, experts,
+                                                activations, encoders
     Part III  The model                         tables, GPTConfig, GPT
 
 Read Part I and Part III: that is a complete decoder, GPT-2 or Llama. A chapter of Part II holds all about one
@@ -349,8 +350,7 @@ class SoftmaxAttention(nn.Module):
         # as integers, like the bits of Frequencies
         self.register_buffer('slopes', None if slopes is None else slopes.view(torch.int32), persistent=False)
         self.sinks = param(n_head, init=normal) if c.sinks else None
-        self.relative = c.rel_distance if c.pos == 'relative' else None
-        self.table = relative_table(c) if c.pos == 'relative' and not c.rel_shared else None
+        self.relative = RelativeBias(c) if c.pos == 'relative' else None
         self.dropout = c.dropout
 
     def forward(self, q, k, v, ctx, key_pos):
@@ -361,12 +361,9 @@ class SoftmaxAttention(nn.Module):
         slopes, options = None if self.slopes is None else self.slopes.view(torch.float32), self.options
         if ctx.reach is not None and ctx.reach < (options['window'] or math.inf) and not options['chunked']:
             options = options | {'window': ctx.reach}
-        relative = None
-        if self.relative is not None:
-            relative = ctx.given.relative if self.table is None else self.table, self.relative
         return ops.attention(q, k, v, ctx.pos, key_pos, **options, slopes=slopes, sinks=self.sinks,
                              in_order=ctx.in_order, dropout=self.dropout if self.training else 0.0,
-                             relative=relative)
+                             relative=self.relative and self.relative(ctx))
 
 class CachedAttention(nn.Module):
     """What Attention and MLA share. They set `cached`, the widths of what one token leaves in the cache."""
@@ -554,7 +551,7 @@ class Block(nn.Module):
 #   recurrences      alpha exp(decay), beta rnn_beta at most; RWKV-7: w decay, a rate, kappa kk
 
 # ----------------------------------------------------------------------------------------------------------
-# What many blocks share: what they are given, and what their caches take
+# What many blocks share: what they are given, what their caches take, and a check of counts
 
 class Given(NamedTuple):
     """What single blocks read of a forward pass, beside the Context of all."""
@@ -577,6 +574,14 @@ def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_byt
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
                 for letter, mixer in mixers.items()}
     return sum(size[letter] for letter, _ in config.plan())
+
+def check_counts(least, **given):
+    """ValueError unless each is a whole number of at least `least`."""
+    for name, value in given.items():
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f'{name}={value} must be a whole number')
+        if value < least:
+            raise ValueError(f'{name}={value} must be at least {least}')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -630,6 +635,16 @@ class RelativePositions(Positions):
     def __init__(self, c):
         super().__init__(c)
         self.table = relative_table(c) if c.rel_shared else None
+
+class RelativeBias(nn.Module):
+    """What a layer gives to ops.attention: the table of biases (rel_buckets,H), and rel_distance."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.table, self.distance = None if c.rel_shared else relative_table(c), c.rel_distance
+
+    def forward(self, ctx):
+        return ctx.given.relative if self.table is None else self.table, self.distance
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -772,6 +787,8 @@ class AttentionExtraFlags:
         for name, default in (('value_embed', False), ('qkv_clip', None), ('temp_scale', None)):
             yield name, c.attn != 'mla' or getattr(c, name) == default, f'be {default} when attn=mla'
         yield 'value_embed', c.attn != 'diff' or not c.value_embed, 'be False when attn=diff'
+        for name in ('n_head', 'n_kv_head') if c.attn == 'diff' else ():
+            yield name, getattr(c, name) % 2 == 0, 'be even when attn=diff, which takes heads in pairs'
         yield ('qk_norm', c.qk_norm != 'unit' or c.pos == 'rope',
                f'be True, full, heads or False when pos={c.pos}, as unit norms only what rotates')
 
@@ -2139,6 +2156,25 @@ class NormedBlock(Block):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Multi-token prediction (Gloeckle et al. 2024)
+
+@flags()
+class PredictFlags:
+    """Multi-token prediction"""
+    n_predict: int = 1              # tokens predicted at each position; each beyond the first adds a block
+    predict_weight: float = flag(0.3, least=0, n_predict=SET)   # weight of the extra predictions' loss
+
+def further_losses(model, x, targets, ctx, z_loss):
+    """The weighted loss of the further predictions: block k names the k-th token after the next."""
+    total = 0.0
+    for k, block in enumerate(model.further, start=1):
+        shifted = F.pad(targets, (0, k), value=-1)[:, k:]
+        loss = model.cross_entropy(block(x, ctx), shifted, z_loss)
+        total = total + model.config.predict_weight / len(model.further) * loss
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Encoders: every token sees those before and after it (BERT, Devlin et al. 2018,
 # https://arxiv.org/abs/1810.04805), and train.py masks the tokens to be named (--objective=mask)
 
@@ -2280,7 +2316,7 @@ class CrossAttention(nn.Module):
         self.c_q = Linear(c.n_embd, c.n_head * c.head_dim, c.qkv_bias)
         self.c_kv = Linear(c.n_embd, 2 * c.n_kv_head * c.head_dim, c.qkv_bias)
         self.c_proj = out_proj(c, c.n_head * c.head_dim, c.proj_bias)
-        self.dropout = c.dropout
+        self.softcap, self.dropout = c.softcap, c.dropout
 
     def forward(self, x, ctx, cache=None):
         H, K, D = self.heads
@@ -2295,7 +2331,7 @@ class CrossAttention(nn.Module):
             held = cache.held
         k, v, key_pos = held
         q = self.c_q(x).unflatten(-1, (H, D))
-        y = ops.attention(q, k, v, ctx.pos, key_pos, self.scale, causal=False,
+        y = ops.attention(q, k, v, ctx.pos, key_pos, self.scale, causal=False, softcap=self.softcap,
                           dropout=self.dropout if self.training else 0.0)
         return self.c_proj(y.flatten(2))
 
@@ -2377,7 +2413,7 @@ FFN = {
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, EncoderFlags, EncoderDecoderFlags, Flags):
+                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -2402,8 +2438,6 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
     zero_init: bool = False         # projections back to the residual stream start at zero
     logit_scale: float = 1.0        # factor on the logits
     logit_softcap: float | None = None  # caps the logits smoothly: cap * tanh(logits / cap)
-    n_predict: int = 1              # tokens predicted at each position; each beyond the first adds a block
-    predict_weight: float = flag(0.3, least=0, n_predict=SET)   # weight of the extra predictions' loss
 
     def rules(c):
         yield 'n_embd', c.pos != 'sinusoidal' or c.n_embd % 2 == 0, 'be even when pos=sinusoidal'
@@ -2418,9 +2452,6 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
                f'be serial when norm_at={c.norm_at}, which has no norm before a branch')
         yield ('residual', c.residual == 'serial' or '-' not in c.ffns(),
                "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
-        if c.attn == 'diff':
-            for name in ('n_head', 'n_kv_head'):
-                yield name, getattr(c, name) % 2 == 0, 'be even when attn=diff, which takes heads in pairs'
 
     def plan(self):
         """One (mixer letter, feed-forward letter) pair per layer."""
@@ -2442,8 +2473,8 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
 
 class GPT(nn.Module):
     """
-    The decoder. Each parameter is drawn from a generator seeded by (seed, its name), so two models that
-    differ in one flag share every other weight bit for bit.
+    A decoder, an encoder or both. Each parameter is drawn from a generator seeded by (seed, its name), so two
+    models that differ in one flag share every other weight bit for bit.
     """
     stream_dtype = None     # of the residual stream, under autocast; None: as the embedding
 
@@ -2461,7 +2492,6 @@ class GPT(nn.Module):
         self.encoder = Encoder(c, self.embed_scale) if c.n_encoder else None
         block, plan = CrossBlock if c.n_encoder else RESIDUAL[c.residual], c.plan()
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(plan))
-        # multi-token prediction (Gloeckle et al. 2024): block k predicts the k-th token after the next
         self.further = nn.ModuleList(block(c, *plan[-1], c.n_layer + k) for k in range(c.n_predict - 1))
         self.vte = Embedding(c.vocab_size, c.n_kv_head * c.head_dim) if c.value_embed else None
         self.ln_f = norm_if(c.norm_at != 'post', c)  # post-norm blocks have normalised already
@@ -2544,10 +2574,7 @@ class GPT(nn.Module):
         cross_entropy = self.cross_entropy(x, targets, z_loss if self.training else 0.0, weights)
         losses = {'loss': cross_entropy, 'cross_entropy': cross_entropy, 'mtp': 0.0, 'router': 0.0}
         if self.training:
-            for k, block in enumerate(self.further, start=1):
-                shifted = F.pad(targets, (0, k), value=-1)[:, k:]
-                loss = self.cross_entropy(block(x, ctx), shifted, z_loss)
-                losses['mtp'] = losses['mtp'] + self.config.predict_weight / len(self.further) * loss
+            losses['mtp'] = further_losses(self, x, targets, ctx, z_loss)
             losses['router'] = sum(ctx.given.losses.terms)
             losses['loss'] = cross_entropy + (losses['mtp'] + losses['router'])
         return losses
@@ -2579,15 +2606,15 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         if not active:
             return total
-        idle = sum(m.idle() for m in self.h.modules() if isinstance(m, MoE))
+        further = set(self.further.modules())
+        idle = sum(moe.idle() for moe in self.moes if moe not in further)
         return total - sum(p.numel() for p in self.further.parameters()) - idle
 
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations per token, forward and backward, in sequences of T (PaLM, appendix B)."""
         matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         matmul += len(self.further) * self.lm_head.weight.numel()  # the further predictions share the head
-        mixers = sum(block.flops(T) for block in (*self.h, *self.further))
-        mixers += 0 if self.encoder is None else sum(block.flops(T) for block in self.encoder.h)
+        mixers = sum(block.flops(T) for block in self.modules() if isinstance(block, Block))
         return 6 * matmul + mixers + sum(moe.flops() for moe in self.moes)
 
     # -- for the training loop
@@ -2634,11 +2661,3 @@ class GPT(nn.Module):
         """As generate, yielding each new token (B,1) as it is drawn."""
         from nanoblocks.decoding import decode
         return decode.stream(self, idx, max_new_tokens, *args, **options)
-
-def check_counts(least, **given):
-    """ValueError unless each is a whole number of at least `least`."""
-    for name, value in given.items():
-        if not isinstance(value, numbers.Integral):
-            raise ValueError(f'{name}={value} must be a whole number')
-        if value < least:
-            raise ValueError(f'{name}={value} must be at least {least}')

@@ -266,6 +266,14 @@ def test_a_script_finds_its_neighbours_under_a_safe_path(script, tmp_path):
     assert done.returncode == 0 and done.stdout.startswith('usage: python'), done.stderr
 
 
+def test_the_first_reading_of_the_model_is_an_evening():
+    """The docstring, Part I and Part III; Part II is read when wanted."""
+    lines = (ROOT / 'model.py').read_text(encoding='utf-8').splitlines()
+    second, third = (next(n for n, line in enumerate(lines) if line.startswith(f'# {part}:'))
+                     for part in ('Part II', 'Part III'))
+    assert second < third and second + len(lines) - third <= 850
+
+
 def test_six_python_files_lie_on_the_ground():
     assert {path.stem for path in ROOT.glob('*.py')} == COMMANDS | {'model', 'configurator'}
 
