@@ -44,7 +44,7 @@ from configurator import (
     within,
 )
 from model import GPTConfig
-from nanoblocks.experiments import attention, curves, decoding, gpu, limits, peers, speed, studies
+from nanoblocks.experiments import architectures, attention, curves, decoding, gpu, limits, peers, speed, studies
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.files import ROOT
 from nanoblocks.hardware import check_device, pick_device
@@ -79,7 +79,8 @@ TOPICS = {
     'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
     'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
     'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations,
-    'mixers': studies.mixers, 'plot': curves.plot, 'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
+    'mixers': studies.mixers, 'architectures': architectures.architectures, 'plot': curves.plot,
+    'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
     'limits': limits.limits, 'peers': peers.peers,
 }
 ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
