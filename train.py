@@ -23,12 +23,13 @@ signals = stopping.Signals()
 import math
 import zlib
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 from configurator import configure, errors_as_messages, plain_settings
-from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched
-from data.objectives import OBJECTIVES
+from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched, read_meta, row_of_pairs
+from data.objectives import objective_of
 from kernels import use_attention, use_head_dtype, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
@@ -170,14 +171,15 @@ with errors_as_messages():
     if local_rank == 0:
         ensure_prepared(data_folder)
     parallel.wait_for_all()
-    meta = open_dataset(data_folder, 1, seed).meta
-    task = OBJECTIVES[objective](meta['vocab_size'], mask_rate)
+    meta = read_meta(Path(data_folder))
+    task = objective_of(objective, meta, mask_rate)
     n_tokens = meta['vocab_size'] + task.more
     if resumed:
         model = checkpoint.build(resumed, ckpt_path, model_args if eval_only else {})
         config = model.config
     else:
-        config = loaded.config if loaded else GPTConfig(**({'vocab_size': n_tokens} | model_args))
+        sizes = {'vocab_size': n_tokens} | ({'block_size': row_of_pairs(meta)} if 'pairs' in meta else {})
+        config = loaded.config if loaded else GPTConfig(**(sizes | model_args))
         rules.check_vocabulary(config, n_tokens, dataset, init_from if loaded else None)
     task = task.read_by(rules.check_objective(settings, config))
     T = config.block_size
@@ -332,8 +334,11 @@ def save_best(val_loss):
 
 def preview():
     """Sample texts. Every process draws them: FSDP needs all of them, and with DDP the others would wait."""
+    rows = None  # of the prompt; for other objectives than next, validation rows
+    if objective != 'next':
+        rows = on_device(next(data.eval_batches(wandb_samples, wandb_samples * T)))
     with progress.paused(), optimizers.averaged():
-        return sample_texts(raw_model, meta, wandb_samples)
+        return sample_texts(raw_model, meta, wandb_samples, rows=rows)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the prepare.py scripts share: the frame around a preparation, tokenizers, splits, downloading."""
 import hashlib
 import os
+import re
 import shlex
 import urllib.request
 from contextlib import contextmanager
@@ -97,6 +98,18 @@ def characters(texts):
 def check_val_fraction(val_fraction):
     if not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} must be above 0 and below 1')
+
+
+def check_own(input, name, own_name, val_fraction):
+    """ValueError for settings of a script that reads a user's own files. own_name: its default for `name`."""
+    if not input:
+        raise ValueError('input must be set to a file or a folder: --input=PATH')
+    if '://' in input:
+        raise ValueError(f'input={input} must be a file or a folder of this machine: download it first')
+    check_val_fraction(val_fraction)
+    taken = name != own_name and (ROOT / 'data' / name / 'prepare.py').exists()
+    if taken or not re.fullmatch(r'\w[\w.-]*', name):
+        raise ValueError(f'name={name} must be a plain name that no other dataset has')
 
 
 def split_of(key, val_fraction):

@@ -7,6 +7,8 @@ A row is a window of T + 1 tokens, T = block_size. The seed and the row's number
     window  = permutation_e(row % W)      shuffled by a seeded permutation, which is never stored
     start   = shift_e + window * T        every epoch cuts the text at other places
 
+Of a dataset of pairs (data/pairs/prepare.py), a row is one pair, of T tokens, and the shift is 0.
+
 So there is no generator and no cursor to save: a resumed run continues with the next row number, an
 evaluation cannot disturb the order of training, and rows can be dealt to micro-batches and processes in any
 way. The files are mapped into memory, and only the rows asked for are read.
@@ -50,16 +52,34 @@ def open_dataset(folder, block_size, seed, objective=None):
     """The `Dataset` in `folder`, for rows of `block_size` tokens and one of OBJECTIVES (None: next).
 
     Raises FileNotFoundError if it was never prepared or a file is missing, and ValueError if a file is
-    damaged or a split is too short for one row.
+    damaged, a split is too short for one row, or it holds pairs and the objective or block_size is not theirs.
     """
     folder = Path(folder)
     meta = read_meta(folder)
     train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val'))
+    if 'pairs' in meta:
+        check_pairs(meta, folder, block_size, objective)
+        return Dataset(meta, train, val, block_size, seed, objective)
     for name, tokens in ('train', train), ('val', val):
         if len(tokens) <= block_size:
             raise ValueError(f'block_size={block_size} must be less than the {len(tokens):,} tokens of '
                              f'the {name} split of {folder}: lower it, or prepare more text')
     return Dataset(meta, train, val, block_size, seed, objective)
+
+
+def check_pairs(meta, folder, block_size, objective):
+    """ValueError unless rows of block_size tokens for this objective are the pairs in `folder`."""
+    if not hasattr(objective, 'eot'):
+        raise ValueError(f'objective must be prefix, as {folder} holds pairs of a source and a target: add '
+                         '--objective=prefix')
+    if block_size != row_of_pairs(meta):
+        raise ValueError(f'block_size={block_size} must be {row_of_pairs(meta)}, the tokens of a pair in '
+                         f'{folder}: add --block_size={row_of_pairs(meta)}')
+
+
+def row_of_pairs(meta):
+    """Tokens of a row of a dataset of pairs."""
+    return meta['pairs']['source'] + meta['pairs']['target']
 
 
 def read_meta(folder):
@@ -101,6 +121,13 @@ def meta_rules(meta):
            'name files of this folder')
     yield ('sha256', isinstance(hashes, dict) and hashes.keys() <= files.keys()
            and all(isinstance(digest, str) for digest in hashes.values()), 'give each split a checksum')
+    if 'pairs' in meta:
+        pairs = meta['pairs']
+        yield ('pairs', all(type(pairs[name]) is int and pairs[name] > 0 for name in ('source', 'target')),
+               'give source and target a number of tokens above 0')
+        yield 'pairs', type(pairs['eot']) is int and 0 <= pairs['eot'] < size, 'name an eot of the vocabulary'
+        whole = all(sum(files[split].values()) % row_of_pairs(meta) == 0 for split in ('train', 'val'))
+        yield 'files', whole, f'hold whole pairs, of {row_of_pairs(meta)} tokens'
     kind = tokenizer['kind']
     texts = {'bytes': (), 'chars': ('chars',), 'tiktoken': ('name',), 'tokenizers': ('json',),
              'bpe': ('split',)}.get(kind if isinstance(kind, str) else '', ())
@@ -246,6 +273,9 @@ class Dataset:
         # even the largest shift leaves room for all windows and for the target of the last token
         self.n_shifts = min(block_size, len(train) - block_size)
         self.n_windows = max(1, (len(train) - block_size) // block_size)
+        self.after = 1                      # tokens of a row behind its window
+        if 'pairs' in meta:
+            self.n_shifts, self.n_windows, self.after = 1, len(train) // block_size, 0
 
     def train_starts(self, first_row, n_rows):
         """Where n_rows rows from first_row on begin in the training split, int64 (n_rows,)."""
@@ -259,7 +289,7 @@ class Dataset:
         The tensors of n_rows rows from first_row on, as the objective makes them; x and y, int64 (n_rows,
         block_size), y one token later, where it is the next token.
         """
-        rows = self.train.rows(self.train_starts(first_row, n_rows), self.block_size + 1)
+        rows = self.train.rows(self.train_starts(first_row, n_rows), self.block_size + self.after)
         return self.objective(rows, mix(np.arange(first_row, first_row + n_rows, dtype=np.uint64) + self.key))
 
     def eval_batches(self, batch_size, max_tokens, rank=0, world=1, full=False):
@@ -270,13 +300,13 @@ class Dataset:
         full=True adds rows with targets of -1, so that all batches have the same size and every process has
         the same number of batches.
         """
-        available = (len(self.val) - 1) // self.block_size
+        available = (len(self.val) - self.after) // self.block_size
         wanted = available if max_tokens is None else max(1, min(available, max_tokens // self.block_size))
         starts = np.arange(wanted, dtype=np.int64) * available // wanted * self.block_size
         starts, most = starts[rank::world], -(-wanted // world)
         for i in range(0, most if full else len(starts), batch_size):
             own = starts[i:i + batch_size]
-            rows = self.val.rows(own, self.block_size + 1)
+            rows = self.val.rows(own, self.block_size + self.after)
             x, y, *others = self.objective(rows, mix(own.astype(np.uint64)))
             if full and len(x) < batch_size:
                 more = (0, 0, 0, batch_size - len(x))

@@ -5,6 +5,7 @@ What a model learns to say about a row of text: which tokens it reads, and which
     mask        the tokens that were masked (BERT)          an encoder: causal=False
     diffusion   the same, of any share of them (LLaDA)      an encoder: causal=False
     prefix      the second half of a row, after the first   a decoder, or one with an encoder: n_encoder
+                the target of a pair, after its source      the same, where the dataset holds pairs
     span        spans that were cut out (T5)                a decoder, or one with an encoder: n_encoder
 
 An objective is called with rows (n,T+1) and a key for each row, from which all its draws are hashed: a row is
@@ -164,4 +165,44 @@ class Span(Prefix):
         return source
 
 
+class Pairs(Prefix):
+    """
+    The target of a pair and the token that ends it, given the source; a decoder begins with that token too.
+    Rows (n,S+L) hold a source and a target, each filled up with the token (data/pairs/prepare.py).
+    """
+    told = ' of targets'
+
+    def __init__(self, vocab_size, pairs):
+        super().__init__(vocab_size, None)
+        self.size, self.eot = pairs['source'], pairs['eot']
+
+    def __call__(self, rows, keys):
+        source, target = rows[:, :self.size], rows[:, self.size:]
+        s, t = self.lengths(source), self.lengths(target)                           # (n,1) each
+        end = np.full((len(rows), 1), self.eot)
+        if 'source' in self.names:
+            source = np.where(np.arange(self.size) < s, source, -1)
+            text, s = np.concatenate((end, target), 1), 0
+        else:
+            # without the fill between them
+            at = np.broadcast_to(np.arange(rows.shape[1] + 1), (len(rows), rows.shape[1] + 1))
+            where = np.select([at < s, (at > s) & (at <= s + t)], [at, at - s - 1 + self.size], -1)
+            text = np.take_along_axis(np.concatenate((rows, end), 1), where, 1)
+        at = np.arange(1, text.shape[1])
+        targets = np.where((at > s) & (at <= s + t + 1), text[:, 1:], -1)
+        tensors = text[:, :-1], targets, source
+        return tuple(torch.from_numpy(np.ascontiguousarray(x)) for x, _ in zip(tensors, self.names))
+
+    def lengths(self, x):
+        """How many tokens there are before the fill: (n,1)."""
+        return ((x != self.eot) * np.arange(1, x.shape[1] + 1)).max(-1, keepdims=True)
+
+
 OBJECTIVES = {'next': Next, 'mask': Mask, 'diffusion': Diffusion, 'prefix': Prefix, 'span': Span}
+
+
+def objective_of(name, meta, mask_rate):
+    """The objective of this name for the dataset that `meta` describes."""
+    if name == 'prefix' and 'pairs' in meta:
+        return Pairs(meta['vocab_size'], meta['pairs'])
+    return OBJECTIVES[name](meta['vocab_size'], mask_rate)

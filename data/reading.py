@@ -103,14 +103,28 @@ class Corpus:
             if kind not in TABLES:
                 yield from self._documents(name, self._chunks(path))
                 continue
-            for number, text in enumerate(self._rows(path, kind, packing), 1):
-                if text is None or text == '':
+            for number, text in enumerate(self._texts(path, kind, packing), 1):
+                if text:
+                    yield self._part(f'{name}:{number}', text)
+                else:
                     self.nulls += 1
-                    continue
-                if not isinstance(text, str):
-                    raise ValueError(f'row {number} of {path} has no text in column {self.column!r} but '
-                                     f'{shown(text)}: mend it, or choose another column with --column=')
-                yield self._part(f'{name}:{number}', text)
+
+    def pairs(self, other):
+        """
+        Yields (text, text) of the rows of tables, in this column and in that of `other`, a Corpus of the same
+        files. Rows without one of them are passed over and counted in `nulls`.
+        """
+        self.nulls = 0
+        for path in self.paths:
+            kind, packing = kind_of(path)
+            if kind not in TABLES:
+                raise ValueError(f'input={path} must hold rows with two columns, as {" ".join(TABLES)} do: '
+                                 'name another file, or leave it out of the folder')
+            for pair in zip(self._texts(path, kind, packing), other._texts(path, kind, packing)):
+                if all(pair):
+                    yield pair
+                else:
+                    self.nulls += 1
 
     def _chunks(self, path):
         """The text of a file, its line ends as they are, in chunks; without a byte order mark."""
@@ -154,6 +168,14 @@ class Corpus:
     def _part(self, name, text, last=True):
         self.markers += text.count(MARKER)
         return Part(name, text, last)
+
+    def _texts(self, path, kind, packing):
+        """The text of each row of a table, or None."""
+        for number, text in enumerate(self._rows(path, kind, packing), 1):
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f'row {number} of {path} has no text in column {self.column!r} but '
+                                 f'{shown(text)}: mend it, or choose another column with --column=')
+            yield text
 
     def _rows(self, path, kind, packing):
         """What the column holds in each row of a table."""

@@ -73,6 +73,29 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
     return publish(folder, settings, splits)
 
 
+def write_pairs(folder, pairs, tokenizer, source, sizes):
+    """Write `pairs`, an iterable of ('train' or 'val', tokens, tokens, bytes of both), to `folder`.
+
+    A pair is a row of sizes = (S, L) tokens: the first tokens, filled up to S with tokenizer.eot, the second,
+    which the same token ends, filled up to L. Neither may be longer. What sample.py is given by default is
+    the first source of the validation split. Returns what meta.json holds.
+    """
+    dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
+    settings = {'source': source, 'prompt': '', 'tokenizer': tokenizer.meta(), 'dtype': dtype,
+                'vocab_size': tokenizer.vocab_size,
+                'pairs': {'source': sizes[0], 'target': sizes[1], 'eot': tokenizer.eot}}
+    splits = {name: SplitWriter(folder, name, DTYPES[dtype], None) for name in ('train', 'val')}
+    for split, first, second, n_bytes in pairs:
+        fill = [size - len(tokens) for size, tokens in zip(sizes, (first, second))]
+        eot, state = [tokenizer.eot], splits[split].state
+        if split == 'val' and not state['documents']:
+            settings['prompt'] = tokenizer.decode(first)
+        splits[split].add([*first, *fill[0] * eot, *second, *fill[1] * eot], n_bytes)
+        state['documents'] += 1
+        state['fill'] = state.get('fill', 0) + sum(fill)
+    return publish(folder, settings, splits)
+
+
 class SplitWriter:
     """The files of one split, under temporary names. `state` is what meta.json and a resume need."""
 
@@ -154,9 +177,11 @@ def publish(folder, settings, splits):
             raise ValueError(f'the {name} split of {folder} is empty: give more text, or change its share')
     train, val = splits['train'].state, splits['val'].state
     meta = {key: settings[key] for key in ('source', 'prompt', 'tokenizer', 'vocab_size', 'dtype')}
+    if 'pairs' in settings:
+        meta['pairs'] = settings['pairs']
     for key in ('tokens', 'bytes', 'documents'):
         meta |= {f'train_{key}': train[key], f'val_{key}': val[key]}
-    meta['val_bytes_per_token'] = val['bytes'] / val['tokens']
+    meta['val_bytes_per_token'] = val['bytes'] / (val['tokens'] - val.get('fill', 0))
     meta['files'] = {name: split.state['files'] for name, split in splits.items()}
     meta['sha256'] = {name: split.sha256() for name, split in splits.items()}
 

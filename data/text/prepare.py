@@ -8,7 +8,6 @@ All but .parquet may be packed as .gz .bz2 .xz .zst. Of a folder, the files that
 A line that holds <|endoftext|> alone ends a document. About a tenth is for validation. Where there are many
 documents, the hash of a document's name or number decides; where there are few, the end of every document is.
 """
-import re
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data  # noqa: F401  first, for it answers Ctrl-C during the other imports
 from configurator import configure, errors_as_messages
-from data.common import check_val_fraction, make_tokenizer, preparation, print_summary, split_of
+from data.common import check_own, make_tokenizer, preparation, print_summary, split_of
 from data.progress import Progress, say
 from data.reading import Corpus
 from data.writer import CUT, END, MORE, write_dataset
@@ -70,14 +69,7 @@ def by_cut(corpus, lengths):
 
 
 def main():
-    if not input:
-        raise ValueError('input must be set to a file or a folder: --input=PATH')
-    if '://' in input:
-        raise ValueError(f'input={input} must be a file or a folder of this machine: download it first')
-    check_val_fraction(val_fraction)
-    taken = name != 'text' and (DATA / name / 'prepare.py').exists()
-    if taken or not re.fullmatch(r'\w[\w.-]*', name):
-        raise ValueError(f'name={name} must be a plain name that no other dataset has')
+    check_own(input, name, 'text', val_fraction)
     root = Path(input).expanduser()
     corpus = Corpus(root, column)
     with preparation(out or DATA / name, overwrite) as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data.loader import ensure_prepared, open_dataset
+from data.loader import ensure_prepared, read_meta
 from model import GPT
 from nanoblocks.experiments.arms import config_of
 from nanoblocks.files import ROOT
@@ -23,7 +23,7 @@ def vocabulary(dataset):
     """The vocabulary size of a dataset, which train.py gives to the model. Prepares the dataset if needed."""
     folder = Path(dataset) if os.path.dirname(dataset) else ROOT / 'data' / dataset
     ensure_prepared(folder)
-    return open_dataset(folder, 1, 0).meta['vocab_size']
+    return read_meta(folder)['vocab_size']
 
 
 def cost(flags, match):

@@ -1,0 +1,117 @@
+"""Pairs of your own, a source and its target, as in translation: .jsonl .json .csv .tsv .parquet (rows).
+
+    python data/pairs/prepare.py --input=pairs.jsonl --name=mine
+    python data/pairs/prepare.py --input=rows.csv --source=article --target=summary --source_tokens=400
+
+A model learns the target and the token that ends it, given the source: train.py --objective=prefix. Each pair
+is a row of its own, of source_tokens + target_tokens tokens, filled up where it has fewer. About a tenth is for
+validation: the hash of the source decides, or where there are few pairs, the last ones are.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import data  # noqa: F401  first, for it answers Ctrl-C during the other imports
+from configurator import configure, errors_as_messages
+from data.common import check_own, make_tokenizer, preparation, print_summary, split_of
+from data.progress import Progress, say
+from data.reading import Corpus
+from data.tokenizer import utf8
+from data.writer import write_pairs
+
+DATA = Path(__file__).resolve().parents[1]
+
+input = ''                          # file or folder to read; it must be given
+name = 'pairs'                      # write to data/NAME, for train.py --dataset=NAME
+out = ''                            # folder to write to; empty: data/NAME
+overwrite = False                   # replace the dataset that is there
+tokenizer = 'bpe'                   # bytes, bpe, gpt2, cl100k_base, ..., or the folder of a checkpoint
+vocab_size = 2048                   # bpe: tokens in the vocabulary
+source = 'source'                   # column that holds what the model is given
+target = 'target'                   # column that holds what it must say
+source_tokens: int | None = None    # longest source; None: the longest there is, but at most 512
+target_tokens: int | None = None    # longest target, with the token that ends it; None: the same
+val_fraction = 0.1                  # share of the pairs for validation
+
+MOST = 512
+
+
+def splits_of(pairs, few):
+    """Yields (split, source, target). few: how many pairs there are, where they are too few for a hash."""
+    first_of_val = few and few - max(1, round(few * val_fraction))
+    for number, (given, wanted) in enumerate(pairs):
+        if few is None:     # a source may have several targets: all of them are in one split
+            split = split_of(given, val_fraction)
+        else:
+            split = 'train' if number < first_of_val else 'val'
+        yield split, given, wanted
+
+
+def in_tokens(pairs, coder):
+    """Yields (split, tokens of the source, tokens of the target with its end, bytes of both)."""
+    for split, given, wanted in pairs:
+        yield (split, coder.encode(given), [*coder.encode(wanted), coder.eot],
+               len(utf8(given)) + len(utf8(wanted)))
+
+
+def sizes_of(pairs):
+    """(source_tokens, target_tokens): as they are set, or the longest there are. pairs: of in_tokens"""
+    wanted, found = (source_tokens, target_tokens), [1, 2]
+    for _, *both, _ in pairs if None in wanted else ():
+        found = [max(most, len(tokens)) for most, tokens in zip(found, both)]
+    return [min(most, MOST) if size is None else size for size, most in zip(wanted, found)]
+
+
+def fitting(pairs, sizes, left_out):
+    """Those of the pairs that have tokens, and no more than these; left_out[0] counts the others."""
+    for pair in pairs:
+        if pair[1] and len(pair[2]) > 1 and len(pair[1]) <= sizes[0] and len(pair[2]) <= sizes[1]:
+            yield pair
+        else:
+            left_out[0] += 1
+
+
+def main():
+    check_own(input, name, 'pairs', val_fraction)
+    for key, size, least in ('source_tokens', source_tokens, 1), ('target_tokens', target_tokens, 2):
+        if size is not None and size < least:
+            raise ValueError(f'{key}={size} must be at least {least}')
+    root, left_out = Path(input).expanduser(), [0]
+    sources, targets = Corpus(root, source), Corpus(root, target)
+
+    def pairs(label):
+        """All pairs of texts, with progress under this label."""
+        progress = Progress(label, sources.size)
+        sources.on_bytes = progress.add
+        yield from sources.pairs(targets)
+        progress.close()
+
+    with preparation(out or DATA / name, overwrite) as folder:
+        say(sources.files_in_words())
+        count = sum(1 for _ in pairs('counting pairs'))
+        # with so many, the chance that none is for validation is e**-10
+        few = count if count < int(10 / val_fraction) else None
+        texts = (text for split, *both in splits_of(pairs('reading for the vocabulary'), few)
+                 if split == 'train' for text in both)
+        coder = make_tokenizer(tokenizer, texts, vocab_size)
+        if coder.eot is None:
+            raise ValueError(f'tokenizer={tokenizer} must have a token that ends a text, as bytes, bpe and '
+                             'gpt2 do: choose another')
+        sizes = sizes_of(in_tokens(splits_of(pairs('measuring pairs'), few), coder))
+        rows = in_tokens(splits_of(pairs('writing tokens'), few), coder)
+        meta = write_pairs(folder, fitting(rows, sizes, left_out), coder,
+                           f'{root.resolve().name}, {val_fraction} for validation', sizes)
+    if sources.nulls:
+        say(f'passed over: {sources.nulls:,} rows without a source or a target')
+    say(f'each pair is a row of {sizes[0]} tokens of source and {sizes[1]} of target'
+        + (f'; left out: {left_out[0]:,} pairs that have more, or no tokens at all: raise --source_tokens and '
+           '--target_tokens to keep the longer ones' if left_out[0] else ''))
+    train = f'train.py config/t5_small.py config/tiny.py --objective=prefix --block_size={sum(sizes)}'
+    print_summary(folder, meta, train)
+
+
+if __name__ == '__main__':
+    configure(globals())
+    with errors_as_messages():
+        main()
