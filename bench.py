@@ -44,7 +44,17 @@ from configurator import (
     within,
 )
 from model import GPTConfig
-from nanoblocks.experiments import architectures, attention, curves, decoding, gpu, limits, peers, speed, studies
+from nanoblocks.experiments import (
+    architectures,
+    attention,
+    curves,
+    decoding,
+    gpu,
+    limits,
+    peers,
+    speed,
+    studies,
+)
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.files import ROOT
 from nanoblocks.hardware import check_device, pick_device

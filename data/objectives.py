@@ -8,6 +8,8 @@ What a model learns to say about a row of text: which tokens it reads, and which
                 the target of a pair, after its source      the same, where the dataset holds pairs
     span        spans that were cut out (T5)                a decoder, or one with an encoder: n_encoder
 
+An encoder alone can learn the last two as well: it names all tokens at once, each in its own place.
+
 An objective is called with rows (n,T+1) and a key for each row, from which all its draws are hashed: a row is
 masked alike in every run that has the seed, whatever its other flags, and in a run that is resumed.
 """
@@ -90,12 +92,15 @@ class Diffusion(Mask):
 class Prefix(Next):
     """
     The second half of each row, given the first: an encoder reads it, or a decoder before it begins to be
-    judged. Both name the same tokens, and begin with the last of the first half.
+    judged. Both name the same tokens, and begin with the last of the first half. An encoder alone reads that
+    token in every place that it names.
     """
-    models, whole, told = ('decoder', 'both'), False, ' of second halves'
+    models, whole, told = ('decoder', 'encoder', 'both'), False, ' of second halves'
+    blind = False       # to the tokens that it names
 
     def read_by(self, model):
         self.names = ('idx', 'targets', 'source') if model == 'both' else ('idx', 'targets')
+        self.blind = model == 'encoder'
         return self
 
     def __call__(self, rows, keys):
@@ -108,6 +113,7 @@ class Prefix(Next):
         idx, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         if 'source' in self.names:
             return idx, targets, source.contiguous()
+        idx = text[:, :1].expand_as(idx) if self.blind else idx
         before = self.before(source)
         return torch.cat((before, idx), 1), torch.cat((torch.full_like(before, -1), targets), 1)
 
@@ -120,7 +126,8 @@ class Span(Prefix):
     """
     Spans of 3 tokens on average, mask_rate of a row in all, are cut out, and each leaves a mark of its own;
     what was cut out follows, each span behind its mark (Raffel et al. 2019, https://arxiv.org/abs/1910.10683).
-    The marks are the tokens after the dataset's last.
+    The marks are the tokens after the dataset's last. An encoder alone names the same tokens where they were,
+    in the place of the first mark.
     """
     more, told = SPANS, ' of spans'
 
@@ -131,6 +138,9 @@ class Span(Prefix):
         # kept and cut pieces in turns, kept first
         ends = np.stack(lengths, -1).reshape(len(rows), -1).cumsum(-1)              # (n,2 spans)
         piece = (np.arange(length) >= ends[:, :, None]).sum(1)                      # (n,length)
+        if self.blind:
+            x, cut = rows[:, :length], piece % 2 == 1
+            return torch.from_numpy(np.where(cut, self.vocab_size, x)), torch.from_numpy(np.where(cut, x, -1))
         source, text = (self.marked(rows[:, :length], piece, spans, which) for which in (0, 1))
         return self.given(source, text)
 
@@ -167,8 +177,9 @@ class Span(Prefix):
 
 class Pairs(Prefix):
     """
-    The target of a pair and the token that ends it, given the source; a decoder begins with that token too.
-    Rows (n,S+L) hold a source and a target, each filled up with the token (data/pairs/prepare.py).
+    The target of a pair and the token that ends it, given the source; a decoder begins with that token too,
+    and an encoder alone reads it in every place that it names. Rows (n,S+L) hold a source and a target, each
+    filled up with the token (data/pairs/prepare.py).
     """
     told = ' of targets'
 
@@ -190,6 +201,7 @@ class Pairs(Prefix):
             text = np.take_along_axis(np.concatenate((rows, end), 1), where, 1)
         at = np.arange(1, text.shape[1])
         targets = np.where((at > s) & (at <= s + t + 1), text[:, 1:], -1)
+        text = np.where(np.arange(text.shape[1]) > s, self.eot, text) if self.blind else text
         tensors = text[:, :-1], targets, source
         return tuple(torch.from_numpy(np.ascontiguousarray(x)) for x, _ in zip(tensors, self.names))
 

@@ -1,12 +1,25 @@
 """Topics of bench.py that can be checked in seconds: their claims hold exactly, and their figures exist."""
 import sys
 
+import numpy as np
 import pytest
 import runs
 import torch
 
 import bench
-from nanoblocks.experiments import attention, curves, figures, memory, studies, sweep, timing, topics
+from model import GPT, GPTConfig
+from nanoblocks.experiments import (
+    architectures,
+    attention,
+    curves,
+    figures,
+    memory,
+    studies,
+    sweep,
+    timing,
+    topics,
+)
+from nanoblocks.objectives import Pairs
 
 pytest.importorskip('matplotlib')
 
@@ -279,6 +292,65 @@ def test_router_trains_three_kinds_of_balancing(tmp_path, capsys, monkeypatch):
     assert [row[0] for row in rows] == ['none', 'loss', 'bias']
     assert all(0.125 <= float(row[2]) <= 0.5 and 0 < float(row[3]) <= 1 for row in rows)
     assert (tmp_path / 'router.png').exists()
+
+
+def sorting(kind):
+    """A batch of the task for a small model of this kind, and the model."""
+    flags = {'decoder': {}, 'encoder': {'causal': False}, 'both': {'n_encoder': 1}}[kind]
+    model = GPT(GPTConfig(block_size=10, vocab_size=27, n_layer=1, n_head=2, n_embd=16, **flags)).eval()
+    source = np.random.default_rng(0).integers(0, 26, (6, 4))
+    rows = np.concatenate((source, np.sort(source), np.full((6, 1), 26)), 1)
+    task = Pairs(27, {'source': 4, 'target': 5, 'eot': 26}).read_by(kind)
+    return dict(zip(task.names, task(rows, None))), model
+
+
+@pytest.mark.parametrize('kind', ['decoder', 'encoder', 'both'])
+def test_architectures_are_judged_by_the_answers(kind, monkeypatch):
+    batch, model = sorting(kind)
+    assert (batch['targets'] >= 0).sum() == 6 * 5
+    found = architectures.answers(model, [batch, batch], 27)
+    assert found['loss'] == pytest.approx(model(**batch)[1].item(), rel=1e-5)
+    # tokens above 4 are not asked for: as if marks
+    few = architectures.answers(model, [batch], 5)
+    named = batch | {'targets': batch['targets'].masked_fill(batch['targets'] >= 5, -1)}
+    assert few['loss'] == pytest.approx(model(**named)[1].item(), rel=1e-5)
+
+    right = batch['targets'][batch['targets'] >= 0].view(6, 5).clone()
+    monkeypatch.setattr(architectures, 'written', lambda model, batch: right)
+    assert architectures.answers(model, [batch], 27)['exact'] == 1
+    right[0, 3] += 1
+    assert architectures.answers(model, [batch], 27)['exact'] == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize('kind', ['decoder', 'encoder', 'both'])
+def test_architectures_write_the_likeliest_tokens(kind):
+    batch, model = sorting(kind)
+    found, idx, targets = architectures.written(model, batch), batch['idx'].clone(), batch['targets']
+    others = {key: x for key, x in batch.items() if key == 'source'}
+    if kind == 'encoder':
+        assert found.equal(model(idx)[0].argmax(-1))
+        return
+    assert found.shape == (6, 5) and architectures.written(model, batch, 1).equal(found[:, :1])
+    first = (targets[0] >= 0).int().argmax()
+    for n in range(5):  # without a cache
+        drawn = model(idx, **others)[0][:, first + n].argmax(-1)
+        assert drawn.equal(found[:, n])
+        if n < 4:
+            idx[:, first + n + 1] = drawn
+
+
+def test_architectures_trains_three_models(tmp_path, capsys, monkeypatch):
+    ours = tuple(f'--{name}=' for name in ('out_dir', 'device', 'block_size', 'batch_size', 'dataset'))
+    toy = [flag for flag in runs.toy(tmp_path, n_embd=64) if not flag.startswith(ours)]
+    monkeypatch.setattr(architectures, 'SIZE', ['config/llama_small.py', 'config/study.py', *toy])
+    monkeypatch.setattr(architectures, 'ROWS', 2000)
+    monkeypatch.setattr(architectures, 'TASKS', {'sort': architectures.TASKS['sort']})
+    architectures.architectures(['--seeds=1'], tmp_path, 'cpu')
+    printed = lines(capsys)
+    at = next(n for n, line in enumerate(printed) if line[:1] == ['sort:'])
+    assert [line[0] for line in printed[at + 2:at + 5]] == ['decoder', 'encoder', 'both']
+    assert 3 < float(printed[at + 2][2]) < 7
+    assert (tmp_path / 'architectures.png').exists()
 
 
 def test_saved_bytes_counts_each_tensor_once_and_no_parameters():

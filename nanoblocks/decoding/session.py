@@ -237,7 +237,7 @@ class Session:
         if self.draft is not None or self.sampling.repetition_penalty != 1:
             raise ValueError(f'objective={self.objective} must have no draft and repetition_penalty=1: leave '
                              'them out')
-        if self.objective == 'span':
+        if self.objective == 'span' and self.model.config.causal:
             return self.fill_spans(text if MASK in text else text + MASK, first_row)
         mask, limit = mask_token(self.model, self.tokenizer), self.model.config.block_size
         first, *others = text.split(MASK)

@@ -18,6 +18,7 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 
+from data.loader import open_dataset
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
 from nanoblocks.experiments.runs import run_script
@@ -28,7 +29,7 @@ from nanoblocks.experiments.timing import medians, print_table
 from nanoblocks.experiments.topics import tell
 from nanoblocks.files import ROOT
 from nanoblocks.formats import format_quantity
-from nanoblocks.objectives import objective_of, open_dataset
+from nanoblocks.objectives import objective_of
 from nanoblocks.training import checkpoint
 
 LETTERS, ROWS = 16, 50000
@@ -53,6 +54,7 @@ def architectures(argv, figures, device):
         words.append(f'--out_dir={folder}')
         sweep(words)
         found[task] = judged(make_plan(words), folder, device)
+    print('\nReports above count the marks of spans, which an encoder does not name; these tables do not.')
     for task, arms in found.items():
         print(f'\n{task}: the mean of {len(next(iter(arms.values()))["loss"])} seeds; in brackets, the '
               'difference to the decoder and its 95 % interval')
