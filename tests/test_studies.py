@@ -349,7 +349,7 @@ def test_architectures_trains_three_models(tmp_path, capsys, monkeypatch):
     printed = lines(capsys)
     at = next(n for n, line in enumerate(printed) if line[:1] == ['sort:'])
     assert [line[0] for line in printed[at + 2:at + 5]] == ['decoder', 'encoder', 'both']
-    assert 3 < float(printed[at + 2][2]) < 7
+    assert 0 < float(printed[at + 2][2]) < 7
     assert (tmp_path / 'architectures.png').exists()
 
 
