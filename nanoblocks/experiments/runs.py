@@ -91,7 +91,7 @@ def read_run(folder, max_iters):
     memory = [1e9 * line['memory_gb'] for line in lines if line.get('memory_gb')]
     steps = evaluations[-1]['step'] if evaluations else 0
     return Run(steps, steps == max_iters, [(line['step'], line['val_loss']) for line in evaluations],
-               evaluations[-1]['val_bpb'] if evaluations else math.nan,
+               evaluations[-1].get('val_bpb', math.nan) if evaluations else math.nan,
                statistics.median(rates) if rates else math.nan, max(memory, default=math.nan),
                lines[-1]['seconds'] if lines else 0.0)
 
@@ -131,8 +131,9 @@ def check_run(folder, flags):
     """ValueError when the run in a folder was not trained with these flags."""
     model, settings = recorded(folder)
     wanted_model, wanted = split(flags)
-    # train.py takes the vocabulary size from the dataset, which is a setting
-    wanted_model = as_recorded(GPTConfig(**({'vocab_size': model.get('vocab_size')} | wanted_model)))
+    # train.py takes these from the dataset, which is a setting (the second where it holds pairs)
+    given = {name: model[name] for name in ('vocab_size', 'block_size') if name in model}
+    wanted_model = as_recorded(GPTConfig(**(given | wanted_model)))
     for wish, found in ((wanted_model, model), (wanted, settings)):
         for name in wish:
             if name not in NOT_IDENTIFYING and (name not in found or found[name] != wish[name]):

@@ -27,6 +27,7 @@ from nanoblocks.experiments.arms import (
     config_of,
     files_and_flags,
     read_flags,
+    value_of,
 )
 from nanoblocks.experiments.budget import MATCHES, WIDTHS, match_budgets
 from nanoblocks.experiments.runs import check_pair, check_run, progress, read_lines
@@ -37,6 +38,7 @@ from nanoblocks.formats import counted, format_duration
 from nanoblocks.hardware import synchronized_time
 from nanoblocks.training import checkpoint
 from nanoblocks.training.run_folder import RunFolder
+from nanoblocks.training.settings import check_objective
 
 try:
     import fcntl
@@ -67,6 +69,11 @@ def make_plan(argv):
     else:
         reference, ladder = name, []
         arms, comparisons = arms_of_vary(flags | shared, name, own['vary'])
+    for arm, arm_flags in arms.items():
+        try:
+            check_objective(arm_flags, config_of(arm_flags))
+        except ValueError as error:
+            raise ValueError(f'{arm}: {error}; all arms of a sweep are trained for one objective') from None
     notes = {}
     if own['match'] != 'none':
         arms, notes = match_budgets(arms, reference, own['match'])
@@ -270,7 +277,7 @@ def measure_decoding(plan, folder, rounds=5, prompt=16, new_tokens=48):
     paths = {}
     for run in runs_of(plan):
         path = Path(folder) / run['path'] / 'ckpt.pt'
-        if path.exists():
+        if path.exists() and value_of(run['flags'], 'causal'):
             paths.setdefault(run['arm'], path)
 
     def tokens_per_s(path):
@@ -279,9 +286,10 @@ def measure_decoding(plan, folder, rounds=5, prompt=16, new_tokens=48):
         length = max(1, min(prompt, model.config.block_size // 4))
         new = min(new_tokens, model.config.block_size - length)
         idx = torch.zeros(1, length, dtype=torch.int64, device=device)
-        model.generate(idx, min(4, new), temperature=0)  # the first tokens allocate
+        given = {'temperature': 0} | ({'source': idx} if model.encoder is not None else {})
+        model.generate(idx, min(4, new), **given)  # the first tokens allocate
         began = synchronized_time(device)
-        model.generate(idx, new, temperature=0)
+        model.generate(idx, new, **given)
         return new / (synchronized_time(device) - began)
     rates = interleaved({arm: lambda path=path: tokens_per_s(path) for arm, path in paths.items()}, rounds, 0)
     return {arm: {'decode': statistics.median(found)} for arm, found in rates.items()}
