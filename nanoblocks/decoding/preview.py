@@ -12,9 +12,9 @@ STEPS = 16      # in which missing tokens are filled in
 def sample_texts(model, meta, count, max_tokens=200, rows=None):
     """
     `count` continuations of the prompt in a dataset's `meta`; or, with rows {idx, targets, ...} of the
-    validation split as an objective makes them, what the model says about the first `count`. The seeds are 0,
-    1, ... every time, so that only the weights make a difference between two evaluations. What fails here ends
-    no training: the text then says why there is none.
+    validation split as an objective makes them, what the model says about the first `count`. The seeds are
+    0, 1, ... every time, so that only the weights make a difference between two evaluations. What fails here
+    ends no training: the text then says why there is none.
     """
     training = model.training
     try:
