@@ -52,7 +52,7 @@ def open_dataset(folder, block_size, seed, objective=None):
     """The `Dataset` in `folder`, for rows of `block_size` tokens and one of OBJECTIVES (None: next).
 
     Raises FileNotFoundError if it was never prepared or a file is missing, and ValueError if a file is
-    damaged, a split is too short for one row, or it holds pairs and the objective or block_size is not theirs.
+    damaged, a split is too short for one row, or it holds pairs and has another objective or block_size.
     """
     folder = Path(folder)
     meta = read_meta(folder)

@@ -3,9 +3,9 @@
     python data/pairs/prepare.py --input=pairs.jsonl --name=mine
     python data/pairs/prepare.py --input=rows.csv --source=article --target=summary --source_tokens=400
 
-A model learns the target and the token that ends it, given the source: train.py --objective=prefix. Each pair
-is a row of its own, of source_tokens + target_tokens tokens, filled up where it has fewer. About a tenth is for
-validation: the hash of the source decides, or where there are few pairs, the last ones are.
+A model learns the target and the token that ends it, given the source: train.py --objective=prefix. Each
+pair is a row of its own, of source_tokens + target_tokens tokens, filled up where it has fewer. About a tenth
+is for validation: the hash of the source decides, or where there are few pairs, the last ones are.
 """
 import sys
 from pathlib import Path
@@ -17,6 +17,7 @@ from configurator import configure, errors_as_messages
 from data.common import check_own, make_tokenizer, preparation, print_summary, split_of
 from data.progress import Progress, say
 from data.reading import Corpus
+from data.reading import count as in_words
 from data.tokenizer import utf8
 from data.writer import write_pairs
 
@@ -56,11 +57,11 @@ def in_tokens(pairs, coder):
 
 
 def sizes_of(pairs):
-    """(source_tokens, target_tokens): as they are set, or the longest there are. pairs: of in_tokens"""
+    """(source_tokens, target_tokens): as set, or the longest of those pairs (of in_tokens) that fit."""
     wanted, found = (source_tokens, target_tokens), [1, 2]
-    for _, *both, _ in pairs if None in wanted else ():
+    for _, *both, _ in fitting(pairs, [size or MOST for size in wanted], [0]) if None in wanted else ():
         found = [max(most, len(tokens)) for most, tokens in zip(found, both)]
-    return [min(most, MOST) if size is None else size for size, most in zip(wanted, found)]
+    return [size or most for size, most in zip(wanted, found)]
 
 
 def fitting(pairs, sizes, left_out):
@@ -103,10 +104,10 @@ def main():
         meta = write_pairs(folder, fitting(rows, sizes, left_out), coder,
                            f'{root.resolve().name}, {val_fraction} for validation', sizes)
     if sources.nulls:
-        say(f'passed over: {sources.nulls:,} rows without a source or a target')
+        say(f'passed over: {in_words(sources.nulls, "row")} without a source or a target')
     say(f'each pair is a row of {sizes[0]} tokens of source and {sizes[1]} of target'
-        + (f'; left out: {left_out[0]:,} pairs that have more, or no tokens at all: raise --source_tokens and '
-           '--target_tokens to keep the longer ones' if left_out[0] else ''))
+        + (f'; left out: {in_words(left_out[0], "pair")} with more, or with none: raise --source_tokens '
+           'and --target_tokens to keep the longer ones' if left_out[0] else ''))
     train = f'train.py config/t5_small.py config/tiny.py --objective=prefix --block_size={sum(sizes)}'
     print_summary(folder, meta, train)
 

@@ -72,6 +72,7 @@ class Session:
     default_prompt: str = ''            # what `sample` continues when it is given nothing
     source: str = ''                    # the model in words: its file, step, validation loss and size
     objective: str = 'next'             # what it was trained for: objectives.OBJECTIVES
+    begin: int | None = None            # token that begins the target of a pair (data/pairs)
 
     def __post_init__(self):
         check_counts(1, num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
@@ -108,7 +109,7 @@ class Session:
                 marks = SPANS if objective == 'span' else 0
                 prepare(m, tokenizer.vocab_size + marks, device, getattr(torch, dtype))
         return cls(model, tokenizer, draft=draft_model, default_prompt=meta.get('prompt', ''), source=source,
-                   objective=objective, **settings)
+                   objective=objective, begin=meta.get('pairs', {}).get('eot'), **settings)
 
     @property
     def device(self):
@@ -139,6 +140,9 @@ class Session:
         else:
             # where no token begins a document, a line end does
             prompt = Prompt(self.tokenizer.prompt(text or '\n'), text or '\n')
+        if self.begin is not None:
+            after = [self.begin] if self.model.encoder is None else []
+            prompt = Prompt(self.tokenizer.encode(text or '\n') + after, f'{text}\n')
         check_vocabulary(self.model, self.tokenizer, prompt.tokens, name)
         self.room(prompt.tokens, name)
         return prompt
@@ -194,9 +198,9 @@ class Session:
         """A Decoder for a batch of prompts, without the draft."""
         tokens, source = [prompt.tokens for prompt in prompts], None
         if self.model.encoder is not None:
-            # the decoder begins with the last token that the encoder reads (objectives.Prefix)
+            # the decoder begins with the last token that the encoder reads (objectives.Prefix), or with eot
             source = right_padded(tokens, self.device)
-            tokens = [row[-1:] for row in tokens]
+            tokens = [row[-1:] if self.begin is None else [self.begin] for row in tokens]
         idx, lengths = left_padded(tokens, self.device)
         lengths = None if min(lengths) == max(lengths) else lengths
         return Decoder(self.model, idx, max_new_tokens, self.sampling, self.stops[1] or None, self.seed,

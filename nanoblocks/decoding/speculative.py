@@ -90,6 +90,10 @@ class CachedModel:
 
 def check_pair(model, draft, idx, max_new_tokens):
     """ValueError where `draft` cannot draft for `model` after the prompt idx."""
+    for name, m in (('the model', model), ('the draft', draft)):
+        if m.encoder is not None or not m.config.causal:
+            raise ValueError(f'draft must be left out where {name} is or has an encoder: speculative '
+                             'decoding is for decoders alone')
     if idx.dim() != 2 or idx.shape[0] != 1 or idx.shape[1] == 0:
         raise ValueError(f'idx of shape {tuple(idx.shape)} must be one row of at least one token: '
                          'speculative decoding continues one text at a time')

@@ -16,9 +16,9 @@ from nanoblocks.files import ROOT
 
 MODEL = model_flags(GPTConfig)
 # settings that two runs must share to see the same tokens and be measured in the same way
-PAIRED = ('seed', 'dataset', 'block_size', 'vocab_size', 'batch_size', 'gradient_accumulation_steps',
-          'max_iters', 'log_interval', 'eval_interval', 'eval_iters', 'eval_tokens', 'eval_only', 'device',
-          'batch_tokens', 'batch_warmup_iters')
+PAIRED = ('seed', 'dataset', 'objective', 'mask_rate', 'block_size', 'vocab_size', 'batch_size',
+          'gradient_accumulation_steps', 'max_iters', 'log_interval', 'eval_interval', 'eval_iters',
+          'eval_tokens', 'eval_only', 'device', 'batch_tokens', 'batch_warmup_iters')
 # settings that do not identify a run
 NOT_IDENTIFYING = ('out_dir', 'init_from', 'overwrite', 'wandb_log', 'wandb_project', 'wandb_run_name')
 

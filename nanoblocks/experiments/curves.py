@@ -45,6 +45,9 @@ def plot(folders, figure):
     per_byte = bool(units) and max(units) > 1.001 * min(units)
     if per_byte:
         print('these runs have different tokens, so the losses are in bits per byte')
+        for run in runs:
+            if math.isnan(run.nats_per_bit):
+                print(f'{run.name} has no bits per byte and is left out')
         runs = [run for run in runs if not math.isnan(run.nats_per_bit)]
     draw(runs, figure, per_byte)
     for run in runs:
