@@ -72,7 +72,7 @@ class Session:
     default_prompt: str = ''            # what `sample` continues when it is given nothing
     source: str = ''                    # the model in words: its file, step, validation loss and size
     objective: str = 'next'             # what it was trained for: objectives.OBJECTIVES
-    begin: int | None = None            # what a decoder behind an encoder begins with; None: end of the source
+    begin: int | None = None            # what follows an encoder begins with it; None: end of source
 
     def __post_init__(self):
         check_counts(1, num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
@@ -229,7 +229,7 @@ class Session:
 
     @property
     def marks(self):
-        """The tokens that stand for missing spans: objectives.Span, or of a published encoder with decoder."""
+        """The tokens that stand for missing spans: those of objectives.Span, or of a published T5."""
         if self.objective == 'span':
             return range(self.tokenizer.vocab_size, self.tokenizer.vocab_size + SPANS)
         return [] if self.begin is None else span_marks(self.tokenizer)
@@ -292,7 +292,7 @@ class Session:
         return filled
 
     def marked(self, pieces):
-        """Pieces of a text -> what an encoder reads, the pieces with marks between; the tokens of each piece"""
+        """Pieces of a text -> (what is read: them with marks between, the tokens of each)"""
         if self.begin is None:
             parts = [self.tokenizer.encode(piece) for piece in pieces]
             return [token for mark, part in zip(self.marks, parts) for token in (*part, mark)][:-1], parts
