@@ -125,6 +125,15 @@ LEARNED = dict(max_position_embeddings=48)
 INERT = r'key\.bias|k_lin\.bias|token_type'
 MODERN = dict(**FOUR, local_attention=10, norm_eps=EPS, cls_token_id=None, sep_token_id=None)
 NOMIC = dict(pad_token_id=0)
+
+BART = dict(d_model=36, encoder_layers=2, decoder_layers=3, encoder_attention_heads=6,
+            decoder_attention_heads=6, encoder_ffn_dim=51, decoder_ffn_dim=51, forced_eos_token_id=None,
+            decoder_start_token_id=2, **LEARNED)
+T5 = dict(d_model=36, num_heads=6, d_kv=10, d_ff=51, num_layers=3, num_decoder_layers=2,
+          relative_attention_num_buckets=8, relative_attention_max_distance=20, decoder_start_token_id=0)
+GATED = dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)
+# what a head of its own is told to be: the config class always ties it
+UNTIED = ('t5-gated-untied', 't5-scaled-untied', 'mt5', 'umt5-untied')
 OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
 OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
 
@@ -379,6 +388,27 @@ CASES = {
         **NOMIC, **rope(theta=500.0), 'hidden_act': 'gelu', 'tie_word_embeddings': False,
         'type_vocab_size': 1}, inert=r'predictions\.bias'),
 
+    't5': Case('t5', T5, old={'tie_word_embeddings': ABSENT, 'scale_decoder_outputs': ABSENT}),
+    't5-gated-untied': Case('t5', {**T5, **GATED}, old={
+        'tie_word_embeddings': False, 'scale_decoder_outputs': ABSENT}),
+    't5-scaled-untied': Case('t5', {**T5, 'feed_forward_proj': 'gelu_new', 'num_heads': 4}, old={
+        'scale_decoder_outputs': ABSENT}),
+    't5-unscaled-tied': Case('t5', {**T5, **GATED, 'feed_forward_proj': 'gated-silu'}, old=None),
+    # transformers' cache has as many layers as the encoder
+    't5-deep-decoder': Case('t5', {**T5, 'num_decoder_layers': 4, 'num_layers': 1}, cache=False, old={
+        'scale_decoder_outputs': ABSENT, 'relative_attention_max_distance': 20}),
+    't5-as-deep': Case('t5', {**T5, 'num_decoder_layers': None, 'relative_attention_num_buckets': 12},
+                       old={'scale_decoder_outputs': ABSENT, 'num_decoder_layers': ABSENT}),
+    'mt5': Case('mt5', T5, old={'tie_word_embeddings': False}),
+    'mt5-tied': Case('mt5', T5),
+    'umt5': Case('umt5', T5, old={'scale_decoder_outputs': ABSENT}),
+    'umt5-untied': Case('umt5', {**T5, 'tie_word_embeddings': False, 'num_decoder_layers': 3}, old={
+        'tie_word_embeddings': False, 'scale_decoder_outputs': ABSENT}),
+    'bart': Case('bart', BART, old={'normalize_before': False, 'add_final_layer_norm': False},
+                 inert='k_proj.bias'),
+    'bart-scaled-relu': Case('bart', {**BART, 'scale_embedding': True, 'activation_function': 'relu',
+                                      'encoder_layers': 3, 'decoder_layers': 1}, inert='k_proj.bias'),
+
     # combinations at the edge of what a key can say
     'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),
     'mistral-yarn-by-one': Case('mistral', {**WINDOW, **rope('yarn', factor=1.0, mscale=0.7)}),
@@ -421,11 +451,15 @@ RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid',
              'bailing_hybrid', 'xlstm')
 # model types that fill in masked tokens
 ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert', 'nomic_bert')
+# model types with an encoder and a decoder
+BOTH = ('t5', 'mt5', 'umt5', 'bart')
 every_case = pytest.mark.parametrize('name', CASES)
 every_encoder = pytest.mark.parametrize('name', [name for name, case in CASES.items()
                                                  if case.model_type in ENCODERS])
 every_decoder = pytest.mark.parametrize('name', [name for name, case in CASES.items()
                                                  if case.model_type not in ENCODERS])
+every_pair = pytest.mark.parametrize('name', [name for name, case in CASES.items()
+                                              if case.model_type in BOTH])
 one_of_each = pytest.mark.parametrize('name', {case.model_type: name for name, case in reversed(CASES.items())
                                                if not case.rare}.values())
 
@@ -451,6 +485,8 @@ def redraw(model, seed=0):
     """
     generator = torch.Generator().manual_seed(seed)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    scaled = getattr(model.config, 'scale_decoder_outputs', False)      # the logits, down
+    small = 0.4 if scaled else 0.2 if model.config.model_type == 'bart' else 0.1
     for name, p in model.state_dict().items():
         noise = torch.randn(p.shape, generator=generator)
         if NOT_WEIGHTS.search(name):
@@ -461,7 +497,7 @@ def redraw(model, seed=0):
         elif p.dim() == 1 or name.endswith('A_log'):
             p.add_((0.1 if 'bias' in name else 0.25) * noise)
         elif p.shape[0] == V:
-            p.copy_((0.1 if tied else 0.6 if 'embed' in name else 0.2) * noise)
+            p.copy_((small if tied else 0.6 if 'embed' in name else 0.2) * noise)
         else:
             gain = 0.1 if 'mamba.out_proj' in name else 0.4 if 'mixer.out_proj' in name else 1.2
             p.copy_(gain / math.sqrt(p.shape[-1]) * noise)
@@ -470,6 +506,7 @@ def redraw(model, seed=0):
 
 def class_of(case):
     return (transformers.AutoModelForMaskedLM if case.model_type in ENCODERS else
+            transformers.AutoModelForSeq2SeqLM if case.model_type in BOTH else
             transformers.AutoModelForCausalLM)
 
 
@@ -524,7 +561,10 @@ def make(folder, name):
     """Saves the checkpoint of a case, in both styles of config.json, and what transformers makes of it."""
     case = CASES[name]
     torch.manual_seed(0)    # where a class draws decays, redraw adds to them
-    redraw(class_of(case).from_config(config_of(case))).save_pretrained(folder)
+    model = class_of(case).from_config(config_of(case))
+    if name in UNTIED:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    redraw(model).save_pretrained(folder)
     made = SimpleNamespace(case=case, folder=folder, old_folder=None)
     if case.old is not None:
         made.old_folder = folder / 'published'
@@ -537,11 +577,51 @@ def make(folder, name):
     made.model = load_reference(folder, case).eval()
     if case.model_type in ENCODERS:
         return fill_in(made)
+    made.source = sources() if case.model_type in BOTH else None
     for seed in range(40):
         made.idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(seed))
+        if made.source is not None:
+            # or its generate puts it there
+            made.idx[:, 0] = case.flags['decoder_start_token_id']
         if greedy(made):
             return made
     raise AssertionError(f'{name}: no prompt leads to a clear choice of all {NEW} tokens')
+
+
+def sources():
+    """What encoders read: two rows of which the second is shorter."""
+    source = torch.randint(V, (2, 33), generator=torch.Generator().manual_seed(1))
+    source[1, 21:] = -1
+    return source
+
+
+def read_by(model, made):
+    """The source of a checkpoint as arguments of its model, ours or transformers'; {} where it has none."""
+    source = getattr(made, 'source', None)
+    if source is None:
+        return {}
+    if isinstance(model, GPT):
+        return {'source': source}
+    return {'input_ids': source.clamp(min=0), 'attention_mask': (source >= 0).long()}
+
+
+def logits_of(model, made, idx=None):
+    """The logits of a model, ours or transformers'. idx: None for the text of the checkpoint."""
+    idx, more = made.idx if idx is None else idx, read_by(model, made)
+    if isinstance(model, GPT):
+        return model(idx, **more)[0]
+    return model(**more, **{'decoder_input_ids' if more else 'input_ids': idx}).logits
+
+
+@torch.no_grad()
+def answer_of(model, made):
+    """What assert_logits takes: the text of a checkpoint, and what another reference makes of it."""
+    return SimpleNamespace(idx=made.idx, source=getattr(made, 'source', None), logits=logits_of(model, made))
+
+
+def first_row(made):
+    source = getattr(made, 'source', None)
+    return SimpleNamespace(idx=made.idx[:1], source=None if source is None else source[:1])
 
 
 @torch.no_grad()
@@ -562,15 +642,17 @@ def fill_in(made):
 def greedy(made):
     """Adds logits and greedy tokens to `made`; False where two are about as likely, or all the same."""
     made.prompt = made.idx[:, :PROMPT]
-    out = made.model.generate(made.prompt, max_new_tokens=NEW, do_sample=False, use_cache=made.case.cache,
-                              return_dict_in_generate=True, output_logits=True)
+    more = read_by(made.model, made)
+    prompt = {'decoder_input_ids' if more else 'input_ids': made.prompt}
+    out = made.model.generate(**more, **prompt, max_new_tokens=NEW, do_sample=False,
+                              use_cache=made.case.cache, return_dict_in_generate=True, output_logits=True)
     made.tokens, new = out.sequences, out.sequences[:, PROMPT:]
-    made.logits = made.model(made.idx).logits
+    made.logits = logits_of(made.model, made)
     best = torch.stack(out.logits, 1).topk(2).values
     if (best[..., 0] - best[..., 1]).min() < MARGIN or len(new.unique()) < 5:
         return False
     if made.case.cache:
-        plain = made.model(made.tokens).logits[:, PROMPT - 1:-1].argmax(-1)
+        plain = logits_of(made.model, made, made.tokens)[:, PROMPT - 1:-1].argmax(-1)
         assert torch.equal(plain, new), 'transformers chooses otherwise with its cache: cache must be False'
     return True
 
@@ -608,7 +690,7 @@ def one_sentence(error):
 
 @torch.no_grad()
 def assert_logits(got, want, what, bound=TOLERANCE):
-    got = got(want.idx)[0] if isinstance(got, GPT) else got(want.idx).logits
+    got = logits_of(got, want)
     assert got.shape == want.logits.shape and got.dtype == torch.float32, f'{what}: {got.dtype} {got.shape}'
     error = (got - want.logits).abs()
     assert error.max() <= bound, (f'{what}: error {error.max():.1e} must be at most {bound:.0e}; it is '

@@ -13,15 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import (
+    BOTH,
     ENCODERS,
     RECURRENT,
     Marker,
     V,
+    answer_of,
     assert_logits,
     copy_of,
     layers,
     load,
     load_reference,
+    logits_of,
     made,
     one_sentence,
     ours,
@@ -34,7 +37,7 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
-                                  *RECURRENT, *ENCODERS])
+                                  *RECURRENT, *ENCODERS, *BOTH])
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)
@@ -42,7 +45,7 @@ def test_shards_read_as_one_file(made, ours, name, tmp_path):
     assert len(list(tmp_path.glob('model-*.safetensors'))) > 2
     # the vendor's own files lie beside them on the hub
     safetensors_torch.save_file({'other': torch.zeros(1)}, tmp_path / 'consolidated.safetensors')
-    assert torch.equal(load(tmp_path)(made.idx)[0], ours(name)(made.idx)[0])
+    assert torch.equal(logits_of(load(tmp_path), made), logits_of(ours(name), made))
 
 
 def published_bert(config, tensors):
@@ -85,7 +88,7 @@ def test_published_files_of_encoders_are_read_as_transformers_reads_them(made, n
 
 # of minimax, transformers rounds the tables of decays as well
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba', *ENCODERS,
-                                  *(name for name in RECURRENT if name != 'minimax')])
+                                  *BOTH, *(name for name in RECURRENT if name != 'minimax')])
 @torch.no_grad()
 def test_sixteen_bit_files_become_fp32(made, name, tmp_path):
     made = made(name)
@@ -93,7 +96,7 @@ def test_sixteen_bit_files_become_fp32(made, name, tmp_path):
     model = load(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     theirs = load_reference(tmp_path, made.case)
-    assert_logits(model, SimpleNamespace(idx=made.idx, logits=theirs(made.idx).logits), name)
+    assert_logits(model, answer_of(theirs, made), name)
 
 
 @pytest.mark.parametrize('name, prefix', [('gpt2', 'transformer.'), ('bloom', 'transformer.')])
@@ -132,7 +135,7 @@ def test_a_head_in_the_file_is_used_though_the_config_ties_it(made, name, factor
         embedding = next(p for key, p in tensors.items() if 'embed' in key and p.shape[0] == V)
         tensors['lm_head.weight'] = factor * embedding
     theirs = load_reference(copy_of(made, tmp_path, add), made.case)
-    assert_logits(load(tmp_path), SimpleNamespace(idx=made.idx, logits=theirs(made.idx).logits), name)
+    assert_logits(load(tmp_path), answer_of(theirs, made), name)
 
 
 def test_a_pickled_checkpoint_loads_and_runs_no_code(made, tmp_path):
@@ -182,12 +185,12 @@ def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
-                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS])
+                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS, *BOTH])
 @torch.no_grad()
 def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
     made = made(name)
     made.model.save_pretrained(tmp_path, save_original_format=False)
-    assert torch.equal(load(tmp_path)(made.idx)[0], ours(name)(made.idx)[0])
+    assert torch.equal(logits_of(load(tmp_path), made), logits_of(ours(name), made))
 
 
 def test_an_adapter_is_called_one(tmp_path):
@@ -406,7 +409,8 @@ WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math
 
 
 @pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
-                                  'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT, *ENCODERS])
+                                  'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT, *ENCODERS,
+                                  *BOTH])
 def test_any_value_in_any_key_is_answered(made, name, tmp_path):
     """A model, or one sentence, and at once; 13 wrong values for each key."""
     folder = copy_of(made(name), tmp_path)

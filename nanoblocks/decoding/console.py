@@ -22,7 +22,7 @@ class Console:
 
     def samples(self, texts, path=None):
         """Continue each text. path: the file that holds the texts; None: there is one, the setting start."""
-        if self.session.fills:
+        if self.session.fills(*texts):
             return self.fill(texts)
         prompts = [self.session.encode(text, f'prompt {n} of {path}' if path else 'start')
                    for n, text in enumerate(texts, 1)]
@@ -33,8 +33,9 @@ class Console:
     def fill(self, texts):
         """Each text with what is missing in the place of [MASK]."""
         with self.running():
-            print(f'trained with objective={self.session.objective}: it fills each [MASK], or continues a '
-                  'text without one')
+            if self.session.objective != 'next':
+                print(f'trained with objective={self.session.objective}: it fills each [MASK], or continues '
+                      'a text without one')
             for n, text in enumerate(texts):
                 for filled, tokens in self.session.fill(text, n * self.session.num_samples):
                     print(f'{filled}\n---------------')
@@ -45,7 +46,7 @@ class Console:
         with self.running():
             for n, line in enumerate(typed_lines()):
                 try:
-                    if self.session.fills:
+                    if self.session.fills(line):
                         print(*(text for text, _ in self.session.fill(line)), sep='\n')
                         continue
                     prompts = [self.session.encode(line)]

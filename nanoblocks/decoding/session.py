@@ -22,7 +22,7 @@ from nanoblocks.decoding.generation import Generation, Sample
 from nanoblocks.decoding.scoring import Score, token_logprobs
 from nanoblocks.decoding.speculative import Speculative
 from nanoblocks.decoding.text import Text, special_token, stops_of
-from nanoblocks.decoding.unmask import MASK, mask_token, pseudo_logprobs, unmask
+from nanoblocks.decoding.unmask import MASK, SPAN, mask_token, pseudo_logprobs, span_marks, unmask
 from nanoblocks.formats import format_quantity
 from nanoblocks.hardware import bytes_per_step, check_device, gpu_dtype, pick_device
 from nanoblocks.objectives import SPANS
@@ -72,7 +72,8 @@ class Session:
     default_prompt: str = ''            # what `sample` continues when it is given nothing
     source: str = ''                    # the model in words: its file, step, validation loss and size
     objective: str = 'next'             # what it was trained for: objectives.OBJECTIVES
-    begin: int | None = None            # token that begins the target of a pair (data/pairs)
+    begin: int | None = None            # what follows an encoder begins with it; None: end of source
+    answers: bool = False               # each prompt is the source of a pair, which `begin` ends (data/pairs)
 
     def __post_init__(self):
         check_counts(1, num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,
@@ -108,8 +109,9 @@ class Session:
             if m is not None:
                 marks = SPANS if objective == 'span' else 0
                 prepare(m, tokenizer.vocab_size + marks, device, getattr(torch, dtype))
+        begin = meta['pairs']['eot'] if 'pairs' in meta else model.texts.ids.get('decoder_start_token_id')
         return cls(model, tokenizer, draft=draft_model, default_prompt=meta.get('prompt', ''), source=source,
-                   objective=objective, begin=meta.get('pairs', {}).get('eot'), **settings)
+                   objective=objective, begin=begin, answers='pairs' in meta, **settings)
 
     @property
     def device(self):
@@ -140,7 +142,7 @@ class Session:
         else:
             # where no token begins a document, a line end does
             prompt = Prompt(self.tokenizer.prompt(text or '\n'), text or '\n')
-        if self.begin is not None:
+        if self.answers:
             after = [self.begin] if self.model.encoder is None else []
             prompt = Prompt(self.tokenizer.encode(text or '\n') + after, f'{text}\n')
         check_vocabulary(self.model, self.tokenizer, prompt.tokens, name)
@@ -155,7 +157,8 @@ class Session:
         if len(tokens) >= limit:
             raise ValueError(f'{name} has {len(tokens)} tokens and must have fewer than block_size={limit}, '
                              'where learned positions end: shorten it')
-        return min(self.max_new_tokens, limit - len(tokens))
+        read = len(tokens) if self.model.encoder is None else 1     # by the decoder
+        return min(self.max_new_tokens, limit - read)
 
     @property
     def position_limit(self):
@@ -198,8 +201,8 @@ class Session:
         """A Decoder for a batch of prompts, without the draft."""
         tokens, source = [prompt.tokens for prompt in prompts], None
         if self.model.encoder is not None:
-            # the decoder begins with the last token that the encoder reads (objectives.Prefix), or with eot
             source = right_padded(tokens, self.device)
+            # of ours without pairs, with the last token that the encoder reads (objectives.Prefix)
             tokens = [row[-1:] if self.begin is None else [self.begin] for row in tokens]
         idx, lengths = left_padded(tokens, self.device)
         lengths = None if min(lengths) == max(lengths) else lengths
@@ -224,24 +227,31 @@ class Session:
 
     # -- filling in what is missing
 
+    def fills(self, *texts):
+        """Whether the model fills [MASK] in texts, and does not continue them. A published T5 does both."""
+        return (self.objective in ('mask', 'diffusion', 'span')
+                or bool(self.marks) and any(MASK in text for text in texts))
+
     @property
-    def fills(self):
-        """Whether the model fills [MASK] in a text, and does not continue one."""
-        return self.objective in ('mask', 'diffusion', 'span')
+    def marks(self):
+        """The tokens that stand for missing spans: those of objectives.Span, or of a published T5."""
+        if self.objective == 'span':
+            return range(self.tokenizer.vocab_size, self.tokenizer.vocab_size + SPANS)
+        return [] if self.begin is None else span_marks(self.tokenizer)
 
     def fill(self, text: str, first_row: int = 0) -> list[tuple[str, list[int]]]:
         """
         num_samples times (the text, its tokens), with what is missing in the place of each [MASK]: a token,
-        or with objective=span any number of them. A text without one is continued by at most max_new_tokens.
+        or of a model of spans any number of them. A text without one is continued by at most max_new_tokens.
         first_row: number of the first, which seeds its draws.
         """
-        if not self.fills:
+        if not self.fills(text):
             raise ValueError(f'objective={self.objective} must be mask, diffusion or span to fill [MASK]: '
                              'this model continues a text')
         if self.draft is not None or self.sampling.repetition_penalty != 1:
             raise ValueError(f'objective={self.objective} must have no draft and repetition_penalty=1: leave '
                              'them out')
-        if self.objective == 'span' and self.model.config.causal:
+        if self.marks and self.model.config.causal:
             return self.fill_spans(text if MASK in text else text + MASK, first_row)
         mask, limit = mask_token(self.model, self.tokenizer), self.model.config.block_size
         first, *others = text.split(MASK)
@@ -258,33 +268,48 @@ class Session:
         return [(self.tokenizer.decode(row), row) for row in filled.tolist()]
 
     def fill_spans(self, text, first_row):
-        pieces, mark = text.split(MASK), self.tokenizer.vocab_size
-        if len(pieces) > SPANS:
-            raise ValueError(f'the text has {len(pieces) - 1} times {MASK} and must have fewer than {SPANS}')
-        parts = [self.tokenizer.encode(piece) for piece in pieces]
-        source = [token for n, part in enumerate(parts) for token in (*part, mark + n)][:-1]
+        pieces, marks = text.split(MASK), self.marks
+        if len(pieces) > len(marks):
+            raise ValueError(f'the text has {len(pieces) - 1} times {MASK} and must have fewer than '
+                             f'{len(marks)}')
+        source, parts = self.marked(pieces)
         source = torch.tensor([source], device=self.device)
-        first = torch.tensor([[mark]], device=self.device)
+        first = torch.tensor([[*([] if self.begin is None else [self.begin]), marks[0]]], device=self.device)
         given = {'source': source} if self.model.encoder is not None else {}
         idx = first if given else torch.cat((source, first), 1)
         # the first mark that the text has not ends it
-        ends = [mark + len(pieces) - 1, *self.stops[1]]
+        ends = [marks[len(pieces) - 1], *self.stops[1]]
         room = self.max_new_tokens if self.position_limit is None else self.position_limit - idx.shape[1]
         decoder = Decoder(self.model, idx, min(room, self.max_new_tokens), self.sampling, ends, self.seed,
                           num_samples=self.num_samples, first_row=first_row, chunk=self.chunk, **given)
-        filled = []
+        filled, number = [], {mark: n for n, mark in enumerate(marks)}
         for row in torch.cat(list(decoder.stream()), 1).tolist():
             spans, at = [[] for _ in parts], 0
             for token in row:
                 if token in ends:
                     break
-                if token >= mark:
-                    at = min(token - mark, len(parts) - 1)
+                if token in number:
+                    at = min(number[token], len(parts) - 1)
                 else:
                     spans[at].append(token)
             tokens = [token for part, span in zip(parts, spans) for token in (*part, *span)]
             filled.append((self.tokenizer.decode(tokens), tokens))
         return filled
+
+    def marked(self, pieces):
+        """Pieces of a text -> (what is read: them with marks between, the tokens of each)"""
+        if self.begin is None:
+            parts = [self.tokenizer.encode(piece) for piece in pieces]
+            return [token for mark, part in zip(self.marks, parts) for token in (*part, mark)][:-1], parts
+        names = [*map(SPAN.format, range(len(pieces) - 1)), '']
+        source, parts = self.tokenizer.prompt(''.join(map(''.join, zip(pieces, names)))), [[]]
+        between = self.marks[:len(pieces) - 1]
+        for token in source:
+            if token in between:
+                parts.append([])
+            elif token not in self.tokenizer.ends:
+                parts[-1].append(token)
+        return source, parts
 
     # -- scoring, rounded weights
 

@@ -5,6 +5,8 @@ A text is completed in steps. In each, all missing tokens are drawn, and the sur
 every step fills as many (LLaDA: Nie et al. 2025, https://arxiv.org/abs/2502.09992). One step for each missing
 token is the slowest and the best; one step for all of them draws each without knowing the others.
 """
+import itertools
+
 import torch
 
 from nanoblocks.decoding.decode import check_seed, key
@@ -22,6 +24,16 @@ def mask_token(model, tokenizer):
         return tokenizer.vocab_size     # objectives.Mask
     raise ValueError(f'vocab_size={tokenizer.vocab_size} must leave a token for {MASK}: train with '
                      '--objective=mask or diffusion')
+
+
+SPAN = '<extra_id_{}>'      # the names that T5 gives to missing spans, from 0 on
+
+
+def span_marks(tokenizer):
+    """The ids of those names in the vocabulary of a checkpoint, in their order; [] where it has none."""
+    published = getattr(tokenizer, 'tokenizer', None)
+    ids = (published.token_to_id(SPAN.format(n)) for n in itertools.count()) if published is not None else ()
+    return list(itertools.takewhile(lambda i: i is not None, ids))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from configurator import nearest
 from model import GPT, GPTConfig, with_fixed_norm
 from nanoblocks.pretrained import texts
-from nanoblocks.pretrained.families import FAMILIES
+from nanoblocks.pretrained.families import FAMILIES, REFUSED
 from nanoblocks.pretrained.families.family import DEFAULTS
 from nanoblocks.pretrained.files import TensorFiles, refuse_adapter
 from nanoblocks.pretrained.keys import shortest_pattern, without
@@ -89,8 +89,10 @@ def read_config(folder):
     hf = read_json(path)
     check_values(hf, path)
     kind = hf.get('model_type')
+    if kind in REFUSED:
+        raise ValueError(f'model_type={kind} in {path} must be another family: {REFUSED[kind]}')
     for key in UNSUPPORTED:
-        if hf.get(key):
+        if hf.get(key) and not (kind in FAMILIES and FAMILIES[kind].only.get(key)):
             raise ValueError(f'{key} in {path} must be absent: it is not supported for {kind}')
     if kind not in FAMILIES:
         known = nearest(str(kind), FAMILIES, remedy='docs/checkpoints.md lists them')
@@ -112,10 +114,10 @@ def complete(hf, family):
 
 def check_layers(hf, family, files):
     """ValueError for more layers than there are tensors, before a pattern is made of their number."""
-    key = next(name for name, key in family.keys.items() if key.flags[0] == 'n_layer')
-    if not 1 <= hf.get(key, 1) <= len(files.where):
-        raise ValueError(f'{key}={hf[key]} in config.json must be from 1 to {len(files.where)}, the number '
-                         f'of tensors in {files.folder}: correct it or fetch the file again')
+    for name, key in family.keys.items():
+        if key.flags[0] in ('n_layer', 'n_encoder') and not 1 <= hf.get(name, 1) <= len(files.where):
+            raise ValueError(f'{name}={hf[name]} in config.json must be from 1 to {len(files.where)}, the '
+                             f'number of tensors in {files.folder}: correct it or fetch the file again')
 
 
 def check_size(config, files):
@@ -232,7 +234,7 @@ def matches(rules, c, ours):
     bias alone goes before one for both.
     """
     plan = list(enumerate(c.plan()))
-    layers = {'i': range(c.n_layer),
+    layers = {'i': range(c.n_layer), 's': range(c.n_encoder),
               'a': [i for i, (mixer, _) in plan if mixer in 'awcnv'],
               'm': [i for i, (mixer, _) in plan if mixer == 'm'],
               'r': [i for i, (mixer, _) in plan if mixer == 'r'],
@@ -282,6 +284,9 @@ def copy_tensors(model, rules, hf, files, theirs):
     folder, kind, unfilled = files.folder, hf['model_type'], set(ours)
     for mine, names, layout in matches(rules, model.config, ours):
         for name, piece in zip(names, layout(ours[mine], model.config), strict=True):
+            if name not in theirs and re.search(FAMILIES[kind].zeros, name):
+                ours[mine].zero_()
+                continue
             if name not in theirs:
                 raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs')
             tensor = files.get(theirs[name])

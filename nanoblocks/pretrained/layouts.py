@@ -54,6 +54,11 @@ def transposed(p, c):
     return [piece(p.t() if p.dim() == 2 else p)]
 
 
+def halves(p, c):
+    """Two tensors: the rows of both lie below each other."""
+    return [piece(half) for half in p.chunk(2)]
+
+
 def conv(p, c):
     """A depthwise convolution: (I,W) is stored as (I,1,W)."""
     return [piece(p, (p.shape[0], 1, p.shape[1]))]

@@ -13,7 +13,7 @@ from nanoblocks.tokenizer import EOT_BYTES, OTHER_LAYOUTS, byte_alphabet, from_f
 
 COPIED = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
           'chat_template.jinja', 'generation_config.json', 'merges.txt', *OTHER_LAYOUTS)
-IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
 
 
 class Texts(NamedTuple):

@@ -3,23 +3,25 @@ import math
 
 COUNTS = {
     'attention_chunk_size', 'attention_hidden_size', 'attn_layer_offset', 'attn_layer_period',
-    'context_length', 'conv_kernel', 'd_model', 'decoder_sparse_step', 'dim', 'embedding_dim',
-    'embedding_size', 'expert_layer_offset', 'expert_layer_period', 'experts_per_token', 'ffn_hidden_size',
-    'ffn_round_up_to_multiple_of', 'first_k_dense_replace', 'full_attention_interval',
-    'global_attn_every_n_layers', 'head_dim', 'hidden_dim', 'hidden_size', 'interleave_moe_layer_step',
-    'intermediate_size', 'intermediate_size_mlp', 'kv_lora_rank', 'kv_n_heads', 'layer_group_size',
-    'linear_conv_kernel_dim', 'linear_head_dim', 'linear_key_head_dim', 'linear_num_heads',
-    'linear_num_key_heads', 'linear_num_value_heads', 'linear_value_head_dim', 'local_attention',
-    'mamba_d_conv', 'mamba_d_state', 'max_position_embeddings', 'max_seq_len', 'max_window_layers',
-    'model_max_length', 'moe_intermediate_size', 'n_ctx', 'n_embd', 'n_embed', 'n_group', 'n_groups',
-    'n_head', 'n_heads', 'n_inner', 'n_layer', 'n_layers', 'n_positions', 'n_routed_experts',
-    'n_shared_experts', 'no_rope_layer_interval', 'num_attention_heads', 'num_blocks', 'num_expert_group',
-    'num_experts', 'num_experts_per_tok', 'num_experts_per_token', 'num_heads', 'num_hidden_layers',
-    'num_key_value_heads', 'num_kv_heads', 'num_ln_in_parallel_attn', 'num_local_experts', 'num_mtp_layers',
-    'num_nextn_predict_layers', 'num_shared_experts', 'original_max_position_embeddings', 'q_lora_rank',
-    'qk_nope_head_dim', 'qk_rope_head_dim', 'shared_expert_intermediate_size', 'short_conv_kernel_size',
-    'sliding_window', 'sliding_window_pattern', '_sliding_window_pattern', 'state_size', 'topk_group',
-    'type_vocab_size', 'v_head_dim', 'vocab_size'}
+    'context_length', 'conv_kernel', 'd_ff', 'd_kv', 'd_model', 'decoder_attention_heads', 'decoder_ffn_dim',
+    'decoder_layers', 'decoder_sparse_step', 'decoder_start_token_id', 'dim', 'embedding_dim',
+    'embedding_size', 'encoder_attention_heads', 'encoder_ffn_dim', 'encoder_layers', 'expert_layer_offset',
+    'expert_layer_period', 'experts_per_token', 'ffn_hidden_size', 'ffn_round_up_to_multiple_of',
+    'first_k_dense_replace', 'full_attention_interval', 'global_attn_every_n_layers', 'head_dim',
+    'hidden_dim', 'hidden_size', 'interleave_moe_layer_step', 'intermediate_size', 'intermediate_size_mlp',
+    'kv_lora_rank', 'kv_n_heads', 'layer_group_size', 'linear_conv_kernel_dim', 'linear_head_dim',
+    'linear_key_head_dim', 'linear_num_heads', 'linear_num_key_heads', 'linear_num_value_heads',
+    'linear_value_head_dim', 'local_attention', 'mamba_d_conv', 'mamba_d_state', 'max_position_embeddings',
+    'max_seq_len', 'max_window_layers', 'model_max_length', 'moe_intermediate_size', 'n_ctx', 'n_embd',
+    'n_embed', 'n_group', 'n_groups', 'n_head', 'n_heads', 'n_inner', 'n_layer', 'n_layers', 'n_positions',
+    'n_routed_experts', 'n_shared_experts', 'no_rope_layer_interval', 'num_attention_heads', 'num_blocks',
+    'num_decoder_layers', 'num_expert_group', 'num_experts', 'num_experts_per_tok', 'num_experts_per_token',
+    'num_heads', 'num_hidden_layers', 'num_key_value_heads', 'num_kv_heads', 'num_layers',
+    'num_ln_in_parallel_attn', 'num_local_experts', 'num_mtp_layers', 'num_nextn_predict_layers',
+    'num_shared_experts', 'original_max_position_embeddings', 'q_lora_rank', 'qk_nope_head_dim',
+    'qk_rope_head_dim', 'relative_attention_max_distance', 'relative_attention_num_buckets',
+    'shared_expert_intermediate_size', 'short_conv_kernel_size', 'sliding_window', 'sliding_window_pattern',
+    '_sliding_window_pattern', 'state_size', 'topk_group', 'type_vocab_size', 'v_head_dim', 'vocab_size'}
 NUMBERS = {
     'alibi_bias_max', 'attention_factor', 'attention_multiplier', 'attn_logit_softcapping', 'attn_scale',
     'beta_fast', 'beta_slow', 'clip_qkv', 'embedding_multiplier', 'eps', 'expand', 'factor',
@@ -32,16 +34,18 @@ NUMBERS = {
     'rope_local_base_freq', 'rope_theta', 'rotary_emb_base', 'rotary_pct', 'routed_scaling_factor',
     'softmax_scale', 'swiglu_alpha', 'swiglu_limit', 'v_dim_factor'}
 TRUTHS = {
-    'add_cross_attention', 'add_out_norm', 'alibi', 'apply_residual_connection_post_layernorm',
-    'attention_bias', 'bias', 'classifier_bias', 'decoder_bias', 'is_decoder', 'kda_safe_gate',
-    'linear_allow_neg_eigval', 'mamba_conv_bias', 'mamba_proj_bias', 'mlp_bias', 'moe_renormalize',
-    'multi_query', 'new_decoder_architecture', 'norm_bias', 'norm_topk_prob', 'parallel_attn', 'prefix_lm',
-    'qk_ln', 'qkv_bias', 'rope_interleave', 'scale_attn_by_inverse_layer_idx', 'scale_attn_weights',
-    'slow_but_exact', 'tie_word_embeddings', 'truncate', 'use_bias', 'use_conv_bias', 'use_parallel_residual',
-    'use_qk_norm', 'use_sliding_window'}
+    'add_cross_attention', 'add_final_layer_norm', 'add_out_norm', 'alibi',
+    'apply_residual_connection_post_layernorm', 'attention_bias', 'bias', 'classifier_bias', 'decoder_bias',
+    'is_decoder', 'is_encoder_decoder', 'kda_safe_gate', 'linear_allow_neg_eigval', 'mamba_conv_bias',
+    'mamba_proj_bias', 'mlp_bias', 'moe_renormalize', 'multi_query', 'new_decoder_architecture', 'norm_bias',
+    'norm_topk_prob', 'normalize_before', 'parallel_attn', 'prefix_lm', 'qk_ln', 'qkv_bias',
+    'rope_interleave', 'scale_attn_by_inverse_layer_idx', 'scale_attn_weights', 'scale_decoder_outputs',
+    'scale_embedding', 'slow_but_exact', 'tie_word_embeddings', 'truncate', 'use_bias', 'use_conv_bias',
+    'use_parallel_residual', 'use_qk_norm', 'use_sliding_window'}
 WORDS = {
-    'activation', 'activation_function', 'classifier_activation', 'hidden_act', 'hidden_activation',
-    'model_type', 'position_embedding_type', 'rope_type', 'topk_method', 'type', 'weight_mode'}
+    'activation', 'activation_function', 'classifier_activation', 'feed_forward_proj', 'hidden_act',
+    'hidden_activation', 'model_type', 'position_embedding_type', 'rope_type', 'topk_method', 'type',
+    'weight_mode'}
 LISTS_OF_NUMBERS = {'full_attn_layers', 'kda_layers', 'long_factor', 'mlp_only_layers', 'moe_layers',
                     'no_rope_layers', 'short_factor'}
 LISTS_OF_WORDS = {'layer_types', 'mlp_layer_types'}

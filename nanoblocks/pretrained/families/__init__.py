@@ -20,6 +20,7 @@ from nanoblocks.pretrained.families import (
     bert,
     cohere,
     deepseek,
+    encdec,
     experts,
     gemma,
     gpt,
@@ -35,4 +36,6 @@ from nanoblocks.pretrained.families import (
 # {model_type: Family}. A model is exported as the first family that its flags fit.
 FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | experts.FAMILIES
             | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES
-            | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES | bert.FAMILIES)
+            | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES | bert.FAMILIES | encdec.FAMILIES)
+# {model_type: why it is none of them}
+REFUSED = encdec.REFUSED
