@@ -47,7 +47,7 @@ def side(place, letter, ours, ffn):
         f'{ours}h.{{{letter}}}.mixer.c_attn': (layer + '0.SelfAttention.{q,k,v}', qkv),
         f'{ours}h.{{{letter}}}.mixer.c_proj': layer + '0.SelfAttention.o',
         # umT5's, one for each layer
-        f'{ours}h.{{{letter}}}.mixer.scores.table': layer + '0.SelfAttention.relative_attention_bias.weight',
+        f'{ours}h.{{{letter}}}.mixer.scores.relative.table': layer + '0.SelfAttention.relative_attention_bias.weight',
         f'{ours}wpe.table': place + '.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
         f'{ours}h.{{{letter}}}.ln_2': f'{layer}{ffn}.layer_norm',
         f'{ours}h.{{{letter}}}.ffn.c_proj': f'{layer}{ffn}.DenseReluDense.wo',
