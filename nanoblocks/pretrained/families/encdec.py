@@ -41,14 +41,14 @@ def one_embedding(rules, files, c):
 
 def side(place, letter, ours, ffn):
     """The rules of the blocks of one side. ffn: the number of its branch."""
-    layer = f'{place}.block.{{i}}.layer.'
+    layer, table = f'{place}.block.{{i}}.layer.', 'SelfAttention.relative_attention_bias.weight'
     return {
         f'{ours}h.{{{letter}}}.ln_1': layer + '0.layer_norm',
         f'{ours}h.{{{letter}}}.mixer.c_attn': (layer + '0.SelfAttention.{q,k,v}', qkv),
         f'{ours}h.{{{letter}}}.mixer.c_proj': layer + '0.SelfAttention.o',
         # umT5's, one for each layer
-        f'{ours}h.{{{letter}}}.mixer.scores.relative.table': layer + '0.SelfAttention.relative_attention_bias.weight',
-        f'{ours}wpe.table': place + '.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
+        f'{ours}h.{{{letter}}}.mixer.scores.relative.table': f'{layer}0.{table}',
+        f'{ours}wpe.table': f'{place}.block.0.layer.0.{table}',
         f'{ours}h.{{{letter}}}.ln_2': f'{layer}{ffn}.layer_norm',
         f'{ours}h.{{{letter}}}.ffn.c_proj': f'{layer}{ffn}.DenseReluDense.wo',
         f'{ours}ln_f': place + '.final_layer_norm'}
