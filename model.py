@@ -564,7 +564,10 @@ class Given(NamedTuple):
     memory_pos: torch.Tensor | None = None  # and its positions (B,S), negative for padding
 
 def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_bytes: int) -> int:
-    """Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing."""
+    """
+    Bytes that new_cache(batch_size, seq_len) takes in numbers of dtype_bytes each, allocating nothing; beside
+    an encoder with the keys and values of a source of as many tokens. An encoder alone has no cache.
+    """
     dtypes = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     if dtype_bytes not in dtypes:
         raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
@@ -573,7 +576,10 @@ def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_byt
         mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
                 for letter, mixer in mixers.items()}
-    return sum(size[letter] for letter, _ in config.plan())
+    # of the source: keys, values, and the position, which is an int64
+    memory = batch_size * seq_len * (2 * config.n_kv_head * config.head_dim * dtype_bytes + 8)
+    sizes = [size[letter] + (memory if config.n_encoder else 0) for letter, _ in config.plan()]
+    return sum(sizes) if config.causal else 0
 
 def check_counts(least, **given):
     """ValueError unless each is a whole number of at least `least`."""

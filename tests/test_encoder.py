@@ -15,7 +15,7 @@ from data.loader import open_dataset
 from data.objectives import OBJECTIVES, Diffusion, Mask
 from kernels.attention import attention
 from kernels.linear_cross_entropy import linear_cross_entropy
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.decoding.decode import Sampling
 from nanoblocks.decoding.session import Session
 from nanoblocks.decoding.unmask import pseudo_logprobs, unmask
@@ -249,3 +249,13 @@ def test_pseudo_likelihood_masks_one_token_at_a_time():
         want.append(model(piece[None])[0][0, t - start].log_softmax(-1)[idx[t]].item())
     assert_close(pseudo_logprobs(model, idx, 61, 24), torch.tensor(want), 1e-5, 'log-probabilities')
     assert math.isfinite(sum(want))
+
+
+def test_bytes_of_the_cache_count_what_a_source_adds():
+    config = GPTConfig(n_encoder=2, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab_size=11, block_size=16)
+    model = GPT(config).eval()
+    cache = model.new_cache(2, 9)
+    with torch.no_grad():
+        model(torch.ones(2, 3, dtype=torch.int64), cache=cache, source=torch.ones(2, 9, dtype=torch.int64))
+    assert sum(entry.nbytes() for entry in cache) == kv_cache_bytes(config, 9, 2, 4)
+    assert kv_cache_bytes(GPTConfig(causal=False), 9, 2, 4) == 0
