@@ -13,7 +13,7 @@ from runs import assert_refused, assert_same_run, dataset, losses, metrics, pyth
 
 from data.loader import open_dataset
 from data.objectives import OBJECTIVES, Diffusion, Mask
-from kernels.attention import attention
+from kernels.attention import attention, bucket
 from kernels.linear_cross_entropy import linear_cross_entropy
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.decoding.decode import Sampling
@@ -259,3 +259,96 @@ def test_bytes_of_the_cache_count_what_a_source_adds():
         model(torch.ones(2, 3, dtype=torch.int64), cache=cache, source=torch.ones(2, 9, dtype=torch.int64))
     assert sum(entry.nbytes() for entry in cache) == kv_cache_bytes(config, 9, 2, 4)
     assert kv_cache_bytes(GPTConfig(causal=False), 9, 2, 4) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# An encoder beside a decoder
+
+BOTH = {
+    'T5': toy(n_encoder=2, pos='relative', norm='rmsnorm', ffn='relu', bias=False),
+    'umT5': toy(n_encoder=1, pos='relative', rel_shared=False, rel_buckets=8, rel_distance=9),
+    'BART': toy(n_encoder=2, norm_at='post', embed_norm=True, head_bias=True, embed_scale=True),
+    'rope': toy(n_encoder=2, n_layer=3, pos='rope', norm='rmsnorm', ffn='swiglu', n_kv_head=2, qk_norm=True,
+                norm_at='sandwich', layer_pattern='aw', window=3, softcap=5.0),
+    'latents': toy(n_encoder=1, pos='rope', attn='mla'),
+    'experts': toy(n_encoder=2, ffn_pattern='e', n_expert=4, norm_at='output'),
+}
+every_both = pytest.mark.parametrize('flags', BOTH.values(), ids=BOTH)
+
+
+def translation(flags):
+    """A model, three texts, and three sources of 9, 4 and 1 tokens, padded."""
+    model = scaled(build_plain(flags), 3).double().eval()
+    source = tokens(flags, 3, 9).clone()
+    source[1, 4:], source[2, 1:] = -1, -1
+    return model, tokens(flags, 3, 12), source
+
+
+def build_plain(flags):
+    return GPT(GPTConfig(**flags), seed=3)
+
+
+@every_both
+@torch.no_grad()
+def test_padding_of_a_source_changes_nothing_and_all_else_does(flags):
+    model, idx, source = translation(flags)
+    together = model(idx, source=source)[0]
+    for row, length in enumerate((9, 4, 1)):
+        alone = model(idx[row:row + 1], source=source[row:row + 1, :length])[0]
+        assert_close(together[row:row + 1], alone, 1e-9, f'logits of row {row}')
+    other = source.clone()
+    other[:, 0] = (other[:, 0] + 1) % flags['vocab_size']
+    assert ((model(idx, source=other)[0] - together).abs().amax((1, 2)) > 1e-9).all()
+    # the text sees nothing behind itself
+    later = idx.clone()
+    later[:, 8] = (later[:, 8] + 1) % flags['vocab_size']
+    moved = (model(later, source=source)[0] - together).abs().amax(-1) > 1e-9
+    assert not moved[:, :8].any() and moved[:, 8].all()
+
+
+@every_both
+@torch.no_grad()
+def test_a_cache_reads_a_source_once(flags, monkeypatch):
+    model, idx, source = translation(flags)
+    whole, cache = model(idx, source=source)[0], model.new_cache(3, 16)
+    reads = []
+    monkeypatch.setattr(model.encoder, 'forward', lambda *given, f=model.encoder.forward: (
+        reads.append(1), f(*given))[1])
+    pieces = [model(idx[:, :5], cache=cache, source=source)[0]]
+    for t in range(5, 12):
+        pieces.append(model(idx[:, t:t + 1], cache=cache, pos=torch.tensor([t]))[0])
+    assert_close(torch.cat(pieces, 1), whole, 1e-9, 'cached logits')
+    assert len(reads) == 1
+
+
+@every_both
+def test_generation_with_a_source_is_the_loop_without_a_cache(flags):
+    model, idx, source = translation(flags)
+    model, idx = model.float(), idx[:, :2]
+    for _ in range(8):
+        drawn = model(idx, source=source)[0][:, -1:].argmax(-1)
+        idx = torch.cat((idx, drawn), 1)
+    found = model.generate(idx[:, :2], 8, temperature=0, source=source)
+    assert found.equal(idx)
+    twice = model.generate(idx[:, :2], 8, temperature=0, source=source, num_samples=2)
+    assert twice.equal(idx.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_buckets_of_distances_are_those_of_t5(causal):
+    t5 = pytest.importorskip('transformers').models.t5.modeling_t5.T5Attention
+    distance = torch.arange(-400, 400)
+    for n, farthest in (32, 128), (8, 9), (16, 300):
+        want = t5._relative_position_bucket(distance, not causal, n, farthest)
+        assert bucket(distance, n, farthest, causal).equal(want)
+
+
+def test_what_an_encoder_beside_a_decoder_cannot_have_is_refused():
+    model, idx, source = translation(BOTH['T5'])
+    with pytest.raises(ValueError, match='source=None must be what the encoder reads'):
+        model(idx)
+    for flags, words in [(dict(causal=False), 'n_encoder=1 must be 0'),
+                         (dict(residual='parallel'), 'be serial'), (dict(layer_pattern='m'), "have no 'm'"),
+                         (dict(n_predict=2), 'be 1'), (dict(embed_skip=True), 'be False')]:
+        with pytest.raises(ValueError, match=words):
+            GPTConfig(**toy(n_encoder=1) | flags)
