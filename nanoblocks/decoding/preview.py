@@ -49,7 +49,7 @@ def texts(model, meta, count, max_tokens):
 def answered(model, tokenizer, seed, max_tokens, idx, targets, source=None):
     """What is given in a row (1,T), an arrow, and what the model says next: of objectives prefix and span."""
     first = (targets[0] >= 0).nonzero()[0, 0].item()
-    prompt, room = idx[:, :first + 1], min(max_tokens, idx.shape[1] - first)
+    prompt, room = idx[:, :first + 1], min(max_tokens, idx.shape[1] - first - 1)
     given = {} if source is None else {'source': source}
     new = model.generate(prompt, room, 0.8, top_k=200, stop=list(tokenizer.ends) or None, seed=seed, **given)
     told = prompt if source is None else source
