@@ -535,8 +535,8 @@ class Block(nn.Module):
     def flops(self, T):
         return self.mixer.flops(T)
 
-    def new_caches(self, *sizes):
-        return [self.mixer.new_cache(*sizes)]
+    def new_cache(self, *sizes):
+        return self.mixer.new_cache(*sizes)
 
 
 # ==========================================================================================================
@@ -562,6 +562,34 @@ class Given(NamedTuple):
     relative: torch.Tensor | None = None    # pos=relative: the table of biases (rel_buckets,H)
     memory: torch.Tensor | None = None      # n_encoder: the encoder's output (B,S,C)
     memory_pos: torch.Tensor | None = None  # and its positions (B,S), negative for padding
+
+class JointCache:
+    """Several caches of one layer, as one."""
+
+    def __init__(self, *parts):
+        self.parts, self.max_tokens = parts, min(part.max_tokens for part in parts)
+
+    @property
+    def empty(self):
+        return all(part.empty for part in self.parts)
+
+    def reset(self):
+        for part in self.parts:
+            part.reset()
+
+    def expand(self, n):
+        for part in self.parts:
+            part.expand(n)
+
+    def snapshot(self):
+        return [part.snapshot() for part in self.parts]
+
+    def restore(self, snapshots):
+        for part, snapshot in zip(self.parts, snapshots):
+            part.restore(snapshot)
+
+    def nbytes(self):
+        return sum(part.nbytes() for part in self.parts)
 
 def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_bytes: int) -> int:
     """
@@ -2281,12 +2309,6 @@ class Encoder(nn.Module):
         x = wte(source.clamp(min=0)) * self.embed_scale
         return given._replace(memory=self(x, pos), memory_pos=pos)
 
-def entries(blocks, cache):
-    """What GPT.new_cache gave, block by block; beside an encoder, a block has two entries."""
-    if cache is None:
-        return [None] * len(blocks)
-    return cache if len(cache) == len(blocks) else list(zip(cache[::2], cache[1::2]))
-
 class MemoryCache:
     """The keys and values that one block makes of the memory, once."""
     max_tokens = math.inf
@@ -2350,7 +2372,7 @@ class CrossBlock(Block):
         self.cross = CrossAttention(c)
 
     def branches(self, x, ctx, cache):
-        own, memory = cache or (None, None)
+        own, memory = (None, None) if cache is None else cache.parts
         x = self.ln_1_sum(x + self.mix(self.ln_1(x), ctx, own))
         x = self.ln_x_sum(x + self.scaled(self.ln_x_out(self.cross(self.ln_x(x), ctx, memory))))
         return x if self.ffn is None else self.ln_2_sum(x + self.feed(self.ln_2(x), ctx))
@@ -2359,8 +2381,8 @@ class CrossBlock(Block):
         """With a source as long as the text."""
         return super().flops(T) + 12 * math.prod(self.cross.heads[::2]) * T
 
-    def new_caches(self, *sizes):
-        return [*super().new_caches(*sizes), MemoryCache()]
+    def new_cache(self, *sizes):
+        return JointCache(super().new_cache(*sizes), MemoryCache())
 
 
 # ==========================================================================================================
@@ -2539,7 +2561,7 @@ class GPT(nn.Module):
         given = Given(x, values, RouterLosses(), Shelf(), getattr(self.wpe, 'table', None))
         if source is not None:
             given = self.encoder.remembered(given, self.wte, source)
-        for block, entry in zip(self.h, entries(self.h, cache), strict=True):
+        for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             # empty, or each block would be compiled by itself
             own = given._replace(losses=RouterLosses())
             x = block(x, ctx._replace(given=own), entry)
@@ -2602,8 +2624,7 @@ class GPT(nn.Module):
         weight = self.wte.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return [entry for block in self.h
-                for entry in block.new_caches(batch_size, max_tokens, dtype, weight.device, spare)]
+        return [block.new_cache(batch_size, max_tokens, dtype, weight.device, spare) for block in self.h]
 
     # -- counting
 

@@ -157,7 +157,7 @@ def check_objective(s, config):
     kind = 'both' if config.n_encoder else 'decoder' if config.causal else 'encoder'
     fits = [name for name, task in OBJECTIVES.items() if kind in task.models]
     told = f'n_encoder={config.n_encoder}' if config.n_encoder else f'causal={config.causal}'
-    rule_of(s)('objective', s['objective'] in fits, f'be {" or ".join(fits)} when {told}')
+    rule_of(s)('objective', s['objective'] in fits, f'be {", ".join(fits[:-1])} or {fits[-1]} when {told}')
     return kind
 
 
