@@ -198,7 +198,7 @@ def test_a_run_learns_and_resumes_exactly(objective):
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(objective='mask'), 'objective=mask must be next or prefix or span when causal=True'),
+    (dict(objective='mask'), 'objective=mask must be next, prefix or span when causal=True'),
     (dict(causal=False), 'objective=next must be mask, diffusion, prefix or span when causal=False'),
     (dict(objective='cloze'), 'objective=cloze must be one of next, mask, diffusion'),
     (dict(objective='mask', causal=False, mask_rate=0), 'mask_rate=0.0 must be above 0'),

@@ -225,7 +225,7 @@ def arms(tmp_path, *more, **settings):
 
 
 @pytest.mark.parametrize('vary, settings, words', [
-    ('causal=False', {}, 'causal=False: objective=next must be mask or diffusion when causal=False; all'),
+    ('causal=False', {}, 'causal=False: objective=next must be mask, diffusion, prefix or span when'),
     ('causal=False+objective=mask', {}, 'objective must not differ between the arms'),
     ('objective=prefix,span', {}, 'objective must not differ between the arms'),
     ('mask_rate=0.3', dict(objective='mask', causal=False), 'mask_rate must not differ between the arms'),
