@@ -309,6 +309,17 @@ def test_differences_in_results_are_those_of_the_reports(study):
         assert ('not resolved' in difference) == (abs(mean) < half), line['flag']
 
 
+def test_differences_of_states_are_those_of_the_report():
+    told = re.search(r'States in the place of attention.*?\n\n', RESULTS, re.S).group()
+    with open(ROOT / 'results' / 'mixers' / 'differences.csv', encoding='utf-8') as f:
+        for line in csv.DictReader(f):
+            mean, half = float(line['mean']), float(line['half'])
+            name = line['flag'] if line['flag'] != 'window' else 'a window of 32 tokens'
+            assert f'{name} {mean:+.3f}' in ' '.join(told.split()) and abs(mean) > half, line
+    # 3:1 is part of a name
+    assert len(re.findall(r' [+-]0\.\d{3}', told)) == 8
+
+
 def test_the_table_of_caches_is_what_bench_prints(tmp_path):
     done = subprocess.run([sys.executable, 'bench.py', 'cache', f'--figures={tmp_path}'], capture_output=True,
                           text=True)

@@ -10,7 +10,8 @@ from statistics import fmean
 from nanoblocks.experiments.statistics import Effect, effect
 
 BLUE, RED, GREY = '#0072B2', '#D55E00', '#8c8c8c'
-COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#7f3c8d', '#5b5b5b']
+COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#7f3c8d', '#5b5b5b', '#8c510a',
+          '#9acd32']
 LOSS = 'validation loss (nats per token)'
 
 
@@ -159,10 +160,10 @@ def said_of_ladder(labels):
     return '; each + adds to the arm above it' * any(text.startswith('+ ') for text in labels.values())
 
 
-def plot_curves(curves, reference, labels, path):
+def plot_curves(curves, reference, labels, path, left_out=0):
     """
     curves {arm: {seed: [(step, loss)]}} -> left the losses, right their paired differences to the reference,
-    where the noise that the seeds share has cancelled.
+    where the noise that the seeds share has cancelled. left_out: arms that are not drawn.
     """
     every = [curve for runs in curves.values() for curve in runs.values()]
     steps = sorted(set.intersection(*({step for step, _ in curve} for curve in every)))
@@ -183,7 +184,8 @@ def plot_curves(curves, reference, labels, path):
             right.fill_between(steps, [e.mean - e.half for e in found], [e.mean + e.half for e in found],
                                color=color, alpha=0.15, linewidth=0)
     zoom(left, every)
-    title(left, 'bands: lowest to highest seed' + said_of_ladder(labels))
+    more = f'; {left_out} more in the table' if left_out else ''
+    title(left, 'bands: lowest to highest seed' + more + said_of_ladder(labels))
     title(right, 'bands: 95 % intervals of the mean')
     right.axhline(0, color='black', linewidth=0.8)
     left.set_ylabel(LOSS, fontsize=9)

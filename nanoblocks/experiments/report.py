@@ -343,12 +343,13 @@ def draw(plan, arms, comparisons, rows, out):
     if not figures.have_matplotlib() or not rows:
         return []
     drawn = figures.draw_tables(comparisons, rows, plan['ladder'], out)
-    names = [name for name in plan['ladder'] or arms if arms[name].runs][:len(figures.COLORS)]
-    if names:
+    every = [name for name in plan['ladder'] or arms if arms[name].runs]
+    if names := every[:len(figures.COLORS)]:
         curves = {name: {seed: run.curve for seed, run in arms[name].runs.items()}
                   for name in {*names, plan['reference']}}
         labels = figures.arm_labels(names, plan['comparisons'], plan['ladder'])
-        figures.plot_curves(curves, plan['reference'], labels, os.path.join(out, 'curves.png'))
+        figures.plot_curves(curves, plan['reference'], labels, os.path.join(out, 'curves.png'),
+                            len(every) - len(names))
         drawn.append('curves')
     return drawn
 

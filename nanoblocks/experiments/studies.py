@@ -55,7 +55,7 @@ def ablations(argv, device):
 
 
 def mixers(argv, device):
-    """A sweep into results/mixers, on five seeds: states in the place of attention, or of most of it."""
+    """States in the place of attention, or of most of it: a sweep into results/mixers, 70 minutes."""
     run_sweeps(('mixers',), argv, device)
 
 
