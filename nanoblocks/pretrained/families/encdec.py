@@ -14,15 +14,6 @@ FAMILIES = {}
 BOTH_SIDES = {'is_encoder_decoder': True, 'is_decoder': False}
 
 
-def at_least_one(value, hf):
-    if value < 1:       # a decoder alone must not be exported as one of these
-        raise ValueError('be at least 1: there must be an encoder')
-    return value
-
-
-ENCODER_LAYERS = Key(('n_encoder',), at_least_one, lambda c: c.n_encoder)
-
-
 def one_embedding(rules, files, c):
     """The rules as they are; ValueError where a side has another embedding than the one that is shared."""
     shared = rules['wte'][0] + '.weight'
@@ -84,7 +75,7 @@ T5 = dict(
     flags={'causal': True, 'pos': 'relative', 'rel_shared': True, 'norm': 'rmsnorm', 'bias': False,
            'attn_scale': 1.0},
     keys={'vocab_size': 'vocab_size', 'd_model': 'n_embd', 'num_heads': 'n_head', 'd_kv': 'head_dim',
-          'd_ff': 'ffn_width', 'num_layers': ENCODER_LAYERS, 'num_decoder_layers': 'n_layer',
+          'd_ff': 'ffn_width', 'num_layers': 'n_encoder', 'num_decoder_layers': 'n_layer',
           'relative_attention_num_buckets': 'rel_buckets',
           'relative_attention_max_distance': 'rel_distance', 'layer_norm_epsilon': 'norm_eps',
           'feed_forward_proj': T5_FFN, 'tie_word_embeddings': 'tie'},
@@ -155,20 +146,19 @@ FAMILIES['bart'] = Family(
     architecture='BartForConditionalGeneration',
     flags=LAYERNORM | ALL_BIASES | {
         'causal': True, 'pos': 'learned', 'norm_at': 'post', 'norm_eps': 1e-5, 'embed_norm': True,
-        'head_bias': True},
-    keys={'vocab_size': 'vocab_size', 'd_model': 'n_embd', 'encoder_layers': ENCODER_LAYERS,
+        'head_bias': True, 'tie': True},
+    keys={'vocab_size': 'vocab_size', 'd_model': 'n_embd', 'encoder_layers': 'n_encoder',
           'decoder_layers': 'n_layer', 'encoder_attention_heads': 'n_head',
           'decoder_attention_heads': 'n_head', 'encoder_ffn_dim': 'ffn_width', 'decoder_ffn_dim': 'ffn_width',
           'max_position_embeddings': 'block_size', 'activation_function': UNGATED_FFN,
-          'scale_embedding': Key(('embed_scale',), lambda value, hf: value, lambda c: bool(c.embed_scale)),
-          'tie_word_embeddings': 'tie'},
+          'scale_embedding': Key(('embed_scale',), lambda value, hf: value, lambda c: bool(c.embed_scale))},
     defaults=TIED | {'activation_function': 'gelu', 'scale_embedding': False},
     only=BOTH_SIDES | {'tie_word_embeddings': True, 'normalize_before': False,
                        'add_final_layer_norm': False},
     tensors=BART_TENSORS,
     as_stored=one_embedding,
     unread=r'coder\.(embed_tokens\.weight|version)$', zeros='^final_logits_bias$',
-    read=read_bart, write=lambda c: BOTH_SIDES)
+    read=read_bart, write=lambda c: BOTH_SIDES | TIED)
 
 # families of which a part is not done here
 REFUSED = {'t5gemma': 'its encoder has an embedding of its own, and a window that is one token wider'}
