@@ -333,8 +333,8 @@ def family_for(model):
         if not differing and all(name in covered or name.startswith('further.') for name in ours):
             return kind, hf
         others.append((0, len(differing), kind, differing))
-    # the nearest has the same kinds of blocks, and the fewest other flags
-    _, _, kind, differing = min(others, key=lambda other: other[:2])
+    # the nearest has an encoder or not, as this; then the same kinds of blocks, and the fewest other flags
+    _, _, kind, differing = min(others, key=lambda other: ('n_encoder' in other[3], *other[:2]))
     rules = ', '.join(f'{flag}={mine} must be {theirs}' for flag, (mine, theirs) in sorted(differing.items()))
     raise ValueError(f'{rules} to export as {kind}, the nearest published family')
 
