@@ -375,7 +375,7 @@ def test_an_encoder_and_a_decoder_trained_here_export(family, flags, tmp_path):
     (RELATIVE, 'attn_scale=None must be 1.0'), (T5 | dict(n_encoder=0), 'pos'),
     (T5 | dict(n_kv_head=2), 'n_kv_head'), (T5 | dict(logit_scale=0.3), 'logit_scale'),
     (T5 | dict(embed_scale=True), 'embed_scale'), (T5 | dict(layer_pattern='aw', window=4), 'layer_pattern'),
-    (dict(n_encoder=2), 'norm_at=pre must be post'),
+    (dict(n_encoder=2), 'pos=learned must be relative'),
     (dict(n_encoder=2, pos='rope', norm='rmsnorm', bias=False), 'pos=rope must be relative'),
     (dict(n_encoder=3, norm_at='post', embed_norm=True, head_bias=True, tie=False), 'tie'),
     (dict(pos='rope', attn='diff', n_kv_head=2, norm='rmsnorm', bias=False), 'attn'),
