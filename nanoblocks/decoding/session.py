@@ -72,7 +72,7 @@ class Session:
     default_prompt: str = ''            # what `sample` continues when it is given nothing
     source: str = ''                    # the model in words: its file, step, validation loss and size
     objective: str = 'next'             # what it was trained for: objectives.OBJECTIVES
-    begin: int | None = None            # what follows an encoder begins with it; None: end of source
+    begin: int | None = None            # first token of a decoder with an encoder; None: the source's last
 
     def __post_init__(self):
         check_counts(1, num_samples=self.num_samples, max_new_tokens=self.max_new_tokens, chunk=self.chunk,

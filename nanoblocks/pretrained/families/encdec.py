@@ -8,7 +8,7 @@ import torch
 from nanoblocks.pretrained.families.bert import Rows
 from nanoblocks.pretrained.families.family import ALL_BIASES, LAYERNORM, TIED, Family
 from nanoblocks.pretrained.keys import UNGATED_FFN, Key, refuse, renamed
-from nanoblocks.pretrained.layouts import halves, piece, qkv
+from nanoblocks.pretrained.layouts import halves, piece, qkv, same
 
 FAMILIES = {}
 BOTH_SIDES = {'is_encoder_decoder': True, 'is_decoder': False}
@@ -30,25 +30,26 @@ def one_embedding(rules, files, c):
 # tied head; v1.1 has a gate and a head of its own
 
 
-def side(place, letter, ours, ffn):
+def t5_side(place, letter, ours, ffn):
     """The rules of the blocks of one side. ffn: the number of its branch."""
-    layer = f'{place}.block.{{i}}.layer.'
+    layer, block = f'{place}.block.{{i}}.layer.', f'{ours}h.{{{letter}}}.'
+    table = '.layer.0.SelfAttention.relative_attention_bias.weight'
     return {
-        f'{ours}h.{{{letter}}}.ln_1': layer + '0.layer_norm',
-        f'{ours}h.{{{letter}}}.mixer.c_attn': (layer + '0.SelfAttention.{q,k,v}', qkv),
-        f'{ours}h.{{{letter}}}.mixer.c_proj': layer + '0.SelfAttention.o',
+        block + 'ln_1': layer + '0.layer_norm',
+        block + 'mixer.c_attn': (layer + '0.SelfAttention.{q,k,v}', qkv),
+        block + 'mixer.c_proj': layer + '0.SelfAttention.o',
         # umT5's, one for each layer
-        f'{ours}h.{{{letter}}}.mixer.scores.table': layer + '0.SelfAttention.relative_attention_bias.weight',
-        f'{ours}wpe.table': place + '.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
-        f'{ours}h.{{{letter}}}.ln_2': f'{layer}{ffn}.layer_norm',
-        f'{ours}h.{{{letter}}}.ffn.c_proj': f'{layer}{ffn}.DenseReluDense.wo',
-        f'{ours}ln_f': place + '.final_layer_norm'}
+        block + 'mixer.scores.table': place + '.block.{i}' + table,
+        ours + 'wpe.table': place + '.block.0' + table,
+        block + 'ln_2': f'{layer}{ffn}.layer_norm',
+        block + 'ffn.c_proj': f'{layer}{ffn}.DenseReluDense.wo',
+        ours + 'ln_f': place + '.final_layer_norm'}
 
 
 def t5_tensors(c, hf):
-    wi, layout = ('{wi_0,wi_1}', halves) if 'glu' in c.ffn else ('wi', lambda p, c: [piece(p)])
+    wi, layout = ('{wi_0,wi_1}', halves) if 'glu' in c.ffn else ('wi', same)
     cross = 'decoder.block.{i}.layer.1.'
-    return side('encoder', 's', 'encoder.', 1) | side('decoder', 'i', '', 2) | {
+    return t5_side('encoder', 's', 'encoder.', 1) | t5_side('decoder', 'i', '', 2) | {
         'wte': 'shared', 'lm_head': 'lm_head',
         'encoder.h.{s}.ffn.c_fc': ('encoder.block.{i}.layer.1.DenseReluDense.' + wi, layout),
         'h.{i}.ffn.c_fc': ('decoder.block.{i}.layer.2.DenseReluDense.' + wi, layout),
@@ -160,5 +161,5 @@ FAMILIES['bart'] = Family(
     unread=r'coder\.(embed_tokens\.weight|version)$', zeros='^final_logits_bias$',
     read=read_bart, write=lambda c: BOTH_SIDES | TIED)
 
-# families of which a part is not done here
+# families that are not read, and why
 REFUSED = {'t5gemma': 'its encoder has an embedding of its own, and a window that is one token wider'}
