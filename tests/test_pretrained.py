@@ -348,7 +348,36 @@ def test_models_trained_here_export(family, tmp_path):
     assert torch.equal(load(tmp_path)(idx)[0], want.logits)
 
 
+RELATIVE = dict(n_encoder=2, pos='relative', norm='rmsnorm', ffn='relu', bias=False)
+T5 = RELATIVE | dict(attn_scale=1.0)
+
+
+@pytest.mark.parametrize('family, flags', [
+    ('t5', flags_of(ROOT / 'config' / 't5_small.py') | dict(attn_scale=1.0)),
+    ('t5', T5 | dict(n_layer=3, tie=False, ffn='geglu', head_dim=7)), ('umt5', T5 | dict(rel_shared=False)),
+    ('bart', dict(n_encoder=3, norm_at='post', embed_norm=True, head_bias=True, embed_scale=True))])
+@torch.no_grad()
+def test_an_encoder_and_a_decoder_trained_here_export(family, flags, tmp_path):
+    model = redraw_ours(build(shrink(flags)))
+    generator = torch.Generator().manual_seed(0)
+    V, made = model.config.vocab_size, SimpleNamespace()
+    made.idx, made.source = (torch.randint(V, (2, n), generator=generator) for n in (21, 17))
+    made.source[1, 9:] = -1
+    model.save_pretrained(tmp_path)
+    theirs, info = load_reference(tmp_path, Case(family), output_loading_info=True)
+    assert not any(info.values()) and theirs.config.model_type == family, f'{family}: {info}'
+    want = answer_of(model, made)
+    assert_logits(theirs, want, family)
+    assert torch.equal(logits_of(load(tmp_path), made), want.logits)
+
+
 @pytest.mark.parametrize('flags, word', [
+    (RELATIVE, 'attn_scale=None must be 1.0'), (T5 | dict(n_encoder=0), 'pos'),
+    (T5 | dict(n_kv_head=2), 'n_kv_head'), (T5 | dict(logit_scale=0.3), 'logit_scale'),
+    (T5 | dict(embed_scale=True), 'embed_scale'), (T5 | dict(layer_pattern='aw', window=4), 'layer_pattern'),
+    (dict(n_encoder=2), 'pos=learned must be relative'),
+    (dict(n_encoder=2, pos='rope', norm='rmsnorm', bias=False), 'pos=rope must be relative'),
+    (dict(n_encoder=3, norm_at='post', embed_norm=True, head_bias=True, tie=False), 'tie'),
     (dict(pos='rope', attn='diff', n_kv_head=2, norm='rmsnorm', bias=False), 'attn'),
     (dict(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, value_embed=True), 'value_embed'),
     (dict(embed_skip=True), 'embed_skip'),

@@ -86,6 +86,38 @@ def test_published_files_of_encoders_are_read_as_transformers_reads_them(made, n
     assert model.config.tie
 
 
+def copies(config, tensors):
+    """The embedding once for each side, and what nothing reads, as the first files of T5 and BART have it."""
+    place, shared = ('', 'shared.weight') if 'shared.weight' in tensors else ('model.', 'model.shared.weight')
+    for side in ('encoder', 'decoder'):
+        tensors[f'{place}{side}.embed_tokens.weight'] = tensors[shared].clone()
+        if place:
+            tensors[f'{place}{side}.version'] = torch.ones(1)
+        else:
+            cross = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
+            tensors[cross] = torch.ones(8, 6)
+
+
+def without_logits_bias(config, tensors):
+    """A BART without head, as bart-base is: names without their prefix."""
+    del tensors['final_logits_bias']
+    for name in list(tensors):
+        tensors[name.removeprefix('model.')] = tensors.pop(name)
+
+
+@pytest.mark.parametrize('name, change', [
+    ('t5', copies), ('bart', copies), ('bart', without_logits_bias)])
+@torch.no_grad()
+def test_published_files_of_encoders_with_decoders_are_read(made, name, change, tmp_path):
+    made = made(name)
+    theirs = load_reference(copy_of(made, tmp_path, change), made.case)
+    want, model = answer_of(theirs, made), load(tmp_path)
+    assert torch.equal(want.logits, made.logits) == (change is copies)
+    assert_logits(model, want, name)
+    model.save_pretrained(tmp_path / 'again')
+    assert_logits(load_reference(tmp_path / 'again', made.case), want, f'{name}, exported')
+
+
 # of minimax, transformers rounds the tables of decays as well
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba', *ENCODERS,
                                   *BOTH, *(name for name in RECURRENT if name != 'minimax')])
@@ -400,6 +432,25 @@ BAD = {
         'generator_predictions.dense.weight'), 'generator_predictions'),
     'no head of bert': ('bert', lambda config, tensors: [
         tensors.pop(name) for name in list(tensors) if name.startswith('cls.')], 'cls.predictions'),
+    't5gemma': ('t5', setting(model_type='t5gemma'), 't5gemma.*embedding of its own'),
+    'no encoder': ('t5', setting(num_layers=0), 'num_layers=0'),
+    'too many layers of an encoder': ('t5', setting(num_layers=10 ** 9), 'num_layers=1000000000'),
+    'too many layers of a decoder': ('bart', setting(decoder_layers=10 ** 9), 'decoder_layers=1000000000'),
+    'an encoder alone': ('t5', setting(is_encoder_decoder=False), 'is_encoder_decoder'),
+    'a llama with an encoder': ('llama', setting(is_encoder_decoder=True), 'is_encoder_decoder'),
+    'activation of t5': ('t5', setting(feed_forward_proj='gated-mish'), 'feed_forward_proj'),
+    'buckets of t5': ('t5', setting(relative_attention_num_buckets=6), 'relative_attention_num_buckets'),
+    'distance of t5': ('t5', setting(relative_attention_max_distance=4), 'relative_attention_max_distance'),
+    'another embedding of an encoder': ('t5', tensor('encoder.embed_tokens.weight', torch.ones(V, 36)),
+                                        'encoder.embed_tokens'),
+    'no embedding of t5': ('t5', tensor('shared.weight', None), 'shared.weight'),
+    'no table of distances': ('umt5', tensor(
+        'decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight', None), 'decoder.block.1'),
+    'other heads in a decoder': ('bart', setting(decoder_attention_heads=4), 'decoder_attention_heads'),
+    'another width in a decoder': ('bart', setting(decoder_ffn_dim=50), 'decoder_ffn_dim'),
+    'bart with norms before': ('bart', setting(normalize_before=True), 'normalize_before'),
+    'bart with a last norm': ('bart', setting(add_final_layer_norm=True), 'add_final_layer_norm'),
+    'an untied bart': ('bart', setting(tie_word_embeddings=False), 'tie_word_embeddings'),
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }

@@ -120,17 +120,15 @@ def test_t5_fills_spans_behind_its_own_marks(published):
         session.fill('one two')
 
 
-def test_a_terminal_fills_and_continues(published, tmp_path):
-    folder, model, _ = published
+def test_a_terminal_fills_and_continues(published):
+    folder, *_ = published
     session = Session.load(init_from=folder, device='cpu', sampling=GREEDY, max_new_tokens=6)
-    marks = model.config.model_type == 't5'
     for start in ('one two [MASK] six', 'one two'):
         done = python('sample.py', f'--init_from={folder}', f'--start={start}', '--temperature=0',
                       '--device=cpu', '--num_samples=1', '--max_new_tokens=6')
-        fills = '[MASK]' in start and bool(session.marks)
+        fills = '[MASK]' in start       # as the vocabulary has marks
         want = session.fill(start)[0][0] if fills else start + session.sample(start)[0].text
         assert done.code == 0 and f'\n{want}\n---------------' in done.out, done
-        assert fills == (marks and '[MASK]' in start)
 
 
 def test_what_begins_is_exported_again(published, tmp_path):

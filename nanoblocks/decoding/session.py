@@ -72,7 +72,7 @@ class Session:
     default_prompt: str = ''            # what `sample` continues when it is given nothing
     source: str = ''                    # the model in words: its file, step, validation loss and size
     objective: str = 'next'             # what it was trained for: objectives.OBJECTIVES
-    begin: int | None = None            # what follows an encoder begins with it; None: end of source
+    begin: int | None = None            # first token of a decoder with an encoder; None: the source's last
     answers: bool = False               # each prompt is the source of a pair, which `begin` ends (data/pairs)
 
     def __post_init__(self):

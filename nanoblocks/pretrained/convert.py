@@ -266,7 +266,7 @@ def expanded(theirs, layer, n_expert):
 def names_in_file(where, embedding, head, config, hf):
     """{their name: its name in the file} of all weights. Files of base models leave the prefix out."""
     prefix = embedding.partition('.')[0] + '.'
-    bare = not any(name.startswith(prefix) for name in where)
+    bare = '.' in embedding.removesuffix('.weight') and not any(name.startswith(prefix) for name in where)
     theirs = {(prefix + name if bare and name != head else name): name for name in where}
     # the first files of BERT
     theirs = {name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias'):
@@ -333,8 +333,8 @@ def family_for(model):
         if not differing and all(name in covered or name.startswith('further.') for name in ours):
             return kind, hf
         others.append((0, len(differing), kind, differing))
-    # the nearest has the same kinds of blocks, and the fewest other flags
-    _, _, kind, differing = min(others, key=lambda other: other[:2])
+    # the nearest has an encoder or not, as this; then the same kinds of blocks, and the fewest other flags
+    _, _, kind, differing = min(others, key=lambda other: ('n_encoder' in other[3], *other[:2]))
     rules = ', '.join(f'{flag}={mine} must be {theirs}' for flag, (mine, theirs) in sorted(differing.items()))
     raise ValueError(f'{rules} to export as {kind}, the nearest published family')
 
@@ -361,6 +361,9 @@ def unlike(c, family):
             found[flag] = value, theirs
     if not c.mixers() <= set(family.mixers):
         found['layer_pattern'] = c.layer_pattern, f'letters of {family.mixers}'
+    pair = any('n_encoder' in key.flags for key in family.keys.values())
+    if pair != bool(c.n_encoder):
+        found['n_encoder'] = c.n_encoder, 'at least 1' if pair else 0
     return found
 
 

@@ -8,19 +8,10 @@ import torch
 from nanoblocks.pretrained.families.bert import Rows
 from nanoblocks.pretrained.families.family import ALL_BIASES, LAYERNORM, TIED, Family
 from nanoblocks.pretrained.keys import UNGATED_FFN, Key, refuse, renamed
-from nanoblocks.pretrained.layouts import halves, piece, qkv
+from nanoblocks.pretrained.layouts import halves, piece, qkv, same
 
 FAMILIES = {}
 BOTH_SIDES = {'is_encoder_decoder': True, 'is_decoder': False}
-
-
-def at_least_one(value, hf):
-    if value < 1:       # a decoder alone must not be exported as one of these
-        raise ValueError('be at least 1: there must be an encoder')
-    return value
-
-
-ENCODER_LAYERS = Key(('n_encoder',), at_least_one, lambda c: c.n_encoder)
 
 
 def one_embedding(rules, files, c):
@@ -39,25 +30,26 @@ def one_embedding(rules, files, c):
 # tied head; v1.1 has a gate and a head of its own
 
 
-def side(place, letter, ours, ffn):
+def t5_side(place, letter, ours, ffn):
     """The rules of the blocks of one side. ffn: the number of its branch."""
-    layer, table = f'{place}.block.{{i}}.layer.', 'SelfAttention.relative_attention_bias.weight'
+    layer, block = f'{place}.block.{{i}}.layer.', f'{ours}h.{{{letter}}}.'
+    table = '.layer.0.SelfAttention.relative_attention_bias.weight'
     return {
-        f'{ours}h.{{{letter}}}.ln_1': layer + '0.layer_norm',
-        f'{ours}h.{{{letter}}}.mixer.c_attn': (layer + '0.SelfAttention.{q,k,v}', qkv),
-        f'{ours}h.{{{letter}}}.mixer.c_proj': layer + '0.SelfAttention.o',
+        block + 'ln_1': layer + '0.layer_norm',
+        block + 'mixer.c_attn': (layer + '0.SelfAttention.{q,k,v}', qkv),
+        block + 'mixer.c_proj': layer + '0.SelfAttention.o',
         # umT5's, one for each layer
-        f'{ours}h.{{{letter}}}.mixer.scores.relative.table': f'{layer}0.{table}',
-        f'{ours}wpe.table': f'{place}.block.0.layer.0.{table}',
-        f'{ours}h.{{{letter}}}.ln_2': f'{layer}{ffn}.layer_norm',
-        f'{ours}h.{{{letter}}}.ffn.c_proj': f'{layer}{ffn}.DenseReluDense.wo',
-        f'{ours}ln_f': place + '.final_layer_norm'}
+        block + 'mixer.scores.relative.table': place + '.block.{i}' + table,
+        ours + 'wpe.table': place + '.block.0' + table,
+        block + 'ln_2': f'{layer}{ffn}.layer_norm',
+        block + 'ffn.c_proj': f'{layer}{ffn}.DenseReluDense.wo',
+        ours + 'ln_f': place + '.final_layer_norm'}
 
 
 def t5_tensors(c, hf):
-    wi, layout = ('{wi_0,wi_1}', halves) if 'glu' in c.ffn else ('wi', lambda p, c: [piece(p)])
+    wi, layout = ('{wi_0,wi_1}', halves) if 'glu' in c.ffn else ('wi', same)
     cross = 'decoder.block.{i}.layer.1.'
-    return side('encoder', 's', 'encoder.', 1) | side('decoder', 'i', '', 2) | {
+    return t5_side('encoder', 's', 'encoder.', 1) | t5_side('decoder', 'i', '', 2) | {
         'wte': 'shared', 'lm_head': 'lm_head',
         'encoder.h.{s}.ffn.c_fc': ('encoder.block.{i}.layer.1.DenseReluDense.' + wi, layout),
         'h.{i}.ffn.c_fc': ('decoder.block.{i}.layer.2.DenseReluDense.' + wi, layout),
@@ -84,7 +76,7 @@ T5 = dict(
     flags={'causal': True, 'pos': 'relative', 'rel_shared': True, 'norm': 'rmsnorm', 'bias': False,
            'attn_scale': 1.0},
     keys={'vocab_size': 'vocab_size', 'd_model': 'n_embd', 'num_heads': 'n_head', 'd_kv': 'head_dim',
-          'd_ff': 'ffn_width', 'num_layers': ENCODER_LAYERS, 'num_decoder_layers': 'n_layer',
+          'd_ff': 'ffn_width', 'num_layers': 'n_encoder', 'num_decoder_layers': 'n_layer',
           'relative_attention_num_buckets': 'rel_buckets',
           'relative_attention_max_distance': 'rel_distance', 'layer_norm_epsilon': 'norm_eps',
           'feed_forward_proj': T5_FFN, 'tie_word_embeddings': 'tie'},
@@ -155,20 +147,19 @@ FAMILIES['bart'] = Family(
     architecture='BartForConditionalGeneration',
     flags=LAYERNORM | ALL_BIASES | {
         'causal': True, 'pos': 'learned', 'norm_at': 'post', 'norm_eps': 1e-5, 'embed_norm': True,
-        'head_bias': True},
-    keys={'vocab_size': 'vocab_size', 'd_model': 'n_embd', 'encoder_layers': ENCODER_LAYERS,
+        'head_bias': True, 'tie': True},
+    keys={'vocab_size': 'vocab_size', 'd_model': 'n_embd', 'encoder_layers': 'n_encoder',
           'decoder_layers': 'n_layer', 'encoder_attention_heads': 'n_head',
           'decoder_attention_heads': 'n_head', 'encoder_ffn_dim': 'ffn_width', 'decoder_ffn_dim': 'ffn_width',
           'max_position_embeddings': 'block_size', 'activation_function': UNGATED_FFN,
-          'scale_embedding': Key(('embed_scale',), lambda value, hf: value, lambda c: bool(c.embed_scale)),
-          'tie_word_embeddings': 'tie'},
+          'scale_embedding': Key(('embed_scale',), lambda value, hf: value, lambda c: bool(c.embed_scale))},
     defaults=TIED | {'activation_function': 'gelu', 'scale_embedding': False},
     only=BOTH_SIDES | {'tie_word_embeddings': True, 'normalize_before': False,
                        'add_final_layer_norm': False},
     tensors=BART_TENSORS,
     as_stored=one_embedding,
     unread=r'coder\.(embed_tokens\.weight|version)$', zeros='^final_logits_bias$',
-    read=read_bart, write=lambda c: BOTH_SIDES)
+    read=read_bart, write=lambda c: BOTH_SIDES | TIED)
 
-# families of which a part is not done here
+# families that are not read, and why
 REFUSED = {'t5gemma': 'its encoder has an embedding of its own, and a window that is one token wider'}
