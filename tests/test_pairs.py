@@ -230,7 +230,7 @@ def settings(folder, kind, **more):
 
 @BOTH
 def test_a_run_learns_its_pairs_is_killed_and_answers(folder, kind, tmp_path):
-    flags = settings(folder, kind, max_iters=400, lr_decay_iters=400, learning_rate=1e-2, eval_interval=100)
+    flags = settings(folder, kind, max_iters=400, lr_decay_iters=400, eval_interval=100)
     whole, printed = train(tmp_path / 'whole', **flags)
     assert ' of targets' in printed and losses(whole, 'val_loss')[-1] < 0.5
     assert not any('val_bpb' in line for line in (whole / 'metrics.jsonl').read_text().splitlines())
@@ -244,7 +244,7 @@ def test_a_run_learns_its_pairs_is_killed_and_answers(folder, kind, tmp_path):
     asked = [f'{a}{b}{c}' for a, b, c in itertools.product('abc', repeat=3)]
     samples = session.sample(asked)
     right = sum(sample.text == text.upper() for text, sample in zip(asked, samples))
-    assert right >= 20, [(sample.prompt, sample.text) for sample in samples]
+    assert right >= 25, [(sample.prompt, sample.text) for sample in samples]
     # each ends where the model ends it, and the same alone
     assert all(sample.tokens[-1] == EOT for sample in samples) and samples[4].prompt == 'abb\n'
     assert session.sample(asked[4])[0].text == samples[4].text
