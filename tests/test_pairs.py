@@ -118,7 +118,7 @@ def test_a_damaged_description_is_refused(folder, tmp_path, change, words):
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
     with pytest.raises(ValueError) as refusal:
         read_meta(tmp_path)
-    assert words in str(refusal.value) and 'prepare it again' in str(refusal.value)
+    assert words in str(refusal.value) and 'prepare it again, python data/pairs/prepare.py' in str(refusal.value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_a_run_learns_its_pairs_is_killed_and_answers(folder, kind, tmp_path):
     asked = [f'{a}{b}{c}' for a, b, c in itertools.product('abc', repeat=3)]
     samples = session.sample(asked)
     right = sum(sample.text == text.upper() for text, sample in zip(asked, samples))
-    assert right >= 25, [(sample.prompt, sample.text) for sample in samples]
+    assert right >= 20, [(sample.prompt, sample.text) for sample in samples]
     # each ends where the model ends it, and the same alone
     assert all(sample.tokens[-1] == EOT for sample in samples) and samples[4].prompt == 'abb\n'
     assert session.sample(asked[4])[0].text == samples[4].text
