@@ -118,7 +118,8 @@ def test_a_damaged_description_is_refused(folder, tmp_path, change, words):
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
     with pytest.raises(ValueError) as refusal:
         read_meta(tmp_path)
-    assert words in str(refusal.value) and 'prepare it again, python data/pairs/prepare.py' in str(refusal.value)
+    for part in words, 'prepare it again, python data/pairs/prepare.py':
+        assert part in str(refusal.value)
 
 
 # ----------------------------------------------------------------------------------------------------------
