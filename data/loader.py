@@ -208,7 +208,9 @@ def prepare_command(folder):
     if (folder / 'prepare.py').exists():
         return shlex.join(['python', f'data/{full.name}/prepare.py', *again])
     where = f'--name={full.name}' if full.parent == HERE else f'--out={folder}'
-    return shlex.join(['python', 'data/text/prepare.py', '--input=YOUR_TEXT', where, *again])
+    meta = folder / 'meta.json'
+    kind = 'pairs' if meta.is_file() and b'"pairs": ' in meta.read_bytes() else 'text'
+    return shlex.join(['python', f'data/{kind}/prepare.py', '--input=YOUR_TEXT', where, *again])
 
 
 def unprepared(folder):

@@ -80,6 +80,8 @@ def write_pairs(folder, pairs, tokenizer, source, sizes):
     which the same token ends, filled up to L. Neither may be longer. What sample.py is given by default is
     the first source of the validation split. Returns what meta.json holds.
     """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
     settings = {'source': source, 'prompt': '', 'tokenizer': tokenizer.meta(), 'dtype': dtype,
                 'vocab_size': tokenizer.vocab_size,

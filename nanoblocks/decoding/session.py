@@ -218,7 +218,8 @@ class Session:
                            chunk=self.chunk, compiled=self.compiled)
 
     def new_sample(self, prompt):
-        return Sample(prompt.text, Text(self.tokenizer, *self.stops, before=prompt.tokens))
+        before = prompt.tokens if self.begin is None else []    # a target is a text of its own
+        return Sample(prompt.text, Text(self.tokenizer, *self.stops, before=before))
 
     @property
     def stops(self):
