@@ -604,10 +604,11 @@ def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_byt
         mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
                 for letter, mixer in mixers.items()}
-    # of the source: keys, values, and the position, which is an int64
-    memory = batch_size * seq_len * (2 * config.n_kv_head * config.head_dim * dtype_bytes + 8)
-    sizes = [size[letter] + (memory if config.n_encoder else 0) for letter, _ in config.plan()]
-    return sum(sizes) if config.causal else 0
+    total = sum(size[letter] for letter, _ in config.plan())
+    if config.n_encoder:    # keys and values of the source, and its positions, which are int64
+        a_token = 2 * config.n_kv_head * config.head_dim * dtype_bytes + 8
+        total += config.n_layer * batch_size * seq_len * a_token
+    return total if config.causal else 0
 
 def check_counts(least, **given):
     """ValueError unless each is a whole number of at least `least`."""
