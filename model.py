@@ -28,7 +28,6 @@ import hashlib
 import math
 import numbers
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -2278,6 +2277,7 @@ class EncoderDecoderFlags:
         if c.n_encoder:
             yield 'n_encoder', c.causal, 'be 0 when causal=False, which is an encoder already'
             yield 'residual', c.residual == 'serial', 'be serial when there is an encoder'
+            yield 'pos', c.pos != 'alibi_bf16', 'not be alibi_bf16 when there is an encoder: choose alibi'
             yield 'n_predict', c.n_predict == 1, 'be 1 when there is an encoder'
             yield ('layer_pattern', not c.mixers() & set('mrkc'),
                    "have no 'm', 'r', 'k' or 'c' when there is an encoder, which has the same layers")
@@ -2289,7 +2289,9 @@ class Encoder(nn.Module):
 
     def __init__(self, c, embed_scale):
         super().__init__()
-        c, self.embed_scale = replace(c, causal=False, n_layer=c.n_encoder, n_encoder=0), embed_scale
+        # unchecked, for the first n_encoder layers need not have every letter of a pattern
+        c = GPTConfig.unchecked(**vars(c) | dict(causal=False, n_layer=c.n_encoder, n_encoder=0))
+        self.embed_scale = embed_scale
         self.wpe, self.ln_e = POSITIONS[c.pos](c), norm_if(c.embed_norm, c, c.embed_width)
         self.drop = nn.Dropout(c.dropout)
         self.h = nn.ModuleList(Block(c, *letters, layer) for layer, letters in enumerate(c.plan()))

@@ -334,7 +334,7 @@ SOURCE = [5, 3, 8, 13, 1, 2, -1]
 
 def with_source(model, args, kwargs):
     cache = kwargs.get('cache')
-    if kwargs.get('source') is None and (cache is None or cache[1].empty):
+    if kwargs.get('source') is None and (cache is None or cache[0].empty):
         source = torch.tensor(SOURCE, device=args[0].device).expand(len(args[0]), -1)
         return args, kwargs | {'source': source}
 

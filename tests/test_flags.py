@@ -65,7 +65,7 @@ def bases():
             toy(layer_pattern='ra'), toy(layer_pattern='ra', norm_at='output'),
             toy(layer_pattern='ra', residual='normed'),
             toy(layer_pattern='rk', ffn_pattern='-', rnn='rwkv7'), toy(layer_pattern='r', rnn='s4d'),
-            toy(layer_pattern='r', rnn_conv=0)]
+            toy(layer_pattern='r', rnn_conv=0), toy(pos='relative', rel_buckets=8)]
 
 
 def flips(name):
@@ -301,20 +301,24 @@ def test_none_is_filled_in():
 @random_flags(LEGAL, seed=1)
 def test_random_combination_works(flags):
     model, T = scaled(build(flags), 5), flags['block_size']
-    idx = tokens(flags, 2, T + 1)
-    logits, targets = model(idx[:, :-1])[0], idx[:, 1:]
+    idx, source = tokens(flags, 2, T + 1), None
+    if model.encoder is not None:
+        source = idx[:, 1:].flip(-1)
+    logits, targets = model(idx[:, :-1], source=source)[0], idx[:, 1:]
     assert logits.isfinite().all() and logits.shape == (2, T, flags['vocab_size'])
     want = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert_close(model(idx[:, :-1], targets)[1], want, 1e-5, 'loss')
+    assert_close(model(idx[:, :-1], targets, source=source)[1], want, 1e-5, 'loss')
+    assert_gradients(build(flags))
+    if not model.config.causal:
+        return
     assert_causal(model, idx[:1, :-1])
     cache, start = model.new_cache(2, T), 0
     for size in (7, 1, 1, 5, T - 14):
         pos = torch.arange(start, start + size)
-        chunk = model(idx[:, start:start + size], cache=cache, pos=pos)[0]
+        chunk = model(idx[:, start:start + size], cache=cache, pos=pos, source=None if start else source)[0]
         assert_close(chunk, logits[:, start:start + size], 1e-4, f'cached logits of {size} from {start} on')
         start += size
     assert sum(entry.nbytes() for entry in cache) == kv_cache_bytes(model.config, T, 2, 4)
-    assert_gradients(build(flags))
 
 
 @random_flags(CAPTURED, seed=1)
