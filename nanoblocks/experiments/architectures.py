@@ -37,7 +37,7 @@ LETTERS, ROWS = 16, 50000
 VARY = '--vary=encoder: causal=False; both: n_encoder=2+n_layer=2'
 TASKS = {
     'sort': ['--objective=prefix', f'--block_size={2 * LETTERS + 1}', '--batch_size=32'],
-    'spans': ['--objective=span'],
+    'spans': ['--objective=span', '--mask_rate=0.3', '--batch_size=16'],
 }
 
 
