@@ -1872,12 +1872,12 @@ class S4D(StateSpace):
         self.c_proj = Linear(width, 2 * width, c.bias, std=out_std(c))     # the output and its gate
 
     def forward(self, x, ctx, cache=None):
-        tail, state = (x[:, :0], None) if cache is None else (cache.tail, cache.read()[1])
+        state = None if cache is None else cache.read()[1]
         u, = no_padding(ctx, x)
         with torch.autocast(x.device.type, enabled=False):
             y, state = self.scan(ops.at_least_fp32(u), ctx.pos, state, keep=cache is not None)
         if cache is not None:
-            cache.write(tail, torch.view_as_real(state).flatten(-2))
+            cache.write(x[:, :0], torch.view_as_real(state).flatten(-2))
         y = F.gelu(y.to(x.dtype) + self.D * u)
         return F.glu(self.c_proj(y), dim=-1)
 

@@ -41,6 +41,7 @@ from nanoblocks.training import settings as rules
 from nanoblocks.training.logbook import Logbook, describe_run
 from nanoblocks.training.meters import Progress
 from nanoblocks.training.run_folder import RunFolder
+from nanoblocks.training.sequence import Sequence
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings. The model's flags (n_layer, block_size, norm, ...) are the fields of GPTConfig in model.py.
@@ -104,6 +105,7 @@ compile_mode = 'default'            # torch.compile's mode: default, or max-auto
 deterministic: bool | None = None   # the same bits in every run; None: on a CPU, where it costs nothing
 activation_checkpointing = False    # save memory: recompute a block's activations in the backward pass
 shard = False                       # FSDP: shard weights, gradients and moments over the processes
+context_parallel = False            # each process holds a part of every row: for texts too long for one
 backend = 'nccl'                    # torch.distributed on GPUs: nccl or gloo; CPUs always use gloo
 
 signals.imported()
@@ -182,9 +184,12 @@ with errors_as_messages():
         config = loaded.config if loaded else GPTConfig(**(sizes | model_args))
         rules.check_vocabulary(config, n_tokens, dataset, init_from if loaded else None)
     task = task.read_by(rules.check_objective(settings, config))
+    rules.check_context_parallel(settings, config, world)
     T = config.block_size
+    # among how many processes the rows are dealt, and which of these this process is
+    share = (0, 1) if context_parallel else (rank, world)
     data = open_dataset(data_folder, T, seed, task)
-    rules.check_lengths(settings, world, T)
+    rules.check_lengths(settings, share[1], T)
     if batch_tokens is not None:
         gradient_accumulation_steps = batch_tokens // (batch_size * T)
         settings['gradient_accumulation_steps'] = gradient_accumulation_steps
@@ -226,7 +231,8 @@ groups = optim.param_groups(raw_model, optimizer, learning_rate, muon_lr, weight
 lr_fraction = optim.schedule_of(settings)
 optimizers = optim.Optimizers(raw_model, groups, lr_fraction, betas=(beta1, beta2), grad_clip=grad_clip,
                               ema=ema, cautious=cautious_decay, dtype=dtype, compiled=compile)
-micro_batches = parallel.MicroBatches(gradient_accumulation_steps, batch_warmup_iters, rank, world)
+micro_batches = parallel.MicroBatches(gradient_accumulation_steps, batch_warmup_iters, *share)
+sequence = Sequence(raw_model, T) if context_parallel else None
 
 # steps and micro-batches done, the step of the last evaluation, the lowest loss
 step, micro_done, evaluated, best_val_loss, wandb_id = 0, 0, -1, math.inf, None
@@ -263,7 +269,8 @@ def micro_batch(number):
 
 def on_device(batch):
     """The tensors of a batch by the names that the model has for them."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in zip(task.names, batch)}
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in zip(task.names, batch)}
+    return sequence.part(batch) if sequence else batch
 
 
 def losses_of(model, batch, number):
@@ -271,7 +278,8 @@ def losses_of(model, batch, number):
     # dropout is seeded by the micro-batch: a resumed run draws the same masks
     torch.manual_seed(zlib.crc32(f'{seed} {number}'.encode()))
     with autocast:
-        return model(**batch, z_loss=z_loss, parts=True)[1]
+        losses = model(**batch, z_loss=z_loss, parts=True)[1]
+    return sequence.closed(losses) if sequence else losses
 
 
 def recomputed_losses():
@@ -288,13 +296,13 @@ def evaluate():
     tokens, sums = eval_tokens or eval_iters * batch_size * T, []
     with progress.paused(), optimizers.averaged(), signals.interruptible():
         # batches of one size, or torch.compile would compile again
-        batches = data.eval_batches(batch_size, tokens, rank, world, full=True)
+        batches = data.eval_batches(batch_size, tokens, *share, full=True)
         for batch in map(on_device, prefetched(batches, prefetch, pin)):
             with autocast:
                 loss = fast_model(**batch)[1]
             count = ((batch['targets'] >= 0) * batch.get('weights', 1)).sum()
             sums.append(torch.stack([loss.float() * count, count.float()]))
-            log.evaluating(min(1, len(sums) * batch_size * T * world / tokens))
+            log.evaluating(min(1, len(sums) * batch_size * T * share[1] / tokens))
             signals.poll()
     log.evaluating(1)
     raw_model.train()

@@ -36,6 +36,7 @@ from . import (
 from .common import HAS_TRITON, INTERPRETED, as_products, at_least_fp32, runs_triton  # noqa: F401
 from .exact_linear import exact_linear  # noqa: F401
 from .expert_rows import collect, spread  # noqa: F401
+from .ring import Ring  # noqa: F401
 from .spans import spans  # noqa: F401
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import decode_attention, flash_attention
 from .common import at_least_fp32, cdiv, runs_triton
+from .ring import Ring, ring_attention
 from .spans import spans
 
 # The score of a key that may not be seen. Finite, because a query that sees no key at all, as padding does,
@@ -145,14 +146,34 @@ def all_scores(q, k, v, bias, scoring):
     q (B,H,T,D), k (B,K,S,D), v (B,K,S,Dv), bias as from score_bias -> (B,H,T,Dv). Products in the dtype of
     q, k and v; the softmax in fp32 or fp64.
     """
+    weights = scores_of(q, k, bias, scoring).softmax(-1)
+    return weighted(F.dropout(weights, scoring.dropout), v)
+
+
+def scores_of(q, k, bias, scoring):
+    """-> (B,H,T,S), in fp32 or fp64"""
     (B, H, T, _), K, S = q.shape, *k.shape[1:3]
     # query heads that share a key are rows of one product, which reads that key once
     products = (q.reshape(B, K, H // K * T, -1) @ k.transpose(-1, -2)).view(B, H, T, S)
     scores = at_least_fp32(products) * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    weights = F.dropout((scores + bias).softmax(-1), scoring.dropout).to(v.dtype)
-    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
+    return scores + bias
+
+
+def weighted(weights, v):
+    """weights (B,H,T,S), v (B,K,S,Dv) -> (B,H,T,Dv)"""
+    (B, H, T, S), K = weights.shape, v.shape[1]
+    return (weights.to(v.dtype).view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
+
+
+def part_of_softmax(q, k, v, pos, key_pos, scoring):
+    """Attention to some of the keys, and the log-sum-exp (B,T,H) of their scores, by which parts join."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = scores_of(q, k, score_bias(pos, key_pos, scoring), scoring)
+    sums = scores.logsumexp(-1, keepdim=True)
+    y = weighted((scores - sums).exp(), v)
+    return at_least_fp32(y).transpose(1, 2), sums.squeeze(-1).transpose(1, 2)
 
 
 def attention_reference(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None,
@@ -306,6 +327,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
     if in_order and window is not None and q.shape[1] <= window:
         window, chunked = None, False   # a window as long as the text is full attention
     scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative)
+    if isinstance(key_pos, Ring):   # keys on several processes
+        return ring_attention(q, k, v, pos, key_pos, scoring, part_of_softmax)
     # PyTorch's fastest path, on any device
     if in_order and scoring.by_products_alone and window is None:
         if q.is_cpu and q.shape[1] >= 1024:

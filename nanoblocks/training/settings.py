@@ -60,9 +60,11 @@ def check_settings(s, world, done=0):
     must('max_iters', s['max_iters'] >= done, f'be at least {done}, the steps that the run has made')
     must('min_lr', not s['decay_lr'] or s['min_lr'] is None or s['min_lr'] <= s['learning_rate'],
          f'be at most learning_rate={s["learning_rate"]}')
-    must('gradient_accumulation_steps', s['batch_tokens'] or s['gradient_accumulation_steps'] % world == 0,
+    shares = 1 if s['context_parallel'] else world
+    must('gradient_accumulation_steps', s['batch_tokens'] or s['gradient_accumulation_steps'] % shares == 0,
          f'be a multiple of {world}, the number of processes')
-    must('shard', world > 1 or not s['shard'], 'have several processes to shard over: start it with torchrun')
+    for name in ('shard', 'context_parallel'):
+        must(name, world > 1 or not s[name], 'have several processes to share with: start it with torchrun')
     must('dtype', s['dtype'] != 'float16' or not s['shard'],
          'not be used with shard=True: choose --dtype=bfloat16')
     must('cautious_decay', s['optimizer'] == 'muon' or not s['cautious_decay'], 'be used with optimizer=muon')
@@ -124,6 +126,8 @@ def choose_compile(s, model, device_type, world, before=None):
     """
     if s['compile'] is not None:
         return s['compile'], ''
+    if s['context_parallel']:
+        return False, 'eager, as messages between processes cannot be compiled'
     if device_type != 'cpu':
         return device_type == 'cuda', ''
     if before is not None:
@@ -159,6 +163,21 @@ def check_objective(s, config):
     told = f'n_encoder={config.n_encoder}' if config.n_encoder else f'causal={config.causal}'
     rule_of(s)('objective', s['objective'] in fits, f'be {", ".join(fits[:-1])} or {fits[-1]} when {told}')
     return kind
+
+
+def check_context_parallel(s, config, world):
+    """ValueError if the parts of a row that `world` processes hold cannot be trained as one row."""
+    if not s['context_parallel']:
+        return
+    def must(name, ok, rule):
+        if not ok:
+            value = s[name] if name in s else getattr(config, name)
+            raise ValueError(f'{name}={value} must {rule} when context_parallel=True')
+    must('block_size', config.block_size % world == 0, f'be a multiple of {world}, the number of processes,')
+    must('compile', not s['compile'], 'be False')
+    must('objective', s['objective'] == 'next', 'be next')
+    must('dropout', config.dropout == 0, 'be 0')
+    must('n_predict', config.n_predict == 1, 'be 1')
 
 
 def check_vocabulary(config, n_tokens, dataset, published):
