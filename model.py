@@ -1758,7 +1758,8 @@ def wkv(k, v, decay, u, real, state):
         before, after = tops[:, :-1], tops[:, 1:]
         own = torch.maximum(before, u + k)
     weight = real * torch.exp(torch.where(real > 0, k, after) - after)
-    forget = torch.exp((real * decay + before - after).clamp(max=0)).unsqueeze(-1)
+    # at most 0 but for rounding; a clamp would lose the gradient where it is above
+    forget = torch.exp(real * decay + before - after).unsqueeze(-1)
     pairs = torch.stack((v, torch.ones_like(v)), dim=-1)                            # (B,T,C,2)
     sums = running_sums(weight.unsqueeze(-1) * pairs, forget, start)
     past = torch.cat((start, sums[:, :-1]), dim=1) * torch.exp(before - own).unsqueeze(-1)

@@ -350,18 +350,22 @@ def test_flags_of_single_classes_are_refused_elsewhere():
             config(**flags)
 
 
-@torch.no_grad()
 def test_wkv_keeps_its_sums_in_range():
-    """With weights from exp(-200) to exp(200), in fp32 as in fp64, and in pieces."""
+    """With weights from exp(-200) to exp(200), in fp32 as in fp64, and in pieces; so do its gradients."""
     k, v, u = 60 * rand(2, T, 4), rand(2, T, 4, seed=1), 10 * rand(4)
     decay = -torch.tensor([1e-4, 0.1, 5.0, 200.0], dtype=torch.float64)
     real = torch.ones(T, 1, dtype=torch.float64)
     k[:, 10], k[:, 20] = -200.0, 200.0
+    given = [x.requires_grad_() for x in (k, v, decay, u)]
     weight = torch.stack([torch.stack([k[:, i] + (t - 1 - i) * decay if i < t else
                                        u + k[:, t] if i == t else torch.full_like(k[:, 0], -torch.inf)
                                        for i in range(T)], 1) for t in range(T)], 1)     # (B,T,T,C)
     want = (torch.softmax(weight, dim=2) * v.unsqueeze(1)).sum(2)
-    assert_close(wkv(k, v, decay, u, real, None)[0], want, EXACT, 'fp64')
+    got = wkv(k, v, decay, u, real, None)[0]
+    assert_close(got, want, EXACT, 'fp64')
+    grads = [torch.autograd.grad(y.sin().sum(), given, retain_graph=True) for y in (got, want)]
+    for name, a, b in zip(('k', 'v', 'decay', 'u'), *grads):
+        assert_close(a, b, 1e-9, f'gradient of {name}')
     y, _ = wkv(*(z.float() for z in (k, v, decay, u, real)), None)
     assert_close(y, want, 2e-4, 'fp32')
     state, got = None, []
