@@ -137,8 +137,8 @@ def wrap(model, dtype, compile_mode, recompute, sharded):
 
 
 def blocks_of(model):
-    """The blocks of a model, those of multi-token prediction included."""
-    return (*model.h, *model.further)
+    """The blocks of a model, those of multi-token prediction and of an encoder included."""
+    return (*model.h, *model.further, *(() if model.encoder is None else model.encoder.h))
 
 
 def recompute_blocks(model):
