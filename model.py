@@ -2282,6 +2282,12 @@ class EncoderDecoderFlags:
             yield 'n_predict', c.n_predict == 1, 'be 1 when there is an encoder'
             yield ('layer_pattern', not c.mixers() & set('mrkc'),
                    "have no 'm', 'r', 'k' or 'c' when there is an encoder, which has the same layers")
+            yield 'embed_width', c.embed_width == c.n_embd, f'be n_embd={c.n_embd} when there is an encoder'
+            for name in ('layer_pattern', 'ffn_pattern'):
+                pattern = getattr(c, name)
+                yield (name, set(pattern[:c.n_encoder]) <= set(pattern[:c.n_layer]),
+                       f'have no letter in its first n_encoder={c.n_encoder} that is not in its first '
+                       f'n_layer={c.n_layer}')
             yield ('value_embed', not (c.value_embed or c.embed_skip),
                    'be False when there is an encoder, and embed_skip too')
 

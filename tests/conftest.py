@@ -248,6 +248,12 @@ def every_family(test):
     return pytest.mark.parametrize('flags', list(families().values()), ids=list(families()))(test)
 
 
+def every_decoder(test):
+    """The same without encoders, which have no cache."""
+    found = {name: flags for name, flags in families().items() if flags.get('causal', True)}
+    return pytest.mark.parametrize('flags', list(found.values()), ids=list(found))(test)
+
+
 def fit(flags):
     """The flags without those that mean nothing beside the others, and with those that the others need."""
     flags = dict(flags)
@@ -314,9 +320,12 @@ def combinations(count, seed):
     return found
 
 
-def random_flags(count, seed):
-    """The test once for each of `count` combinations, as `flags`, named by what differs from the defaults."""
-    found, base = combinations(count, seed), defaults() | toy()
+def random_flags(count, seed, of=lambda flags: True):
+    """
+    The test once for each of `count` combinations, as `flags`, named by what differs from the defaults; of
+    those for which `of` is true.
+    """
+    found, base = list(filter(of, combinations(count, seed))), defaults() | toy()
     ids = [','.join(f'{k}={v}' for k, v in flags.items() if v != base.get(k)) for flags in found]
     return pytest.mark.parametrize('flags', found, ids=[name or 'defaults' for name in ids])
 
