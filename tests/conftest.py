@@ -331,8 +331,12 @@ def random_flags(count, seed, of=lambda flags: True):
 
 
 def build(flags, seed=1337, **more):
-    """GPT of these flags, in eval mode. One with an encoder reads SOURCE where no other source is given."""
-    model = GPT(GPTConfig(**(flags | more)), seed=seed).eval()
+    """GPT of these flags, in eval mode."""
+    return reading(GPT(GPTConfig(**(flags | more)), seed=seed).eval())
+
+
+def reading(model):
+    """The model, which reads SOURCE by its encoder, if it has one, where no other source is given."""
     if model.encoder is not None:
         model.register_forward_pre_hook(with_source, with_kwargs=True)
     return model
@@ -344,7 +348,8 @@ SOURCE = [5, 3, 8, 13, 1, 2, -1]
 def with_source(model, args, kwargs):
     cache = kwargs.get('cache')
     if kwargs.get('source') is None and (cache is None or cache[0].empty):
-        source = torch.tensor(SOURCE, device=args[0].device).expand(len(args[0]), -1)
+        source = torch.tensor([t % model.config.vocab_size if t >= 0 else -1 for t in SOURCE],
+                              device=args[0].device).expand(len(args[0]), -1)
         return args, kwargs | {'source': source}
 
 
