@@ -254,6 +254,13 @@ def every_decoder(test):
     return pytest.mark.parametrize('flags', list(found.values()), ids=list(found))(test)
 
 
+def every_decoder_alone(test):
+    """The same without models that have an encoder beside the decoder."""
+    found = {name: flags for name, flags in families().items()
+             if flags.get('causal', True) and not flags.get('n_encoder')}
+    return pytest.mark.parametrize('flags', list(found.values()), ids=list(found))(test)
+
+
 def fit(flags):
     """The flags without those that mean nothing beside the others, and with those that the others need."""
     flags = dict(flags)
