@@ -2282,8 +2282,15 @@ class EncoderDecoderFlags:
             yield 'n_predict', c.n_predict == 1, 'be 1 when there is an encoder'
             yield ('layer_pattern', not c.mixers() & set('mrkc'),
                    "have no 'm', 'r', 'k' or 'c' when there is an encoder, which has the same layers")
+            yield 'embed_width', c.embed_width == c.n_embd, f'be n_embd={c.n_embd} when there is an encoder'
+            for name in ('layer_pattern', 'ffn_pattern'):
+                pattern = getattr(c, name)
+                yield (name, set(pattern[:c.n_encoder]) <= set(pattern[:c.n_layer]),
+                       f'have no letter in its first n_encoder={c.n_encoder} that is not in its first '
+                       f'n_layer={c.n_layer}')
             yield ('value_embed', not (c.value_embed or c.embed_skip),
                    'be False when there is an encoder, and embed_skip too')
+            yield 'embed_width', c.embed_width == c.n_embd, 'be n_embd when there is an encoder'
 
 class Encoder(nn.Module):
     """n_encoder blocks, in which every token of the source sees all others."""
@@ -2298,20 +2305,21 @@ class Encoder(nn.Module):
         self.h = nn.ModuleList(Block(c, *letters, layer) for layer, letters in enumerate(c.plan()))
         self.ln_f = norm_if(c.norm_at != 'post', c)
 
-    def forward(self, x, pos):
-        """x (B,S,E) embedded, pos (B,S) -> the memory (B,S,C)"""
+    def forward(self, x, pos, losses):
+        """x (B,S,C) embedded, pos (B,S) -> the memory (B,S,C). What routers add goes to `losses`."""
         x = self.drop(self.ln_e(self.wpe(x, pos)))
-        given = Given(losses=RouterLosses(), relative=getattr(self.wpe, 'table', None))
-        ctx = Context(pos, False, self.wpe.rope(pos, pos.shape[-1]), given=given)
+        ctx = Context(pos, False, self.wpe.rope(pos, pos.shape[-1]))
         for block in self.h:
-            x = block(x, ctx)
+            own = Given(losses=RouterLosses(), relative=getattr(self.wpe, 'table', None))
+            x = block(x, ctx._replace(given=own))
+            losses.terms.extend(own.losses.terms)
         return self.drop(self.ln_f(x))
 
     def remembered(self, given, wte, source):
         """What is given to the decoder's blocks, with the memory of source (B,S), -1 for padding."""
         pos = torch.where(source >= 0, torch.arange(source.shape[1], device=source.device), -1)
         x = wte(source.clamp(min=0)) * self.embed_scale
-        return given._replace(memory=self(x, pos), memory_pos=pos)
+        return given._replace(memory=self(x, pos, given.losses), memory_pos=pos)
 
 class MemoryCache:
     """The keys and values that one block makes of the memory, once."""
@@ -2564,6 +2572,8 @@ class GPT(nn.Module):
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
         given = Given(x, values, RouterLosses(), Shelf(), getattr(self.wpe, 'table', None))
         if source is not None:
+            if self.encoder is None:
+                raise ValueError('source must be left out where n_encoder=0: no encoder reads it')
             given = self.encoder.remembered(given, self.wte, source)
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             # empty, or each block would be compiled by itself

@@ -182,7 +182,7 @@ with errors_as_messages():
     else:
         sizes = {'vocab_size': n_tokens} | ({'block_size': row_of_pairs(meta)} if 'pairs' in meta else {})
         config = loaded.config if loaded else GPTConfig(**(sizes | model_args))
-        rules.check_vocabulary(config, n_tokens, dataset, init_from if loaded else None)
+        rules.check_vocabulary(config, n_tokens, dataset, init_from if loaded else None, task.more)
     task = task.read_by(rules.check_objective(settings, config))
     rules.check_context_parallel(settings, config, world)
     T = config.block_size

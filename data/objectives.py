@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .loader import inputs_and_targets, mix
+from .tokenizer import mask_of
 
 SPANS = 100     # marks of spans that a vocabulary has, and so the most spans of a row
 
@@ -40,6 +41,7 @@ class Next:
 
     def __init__(self, vocab_size, mask_rate):
         self.vocab_size, self.mask_rate = vocab_size, mask_rate
+        self.mask = vocab_size  # what stands for a missing token, or of spans, for the first
 
     def read_by(self, model):
         """The objective for one of `models`."""
@@ -52,8 +54,8 @@ class Next:
 class Mask(Next):
     """
     A share mask_rate of each row's tokens is to be named: 80 % of them are replaced by the mask, 10 % by any
-    token, and 10 % stay (Devlin et al. 2018, https://arxiv.org/abs/1810.04805). The mask is the token after
-    the dataset's last.
+    token, and 10 % stay (Devlin et al. 2018, https://arxiv.org/abs/1810.04805). The mask is that of the
+    vocabulary of a checkpoint, if it has one, or the token after the dataset's last.
     """
     more, models, whole, told = 1, ('encoder',), False, ' of masked tokens'
 
@@ -62,7 +64,7 @@ class Mask(Next):
         n, T = x.shape
         chosen = self.ranks(keys, T) < max(1, round(self.mask_rate * T))
         kind = uniform(keys, T, 2)
-        other = np.where(kind < 0.8, self.vocab_size, noise(keys, T, 3) % self.vocab_size)
+        other = np.where(kind < 0.8, self.mask, noise(keys, T, 3) % self.vocab_size)
         seen = np.where(chosen & (kind < 0.9), other.astype(np.int64), x)
         return torch.from_numpy(seen), torch.from_numpy(np.where(chosen, x, -1))
 
@@ -85,7 +87,7 @@ class Diffusion(Mask):
         m = 1 + (noise(keys, 1, 2) % np.uint64(T)).astype(np.int64)                 # (n,1)
         chosen = self.ranks(keys, T) < m
         weights = np.broadcast_to(T / m, x.shape).astype(np.float32)
-        return (torch.from_numpy(np.where(chosen, self.vocab_size, x)),
+        return (torch.from_numpy(np.where(chosen, self.mask, x)),
                 torch.from_numpy(np.where(chosen, x, -1)), torch.from_numpy(weights))
 
 
@@ -126,8 +128,9 @@ class Span(Prefix):
     """
     Spans of 3 tokens on average, mask_rate of a row in all, are cut out, and each leaves a mark of its own;
     what was cut out follows, each span behind its mark (Raffel et al. 2019, https://arxiv.org/abs/1910.10683).
-    The marks are the tokens after the dataset's last. An encoder alone names the same tokens where they were,
-    in the place of the first mark.
+    The marks are the tokens after the dataset's last; where a row would need more of them than SPANS, spans
+    are longer. An encoder alone names the same tokens where they were, in the place of the first mark. Rows
+    have at least 3 tokens, and mask_rate is below 1.
     """
     more, told = SPANS, ' of spans'
 
@@ -140,7 +143,7 @@ class Span(Prefix):
         piece = (np.arange(length) >= ends[:, :, None]).sum(1)                      # (n,length)
         if self.blind:
             x, cut = rows[:, :length], piece % 2 == 1
-            return torch.from_numpy(np.where(cut, self.vocab_size, x)), torch.from_numpy(np.where(cut, x, -1))
+            return torch.from_numpy(np.where(cut, self.mask, x)), torch.from_numpy(np.where(cut, x, -1))
         source, text = (self.marked(rows[:, :length], piece, spans, which) for which in (0, 1))
         return self.given(source, text)
 
@@ -148,9 +151,9 @@ class Span(Prefix):
         """(tokens of a row that are used, spans, tokens in them), so that a decoder reads at most T tokens"""
         length = T
         while True:
-            cut = max(1, round(self.mask_rate * length))
-            spans = max(1, round(cut / 3))
-            if length + 2 * spans <= T + 1 and cut < length:
+            cut = min(length - 1, max(1, round(self.mask_rate * length)))
+            spans = min(SPANS, max(1, round(cut / 3)))
+            if length + 2 * spans <= T + 1:
                 return length, min(spans, length - cut), cut
             length -= 1
 
@@ -217,4 +220,8 @@ def objective_of(name, meta, mask_rate):
     """The objective of this name for the dataset that `meta` describes."""
     if name == 'prefix' and 'pairs' in meta:
         return Pairs(meta['vocab_size'], meta['pairs'])
-    return OBJECTIVES[name](meta['vocab_size'], mask_rate)
+    task = OBJECTIVES[name](meta['vocab_size'], mask_rate)
+    own = mask_of(meta['tokenizer']) if isinstance(task, Mask) else None
+    if own is not None:
+        task.mask, task.more = own, 0
+    return task

@@ -55,8 +55,10 @@ class Corpus:
     Raises ValueError for what cannot be read.
     """
 
-    def __init__(self, root, column='text', on_bytes=None):
-        self.root, self.column, self.on_bytes = Path(root), column, on_bytes or (lambda n: None)
+    def __init__(self, root, column='text', on_bytes=None, flag='column'):
+        """flag: the one that names the column"""
+        self.root, self.column, self.flag = Path(root), column, flag
+        self.on_bytes = on_bytes or (lambda n: None)
         self.passed_over, self.nulls, self.markers, self.no_rows = Counter(), 0, 0, 0
         if not self.root.exists():
             raise ValueError(f'input={root} does not exist: give a file, or a folder of {kinds_in_words()}')
@@ -174,7 +176,7 @@ class Corpus:
         for number, text in enumerate(self._rows(path, kind, packing), 1):
             if text is not None and not isinstance(text, str):
                 raise ValueError(f'row {number} of {path} has no text in column {self.column!r} but '
-                                 f'{shown(text)}: mend it, or choose another column with --column=')
+                                 f'{shown(text)}: mend it, or choose another column with --{self.flag}=')
             yield text
 
     def _rows(self, path, kind, packing):
@@ -211,7 +213,7 @@ class Corpus:
                 self.no_rows += 1
                 return
             else:
-                check_column(self.column, row, f'value {number} of {path}')
+                check_column(self, row, f'value {number} of {path}')
 
     def _csv_rows(self, path):
         csv.field_size_limit(2**31 - 1)
@@ -220,7 +222,7 @@ class Corpus:
                 header = file.readline()
                 delimiter = max(',;\t', key=header.count)
                 names = next(csv.reader([header], delimiter=delimiter, strict=True), [])
-                check_column(self.column, names, path)
+                check_column(self, names, path)
                 at = names.index(self.column)
                 for number, row in enumerate(csv.reader(file, delimiter=delimiter, strict=True), 1):
                     if any(row[len(names):]):  # part of the text may be in another column
@@ -237,7 +239,7 @@ class Corpus:
         parquet = need('pyarrow.parquet', f'input={path}')
         try:
             with parquet.ParquetFile(path) as file:
-                check_column(self.column, file.schema_arrow.names, path)
+                check_column(self, file.schema_arrow.names, path)
                 for batch in file.iter_batches(256, columns=[self.column]):
                     yield from batch.column(0).to_pylist()
         except OSError as error:
@@ -252,7 +254,7 @@ class Corpus:
         """The text of a JSON row: its column, or the row itself if it is a string."""
         if row is None or isinstance(row, str):
             return row
-        check_column(self.column, row if isinstance(row, dict) else {}, where)
+        check_column(self, row if isinstance(row, dict) else {}, where)
         return row[self.column]
 
     def files_in_words(self):
@@ -435,10 +437,10 @@ def good_cut(text, low, high):
     return high
 
 
-def check_column(column, columns, where):
-    if column not in columns:
-        raise ValueError(f'{where} has no column {column!r}: choose one of {", ".join(columns) or "none"} '
-                         'with --column=')
+def check_column(corpus, columns, where):
+    if corpus.column not in columns:
+        raise ValueError(f'{where} has no column {corpus.column!r}: choose one of '
+                         f'{", ".join(columns) or "none"} with --{corpus.flag}=')
 
 
 def not_json(where):

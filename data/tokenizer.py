@@ -254,6 +254,13 @@ def train_bpe(texts, n_merges):
     return tokens
 
 
+def mask_of(meta):
+    """The id of [MASK] or <mask> in the vocabulary of a checkpoint, from a tokenizer's `meta`; else None."""
+    added = json.loads(meta['json']).get('added_tokens') if meta['kind'] == 'tokenizers' else None
+    ids = {token['content']: token['id'] for token in added or ()}
+    return ids.get('[MASK]', ids.get('<mask>'))
+
+
 class HFTokenizer(Vocabulary):
     """The vocabulary of a published checkpoint: its tokenizer.json, run by the tokenizers library.
 

@@ -248,6 +248,19 @@ def every_family(test):
     return pytest.mark.parametrize('flags', list(families().values()), ids=list(families()))(test)
 
 
+def every_decoder(test):
+    """The same without encoders, which have no cache."""
+    found = {name: flags for name, flags in families().items() if flags.get('causal', True)}
+    return pytest.mark.parametrize('flags', list(found.values()), ids=list(found))(test)
+
+
+def every_decoder_alone(test):
+    """The same without models that have an encoder beside the decoder."""
+    found = {name: flags for name, flags in families().items()
+             if flags.get('causal', True) and not flags.get('n_encoder')}
+    return pytest.mark.parametrize('flags', list(found.values()), ids=list(found))(test)
+
+
 def fit(flags):
     """The flags without those that mean nothing beside the others, and with those that the others need."""
     flags = dict(flags)
@@ -314,16 +327,23 @@ def combinations(count, seed):
     return found
 
 
-def random_flags(count, seed):
-    """The test once for each of `count` combinations, as `flags`, named by what differs from the defaults."""
-    found, base = combinations(count, seed), defaults() | toy()
+def random_flags(count, seed, of=lambda flags: True):
+    """
+    The test once for each of `count` combinations, as `flags`, named by what differs from the defaults; of
+    those for which `of` is true.
+    """
+    found, base = list(filter(of, combinations(count, seed))), defaults() | toy()
     ids = [','.join(f'{k}={v}' for k, v in flags.items() if v != base.get(k)) for flags in found]
     return pytest.mark.parametrize('flags', found, ids=[name or 'defaults' for name in ids])
 
 
 def build(flags, seed=1337, **more):
-    """GPT of these flags, in eval mode. One with an encoder reads SOURCE where no other source is given."""
-    model = GPT(GPTConfig(**(flags | more)), seed=seed).eval()
+    """GPT of these flags, in eval mode."""
+    return reading(GPT(GPTConfig(**(flags | more)), seed=seed).eval())
+
+
+def reading(model):
+    """The model, which reads SOURCE by its encoder, if it has one, where no other source is given."""
     if model.encoder is not None:
         model.register_forward_pre_hook(with_source, with_kwargs=True)
     return model
@@ -335,7 +355,8 @@ SOURCE = [5, 3, 8, 13, 1, 2, -1]
 def with_source(model, args, kwargs):
     cache = kwargs.get('cache')
     if kwargs.get('source') is None and (cache is None or cache[0].empty):
-        source = torch.tensor(SOURCE, device=args[0].device).expand(len(args[0]), -1)
+        source = torch.tensor([t % model.config.vocab_size if t >= 0 else -1 for t in SOURCE],
+                              device=args[0].device).expand(len(args[0]), -1)
         return args, kwargs | {'source': source}
 
 

@@ -1,6 +1,6 @@
 """
-Run by tests/test_sequence.py in several processes: loss and gradients of models whose text lies on all of them.
-Process 0 saves {name of the case: [loss, {parameter: gradient}]}, the means over processes, and prints nothing.
+Run by tests/test_sequence.py in several processes: loss and gradients of models whose text lies on all of
+them. Process 0 saves {name of the case: (loss, {parameter: gradient})}, the means over processes.
 
     RANK=0 WORLD_SIZE=2 ... python tests/parts_of_a_text.py OUT
 """

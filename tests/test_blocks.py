@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import assert_close, build, scaled, tokens, toy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, AlibiPositions, Context, GPTConfig, MoE, kv_cache_bytes, ops
+from model import GPT, AlibiPositions, Context, Given, GPTConfig, MoE, kv_cache_bytes, ops
 from nanoblocks.training import checkpoint
 
 MOE = dict(ffn_pattern='e', n_expert=4)
@@ -425,7 +425,7 @@ def test_embeddings_enter_where_their_flags_say():
     model, idx = scaled(build(flags), 5), tokens(toy(), 1, 7)
     start = model.ln_e(3.0 * model.wte.weight[idx])
     values, x = model.vte.weight[idx].view(1, 7, 2, 8), start
-    ctx = Context(torch.arange(7), True, None, values=torch.zeros(()))
+    ctx = Context(torch.arange(7), True, None, given=Given(values=torch.zeros(())))
     for layer, block in enumerate(model.h):
         if layer:
             x = block.skip[0] * x + block.skip[1] * start

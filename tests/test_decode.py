@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import assert_close, build, every_family, scaled, tokens, toy
+from conftest import assert_close, build, every_decoder, every_decoder_alone, scaled, tokens, toy
 
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from model import GPT, GPTConfig, Linear, StateCache, TokenCache, ops
@@ -63,7 +63,7 @@ def want(model, texts, n):
 # The loop against the full forward
 
 
-@every_family
+@every_decoder
 def test_log_probabilities_are_those_of_the_full_forward(flags):
     """However the prompt is cut into pieces."""
     model, idx = scaled(build(flags), 5), tokens(flags, 2, 9)
@@ -75,7 +75,7 @@ def test_log_probabilities_are_those_of_the_full_forward(flags):
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
 
 
-@every_family
+@every_decoder
 def test_prompts_of_unequal_lengths_are_as_if_alone(flags):
     """In any order: the same text, and the log-probabilities of the full forward pass."""
     model, text = scaled(build(flags), 5), tokens(flags, 3, 9).tolist()
@@ -96,7 +96,7 @@ def test_prompts_of_unequal_lengths_are_as_if_alone(flags):
         assert_close(logprobs[n:n + 1], want(model, text, 7), 1e-4, f'prompt {n} of the other order')
 
 
-@every_family
+@every_decoder
 def test_samples_of_one_prompt_are_rows_of_their_own(flags):
     model, idx = scaled(build(flags), 5), tokens(flags, 2, 6)
     many, logprobs = drawn(Decoder(model, idx, 6, Sampling(), seed=2, num_samples=3, logprobs=True))
@@ -358,7 +358,7 @@ def test_acceptance_is_the_rule_of_the_paper():
     assert_close(total, p[0].double(), 1e-6, 'distribution of the first token')
 
 
-@every_family
+@every_decoder_alone
 def test_greedy_speculation_is_the_greedy_text(flags):
     """Also with states rolled back, ring buffers overwritten, and drafts that are always accepted."""
     model, idx = scaled(build(flags), 10), tokens(flags, 1, 6)
@@ -440,7 +440,7 @@ def test_rounding_is_to_the_nearest_of_255_steps():
     assert rounded(torch.zeros(2, 3))[0].tolist() == [[0] * 3] * 2
 
 
-@every_family
+@every_decoder
 @torch.no_grad()
 def test_int8_is_near_the_model_and_reads_fewer_bytes(flags):
     model, idx = scaled(build(flags), 2), tokens(flags, 2, 12)
@@ -561,7 +561,7 @@ def test_int8_keeps_the_embedding_of_a_tied_head():
 # Scores, bytes, text
 
 
-@every_family
+@every_decoder
 @torch.no_grad()
 def test_token_logprobs_are_those_of_the_full_forward_pass(flags):
     model, idx = scaled(build(flags), 5), tokens(flags, 1, 20)

@@ -13,12 +13,14 @@ from runs import assert_refused, assert_same_run, dataset, losses, metrics, pyth
 
 from data.loader import open_dataset
 from data.objectives import OBJECTIVES, Diffusion, Mask
+from data.tokenizer import ByteTokenizer
 from kernels.attention import attention, bucket
 from kernels.linear_cross_entropy import linear_cross_entropy
-from model import GPT, GPTConfig, kv_cache_bytes
+from model import GPT, Block, GPTConfig, kv_cache_bytes
 from nanoblocks.decoding.decode import Sampling
 from nanoblocks.decoding.session import Session
 from nanoblocks.decoding.unmask import pseudo_logprobs, unmask
+from nanoblocks.training.parallel import blocks_of
 
 BERT = toy(causal=False, norm_at='post', embed_norm=True, head_mlp=True, head_bias=True)
 ENCODERS = {
@@ -202,6 +204,8 @@ def test_a_run_learns_and_resumes_exactly(objective):
     (dict(causal=False), 'objective=next must be mask, diffusion, prefix or span when causal=False'),
     (dict(objective='cloze'), 'objective=cloze must be one of next, mask, diffusion'),
     (dict(objective='mask', causal=False, mask_rate=0), 'mask_rate=0.0 must be above 0'),
+    (dict(objective='span', n_encoder=1, mask_rate=1.0), 'mask_rate=1.0 must be below 1 when objective=span'),
+    (dict(objective='span', block_size=2), 'block_size=2 must be at least 3 when objective=span'),
     (dict(objective='mask', causal=False, vocab_size=257), 'vocab_size=257 must be at least the 258 tokens'),
 ])
 def test_an_objective_and_a_model_that_do_not_fit_are_refused(settings, words, tmp_path):
@@ -349,6 +353,36 @@ def test_what_an_encoder_beside_a_decoder_cannot_have_is_refused():
         model(idx)
     for flags, words in [(dict(causal=False), 'n_encoder=1 must be 0'),
                          (dict(residual='parallel'), 'be serial'), (dict(layer_pattern='m'), "have no 'm'"),
-                         (dict(n_predict=2), 'be 1'), (dict(embed_skip=True), 'be False')]:
+                         (dict(n_predict=2), 'be 1'), (dict(embed_skip=True), 'be False'),
+                         (dict(embed_width=16, tie=False), 'embed_width=16 must be n_embd')]:
         with pytest.raises(ValueError, match=words):
             GPTConfig(**toy(n_encoder=1) | flags)
+    with pytest.raises(ValueError, match='source must be left out where n_encoder=0'):
+        build(toy())(idx, source=source)
+
+
+def test_routers_of_an_encoder_count_in_the_loss(monkeypatch):
+    flags, terms = BOTH['experts'] | dict(aux_weight=0.01, n_layer=1), []
+    model, (_, idx, source) = build(flags).train(), translation(flags)
+    monkeypatch.setattr(model, 'losses', lambda x, targets, ctx, *rest: (
+        terms.extend(ctx.given.losses.terms), {'loss': 0})[1])
+    model(idx, idx, source=source)
+    assert len(terms) == len(model.moes) == 3
+
+
+def test_what_is_done_to_blocks_is_done_to_those_of_an_encoder():
+    model = build(toy(n_encoder=3, n_layer=2))
+    assert {*blocks_of(model)} == {block for block in model.modules() if isinstance(block, Block)}
+
+
+@pytest.mark.parametrize('flags, objective', [(dict(causal=False), 'mask'), (dict(n_encoder=1), 'prefix')])
+def test_weights_are_rounded_where_a_text_measures_it(flags, objective):
+    session = Session(build(toy(vocab_size=258, **flags)), ByteTokenizer(), objective=objective)
+    with pytest.raises(ValueError, match='quant must be none where a model is or has an encoder'):
+        session.quantize()
+
+
+def test_an_encoder_that_learned_to_continue_says_that_it_cannot():
+    session = Session(build(toy(vocab_size=257, causal=False)), ByteTokenizer(), objective='prefix')
+    with pytest.raises(ValueError, match='objective=prefix must be mask, diffusion or span for an encoder'):
+        session.sample('abc')

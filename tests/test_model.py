@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import assert_close, build, every_family, scaled, tokens, toy
+from conftest import assert_close, build, every_decoder, every_family, reading, scaled, tokens, toy
 
 import kernels as ops
 import model as model_file
@@ -48,7 +48,7 @@ def test_loss_at_start_is_that_of_guessing(flags):
     assert abs(loss - math.log(flags['vocab_size'])) < 0.1, f'{loss} must be near ln V'
 
 
-@every_family
+@every_decoder
 def test_no_logit_depends_on_later_tokens(flags):
     model, T = scaled(build(flags), 5), flags['block_size']
     assert_causal(model, tokens(flags, 1, T))
@@ -151,7 +151,7 @@ def test_checkpoint_gives_the_same_logits(flags, tmp_path):
 def assert_checkpoint_is_exact(flags, path):
     model, idx = scaled(build(flags), 5), tokens(flags, 2, 16)
     checkpoint.save(path, checkpoint.contents(model, settings={}, meta={}, step=0))
-    again = checkpoint.build(checkpoint.load(path), path).eval()
+    again = reading(checkpoint.build(checkpoint.load(path), path).eval())
     assert again.config == model.config
     assert torch.equal(again(idx)[0], model(idx)[0])
 
@@ -439,6 +439,7 @@ def test_attention_equals_its_definition_number_by_number(K, window, more):
     ({'pos': 'alibi_bf16'}, {'slopes': ALIBI_4, 'alibi_bf16': True}),
     ({'sinks': True}, {'sinks': SINKS_4}),
     ({'dropout': 0.5}, {'dropout': 0.5}),
+    ({'causal': False}, {'causal': False}),
     ({'attn': 'mla', 'kv_rank': 12, 'rope_head_dim': 6, 'pos': 'rope'}, {'scale': 14 ** -0.5}),
 ], ids=str)
 def test_flags_reach_attention_and_nothing_else_does(flags, want, monkeypatch):
@@ -457,7 +458,7 @@ def test_flags_reach_attention_and_nothing_else_does(flags, want, monkeypatch):
         got = {name: value.tolist() if isinstance(value, torch.Tensor) else value
                for name, value in called.pop().items() if name not in ('q', 'k', 'v', 'pos', 'key_pos')}
         plain = dict(scale=8 ** -0.5, window=None, chunked=False, softcap=None, slopes=None, alibi_bf16=False,
-                     sinks=None, in_order=True, dropout=0.0)
+                     sinks=None, in_order=True, dropout=0.0, causal=True, relative=None)
         assert got == plain | want | ({} if training else {'dropout': 0.0}), f'training={training}'
     # whoever names positions may have padding among them
     model(tokens(toy(), 1, 7), pos=torch.arange(7))
@@ -710,7 +711,7 @@ def assert_same_logits(model, theirs):
 # Generation
 
 
-@every_family
+@every_decoder
 def test_greedy_text_is_the_argmax_of_the_full_forward(flags):
     # with small weights a tied head says the same token again and again
     model, idx = scaled(build(flags), 10), tokens(flags, 3, 4)
@@ -724,7 +725,7 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(flags):
     assert len(text[:, 4:].unique()) > 1, 'a text of one token would compare nothing'
 
 
-@every_family
+@every_decoder
 def test_generation_follows_its_seed_and_leaves_the_mode(flags):
     model, idx = build(flags, dropout=0.5), tokens(flags, 2, 4)
     text = model.generate(idx, 10, seed=7)

@@ -14,7 +14,7 @@ from runs import assert_same_run, at_step, dataset, python, resume, train
 from runs import toy as arguments
 
 from data.loader import open_dataset
-from data.objectives import OBJECTIVES, Diffusion, Mask, Prefix, Span
+from data.objectives import OBJECTIVES, SPANS, Diffusion, Mask, Prefix, Span, objective_of
 from nanoblocks.experiments import sweep
 from nanoblocks.experiments.curves import read_curve
 from nanoblocks.experiments.runs import read_run
@@ -121,6 +121,25 @@ def test_spans_put_back_where_their_marks_are_give_the_row(rate, kind):
             assert cut == max(1, round(rate * len(back)))
             # as much of the row as a decoder of T tokens has room for
             assert len(source) + len(idx) - first <= T and len(back) >= T * (0.85 if rate < 0.2 else 0.6) - 2
+
+
+@pytest.mark.parametrize('T, rate', [(4096, 0.15), (1024, 0.5), (3, 0.15), (3, 0.99), (20, 0.99)])
+def test_spans_of_any_row_have_marks_enough(T, rate):
+    for kind in 'decoder', 'both', 'encoder':
+        made = Span(90, rate).read_by(kind)(*rows(2, T))
+        assert max(x.max().item() for x in made) < 90 + SPANS
+        assert (made[1] >= 0).any(-1).all() and all(x.shape[1] <= T for x in made)
+
+
+@pytest.mark.parametrize('name', ['mask', 'diffusion'])
+def test_the_mask_of_a_published_vocabulary_is_its_own(name):
+    words = json.dumps({'added_tokens': [{'id': 4, 'content': '[MASK]'}, {'id': 2, 'content': '[CLS]'}]})
+    for meta, mask, more in (({'kind': 'tokenizers', 'json': words}, 4, 0), ({'kind': 'bytes'}, 90, 1),
+                             ({'kind': 'tokenizers', 'json': '{}'}, 90, 1)):
+        task = objective_of(name, {'vocab_size': 90, 'tokenizer': meta}, 0.5)
+        x, y, *_ = task(*rows(50, 32))
+        replaced = x[(y >= 0) & (x != y)]
+        assert task.more == more and (replaced == mask).double().mean() > 0.8
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -207,7 +207,8 @@ def test_pairs_that_are_too_long_or_have_no_text_are_left_out_and_counted(tmp_pa
 
 @pytest.mark.parametrize('flags, words', [
     (['--tokenizer=chars'], 'tokenizer=chars must have a token that ends a text'),
-    (['--source=from'], "has no column 'from': choose one of source, target"),
+    (['--source=from'], "has no column 'from': choose one of source, target with --source="),
+    (['--target=to'], "has no column 'to': choose one of source, target with --target="),
     (['--target_tokens=1'], 'target_tokens=1 must be at least 2'),
     (['--input=THIS/b.txt'], 'b.txt must hold rows with two columns'),
     (['--name=text'], 'name=text must be a plain name that no other dataset has'),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close
 
-from model import GPT, Context, GPTConfig, Shelf, s4d_convolve, s4d_step, wkv
+from model import GPT, Context, Given, GPTConfig, Shelf, s4d_convolve, s4d_step, wkv
 from nanoblocks.pretrained.families import FAMILIES
 
 EXACT = 1e-10   # of the largest number, in fp64
@@ -39,7 +39,7 @@ def mixer(kind):
 
 
 def context(pos, causal=False):
-    return Context(pos, causal, None, first=Shelf())
+    return Context(pos, causal, None, given=Given(first=Shelf()))
 
 
 def whole(n):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from runs import python
 
-from model import GPT
+from model import GPT, GPTConfig
 from nanoblocks.decoding.decode import Sampling
 from nanoblocks.decoding.session import Session
+from nanoblocks.training.settings import check_vocabulary
 
 transformers = pytest.importorskip('transformers', reason='made the checkpoints')
 tokenizers = pytest.importorskip('tokenizers', reason='runs the vocabularies of checkpoints')
@@ -129,6 +130,72 @@ def test_a_terminal_fills_and_continues(published):
         fills = '[MASK]' in start       # as the vocabulary has marks
         want = session.fill(start)[0][0] if fills else start + session.sample(start)[0].text
         assert done.code == 0 and f'\n{want}\n---------------' in done.out, done
+
+
+def test_prompts_with_something_missing_and_without_are_told_apart(published, tmp_path):
+    folder, model, _ = published
+    if model.config.model_type != 't5':
+        pytest.skip('BART fills no spans')
+    texts = 'one two', 'one [MASK] six', 'four five'
+    (tmp_path / 'prompts.txt').write_text('\n'.join(texts))
+    session = Session.load(init_from=folder, device='cpu', sampling=GREEDY, max_new_tokens=6)
+    done = python('sample.py', f'--init_from={folder}', f'--prompts={tmp_path / "prompts.txt"}',
+                  '--temperature=0', '--device=cpu', '--num_samples=1', '--max_new_tokens=6')
+    at = 0
+    for text in texts:
+        want = session.fill(text)[0][0] if '[MASK]' in text else text + session.sample(text)[0].text
+        at = done.out.index(f'\n{want}\n---------------', at) + 1
+    assert done.code == 0
+
+
+def test_bert_fills_between_its_own_tokens(tmp_path):
+    """What transformers names at [MASK] of [CLS] a text [SEP]; a run that goes on has the same mask."""
+    special = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+    names = [*special, *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token='[UNK]'))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+    config = transformers.BertConfig(
+        vocab_size=len(names), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=40, max_position_embeddings=24, initializer_range=0.5)
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    session, found = Session.load(init_from=tmp_path, device='cpu', sampling=GREEDY), set()
+    for text in (f'{a} [MASK] {b}' for a in ('', *WORDS) for b in ('', *WORDS)):
+        ids = tokenizer.encode(text).ids
+        assert ids[0] == 2 and ids[-1] == 3
+        logits = model(torch.tensor([ids])).logits[0, ids.index(4)]
+        (told, row), = session.fill(text)
+        assert row == [logits.argmax().item() if i == 4 else i for i in ids]
+        assert told.split() == [names[i] for i in row if i not in (2, 3)]
+        found.add(told)
+    assert len(found) > 9
+    (told, row), = session.fill('one two')      # without one it goes on, up to what its positions allow
+    assert row[:3] == [2, 5, 6] and row[-1] == 3 and len(row) == 24 and told.startswith('one two')
+    (tmp_path / 'text.txt').write_text(' '.join(WORDS * 40))
+    for script, *flags in (('data/text/prepare.py', f'--input={tmp_path / "text.txt"}',
+                            f'--tokenizer={tmp_path}', f'--out={tmp_path / "data"}'),
+                           ('train.py', f'--init_from={tmp_path}', f'--dataset={tmp_path / "data"}',
+                            '--objective=mask', '--max_iters=1', '--batch_size=2', '--eval_iters=1',
+                            '--gradient_accumulation_steps=1', '--device=cpu', '--compile=False',
+                            f'--out_dir={tmp_path / "run"}'),
+                           ('sample.py', f'--out_dir={tmp_path / "run"}', '--start=one [MASK]')):
+        done = python(script, *flags)
+        assert done.code == 0, done
+
+
+def test_a_published_vocabulary_without_room_for_marks_says_so():
+    config = GPTConfig(vocab_size=628)
+    check_vocabulary(config, 628, 'x', 'y', 100)
+    with pytest.raises(ValueError, match='must be at least 700, the tokens of dataset=x and 100 marks'):
+        check_vocabulary(config, 700, 'x', 'y', 100)
+    with pytest.raises(ValueError, match='prepare it with --tokenizer=y'):
+        check_vocabulary(config, 800, 'x', 'y', 100)
 
 
 def test_what_begins_is_exported_again(published, tmp_path):

@@ -79,7 +79,8 @@ def main():
         if size is not None and size < least:
             raise ValueError(f'{key}={size} must be at least {least}')
     root, left_out = Path(input).expanduser(), [0]
-    sources, targets = Corpus(root, source), Corpus(root, target)
+    columns = (source, None, 'source'), (target, None, 'target')
+    sources, targets = (Corpus(root, *column) for column in columns)
 
     def pairs(label):
         """All pairs of texts, with progress under this label."""

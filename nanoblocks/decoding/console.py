@@ -1,4 +1,5 @@
 """What sample.py prints and writes: samples as they arrive, scores, and how fast it went."""
+import itertools
 import json
 from contextlib import contextmanager, nullcontext
 
@@ -22,24 +23,29 @@ class Console:
 
     def samples(self, texts, path=None):
         """Continue each text. path: the file that holds the texts; None: there is one, the setting start."""
-        if self.session.fills(*texts):
-            return self.fill(texts)
-        prompts = [self.session.encode(text, f'prompt {n} of {path}' if path else 'start')
-                   for n, text in enumerate(texts, 1)]
+        fills = self.session.fills
+        prompts = {n: self.session.encode(text, f'prompt {n + 1} of {path}' if path else 'start')
+                   for n, text in enumerate(texts) if not fills(text)}
         with self.running():
-            for generation in self.session.generations(prompts):
-                self.show(generation)
-
-    def fill(self, texts):
-        """Each text with what is missing in the place of [MASK]."""
-        with self.running():
-            if self.session.objective != 'next':
+            if fills() and texts:
                 print(f'trained with objective={self.session.objective}: it fills each [MASK], or continues '
                       'a text without one')
-            for n, text in enumerate(texts):
-                for filled, tokens in self.session.fill(text, n * self.session.num_samples):
-                    print(f'{filled}\n---------------')
-                    self.write(prompt=text, text=filled, tokens=tokens)
+            # neighbours that are continued run together
+            for missing, group in itertools.groupby(range(len(texts)), lambda n: fills(texts[n])):
+                group = list(group)
+                if missing:
+                    self.fill(texts, group)
+                    continue
+                first = group[0] * self.session.num_samples
+                for generation in self.session.generations([prompts[n] for n in group], first):
+                    self.show(generation)
+
+    def fill(self, texts, numbers):
+        """The texts of these numbers with what is missing in the place of [MASK]."""
+        for n in numbers:
+            for filled, tokens in self.session.fill(texts[n], n * self.session.num_samples):
+                print(f'{filled}\n---------------')
+                self.write(prompt=texts[n], text=filled, tokens=tokens)
 
     def interactive(self):
         """Continue each line that is typed, until the end of the input. Ctrl-C ends a sample."""

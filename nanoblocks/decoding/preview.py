@@ -2,7 +2,7 @@
 import torch
 
 from nanoblocks.decoding.decode import Sampling
-from nanoblocks.decoding.unmask import MASK, unmask
+from nanoblocks.decoding.unmask import MASK, mask_token, unmask
 from nanoblocks.formats import first_line
 from nanoblocks.tokenizer import from_meta
 
@@ -59,7 +59,7 @@ def answered(model, tokenizer, seed, max_tokens, idx, targets, source=None):
 def filled(model, tokenizer, seed, max_tokens, idx, targets, weights=None):
     """A row (1,T) with what is missing, an arrow, and the row filled in: of objectives mask and diffusion."""
     idx = idx[:, :max_tokens]
-    mask = tokenizer.vocab_size
+    mask = mask_token(model, tokenizer)
     *_, whole = idx, *unmask(model, idx, mask, Sampling(0.8, 200), seed, STEPS)
     return f'{readable(tokenizer, idx[0], MASK)} => {readable(tokenizer, whole[0])}'
 

@@ -171,6 +171,9 @@ class Session:
         Yield a Generation for each batch of prompts; stream it to draw its samples. first_row: number of the
         first sample, which seeds its noise.
         """
+        if not self.model.config.causal:
+            raise ValueError(f'objective={self.objective} must be mask, diffusion or span for an encoder to '
+                             'write a text: train one of those, or a decoder, which writes token by token')
         if self.draft is None:
             for batch in self.batches(prompts):
                 rows = [prompt for prompt in batch for _ in range(self.num_samples)]
@@ -255,18 +258,26 @@ class Session:
         if self.marks and self.model.config.causal:
             return self.fill_spans(text if MASK in text else text + MASK, first_row)
         mask, limit = mask_token(self.model, self.tokenizer), self.model.config.block_size
-        first, *others = text.split(MASK)
-        tokens = self.tokenizer.prompt(first) if first else []
-        for piece in others:
-            tokens += [mask, *self.tokenizer.encode(piece)]
-        if len(tokens) + (not others) > limit:
+        pieces = text.split(MASK)
+        tokens, whole = self.masked(pieces, mask), len(pieces) > 1
+        if len(tokens) + (not whole) > limit:
             raise ValueError(f'the text has {len(tokens)} tokens and must have at most block_size={limit}, '
                              'and a missing one among them: shorten it')
-        if not others:
-            tokens += [mask] * min(self.max_new_tokens, limit - len(tokens))
+        if not whole:
+            tokens = self.masked([text, *[''] * min(self.max_new_tokens, limit - len(tokens))], mask)
         idx = torch.tensor([tokens] * self.num_samples, device=self.device)
         *_, filled = unmask(self.model, idx, mask, self.sampling, self.seed, first_row=first_row)
-        return [(self.tokenizer.decode(row), row) for row in filled.tolist()]
+        around = self.tokenizer.prompt('')      # what a vocabulary puts around every text
+        return [(self.tokenizer.decode([token for token in row if token not in around]), row)
+                for row in filled.tolist()]
+
+    def masked(self, pieces, mask):
+        """The tokens of the pieces of a text, with `mask` between them."""
+        if mask < self.tokenizer.vocab_size:    # of a published vocabulary, which knows it in a text
+            return self.tokenizer.prompt(self.tokenizer.tokenizer.id_to_token(mask).join(pieces))
+        first, *others = pieces
+        tokens = self.tokenizer.prompt(first) if first else []
+        return tokens + [token for piece in others for token in (mask, *self.tokenizer.encode(piece))]
 
     def fill_spans(self, text, first_row):
         pieces, marks = text.split(MASK), self.marks
@@ -282,7 +293,8 @@ class Session:
         ends = [marks[len(pieces) - 1], *self.stops[1]]
         room = self.max_new_tokens if self.position_limit is None else self.position_limit - idx.shape[1]
         decoder = Decoder(self.model, idx, min(room, self.max_new_tokens), self.sampling, ends, self.seed,
-                          num_samples=self.num_samples, first_row=first_row, chunk=self.chunk, **given)
+                          num_samples=self.num_samples, first_row=first_row, chunk=self.chunk,
+                          compiled=self.compiled, **given)
         filled, number = [], {mark: n for n, mark in enumerate(marks)}
         for row in torch.cat(list(decoder.stream()), 1).tolist():
             spans, at = [[] for _ in parts], 0
@@ -371,6 +383,9 @@ class Session:
 
     def own_tokens(self):
         """About 256 tokens drawn from the model's own distribution."""
+        if self.model.encoder is not None or not self.model.config.causal:
+            raise ValueError('quant must be none where a model is or has an encoder: what rounding costs is '
+                             'measured on a text that a decoder writes; leave it out')
         bos = self.tokenizer.bos
         first = [bos] if bos is not None else self.tokenizer.prompt(self.default_prompt or '\n')[:1]
         new = min(256, (self.model.wpe.max_tokens or 257) - 1)

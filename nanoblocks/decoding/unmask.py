@@ -10,16 +10,16 @@ import itertools
 import torch
 
 from nanoblocks.decoding.decode import check_seed, key
+from nanoblocks.tokenizer import mask_of
 
 MASK = '[MASK]'     # how a text says that a token is missing
 
 
 def mask_token(model, tokenizer):
     """The id of the token that stands for a missing one; ValueError if the model has none."""
-    published = getattr(tokenizer, 'tokenizer', None)       # of a checkpoint in Hugging Face format
-    for name in (MASK, '<mask>') if published is not None else ():
-        if published.token_to_id(name) is not None:
-            return published.token_to_id(name)
+    own = mask_of(tokenizer.meta())     # as objectives.objective_of
+    if own is not None:
+        return own
     if tokenizer.vocab_size < model.wte.weight.shape[0]:
         return tokenizer.vocab_size     # objectives.Mask
     raise ValueError(f'vocab_size={tokenizer.vocab_size} must leave a token for {MASK}: train with '

@@ -1,12 +1,15 @@
-"""Memory and time of training on one long text that lies on several processes: the topic `ring` of bench.py."""
+"""Memory and time of training on a long text that lies on several processes: the topic `ring` of bench.py."""
 import os
 import statistics
 import tempfile
+
+import torch.distributed.run
 
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.runs import read_lines, run_script
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, in_short, sizes
+from nanoblocks.files import ROOT
 
 STEPS = 4
 SIZE = ['config/llama_small.py', 'config/tiny.py']
@@ -27,12 +30,13 @@ def measured(T, n, words):
     """(peak memory of the first process in GB, seconds of a step) of a run of a few steps"""
     with tempfile.TemporaryDirectory() as folder:
         words = [*words, f'--block_size={T}', '--batch_size=1', '--gradient_accumulation_steps=1',
-                 f'--max_iters={STEPS}', '--log_interval=1', f'--eval_interval={STEPS + 1}', '--compile=False',
-                 f'--eval_tokens={T}', f'--out_dir={folder}/run', '--always_save_checkpoint=False']
+                 f'--max_iters={STEPS}', '--log_interval=1', f'--eval_interval={STEPS}', f'--eval_tokens={T}',
+                 '--compile=False', f'--out_dir={folder}/run', '--always_save_checkpoint=False']
         if n > 1:
-            words = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', 'train.py',
-                     *words, '--context_parallel=True']
-        run_script(*words) if n > 1 else run_script('train.py', *words)
+            torchrun = [torch.distributed.run.__file__, '--standalone', f'--nproc_per_node={n}']
+            run_script(*torchrun, ROOT / 'train.py', *words, '--context_parallel=True')
+        else:
+            run_script('train.py', *words)
         lines = [line for line in read_lines(os.path.join(folder, 'run', 'metrics.jsonl'))
                  if 'tokens_per_s' in line]
     return lines[-1]['memory_gb'], T / statistics.median(line['tokens_per_s'] for line in lines[1:])

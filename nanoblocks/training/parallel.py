@@ -137,8 +137,8 @@ def wrap(model, dtype, compile_mode, recompute, sharded):
 
 
 def blocks_of(model):
-    """The blocks of a model, those of multi-token prediction included."""
-    return (*model.h, *model.further)
+    """The blocks of a model, those of an encoder beside it and of multi-token prediction included."""
+    return (*(model.encoder.h if model.encoder is not None else ()), *model.h, *model.further)
 
 
 def recompute_blocks(model):

@@ -161,7 +161,11 @@ def check_objective(s, config):
     kind = 'both' if config.n_encoder else 'decoder' if config.causal else 'encoder'
     fits = [name for name, task in OBJECTIVES.items() if kind in task.models]
     told = f'n_encoder={config.n_encoder}' if config.n_encoder else f'causal={config.causal}'
-    rule_of(s)('objective', s['objective'] in fits, f'be {", ".join(fits[:-1])} or {fits[-1]} when {told}')
+    must = rule_of(s | {'block_size': config.block_size})
+    must('objective', s['objective'] in fits, f'be {", ".join(fits[:-1])} or {fits[-1]} when {told}')
+    if s['objective'] == 'span':
+        must('mask_rate', s['mask_rate'] < 1, 'be below 1 when objective=span, as a part of each row is kept')
+        must('block_size', config.block_size >= 3, 'be at least 3 when objective=span')
     return kind
 
 
@@ -180,8 +184,15 @@ def check_context_parallel(s, config, world):
     must('n_predict', config.n_predict == 1, 'be 1')
 
 
-def check_vocabulary(config, n_tokens, dataset, published):
-    """ValueError if a model lacks tokens of its data; `published`: what its weights come from, or None."""
+def check_vocabulary(config, n_tokens, dataset, published, marks=0):
+    """
+    ValueError if a model lacks tokens of its data, or the `marks` behind them that an objective needs;
+    published: what its weights come from, or None.
+    """
+    if published and n_tokens - marks <= config.vocab_size < n_tokens:
+        raise ValueError(f'vocab_size={config.vocab_size} must be at least {n_tokens}, the tokens of '
+                         f'dataset={dataset} and {counted(marks, "mark")} of the objective: choose another '
+                         '--objective, or leave --init_from out')
     if config.vocab_size < n_tokens:
         remedy = f'prepare it with --tokenizer={published}' if published else 'leave it out, and it is set'
         raise ValueError(f'vocab_size={config.vocab_size} must be at least the {n_tokens} '
