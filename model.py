@@ -180,7 +180,7 @@ class LearnedPositions(Positions):
                              'positions end')
         return x + F.embedding(pos.clamp(min=0), self.weight)
 
-@flags(pos='rope', layer_pattern='awc')
+@flags(pos='rope', layer_pattern='awch')
 class RopeFlags:
     """Rotary positions"""
     rope_theta: float = flag(10000.0, above=1)  # base: pair j of D/2 rotates by theta^(-2j/D) per token
@@ -313,7 +313,7 @@ class TokenCache:
 # ----------------------------------------------------------------------------------------------------------
 # Attention
 
-@flags(layer_pattern='awcnv')
+@flags(layer_pattern='awcnvh')
 class AttentionFlags:
     """Attention"""
     n_kv_head: int | None = flag(None, like='n_head')   # key/value heads: n_head (None) MHA, fewer GQA, 1 MQA
@@ -498,15 +498,16 @@ def norm_if(wanted, c, width=None):
     return NORMS[c.norm](width or c.n_embd, c) if wanted else nn.Identity()
 
 class Block(nn.Module):
-    """Two branches, mixer and feed-forward, with the norms that NORM_AT lists; others are nn.Identity."""
+    """Two branches, mixer and feed-forward, or one of them; norms that NORM_AT does not list are nn.Identity."""
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__()
         at = NORM_AT[c.rnn_norm_at if mixer == 'r' else c.norm_at]
-        self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(wanted, c) for wanted in at)
+        self.mixer, self.ffn = MIXERS[mixer].build(c, layer), FFNS[ffn].build(c)
+        if self.mixer is not None:
+            self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(wanted, c) for wanted in at)
         if layer == 0 and not c.first_norm:
             self.ln_1 = nn.Identity()
-        self.mixer, self.ffn = MIXERS[mixer].build(c, layer), FFNS[ffn].build(c)
         if self.ffn is not None:
             self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(wanted, c) for wanted in at)
         self.drop, self.scale = nn.Dropout(c.dropout), c.residual_scale
@@ -520,7 +521,7 @@ class Block(nn.Module):
         return self.branches(x, ctx, cache)
 
     def branches(self, x, ctx, cache):
-        x = self.ln_1_sum(x + self.mix(self.ln_1(x), ctx, cache))
+        x = x if self.mixer is None else self.ln_1_sum(x + self.mix(self.ln_1(x), ctx, cache))
         return x if self.ffn is None else self.ln_2_sum(x + self.feed(self.ln_2(x), ctx))
 
     def mix(self, x, ctx, cache):
@@ -533,10 +534,10 @@ class Block(nn.Module):
         return self.drop(y) if self.scale == 1 else self.drop(y) * self.scale
 
     def flops(self, T):
-        return self.mixer.flops(T)
+        return 0 if self.mixer is None else self.mixer.flops(T)
 
     def new_cache(self, *sizes):
-        return self.mixer.new_cache(*sizes)
+        return JointCache() if self.mixer is None else self.mixer.new_cache(*sizes)
 
 
 # ==========================================================================================================
@@ -567,7 +568,8 @@ class JointCache:
     """Several caches of one layer, as one."""
 
     def __init__(self, *parts):
-        self.parts, self.max_tokens = parts, min(part.max_tokens for part in parts)
+        self.parts = parts      # none where a layer has no mixer
+        self.max_tokens = min((part.max_tokens for part in parts), default=math.inf)
 
     @property
     def empty(self):
@@ -601,12 +603,13 @@ def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_byt
         raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
     check_counts(1, seq_len=seq_len, batch_size=batch_size)
     with torch.device('meta'):
-        mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
+        mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers() - {'-'}}
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
                 for letter, mixer in mixers.items()}
-    # of the source: keys, values, and the position, which is an int64
-    memory = batch_size * seq_len * (2 * config.n_kv_head * config.head_dim * dtype_bytes + 8)
-    sizes = [size[letter] + (memory if config.n_encoder else 0) for letter, _ in config.plan()]
+    memory = 0
+    if config.n_encoder:    # of the source: keys, values, and the position, which is an int64
+        memory = batch_size * seq_len * (2 * config.n_kv_head * config.head_dim * dtype_bytes + 8)
+    sizes = [size.get(letter, 0) + memory for letter, _ in config.plan()]
     return sum(sizes) if config.causal else 0
 
 def check_counts(least, **given):
@@ -751,7 +754,7 @@ ROPE_SCALING = {
 ROPE_CONTEXT = ('dynamic', 'yarn', 'llama3', 'longrope')
 ROPE_BY_LENGTH = ('dynamic', 'longrope')
 
-@flags(pos='rope', layer_pattern='awc')
+@flags(pos='rope', layer_pattern='awch')
 class RopeScalingFlags:
     """Rotary positions beyond the trained context"""
     rope_scaling: str = flag('none', ROPE_SCALING)              # change of frequencies for longer texts
@@ -806,7 +809,7 @@ ATTN_GATE = {
     'channel': OutputGate,
 }
 
-@flags(layer_pattern='awcnv')
+@flags(layer_pattern='awcnvh')
 class AttentionExtraFlags:
     """Additions to attention"""
     softcap: float | None = None        # caps the scores smoothly: cap * tanh(score / cap) (Gemma 2)
@@ -1103,6 +1106,10 @@ class StepProjection(Linear):
         # the bias is as low as -7, where bf16 has steps of 3 %, so it is added in fp32
         return ops.at_least_fp32(F.linear(x, self.weight)) + ops.at_least_fp32(self.bias)
 
+def ssm_inner(c):
+    """The inner width of Mamba and Mamba-2."""
+    return c.ssm_width or c.ssm_expand * c.n_embd
+
 def s4d_real(shape, generator):
     """The log of the decay rates 1..N of every channel (S4D-Real)."""
     return torch.arange(1.0, shape[1] + 1).log().expand(shape)
@@ -1131,7 +1138,7 @@ class Mamba1(StateSpace):
 
     def __init__(self, c):
         super().__init__()
-        inner, N, rank = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_dt_rank
+        inner, N, rank = ssm_inner(c), c.ssm_state, c.ssm_dt_rank
         self.widths, self.cache_shapes = (rank, N, N), ((c.ssm_conv - 1, inner), (inner, N))
         self.in_proj = Linear(c.n_embd, 2 * inner, c.ssm_bias)      # the input and its gate, side by side
         self.conv1d = CausalConv(inner, c.ssm_conv, c.conv_bias)
@@ -1182,7 +1189,7 @@ class Mamba2(StateSpace):
 
     def __init__(self, c):
         super().__init__()
-        inner, N, G, P = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_groups, c.ssm_head_dim
+        inner, N, G, P = ssm_inner(c), c.ssm_state, c.ssm_groups, c.ssm_head_dim
         heads = inner // P
         self.state_shape, self.groups, self.limits = (heads, P, N), G, (c.ssm_dt_min, c.ssm_dt_max)
         self.widths = (inner, G * N, G * N)
@@ -1192,7 +1199,7 @@ class Mamba2(StateSpace):
         self.dt_bias = param(heads, init=step_bias)
         self.A_log = param(heads, init=mamba2_decay)
         self.D = param(heads, init=ones)
-        self.norm = GatedRMSNorm(inner, G, c)
+        self.norm = GatedRMSNorm(inner, G, c) if c.ssm_gate_norm else None
         self.c_proj = out_proj(c, inner, c.ssm_bias)
 
     def forward(self, x, ctx, cache=None):
@@ -1207,16 +1214,18 @@ class Mamba2(StateSpace):
         y, state = ops.ssd(x, dt, A, B, C, self.D, state)                           # (B,T,H,P)
         if cache is not None:
             cache.write(tail, state)
-        return self.c_proj(self.norm(y.flatten(2), gate))
+        y = y.flatten(2)
+        return self.c_proj(y * F.silu(gate) if self.norm is None else self.norm(y, gate))
 
 SSM = {'mamba1': Mamba1, 'mamba2': Mamba2}
 
-@flags(layer_pattern='m')
+@flags(layer_pattern='mh')
 class SSMFlags:
     """State spaces"""
     ssm: str = flag('mamba2', SSM)                          # mamba1 (selective scan), mamba2 (SSD)
     ssm_state: int | None = None                            # state per channel; None: mamba1 16, mamba2 128
-    ssm_expand: int = 2                                     # inner width over n_embd
+    ssm_width: int | None = None                            # inner width; None: ssm_expand * n_embd
+    ssm_expand: int = flag(2, ssm_width=None)               # inner width over n_embd
     ssm_conv: int = 4                                       # taps of the causal convolution
     ssm_head_dim: int = flag(64, ssm='mamba2')              # channels of a head, which share one decay
     ssm_groups: int = flag(1, ssm='mamba2')                 # groups of heads that share B and C
@@ -1224,6 +1233,7 @@ class SSMFlags:
     ssm_dt_max: float | None = flag(None, ssm='mamba2')     # largest step size; None: no limit
     ssm_dt_rank: int | None = flag(None, ssm='mamba1')      # rank of the projection to dt; None: n_embd / 16
     ssm_norm: bool = flag(False, ssm='mamba1')              # RMS norms on the step size, B and C (Jamba)
+    ssm_gate_norm: bool = flag(True, ssm='mamba2')          # RMS norm of the gated output (Falcon-H1: none)
     ssm_bias: bool | None = flag(None, like='bias')         # bias of its two projections; None: as bias
     conv_bias: bool = True                                  # bias of the convolution (not governed by bias)
 
@@ -1233,11 +1243,73 @@ class SSMFlags:
 
     def rules(c):
         if c.ssm == 'mamba2':
-            heads, odd = divmod(c.ssm_expand * c.n_embd, c.ssm_head_dim)
-            yield 'ssm_head_dim', odd == 0, f'divide the inner width {c.ssm_expand * c.n_embd}'
+            heads, odd = divmod(ssm_inner(c), c.ssm_head_dim)
+            yield 'ssm_head_dim', odd == 0, f'divide the inner width {ssm_inner(c)}'
             yield 'ssm_groups', heads % c.ssm_groups == 0, f'divide the {heads} heads of the state space'
             yield ('ssm_dt_max', c.ssm_dt_max is None or c.ssm_dt_max > c.ssm_dt_min,
                    f'be above ssm_dt_min={c.ssm_dt_min}')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Short convolutions, and layers of several mixers or of none
+
+@flags(layer_pattern='s')
+class ShortConvFlags:
+    """Short convolutions"""
+    short_conv: int = 3                                 # taps
+    short_bias: bool | None = flag(None, like='bias')   # bias of convolution and projections; None: as bias
+
+class ShortConv(StateSpace):
+    """C conv(B x), with gates B and C made of the token as x is (LFM2: https://arxiv.org/abs/2511.23404)."""
+    work = 0
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.cache_shapes = (c.short_conv - 1, c.n_embd), (0,)
+        self.in_proj = Linear(c.n_embd, 3 * c.n_embd, c.short_bias)     # B, C and x, side by side
+        self.conv1d = CausalConv(c.n_embd, c.short_conv, c.short_bias, nn.Identity())
+        self.c_proj = out_proj(c, c.n_embd, c.short_bias)
+
+    def forward(self, x, ctx, cache=None):
+        tail = None if cache is None else cache.read()[0]
+        B, C, x = self.in_proj(x).chunk(3, dim=-1)                  # (B,T,C) each
+        y, tail = self.conv1d(B * x, ctx, tail)
+        if cache is not None:
+            cache.write(tail, cache.state)
+        return self.c_proj(C * y)
+
+class ParallelMixers(nn.Module):
+    """
+    Attention and a state space read the same norm, and their outputs are added (Falcon-H1: Zuo et al. 2025,
+    https://arxiv.org/abs/2507.22448).
+    """
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.attn, self.ssm = MIXERS['a'].build(c, layer), MIXERS['m'].build(c, layer)
+
+    def forward(self, x, ctx, cache=None):
+        past, state = (None, None) if cache is None else cache.parts
+        return self.attn(x, ctx, past) + self.ssm(x, ctx, state)
+
+    def new_cache(self, *sizes):
+        return JointCache(self.attn.new_cache(*sizes), self.ssm.new_cache(*sizes))
+
+    def flops(self, T):
+        return self.attn.flops(T) + self.ssm.flops(T)
+
+@flags(layer_pattern='-')
+class LayerFlags:
+    """Layers without a mixer (Nemotron-H: https://arxiv.org/abs/2504.03624)"""
+
+    def rules(c):
+        yield 'layer_pattern', c.mixers() != {'-'}, "have a letter beside '-', or no token would see another"
+        yield ('ffn_pattern', ('-', '-') not in c.plan(),
+               "have no '-' in a layer whose letter in layer_pattern is '-' too, which would be empty")
+        yield ('residual', c.residual == 'serial',
+               "be serial when layer_pattern has a '-', as nothing is beside the feed-forward")
+        yield ('first_norm', c.first_norm or c.layer_pattern[0] != '-',
+               "be True when layer_pattern begins with '-'")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2167,8 +2239,8 @@ class SharedBlock(Block):
 @flags(residual='normed')
 class NormedFlags:
     """Branches added to their norm"""      # a n + b f(n), with the two factors a, b:
-    normed_attn: tuple = flag((1.0, 1.0), layer_pattern='awcnv')    # where f is attention (MiniMax)
-    normed_rnn: tuple = flag((1.0, 1.0), layer_pattern='mrk')       # where f is a state space or recurrence
+    normed_attn: tuple = flag((1.0, 1.0), layer_pattern='awcnvh')   # where f is attention (MiniMax)
+    normed_rnn: tuple = flag((1.0, 1.0), layer_pattern='mrks')      # where f is a state space or recurrence
     normed_ffn: tuple = (1.0, 1.0)                                  # where f is a feed-forward
 
     def rules(c):
@@ -2180,7 +2252,7 @@ class NormedBlock(Block):
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__(c, mixer, ffn, layer)
-        self.factors = c.normed_rnn if mixer in 'mrk' else c.normed_attn, c.normed_ffn
+        self.factors = c.normed_rnn if mixer in 'mrks' else c.normed_attn, c.normed_ffn
 
     def branches(self, x, ctx, cache):
         (a, b), (a_ffn, b_ffn) = self.factors
@@ -2233,8 +2305,8 @@ class EncoderFlags:
         yield ('first_norm', c.first_norm or NORM_AT[c.norm_at][0] and c.residual == 'serial',
                'be True unless norm_at is pre or sandwich, and residual=serial')
         if not c.causal:
-            yield ('causal', not c.mixers() & set('mrkc'),
-                   "be True when layer_pattern has an 'm', 'r', 'k' or 'c', which look back alone")
+            yield ('causal', not c.mixers() & set('mrkcsh'),
+                   "be True when layer_pattern has an 'm', 'r', 'k', 'c', 's' or 'h', which look back alone")
             yield 'n_predict', c.n_predict == 1, 'be 1 when causal=False'
             yield 'pos', c.pos != 'alibi_bf16', 'not be alibi_bf16 when causal=False: choose alibi'
 
@@ -2278,8 +2350,9 @@ class EncoderDecoderFlags:
             yield 'n_encoder', c.causal, 'be 0 when causal=False, which is an encoder already'
             yield 'residual', c.residual == 'serial', 'be serial when there is an encoder'
             yield 'n_predict', c.n_predict == 1, 'be 1 when there is an encoder'
-            yield ('layer_pattern', not c.mixers() & set('mrkc'),
-                   "have no 'm', 'r', 'k' or 'c' when there is an encoder, which has the same layers")
+            yield ('layer_pattern', c.mixers() <= set('awnv'),
+                   "have no letters but 'a', 'w', 'n' and 'v' when there is an encoder, which has the same "
+                   'layers')
             yield ('value_embed', not (c.value_embed or c.embed_skip),
                    'be False when there is an encoder, and embed_skip too')
 
@@ -2417,7 +2490,8 @@ MIXERS = {
     'v': Letter('w without rope', attention(windowed=True, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
     'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)),
-    'k': Letter('channel mixing', ChannelMix),
+    'k': Letter('channel mixing', ChannelMix), 's': Letter('short convolution', ShortConv),
+    'h': Letter('a and m in parallel', ParallelMixers), '-': Letter('none', lambda c, layer: None),
 }
 FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
         '-': Letter('none', lambda c: None)}
@@ -2441,7 +2515,7 @@ FFN = {
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, Flags):
+                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, ShortConvFlags, LayerFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -2456,9 +2530,9 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
     norm_at: str = flag('pre', NORM_AT)     # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
     # serial (mixer, then feed-forward), parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM)
     residual: str = flag('serial', RESIDUAL)
-    attn: str = flag('standard', ATTN, layer_pattern='awcnv')   # standard, mla (DeepSeek), diff
+    attn: str = flag('standard', ATTN, layer_pattern='awcnvh')   # standard, mla (DeepSeek), diff
     # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), unit (Llama 4)
-    qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnv')
+    qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnvh')
     ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation; words with glu and clip are gated
     bias: bool = True               # biases of linear layers and layer norms; default of the *_bias flags
     tie: bool = True                # the output head shares its weight with the token embedding
@@ -2471,7 +2545,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
         yield 'n_embd', c.pos != 'sinusoidal' or c.n_embd % 2 == 0, 'be even when pos=sinusoidal'
         yield ('pos', c.attends() or c.pos in ('learned', 'sinusoidal', 'none'),
                'be learned, sinusoidal or none when no layer attends')
-        yield ('pos', c.pos != 'rope' or c.mixers() & set('awc'),
+        yield ('pos', c.pos != 'rope' or c.mixers() & set('awch'),
                "be none when every layer that attends is an 'n' or 'v', which do not rotate")
         yield ('layer_pattern', c.pos == 'rope' or not c.mixers() & set('nv'),
                f"have 'a' for 'n' and 'w' for 'v' when pos={c.pos}, as rotation is all that tells them apart")
@@ -2493,7 +2567,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
         return set(self.ffn_pattern[:self.n_layer])
 
     def attends(self):
-        return bool(self.mixers() - set('mrk'))
+        return bool(self.mixers() - set('mrks-'))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2575,7 +2649,7 @@ class GPT(nn.Module):
     def context(self, idx, pos, cache):
         T = idx.shape[1]
         if pos is None:
-            if cache is not None and not cache[0].empty:
+            if cache is not None and not all(entry.empty for entry in cache):
                 raise ValueError('pos=None must be the positions of these tokens, as the cache holds tokens '
                                  'already')
             if self.wpe.max_tokens is not None and T > self.wpe.max_tokens:
