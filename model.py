@@ -498,7 +498,7 @@ def norm_if(wanted, c, width=None):
     return NORMS[c.norm](width or c.n_embd, c) if wanted else nn.Identity()
 
 class Block(nn.Module):
-    """Two branches, mixer and feed-forward, or one of them; norms that NORM_AT does not list are nn.Identity."""
+    """Mixer and feed-forward, or one of them, with the norms that NORM_AT lists; others are nn.Identity."""
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__()
@@ -1128,6 +1128,16 @@ class StateSpace(nn.Module):
         taps = 0 if self.conv1d is None else self.conv1d.weight.numel()
         return 3 * (self.work * math.prod(self.cache_shapes[1]) + 2 * taps)
 
+class PlainRMSNorm(nn.Module):
+    """RMS norm without weights."""
+
+    def __init__(self, eps):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
 class Mamba1(StateSpace):
     """
     Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752): convolution, selective scan, gate. Each channel
@@ -1148,8 +1158,7 @@ class Mamba1(StateSpace):
         self.D = param(inner, init=ones)                            # skip connection
         self.c_proj = out_proj(c, inner, c.ssm_bias)
         # Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887) keeps large models stable with these
-        self.dt_norm, self.b_norm, self.c_norm = (
-            RMSNorm(size, c) if c.ssm_norm else nn.Identity() for size in self.widths)
+        self.dt_norm, self.b_norm, self.c_norm = (SSM_NORM[c.ssm_norm](size, c) for size in self.widths)
 
     def forward(self, x, ctx, cache=None):
         tail, state = (None, None) if cache is None else cache.read()
@@ -1163,11 +1172,14 @@ class Mamba1(StateSpace):
             cache.write(tail, state)
         return self.c_proj(y * F.silu(gate))
 
+SSM_NORM = {False: lambda size, c: nn.Identity(), True: lambda size, c: RMSNorm(size, c, c.ssm_eps),
+            'plain': lambda size, c: PlainRMSNorm(c.ssm_eps)}
+
 class GatedRMSNorm(RMSNorm):
     """Gate, then RMS-normalise each group separately (so that groups can be sharded)."""
 
     def __init__(self, width, groups, c):
-        super().__init__(width, c)
+        super().__init__(width, c, c.ssm_eps)
         self.groups = groups
 
     def forward(self, x, gate):
@@ -1232,8 +1244,10 @@ class SSMFlags:
     ssm_dt_min: float = flag(0.0, least=0, ssm='mamba2')    # smallest step size
     ssm_dt_max: float | None = flag(None, ssm='mamba2')     # largest step size; None: no limit
     ssm_dt_rank: int | None = flag(None, ssm='mamba1')      # rank of the projection to dt; None: n_embd / 16
-    ssm_norm: bool = flag(False, ssm='mamba1')              # RMS norms on the step size, B and C (Jamba)
+    # RMS norms on the step size, B and C: True (Jamba), plain (without weights: Falcon Mamba)
+    ssm_norm: bool | str = flag(False, SSM_NORM, ssm='mamba1')
     ssm_gate_norm: bool = flag(True, ssm='mamba2')          # RMS norm of the gated output (Falcon-H1: none)
+    ssm_eps: float | None = flag(None, like='norm_eps')     # of these norms; None: norm_eps
     ssm_bias: bool | None = flag(None, like='bias')         # bias of its two projections; None: as bias
     conv_bias: bool = True                                  # bias of the convolution (not governed by bias)
 
@@ -2515,7 +2529,8 @@ FFN = {
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, ShortConvFlags, LayerFlags, Flags):
+                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, ShortConvFlags, LayerFlags,
+                Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
