@@ -67,7 +67,8 @@ def rope(kind='default', theta=1000.0, **more):
 
 
 def layers(letters):
-    words = {'f': 'full_attention', 's': 'sliding_attention', 'r': 'linear_attention', 'c': 'conv'}
+    words = {'f': 'full_attention', 's': 'sliding_attention', 'r': 'linear_attention', 'c': 'conv',
+             'd': 'mlp', 'm': 'moe'}
     return [words[letter] for letter in letters]
 
 
@@ -111,7 +112,7 @@ NEXT = dict(**FOUR, **DELTA, **EXPERTS, shared_expert_intermediate_size=23)
 NO_ROPE = {'rope_parameters': {'rope_type': 'default', 'rope_theta': None}}
 THREE = dict(num_attention_heads=3, num_key_value_heads=1)
 HEADS = dict(mamba_n_heads=9, mamba_d_state=7, mamba_d_conv=3, mamba_chunk_size=8)
-NEMOTRON = dict(layers_block_type=['linear_attention', 'moe', 'full_attention', 'mlp'], mamba_num_heads=5,
+NEMOTRON = dict(layers_block_type=layers('rmfdrm'), mamba_num_heads=5,
                 mamba_head_dim=8, n_groups=1, ssm_state_size=7, chunk_size=8, n_routed_experts=5,
                 moe_intermediate_size=19, moe_shared_expert_intermediate_size=23, routed_scaling_factor=1.7)
 GRANITE = dict(embedding_multiplier=3.0, residual_multiplier=0.6, logits_scaling=0.7,
@@ -366,13 +367,13 @@ CASES = {
         'output_logit_soft_cap': 3.0, 'tie_word_embeddings': True}),
 
     'nemotron_h': Case('nemotron_h', NEMOTRON, old={
-        'layers_block_type': ABSENT, 'hybrid_override_pattern': 'ME*-', 'num_hidden_layers': 4}),
+        'layers_block_type': ABSENT, 'hybrid_override_pattern': 'ME*-ME', 'num_hidden_layers': 6}),
     'nemotron_h-dense-groups': Case('nemotron_h', {
-        **NEMOTRON, 'layers_block_type': ['mlp', 'linear_attention', 'full_attention', 'mlp'] * 2,
+        **NEMOTRON, 'layers_block_type': layers('drfddrfd'),
         'mamba_num_heads': 9, 'n_groups': 3, 'tie_word_embeddings': True, 'use_bias': True,
         'time_step_min': 0.01}, cache=False),
     'nemotron_h-expert-groups': Case('nemotron_h', {
-        **NEMOTRON, 'layers_block_type': ['full_attention', 'moe'] * 2, 'n_routed_experts': 6, 'n_group': 3,
+        **NEMOTRON, 'layers_block_type': layers('fmfm'), 'n_routed_experts': 6, 'n_group': 3,
         'topk_group': 2, 'norm_topk_prob': False, 'num_experts_per_tok': 3}),
     'bamba': Case('bamba', {**HEADS, **FOUR, **THREE, 'attn_layer_indices': [1], 'mamba_n_groups': 3}),
     'bamba-biased': Case('bamba', {
@@ -391,7 +392,8 @@ CASES = {
     'falcon_mamba': Case('falcon_mamba', {**MAMBA, 'mixer_rms_eps': 0.03}),
     'falcon_mamba-untied': Case('falcon_mamba', {
         **MAMBA, 'tie_word_embeddings': False, 'conv_kernel': 3, 'expand': 1, 'time_step_rank': 5}),
-    'lfm2': Case('lfm2', LFM2, old={'full_attn_idxs': [1], 'intermediate_size': ABSENT, 'block_ff_dim': 51}),
+    'lfm2': Case('lfm2', {**LFM2, **FIVE, 'layer_types': layers('cfccf')}, old={
+        'full_attn_idxs': [1, 4], 'intermediate_size': ABSENT, 'block_ff_dim': 51}),
     'lfm2-biased-plain-width': Case('lfm2', {
         **LFM2, **FOUR, **LINEAR, 'layer_types': layers('cfcf'), 'conv_bias': True, 'conv_L_cache': 4,
         'block_auto_adjust_ff_dim': False, 'tie_word_embeddings': False}, old={'full_attn_idxs': [1, 3]}),
@@ -497,9 +499,10 @@ CASES = {
     'starcoder2-erf': Case('starcoder2', {'hidden_act': 'gelu'}, rare='hidden_act'),
     'gpt_neox-tanh': Case('gpt_neox', {**NEOX, **HALF, 'hidden_act': 'gelu_fast'}),
 }
-# one of each family that has recurrences
+# one of each family that has recurrences, or state spaces or short convolutions beside other layers
+HYBRIDS = ('nemotron_h', 'bamba', 'falcon_h1', 'granitemoehybrid', 'falcon_mamba', 'lfm2', 'lfm2_moe')
 RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid', 'kimi_linear', 'minimax',
-             'bailing_hybrid', 'xlstm')
+             'bailing_hybrid', 'xlstm', *HYBRIDS)
 # model types that fill in masked tokens
 ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert', 'nomic_bert')
 # model types with an encoder and a decoder

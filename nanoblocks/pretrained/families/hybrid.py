@@ -13,6 +13,7 @@ from nanoblocks.pretrained.families.llama import (
     LLAMA_TENSORS,
 )
 from nanoblocks.pretrained.families.llama import FAMILIES as LLAMAS
+from nanoblocks.pretrained.families.recurrent import stored
 from nanoblocks.pretrained.families.state_space import mixer_tensors, read_limits, write_limits
 from nanoblocks.pretrained.keys import (
     ROUTER_NORM,
@@ -79,6 +80,15 @@ def write_nemotron(c):
 
 
 LAYER = 'backbone.layers.{i}.'
+
+
+def nemotron_as_stored(rules, files, c):
+    """In memory, transformers has another name for the body."""
+    if 'model.embeddings.weight' not in files.where:
+        return rules
+    return {ours: (theirs.replace('backbone.', 'model.'), layout) for ours, (theirs, layout) in rules.items()}
+
+
 FAMILIES['nemotron_h'] = Family(
     architecture='NemotronHForCausalLM',
     flags={'pos': 'none', 'norm': 'rmsnorm', 'bias': False, 'ssm': 'mamba2', 'qkv_bias': False,
@@ -110,6 +120,7 @@ FAMILIES['nemotron_h'] = Family(
         'h.{e}.ffn.c_proj': (LAYER + 'mixer.experts.{n}.down_proj', by_expert),
         'h.{e}.ffn.shared.c_fc': LAYER + 'mixer.shared_experts.up_proj',
         'h.{e}.ffn.shared.c_proj': LAYER + 'mixer.shared_experts.down_proj'},
+    as_stored=nemotron_as_stored,
     mixers='am-', read=read_nemotron, write=write_nemotron)
 
 # ----------------------------------------------------------------------------------------------------------
@@ -190,14 +201,17 @@ def scaled_rows(p, c, weight, parts):
     return [piece._replace(times=times) for piece in same(p, c)]
 
 
+ONES = [1.0] * 5
+
+
 def falcon_h1_tensors(c, hf):
     def factor(name):
-        return hf.get(name + '_multiplier', 1.0)
-    gate, down = hf.get('mlp_multipliers', (1.0, 1.0))
-    into, out = partial(scaled, layout=qkv, weight=factor('attention_in'), both=(1.0, factor('key'), 1.0))
+        return float(hf.get(name + '_multiplier', 1.0))
+    gate, down = hf.get('mlp_multipliers', ONES[:2])
+    into = partial(scaled, layout=qkv, weight=factor('attention_in'), both=(1.0, factor('key'), 1.0))
     out = factor('attention_out')
     mamba = mixer_tensors('model.layers.{i}.mamba.', 'h.{h}.mixer.ssm.')
-    rows = partial(scaled_rows, weight=factor('ssm_in'), parts=hf.get('ssm_multipliers', (1.0,) * 5))
+    rows = partial(scaled_rows, weight=factor('ssm_in'), parts=hf.get('ssm_multipliers', ONES))
     return LLAMA_TENSORS | FEED_FORWARD | mamba | {
         'h.{h}.mixer.attn.c_attn': ('model.layers.{i}.self_attn.{q,k,v}_proj', into),
         'h.{h}.mixer.attn.c_proj': ('model.layers.{i}.self_attn.o_proj', partial(scaled, both=(out,))),
@@ -211,12 +225,12 @@ def falcon_h1_tensors(c, hf):
 
 def read_falcon_h1(hf):
     if hf['mamba_rms_norm'] and hf['mamba_norm_before_gate']:
-        refuse(hf, 'mamba_norm_before_gate', 'be false beside mamba_rms_norm, as in the published models: here '
-               'the gate comes before the norm')
+        refuse(hf, 'mamba_norm_before_gate', 'be false beside mamba_rms_norm, as in the published models: '
+               'here the gate comes before the norm')
     if hf['mamba_proj_bias'] != hf['projectors_bias']:
         refuse(hf, 'projectors_bias', 'equal mamba_proj_bias: one flag stands for both')
     for key, n in (('mlp_multipliers', 2), ('ssm_multipliers', 5)):
-        if len(hf[key]) != n:
+        if len(hf.get(key, ONES[:n])) != n:
             refuse(hf, key, f'hold {n} numbers')
     return read_mamba(hf) | read_rope(hf)
 
@@ -235,8 +249,7 @@ FAMILIES['falcon_h1'] = Family(
         'lm_head_multiplier': Key(('logit_scale',), lambda value, hf: float(value), lambda c: c.logit_scale)},
     defaults=MAMBA_DEFAULTS | {
         'rms_norm_eps': 1e-5, 'mamba_d_ssm': 1024, 'mamba_norm_before_gate': True, 'mamba_rms_norm': False,
-        'projectors_bias': False, 'lm_head_multiplier': 1.0, 'embedding_multiplier': 1.0,
-        'mlp_multipliers': [1.0] * 2, 'ssm_multipliers': [1.0] * 5},
+        'projectors_bias': False, 'lm_head_multiplier': 1.0, 'embedding_multiplier': 1.0},
     only={'hidden_act': 'silu'},
     tensors=falcon_h1_tensors,
     mixers='h', read=read_falcon_h1, write=write_falcon_h1)
@@ -268,6 +281,17 @@ def write_granite_hybrid(c):
 
 
 MOE = 'model.layers.{i}.block_sparse_moe.'
+
+
+def granite_as_stored(rules, files, c):
+    """In memory, transformers names experts as in other families."""
+    if not stored(files, '.block_sparse_moe.experts.gate_up_proj'):
+        return rules
+    return rules | {'h.{e}.ffn.router': MOE + 'router',
+                    'h.{e}.ffn.c_fc.weight': MOE + 'experts.gate_up_proj',
+                    'h.{e}.ffn.c_proj.weight': MOE + 'experts.down_proj'}
+
+
 FAMILIES['granitemoehybrid'] = Family(
     architecture='GraniteMoeHybridForCausalLM',
     flags=without(LLAMA_FLAGS, 'pos') | {'ssm': 'mamba2', 'ffn_bias': False},
@@ -284,4 +308,5 @@ FAMILIES['granitemoehybrid'] = Family(
         'h.{e}.ffn.shared.c_proj': 'model.layers.{i}.shared_mlp.output_linear',
         'h.{f}.ffn.c_fc': 'model.layers.{i}.shared_mlp.input_linear',
         'h.{f}.ffn.c_proj': 'model.layers.{i}.shared_mlp.output_linear'},
+    as_stored=granite_as_stored,
     mixers='am', read=read_granite_hybrid, write=write_granite_hybrid)
