@@ -180,7 +180,7 @@ class LearnedPositions(Positions):
                              'positions end')
         return x + F.embedding(pos.clamp(min=0), self.weight)
 
-@flags(pos='rope', layer_pattern='awch')
+@flags(pos='rope', layer_pattern='awchz')
 class RopeFlags:
     """Rotary positions"""
     rope_theta: float = flag(10000.0, above=1)  # base: pair j of D/2 rotates by theta^(-2j/D) per token
@@ -313,7 +313,7 @@ class TokenCache:
 # ----------------------------------------------------------------------------------------------------------
 # Attention
 
-@flags(layer_pattern='awcnvh')
+@flags(layer_pattern='awcnvhz')
 class AttentionFlags:
     """Attention"""
     n_kv_head: int | None = flag(None, like='n_head')   # key/value heads: n_head (None) MHA, fewer GQA, 1 MQA
@@ -506,7 +506,7 @@ class Block(nn.Module):
         self.mixer, self.ffn = MIXERS[mixer].build(c, layer), FFNS[ffn].build(c)
         if self.mixer is not None:
             self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(wanted, c) for wanted in at)
-        if layer == 0 and not c.first_norm:
+        if mixer == 'z' or layer == 0 and not c.first_norm:
             self.ln_1 = nn.Identity()
         if self.ffn is not None:
             self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(wanted, c) for wanted in at)
@@ -563,6 +563,7 @@ class Given(NamedTuple):
     relative: torch.Tensor | None = None    # pos=relative: the table of biases (rel_buckets,H)
     memory: torch.Tensor | None = None      # n_encoder: the encoder's output (B,S,C)
     memory_pos: torch.Tensor | None = None  # and its positions (B,S), negative for padding
+    tied: nn.ModuleList | tuple = ()        # z layers: the blocks that several of them use
 
 class JointCache:
     """Several caches of one layer, as one."""
@@ -754,7 +755,7 @@ ROPE_SCALING = {
 ROPE_CONTEXT = ('dynamic', 'yarn', 'llama3', 'longrope')
 ROPE_BY_LENGTH = ('dynamic', 'longrope')
 
-@flags(pos='rope', layer_pattern='awch')
+@flags(pos='rope', layer_pattern='awchz')
 class RopeScalingFlags:
     """Rotary positions beyond the trained context"""
     rope_scaling: str = flag('none', ROPE_SCALING)              # change of frequencies for longer texts
@@ -809,7 +810,7 @@ ATTN_GATE = {
     'channel': OutputGate,
 }
 
-@flags(layer_pattern='awcnvh')
+@flags(layer_pattern='awcnvhz')
 class AttentionExtraFlags:
     """Additions to attention"""
     softcap: float | None = None        # caps the scores smoothly: cap * tanh(score / cap) (Gemma 2)
@@ -1231,7 +1232,7 @@ class Mamba2(StateSpace):
 
 SSM = {'mamba1': Mamba1, 'mamba2': Mamba2}
 
-@flags(layer_pattern='mh')
+@flags(layer_pattern='mhz')
 class SSMFlags:
     """State spaces"""
     ssm: str = flag('mamba2', SSM)                          # mamba1 (selective scan), mamba2 (SSD)
@@ -1324,6 +1325,73 @@ class LayerFlags:
                "be serial when layer_pattern has a '-', as nothing is beside the feed-forward")
         yield ('first_norm', c.first_norm or c.layer_pattern[0] != '-',
                "be True when layer_pattern begins with '-'")
+
+#   t = W block(x, embedding)       the blocks are few, and z layers use them in turn
+#   x = x + m(norm(x + t))          W, norm and m are each layer's own
+
+@flags(layer_pattern='z')
+class TiedFlags:
+    """Blocks that several layers share (Zamba 2)"""
+    tied_blocks: int = 1                # blocks that the z layers use in turn
+    tied_width: int | None = None       # hidden width of their feed-forward; None: 4 n_embd
+    tied_rank: int | None = None        # rank of what each layer adds to that feed-forward; None: nothing
+
+    def fill(c):
+        return {'tied_width': 4 * c.n_embd}
+
+    def rules(c):
+        yield ('tied_blocks', c.tied_blocks <= sum(mixer == 'z' for mixer, _ in c.plan()),
+               "be at most the number of layers whose letter is 'z'")
+        yield 'attn', c.attn == 'standard', "be standard when layer_pattern has a 'z'"
+        yield 'attn_gate', c.attn_gate == 'none', "be none when layer_pattern has a 'z'"
+        yield 'norm_at', c.norm_at == 'pre', "be pre when layer_pattern has a 'z'"
+        yield 'residual', c.residual == 'serial', "be serial when layer_pattern has a 'z'"
+
+class TiedBlock(nn.Module):
+    """
+    Attention, then a feed-forward, on the stream beside the embedding. Nothing is added to what they read
+    (Zamba 2: Glorioso et al. 2024, https://arxiv.org/abs/2411.15242).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1, self.ln_2 = norm_if(True, c, 2 * c.n_embd), norm_if(True, c)
+        self.attn = Attention(c, 0, LayerSpan())
+        self.attn.c_attn = Linear(2 * c.n_embd, sum(self.attn.heads) * c.head_dim, c.qkv_bias)
+        self.ffn = GatedMLP(c, gated_by(F.gelu), c.tied_width)
+
+    def forward(self, x, ctx, cache, more):
+        x = self.attn(self.ln_1(torch.cat((x, ctx.given.embedding), dim=-1)), ctx, cache)
+        x = self.ln_2(x)
+        hidden = self.ffn.c_fc(x)                                               # (B,T,2I)
+        return self.ffn.c_proj(self.ffn.act(hidden if more is None else hidden + more(x)))
+
+class TiedMixer(nn.Module):
+    """A state space on the norm of the stream and of what a block made of it, which other layers use too."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        use = (c.layer_pattern * (layer + 1))[:layer].count('z')
+        self.number, self.again = use % c.tied_blocks, use >= c.tied_blocks
+        self.cached, C = [(c.n_kv_head, c.head_dim)] * 2, c.n_embd
+        self.more = low_rank(c, 2 * c.tied_width, c.tied_rank) if c.tied_rank else None
+        self.c_proj, self.norm = Linear(C, C, bias=False), norm_if(True, c)
+        self.ssm = MIXERS['m'].build(c, layer)
+        self.products = 2 * c.n_head * c.head_dim
+        self.weights = C * (3 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 3 * C * c.tied_width
+
+    def forward(self, x, ctx, cache=None):
+        past, state = (None, None) if cache is None else cache.parts
+        t = self.c_proj(ctx.given.tied[self.number](x, ctx, past, self.more))
+        return self.ssm(self.norm(x + t), ctx, state)
+
+    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
+        past = TokenCache(batch_size, max_tokens, self.cached, dtype, device, max_tokens, spare)
+        return JointCache(past, self.ssm.new_cache(batch_size, max_tokens, dtype, device, spare))
+
+    def flops(self, T):
+        """The block's weights are counted once already, for the first layer that uses it."""
+        return 6 * self.products * T + self.ssm.flops(T) + 6 * self.weights * self.again
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2253,7 +2321,7 @@ class SharedBlock(Block):
 @flags(residual='normed')
 class NormedFlags:
     """Branches added to their norm"""      # a n + b f(n), with the two factors a, b:
-    normed_attn: tuple = flag((1.0, 1.0), layer_pattern='awcnvh')   # where f is attention (MiniMax)
+    normed_attn: tuple = flag((1.0, 1.0), layer_pattern='awcnvhz')  # where f is attention (MiniMax)
     normed_rnn: tuple = flag((1.0, 1.0), layer_pattern='mrks')      # where f is a state space or recurrence
     normed_ffn: tuple = (1.0, 1.0)                                  # where f is a feed-forward
 
@@ -2319,8 +2387,8 @@ class EncoderFlags:
         yield ('first_norm', c.first_norm or NORM_AT[c.norm_at][0] and c.residual == 'serial',
                'be True unless norm_at is pre or sandwich, and residual=serial')
         if not c.causal:
-            yield ('causal', not c.mixers() & set('mrkcsh'),
-                   "be True when layer_pattern has an 'm', 'r', 'k', 'c', 's' or 'h', which look back alone")
+            yield ('causal', not c.mixers() & set('mrkcshz'),
+                   "be True when layer_pattern has one of m, r, k, c, s, h, z, which look back alone")
             yield 'n_predict', c.n_predict == 1, 'be 1 when causal=False'
             yield 'pos', c.pos != 'alibi_bf16', 'not be alibi_bf16 when causal=False: choose alibi'
 
@@ -2506,6 +2574,7 @@ MIXERS = {
     'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)),
     'k': Letter('channel mixing', ChannelMix), 's': Letter('short convolution', ShortConv),
     'h': Letter('a and m in parallel', ParallelMixers), '-': Letter('none', lambda c, layer: None),
+    'z': Letter('m behind a block that several layers share', TiedMixer),
 }
 FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
         '-': Letter('none', lambda c: None)}
@@ -2530,7 +2599,7 @@ FFN = {
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
                 NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, ShortConvFlags, LayerFlags,
-                Flags):
+                TiedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -2545,9 +2614,9 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
     norm_at: str = flag('pre', NORM_AT)     # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
     # serial (mixer, then feed-forward), parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM)
     residual: str = flag('serial', RESIDUAL)
-    attn: str = flag('standard', ATTN, layer_pattern='awcnvh')   # standard, mla (DeepSeek), diff
+    attn: str = flag('standard', ATTN, layer_pattern='awcnvhz')   # standard, mla (DeepSeek), diff
     # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), unit (Llama 4)
-    qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnvh')
+    qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnvhz')
     ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation; words with glu and clip are gated
     bias: bool = True               # biases of linear layers and layer norms; default of the *_bias flags
     tie: bool = True                # the output head shares its weight with the token embedding
@@ -2560,7 +2629,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
         yield 'n_embd', c.pos != 'sinusoidal' or c.n_embd % 2 == 0, 'be even when pos=sinusoidal'
         yield ('pos', c.attends() or c.pos in ('learned', 'sinusoidal', 'none'),
                'be learned, sinusoidal or none when no layer attends')
-        yield ('pos', c.pos != 'rope' or c.mixers() & set('awch'),
+        yield ('pos', c.pos != 'rope' or c.mixers() & set('awchz'),
                "be none when every layer that attends is an 'n' or 'v', which do not rotate")
         yield ('layer_pattern', c.pos == 'rope' or not c.mixers() & set('nv'),
                f"have 'a' for 'n' and 'w' for 'v' when pos={c.pos}, as rotation is all that tells them apart")
@@ -2610,6 +2679,7 @@ class GPT(nn.Module):
         block, plan = CrossBlock if c.n_encoder else RESIDUAL[c.residual], c.plan()
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(plan))
         self.further = nn.ModuleList(block(c, *plan[-1], c.n_layer + k) for k in range(c.n_predict - 1))
+        self.tied = nn.ModuleList(TiedBlock(c) for _ in range(c.tied_blocks if 'z' in c.mixers() else 0))
         self.vte = Embedding(c.vocab_size, c.n_kv_head * c.head_dim) if c.value_embed else None
         self.ln_f = norm_if(c.norm_at != 'post', c)  # post-norm blocks have normalised already
         self.head_mlp = HeadMLP(c) if c.head_mlp else nn.Identity()
@@ -2647,7 +2717,7 @@ class GPT(nn.Module):
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
-        given = Given(x, values, RouterLosses(), Shelf(), getattr(self.wpe, 'table', None))
+        given = Given(x, values, RouterLosses(), Shelf(), getattr(self.wpe, 'table', None), tied=self.tied)
         if source is not None:
             given = self.encoder.remembered(given, self.wte, source)
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):

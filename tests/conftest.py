@@ -82,7 +82,7 @@ FIELDS = {
     'logit_softcap': Field((None, 3.0), (0.0, -30.0)),
     'zero_init': Field((False, True)),
     'layer_pattern': Field(('a', 'w', 'aw', 'an', 'c', 'ac', 'av', 'm', 'ma', 'r', 'ra', 'rk', 'h',
-                            's', 'sa', 'a-'),
+                            's', 'sa', 'a-', 'z'),
                            ('', 'x', 'A')),
     'rnn_decay': Field(('head', 'none', 'retnet', 'lightning', 'key', 'sigmoid', 'slow'), ('fixed', '')),
     'rnn_erase': Field(('delta', 'none', 'gated'), ('beta',)),
@@ -172,6 +172,9 @@ FIELDS = {
     'ssm_norm': Field((False, True, 'plain'), ('rms',)),
     'ssm_gate_norm': Field((True, False)),
     'ssm_eps': Field((None, 1e-2), (0.0, -1e-5)),
+    'tied_blocks': Field((1, 2), (0,)),
+    'tied_width': Field((None, 40), (0,), lambda value, flags: None if value is None else 40),
+    'tied_rank': Field((None, 6), (0,), lambda value, flags: None if value is None else 6),
     'short_conv': Field((3, 2), (0,)),
     'short_bias': Field((None, True, False)),
     'rnn': Field(('linear', 'rwkv7', 'rwkv6', 'rwkv4', 's4d'), ('lstm',)),
@@ -275,7 +278,7 @@ def fit(flags):
         flags['n_expert'] = 4
     if now.rope_scaling != 'none' and now.rope_factor == 1:
         flags['rope_factor'] = 4.0
-    if now.mixers() & set('mh') and now.ssm == 'mamba2' and now.ssm_head_dim == 64:
+    if now.mixers() & set('mhz') and now.ssm == 'mamba2' and now.ssm_head_dim == 64:
         flags['ssm_head_dim'] = 8
     return flags
 

@@ -239,7 +239,7 @@ def matches(rules, c, ours):
     layers = {'i': range(c.n_layer), 's': range(c.n_encoder),
               'a': [i for i, (mixer, _) in plan if mixer in 'awcnv'],
               'c': [i for i, (mixer, _) in plan if mixer == 's'],
-              **{letter: [i for i, (mixer, _) in plan if mixer == letter] for letter in 'mrh'},
+              **{letter: [i for i, (mixer, _) in plan if mixer == letter] for letter in 'mrhz'},
               **{letter: [i for i, (_, ffn) in plan if ffn == letter] for letter in 'ef'}}
     for rule, (theirs, layout) in rules.items():
         letter = re.search(r'\{(\w)\}', rule)
