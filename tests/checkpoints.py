@@ -68,7 +68,7 @@ def rope(kind='default', theta=1000.0, **more):
 
 def layers(letters):
     words = {'f': 'full_attention', 's': 'sliding_attention', 'r': 'linear_attention', 'c': 'conv',
-             'd': 'mlp', 'm': 'moe'}
+             'd': 'mlp', 'm': 'moe', 'h': 'hybrid'}
     return [words[letter] for letter in letters]
 
 
@@ -124,6 +124,9 @@ FALCON = dict(**HEADS, mamba_d_ssm=45, mamba_norm_before_gate=False, attention_i
               attention_out_multiplier=1.3, key_multiplier=0.6, ssm_in_multiplier=1.2, ssm_out_multiplier=0.7,
               ssm_multipliers=[0.9, 1.4, 0.5, 1.1, 1.5], mlp_multipliers=[0.6, 1.25],
               embedding_multiplier=2.5, lm_head_multiplier=0.75)
+# a block in the second layer and the last, and another in the fourth
+ZAMBA = dict(**FIVE, layers_block_type=layers('rhrhh'), n_mamba_heads=9, mamba_d_state=7, chunk_size=8,
+             num_mem_blocks=2, adapter_rank=6, mamba_d_conv=3, num_key_value_heads=6)
 LFM2 = dict(layer_types=layers('cfc'), norm_eps=EPS, block_multiple_of=10)
 LFM2_MOE = dict(**EXPERTS, layer_types=layers('cfc'), norm_eps=EPS, num_dense_layers=1)
 KIMI = dict(**MHA, **FIVE, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9,
@@ -389,6 +392,11 @@ CASES = {
         **GRANITE4, **rope(), 'num_local_experts': 0, 'position_embedding_type': 'rope',
         'attention_bias': True, 'mamba_n_groups': 3, 'tie_word_embeddings': True},
         old={'layer_types': layers('rfr')}),
+    'zamba2': Case('zamba2', ZAMBA),
+    'zamba2-rope-untied': Case('zamba2', {
+        **ZAMBA, **rope(), 'layers_block_type': layers('rhhrhh'), 'num_hidden_layers': 6,
+        'use_mem_rope': True, 'tie_word_embeddings': False, 'num_key_value_heads': 2, 'mamba_ngroups': 3,
+        'time_step_min': 0.003}),
     'falcon_mamba': Case('falcon_mamba', {**MAMBA, 'mixer_rms_eps': 0.03}),
     'falcon_mamba-untied': Case('falcon_mamba', {
         **MAMBA, 'tie_word_embeddings': False, 'conv_kernel': 3, 'expand': 1, 'time_step_rank': 5}),
@@ -500,7 +508,8 @@ CASES = {
     'gpt_neox-tanh': Case('gpt_neox', {**NEOX, **HALF, 'hidden_act': 'gelu_fast'}),
 }
 # one of each family that has recurrences, or state spaces or short convolutions beside other layers
-HYBRIDS = ('nemotron_h', 'bamba', 'falcon_h1', 'granitemoehybrid', 'falcon_mamba', 'lfm2', 'lfm2_moe')
+HYBRIDS = ('nemotron_h', 'bamba', 'falcon_h1', 'granitemoehybrid', 'falcon_mamba', 'lfm2', 'lfm2_moe',
+           'zamba2')
 RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid', 'kimi_linear', 'minimax',
              'bailing_hybrid', 'xlstm', *HYBRIDS)
 # model types that fill in masked tokens
