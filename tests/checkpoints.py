@@ -393,10 +393,9 @@ CASES = {
         'attention_bias': True, 'mamba_n_groups': 3, 'tie_word_embeddings': True},
         old={'layer_types': layers('rfr')}),
     'zamba2': Case('zamba2', ZAMBA),
-    'zamba2-rope-untied': Case('zamba2', {
-        **ZAMBA, **rope(), 'layers_block_type': layers('rhhrhh'), 'num_hidden_layers': 6,
-        'use_mem_rope': True, 'tie_word_embeddings': False, 'num_key_value_heads': 2, 'mamba_ngroups': 3,
-        'time_step_min': 0.003}),
+    'zamba2-one-block-rope': Case('zamba2', {
+        **ZAMBA, **rope(), 'layers_block_type': layers('rhhrh'), 'num_mem_blocks': 1, 'use_mem_rope': True,
+        'num_key_value_heads': 2, 'mamba_ngroups': 3, 'time_step_min': 0.003}),
     'falcon_mamba': Case('falcon_mamba', {**MAMBA, 'mixer_rms_eps': 0.03}),
     'falcon_mamba-untied': Case('falcon_mamba', {
         **MAMBA, 'tie_word_embeddings': False, 'conv_kernel': 3, 'expand': 1, 'time_step_rank': 5}),

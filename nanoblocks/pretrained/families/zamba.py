@@ -32,7 +32,8 @@ def read_zamba2(hf):
 def write_zamba2(c):
     names = {'m': 'linear_attention', 'z': 'hybrid'}
     return write_rope(c) | {
-        'layers_block_type': [names[mixer] for mixer, _ in c.plan()], 'use_mem_rope': c.pos == 'rope',
+        'tie_word_embeddings': True, 'hidden_act': 'gelu', 'layers_block_type': [names[mixer] for mixer, _ in c.plan()],
+        'use_mem_rope': c.pos == 'rope',
         'n_mamba_heads': inner_width(c) // c.ssm_head_dim, 'time_step_min': c.ssm_dt_min,
         'intermediate_size': c.tied_width, 'attention_head_dim': c.head_dim}
 
@@ -62,8 +63,8 @@ def zamba2_tensors(c, hf):
 FAMILIES['zamba2'] = Family(
     architecture='Zamba2ForCausalLM',
     flags={'norm': 'rmsnorm', 'bias': False, 'ffn_pattern': '-', 'ssm': 'mamba2', 'ssm_eps': 1e-5,
-           'conv_bias': True, 'ssm_bias': False, 'qkv_bias': False, 'proj_bias': False},
-    keys=without(LLAMA_KEYS, 'head_dim', 'intermediate_size', 'hidden_act') | {
+           'conv_bias': True, 'ssm_bias': False, 'qkv_bias': False, 'proj_bias': False, 'tie': True},
+    keys=without(LLAMA_KEYS, 'head_dim', 'intermediate_size', 'hidden_act', 'tie_word_embeddings') | {
         'mamba_d_state': 'ssm_state', 'mamba_d_conv': 'ssm_conv', 'mamba_ngroups': 'ssm_groups',
         'mamba_expand': whole_number('ssm_expand'), 'num_mem_blocks': 'tied_blocks',
         'adapter_rank': 'tied_rank'},
@@ -71,6 +72,7 @@ FAMILIES['zamba2'] = Family(
         'rms_norm_eps': 1e-5, 'mamba_d_state': 64, 'mamba_d_conv': 4, 'mamba_ngroups': 1, 'mamba_expand': 2,
         'n_mamba_heads': 8, 'num_mem_blocks': 1, 'adapter_rank': 128, 'use_mem_rope': False,
         'use_shared_attention_adapter': False, 'time_step_min': 0.001, 'hidden_act': 'gelu'},
-    only={'hidden_act': 'gelu', 'add_bias_linear': False, 'use_long_context': False},
+    # transformers shares no block where it ties no head
+    only={'tie_word_embeddings': True, 'hidden_act': 'gelu', 'add_bias_linear': False, 'use_long_context': False},
     tensors=zamba2_tensors,
     mixers='mz', read=read_zamba2, write=write_zamba2)
