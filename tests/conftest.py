@@ -172,7 +172,7 @@ FIELDS = {
     'ssm_norm': Field((False, True, 'plain'), ('rms',)),
     'ssm_gate_norm': Field((True, False)),
     'ssm_eps': Field((None, 1e-2), (0.0, -1e-5)),
-    'tied_blocks': Field((1, 2), (0,)),
+    'tied_blocks': Field((1, 2), (0,), same_for_all(1)),
     'tied_width': Field((None, 40), (0,), lambda value, flags: None if value is None else 40),
     'tied_rank': Field((None, 6), (0,), lambda value, flags: None if value is None else 6),
     'short_conv': Field((3, 2), (0,)),

@@ -73,6 +73,7 @@ FAMILIES['zamba2'] = Family(
         'n_mamba_heads': 8, 'num_mem_blocks': 1, 'adapter_rank': 128, 'use_mem_rope': False,
         'use_shared_attention_adapter': False, 'time_step_min': 0.001, 'hidden_act': 'gelu'},
     # transformers shares no block where it ties no head
-    only={'tie_word_embeddings': True, 'hidden_act': 'gelu', 'add_bias_linear': False, 'use_long_context': False},
+    only={'tie_word_embeddings': True, 'hidden_act': 'gelu', 'add_bias_linear': False,
+          'use_long_context': False},
     tensors=zamba2_tensors,
     mixers='mz', read=read_zamba2, write=write_zamba2)
