@@ -32,8 +32,8 @@ def read_zamba2(hf):
 def write_zamba2(c):
     names = {'m': 'linear_attention', 'z': 'hybrid'}
     return write_rope(c) | {
-        'tie_word_embeddings': True, 'hidden_act': 'gelu', 'layers_block_type': [names[mixer] for mixer, _ in c.plan()],
-        'use_mem_rope': c.pos == 'rope',
+        'tie_word_embeddings': True, 'hidden_act': 'gelu', 'use_mem_rope': c.pos == 'rope',
+        'layers_block_type': [names[mixer] for mixer, _ in c.plan()],
         'n_mamba_heads': inner_width(c) // c.ssm_head_dim, 'time_step_min': c.ssm_dt_min,
         'intermediate_size': c.tied_width, 'attention_head_dim': c.head_dim}
 
