@@ -9,5 +9,5 @@ ffn = 'relu2'
 bias = False
 n_layer = 24
 n_kv_head = 4
-layer_pattern = 'm-m-m-a-m-m-'
+layer_pattern = 'm-a-m-m-m-m-'
 ffn_pattern = '-f'
