@@ -34,7 +34,7 @@ ONE_TO = {name: range(1, most + 1) for name, most in dict(
     ssm_width=48, short_conv=5, tied_width=30, tied_blocks=2, tied_rank=7,
     temp_floor=9, n_predict=3).items()}
 ONE_TO['rope_head_dim'] = range(2, 14, 2)
-TABLES = {'layer_pattern': 'awcnnvvmhsz-', 'ffn_pattern': 'ffe-'}
+TABLES = {'layer_pattern': 'aawcnvvvvmhsz-', 'ffn_pattern': 'ffe-'}
 
 
 # ----------------------------------------------------------------------------------------------------------
