@@ -2571,10 +2571,9 @@ MIXERS = {
     'n': Letter('a without rope', attention(rotary=False)),
     'v': Letter('w without rope', attention(windowed=True, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
-    'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)),
+    'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)), '-': Letter('none', lambda *_: None),
     'k': Letter('channel mixing', ChannelMix), 's': Letter('short convolution', ShortConv),
-    'h': Letter('a and m in parallel', ParallelMixers), '-': Letter('none', lambda c, layer: None),
-    'z': Letter('m behind a block that several layers share', TiedMixer),
+    'h': Letter('a and m in parallel', ParallelMixers), 'z': Letter('m behind a shared block', TiedMixer),
 }
 FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
         '-': Letter('none', lambda c: None)}
