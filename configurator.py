@@ -555,6 +555,6 @@ def in_words(other, wanted):
     if wanted is SET:
         return f'{other} is set'
     if other.endswith('_pattern'):
-        article = 'an' if wanted in 'aefmnr' else 'a'
+        article = 'an' if wanted in 'aefhmnrs' else 'a'
         return f'{other} has ' + (f'one of {", ".join(wanted)}' if wanted[1:] else f'{article} {wanted!r}')
     return f'{other} is {" or ".join(wanted)}' if isinstance(wanted, tuple) else f'{other}={wanted}'

@@ -179,7 +179,7 @@ class LearnedPositions(Positions):
                              'positions end')
         return x + F.embedding(pos.clamp(min=0), self.weight)
 
-@flags(pos='rope', layer_pattern='awc')
+@flags(pos='rope', layer_pattern='awchz')
 class RopeFlags:
     """Rotary positions"""
     rope_theta: float = flag(10000.0, above=1)  # base: pair j of D/2 rotates by theta^(-2j/D) per token
@@ -312,7 +312,7 @@ class TokenCache:
 # ----------------------------------------------------------------------------------------------------------
 # Attention
 
-@flags(layer_pattern='awcnv')
+@flags(layer_pattern='awcnvhz')
 class AttentionFlags:
     """Attention"""
     n_kv_head: int | None = flag(None, like='n_head')   # key/value heads: n_head (None) MHA, fewer GQA, 1 MQA
@@ -497,15 +497,16 @@ def norm_if(wanted, c, width=None):
     return NORMS[c.norm](width or c.n_embd, c) if wanted else nn.Identity()
 
 class Block(nn.Module):
-    """Two branches, mixer and feed-forward, with the norms that NORM_AT lists; others are nn.Identity."""
+    """Mixer and feed-forward, or one of them, with the norms that NORM_AT lists; others are nn.Identity."""
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__()
         at = NORM_AT[c.rnn_norm_at if mixer == 'r' else c.norm_at]
-        self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(wanted, c) for wanted in at)
-        if layer == 0 and not c.first_norm:
-            self.ln_1 = nn.Identity()
         self.mixer, self.ffn = MIXERS[mixer].build(c, layer), FFNS[ffn].build(c)
+        if self.mixer is not None:
+            self.ln_1, self.ln_1_out, self.ln_1_sum = (norm_if(wanted, c) for wanted in at)
+        if mixer == 'z' or layer == 0 and not c.first_norm:
+            self.ln_1 = nn.Identity()
         if self.ffn is not None:
             self.ln_2, self.ln_2_out, self.ln_2_sum = (norm_if(wanted, c) for wanted in at)
         self.drop, self.scale = nn.Dropout(c.dropout), c.residual_scale
@@ -519,7 +520,7 @@ class Block(nn.Module):
         return self.branches(x, ctx, cache)
 
     def branches(self, x, ctx, cache):
-        x = self.ln_1_sum(x + self.mix(self.ln_1(x), ctx, cache))
+        x = x if self.mixer is None else self.ln_1_sum(x + self.mix(self.ln_1(x), ctx, cache))
         return x if self.ffn is None else self.ln_2_sum(x + self.feed(self.ln_2(x), ctx))
 
     def mix(self, x, ctx, cache):
@@ -532,10 +533,10 @@ class Block(nn.Module):
         return self.drop(y) if self.scale == 1 else self.drop(y) * self.scale
 
     def flops(self, T):
-        return self.mixer.flops(T)
+        return 0 if self.mixer is None else self.mixer.flops(T)
 
     def new_cache(self, *sizes):
-        return self.mixer.new_cache(*sizes)
+        return JointCache() if self.mixer is None else self.mixer.new_cache(*sizes)
 
 
 # ==========================================================================================================
@@ -561,12 +562,14 @@ class Given(NamedTuple):
     relative: torch.Tensor | None = None    # pos=relative: the table of biases (rel_buckets,H)
     memory: torch.Tensor | None = None      # n_encoder: the encoder's output (B,S,C)
     memory_pos: torch.Tensor | None = None  # and its positions (B,S), negative for padding
+    tied: nn.ModuleList | tuple = ()        # z layers: the blocks that several of them use
 
 class JointCache:
     """Several caches of one layer, as one."""
 
     def __init__(self, *parts):
-        self.parts, self.max_tokens = parts, min(part.max_tokens for part in parts)
+        self.parts = parts      # none where a layer has no mixer
+        self.max_tokens = min((part.max_tokens for part in parts), default=math.inf)
 
     @property
     def empty(self):
@@ -600,10 +603,10 @@ def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_byt
         raise ValueError(f'dtype_bytes={dtype_bytes} must be 1, 2, 4 or 8')
     check_counts(1, seq_len=seq_len, batch_size=batch_size)
     with torch.device('meta'):
-        mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers()}
+        mixers = {letter: MIXERS[letter].build(config, 0) for letter in config.mixers() - {'-'}}
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
                 for letter, mixer in mixers.items()}
-    total = sum(size[letter] for letter, _ in config.plan())
+    total = sum(size.get(letter, 0) for letter, _ in config.plan())
     if config.n_encoder:    # keys and values of the source, and its positions, which are int64
         a_token = 2 * config.n_kv_head * config.head_dim * dtype_bytes + 8
         total += config.n_layer * batch_size * seq_len * a_token
@@ -751,7 +754,7 @@ ROPE_SCALING = {
 ROPE_CONTEXT = ('dynamic', 'yarn', 'llama3', 'longrope')
 ROPE_BY_LENGTH = ('dynamic', 'longrope')
 
-@flags(pos='rope', layer_pattern='awc')
+@flags(pos='rope', layer_pattern='awchz')
 class RopeScalingFlags:
     """Rotary positions beyond the trained context"""
     rope_scaling: str = flag('none', ROPE_SCALING)              # change of frequencies for longer texts
@@ -806,7 +809,7 @@ ATTN_GATE = {
     'channel': OutputGate,
 }
 
-@flags(layer_pattern='awcnv')
+@flags(layer_pattern='awcnvhz')
 class AttentionExtraFlags:
     """Additions to attention"""
     softcap: float | None = None        # caps the scores smoothly: cap * tanh(score / cap) (Gemma 2)
@@ -1103,6 +1106,10 @@ class StepProjection(Linear):
         # the bias is as low as -7, where bf16 has steps of 3 %, so it is added in fp32
         return ops.at_least_fp32(F.linear(x, self.weight)) + ops.at_least_fp32(self.bias)
 
+def ssm_inner(c):
+    """The inner width of Mamba and Mamba-2."""
+    return c.ssm_width or c.ssm_expand * c.n_embd
+
 def s4d_real(shape, generator):
     """The log of the decay rates 1..N of every channel (S4D-Real)."""
     return torch.arange(1.0, shape[1] + 1).log().expand(shape)
@@ -1121,6 +1128,16 @@ class StateSpace(nn.Module):
         taps = 0 if self.conv1d is None else self.conv1d.weight.numel()
         return 3 * (self.work * math.prod(self.cache_shapes[1]) + 2 * taps)
 
+class PlainRMSNorm(nn.Module):
+    """RMS norm without weights."""
+
+    def __init__(self, eps):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
 class Mamba1(StateSpace):
     """
     Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752): convolution, selective scan, gate. Each channel
@@ -1131,7 +1148,7 @@ class Mamba1(StateSpace):
 
     def __init__(self, c):
         super().__init__()
-        inner, N, rank = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_dt_rank
+        inner, N, rank = ssm_inner(c), c.ssm_state, c.ssm_dt_rank
         self.widths, self.cache_shapes = (rank, N, N), ((c.ssm_conv - 1, inner), (inner, N))
         self.in_proj = Linear(c.n_embd, 2 * inner, c.ssm_bias)      # the input and its gate, side by side
         self.conv1d = CausalConv(inner, c.ssm_conv, c.conv_bias)
@@ -1141,8 +1158,7 @@ class Mamba1(StateSpace):
         self.D = param(inner, init=ones)                            # skip connection
         self.c_proj = out_proj(c, inner, c.ssm_bias)
         # Jamba (Lieber et al. 2024, https://arxiv.org/abs/2403.19887) keeps large models stable with these
-        self.dt_norm, self.b_norm, self.c_norm = (
-            RMSNorm(size, c) if c.ssm_norm else nn.Identity() for size in self.widths)
+        self.dt_norm, self.b_norm, self.c_norm = (SSM_NORM[c.ssm_norm](size, c) for size in self.widths)
 
     def forward(self, x, ctx, cache=None):
         tail, state = (None, None) if cache is None else cache.read()
@@ -1156,11 +1172,14 @@ class Mamba1(StateSpace):
             cache.write(tail, state)
         return self.c_proj(y * F.silu(gate))
 
+SSM_NORM = {False: lambda size, c: nn.Identity(), True: lambda size, c: RMSNorm(size, c, c.ssm_eps),
+            'plain': lambda size, c: PlainRMSNorm(c.ssm_eps)}
+
 class GatedRMSNorm(RMSNorm):
     """Gate, then RMS-normalise each group separately (so that groups can be sharded)."""
 
     def __init__(self, width, groups, c):
-        super().__init__(width, c)
+        super().__init__(width, c, c.ssm_eps)
         self.groups = groups
 
     def forward(self, x, gate):
@@ -1182,7 +1201,7 @@ class Mamba2(StateSpace):
 
     def __init__(self, c):
         super().__init__()
-        inner, N, G, P = c.ssm_expand * c.n_embd, c.ssm_state, c.ssm_groups, c.ssm_head_dim
+        inner, N, G, P = ssm_inner(c), c.ssm_state, c.ssm_groups, c.ssm_head_dim
         heads = inner // P
         self.state_shape, self.groups, self.limits = (heads, P, N), G, (c.ssm_dt_min, c.ssm_dt_max)
         self.widths = (inner, G * N, G * N)
@@ -1192,7 +1211,7 @@ class Mamba2(StateSpace):
         self.dt_bias = param(heads, init=step_bias)
         self.A_log = param(heads, init=mamba2_decay)
         self.D = param(heads, init=ones)
-        self.norm = GatedRMSNorm(inner, G, c)
+        self.norm = GatedRMSNorm(inner, G, c) if c.ssm_gate_norm else None
         self.c_proj = out_proj(c, inner, c.ssm_bias)
 
     def forward(self, x, ctx, cache=None):
@@ -1207,23 +1226,28 @@ class Mamba2(StateSpace):
         y, state = ops.ssd(x, dt, A, B, C, self.D, state)                           # (B,T,H,P)
         if cache is not None:
             cache.write(tail, state)
-        return self.c_proj(self.norm(y.flatten(2), gate))
+        y = y.flatten(2)
+        return self.c_proj(y * F.silu(gate) if self.norm is None else self.norm(y, gate))
 
 SSM = {'mamba1': Mamba1, 'mamba2': Mamba2}
 
-@flags(layer_pattern='m')
+@flags(layer_pattern='mhz')
 class SSMFlags:
     """State spaces"""
     ssm: str = flag('mamba2', SSM)                          # mamba1 (selective scan), mamba2 (SSD)
     ssm_state: int | None = None                            # state per channel; None: mamba1 16, mamba2 128
-    ssm_expand: int = 2                                     # inner width over n_embd
+    ssm_width: int | None = None                            # inner width; None: ssm_expand * n_embd
+    ssm_expand: int = flag(2, ssm_width=None)               # inner width over n_embd
     ssm_conv: int = 4                                       # taps of the causal convolution
     ssm_head_dim: int = flag(64, ssm='mamba2')              # channels of a head, which share one decay
     ssm_groups: int = flag(1, ssm='mamba2')                 # groups of heads that share B and C
     ssm_dt_min: float = flag(0.0, least=0, ssm='mamba2')    # smallest step size
     ssm_dt_max: float | None = flag(None, ssm='mamba2')     # largest step size; None: no limit
     ssm_dt_rank: int | None = flag(None, ssm='mamba1')      # rank of the projection to dt; None: n_embd / 16
-    ssm_norm: bool = flag(False, ssm='mamba1')              # RMS norms on the step size, B and C (Jamba)
+    # RMS norms on the step size, B and C: True (Jamba), plain (without weights: Falcon Mamba)
+    ssm_norm: bool | str = flag(False, SSM_NORM, ssm='mamba1')
+    ssm_gate_norm: bool = flag(True, ssm='mamba2')          # RMS norm of the gated output (Falcon-H1: none)
+    ssm_eps: float | None = flag(None, like='norm_eps')     # of these norms; None: norm_eps
     ssm_bias: bool | None = flag(None, like='bias')         # bias of its two projections; None: as bias
     conv_bias: bool = True                                  # bias of the convolution (not governed by bias)
 
@@ -1233,11 +1257,140 @@ class SSMFlags:
 
     def rules(c):
         if c.ssm == 'mamba2':
-            heads, odd = divmod(c.ssm_expand * c.n_embd, c.ssm_head_dim)
-            yield 'ssm_head_dim', odd == 0, f'divide the inner width {c.ssm_expand * c.n_embd}'
+            heads, odd = divmod(ssm_inner(c), c.ssm_head_dim)
+            yield 'ssm_head_dim', odd == 0, f'divide the inner width {ssm_inner(c)}'
             yield 'ssm_groups', heads % c.ssm_groups == 0, f'divide the {heads} heads of the state space'
             yield ('ssm_dt_max', c.ssm_dt_max is None or c.ssm_dt_max > c.ssm_dt_min,
                    f'be above ssm_dt_min={c.ssm_dt_min}')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Short convolutions, and layers of several mixers or of none
+
+@flags(layer_pattern='s')
+class ShortConvFlags:
+    """Short convolutions"""
+    short_conv: int = 3                                 # taps
+    short_bias: bool | None = flag(None, like='bias')   # bias of convolution and projections; None: as bias
+
+class ShortConv(StateSpace):
+    """C conv(B x), with gates B and C made of the token as x is (LFM2: https://arxiv.org/abs/2511.23404)."""
+    work = 0
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.cache_shapes = (c.short_conv - 1, c.n_embd), (0,)
+        self.in_proj = Linear(c.n_embd, 3 * c.n_embd, c.short_bias)     # B, C and x, side by side
+        self.conv1d = CausalConv(c.n_embd, c.short_conv, c.short_bias, nn.Identity())
+        self.c_proj = out_proj(c, c.n_embd, c.short_bias)
+
+    def forward(self, x, ctx, cache=None):
+        tail = None if cache is None else cache.read()[0]
+        B, C, x = self.in_proj(x).chunk(3, dim=-1)                  # (B,T,C) each
+        y, tail = self.conv1d(B * x, ctx, tail)
+        if cache is not None:
+            cache.write(tail, cache.state)
+        return self.c_proj(C * y)
+
+class ParallelMixers(nn.Module):
+    """
+    Attention and a state space read the same norm, and their outputs are added (Falcon-H1: Zuo et al. 2025,
+    https://arxiv.org/abs/2507.22448).
+    """
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.attn, self.ssm = MIXERS['a'].build(c, layer), MIXERS['m'].build(c, layer)
+
+    def forward(self, x, ctx, cache=None):
+        past, state = (None, None) if cache is None else cache.parts
+        return self.attn(x, ctx, past) + self.ssm(x, ctx, state)
+
+    def new_cache(self, *sizes):
+        return JointCache(self.attn.new_cache(*sizes), self.ssm.new_cache(*sizes))
+
+    def flops(self, T):
+        return self.attn.flops(T) + self.ssm.flops(T)
+
+@flags(layer_pattern='-')
+class LayerFlags:
+    """Layers without a mixer (Nemotron-H: https://arxiv.org/abs/2504.03624)"""
+
+    def rules(c):
+        yield 'layer_pattern', c.mixers() != {'-'}, "have a letter beside '-', or no token would see another"
+        yield ('ffn_pattern', ('-', '-') not in c.plan(),
+               "have no '-' in a layer whose letter in layer_pattern is '-' too, which would be empty")
+        yield ('residual', c.residual == 'serial',
+               "be serial when layer_pattern has a '-', as nothing is beside the feed-forward")
+        yield ('first_norm', c.first_norm or c.layer_pattern[0] != '-',
+               "be True when layer_pattern begins with '-'")
+
+#   t = W block(x, embedding)       the blocks are few, and z layers use them in turn
+#   x = x + m(norm(x + t))          W, norm and m are each layer's own
+
+@flags(layer_pattern='z')
+class TiedFlags:
+    """Blocks that several layers share (Zamba 2)"""
+    tied_blocks: int = 1                # blocks that the z layers use in turn
+    tied_width: int | None = None       # hidden width of their feed-forward; None: 4 n_embd
+    tied_rank: int | None = None        # rank of what each layer adds to that feed-forward; None: nothing
+
+    def fill(c):
+        return {'tied_width': 4 * c.n_embd}
+
+    def rules(c):
+        yield ('tied_blocks', c.tied_blocks <= sum(mixer == 'z' for mixer, _ in c.plan()),
+               "be at most the number of layers whose letter is 'z'")
+        yield 'attn', c.attn == 'standard', "be standard when layer_pattern has a 'z'"
+        yield 'attn_gate', c.attn_gate == 'none', "be none when layer_pattern has a 'z'"
+        yield 'norm_at', c.norm_at == 'pre', "be pre when layer_pattern has a 'z'"
+        yield 'residual', c.residual == 'serial', "be serial when layer_pattern has a 'z'"
+
+class TiedBlock(nn.Module):
+    """
+    Attention, then a feed-forward, on the stream beside the embedding. Nothing is added to what they read
+    (Zamba 2: Glorioso et al. 2024, https://arxiv.org/abs/2411.15242).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1, self.ln_2 = norm_if(True, c, 2 * c.n_embd), norm_if(True, c)
+        self.attn = Attention(c, 0, LayerSpan())
+        self.attn.c_attn = Linear(2 * c.n_embd, sum(self.attn.heads) * c.head_dim, c.qkv_bias)
+        self.ffn = GatedMLP(c, gated_by(F.gelu), c.tied_width)
+
+    def forward(self, x, ctx, cache, more):
+        x = self.attn(self.ln_1(torch.cat((x, ctx.given.embedding), dim=-1)), ctx, cache)
+        x = self.ln_2(x)
+        hidden = self.ffn.c_fc(x)                                               # (B,T,2I)
+        return self.ffn.c_proj(self.ffn.act(hidden if more is None else hidden + more(x)))
+
+class TiedMixer(nn.Module):
+    """A state space on the norm of the stream and of what a block made of it, which other layers use too."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        use = (c.layer_pattern * (layer + 1))[:layer].count('z')
+        self.number, self.again = use % c.tied_blocks, use >= c.tied_blocks
+        self.cached, C = [(c.n_kv_head, c.head_dim)] * 2, c.n_embd
+        self.more = low_rank(c, 2 * c.tied_width, c.tied_rank) if c.tied_rank else None
+        self.c_proj, self.norm = Linear(C, C, bias=False), norm_if(True, c)
+        self.ssm = MIXERS['m'].build(c, layer)
+        self.products = 2 * c.n_head * c.head_dim
+        self.weights = C * (3 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 3 * C * c.tied_width
+
+    def forward(self, x, ctx, cache=None):
+        past, state = (None, None) if cache is None else cache.parts
+        t = self.c_proj(ctx.given.tied[self.number](x, ctx, past, self.more))
+        return self.ssm(self.norm(x + t), ctx, state)
+
+    def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
+        past = TokenCache(batch_size, max_tokens, self.cached, dtype, device, max_tokens, spare)
+        return JointCache(past, self.ssm.new_cache(batch_size, max_tokens, dtype, device, spare))
+
+    def flops(self, T):
+        """The block's weights are counted once already, for the first layer that uses it."""
+        return 6 * self.products * T + self.ssm.flops(T) + 6 * self.weights * self.again
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2168,8 +2321,8 @@ class SharedBlock(Block):
 @flags(residual='normed')
 class NormedFlags:
     """Branches added to their norm"""      # a n + b f(n), with the two factors a, b:
-    normed_attn: tuple = flag((1.0, 1.0), layer_pattern='awcnv')    # where f is attention (MiniMax)
-    normed_rnn: tuple = flag((1.0, 1.0), layer_pattern='mrk')       # where f is a state space or recurrence
+    normed_attn: tuple = flag((1.0, 1.0), layer_pattern='awcnvhz')  # where f is attention (MiniMax)
+    normed_rnn: tuple = flag((1.0, 1.0), layer_pattern='mrks')      # where f is a state space or recurrence
     normed_ffn: tuple = (1.0, 1.0)                                  # where f is a feed-forward
 
     def rules(c):
@@ -2181,7 +2334,7 @@ class NormedBlock(Block):
 
     def __init__(self, c, mixer, ffn, layer):
         super().__init__(c, mixer, ffn, layer)
-        self.factors = c.normed_rnn if mixer in 'mrk' else c.normed_attn, c.normed_ffn
+        self.factors = c.normed_rnn if mixer in 'mrks' else c.normed_attn, c.normed_ffn
 
     def branches(self, x, ctx, cache):
         (a, b), (a_ffn, b_ffn) = self.factors
@@ -2234,8 +2387,8 @@ class EncoderFlags:
         yield ('first_norm', c.first_norm or NORM_AT[c.norm_at][0] and c.residual == 'serial',
                'be True unless norm_at is pre or sandwich, and residual=serial')
         if not c.causal:
-            yield ('causal', not c.mixers() & set('mrkc'),
-                   "be True when layer_pattern has an 'm', 'r', 'k' or 'c', which look back alone")
+            yield ('causal', not c.mixers() & set('mrkcshz'),
+                   "be True when layer_pattern has one of m, r, k, c, s, h, z, which look back alone")
             yield 'n_predict', c.n_predict == 1, 'be 1 when causal=False'
             yield 'pos', c.pos != 'alibi_bf16', 'not be alibi_bf16 when causal=False: choose alibi'
 
@@ -2280,8 +2433,9 @@ class EncoderDecoderFlags:
             yield 'residual', c.residual == 'serial', 'be serial when there is an encoder'
             yield 'pos', c.pos != 'alibi_bf16', 'not be alibi_bf16 when there is an encoder: choose alibi'
             yield 'n_predict', c.n_predict == 1, 'be 1 when there is an encoder'
-            yield ('layer_pattern', not c.mixers() & set('mrkc'),
-                   "have no 'm', 'r', 'k' or 'c' when there is an encoder, which has the same layers")
+            yield ('layer_pattern', c.mixers() <= set('awnv'),
+                   "have no letters but 'a', 'w', 'n' and 'v' when there is an encoder, which has the same "
+                   'layers')
             yield 'embed_width', c.embed_width == c.n_embd, f'be n_embd={c.n_embd} when there is an encoder'
             for name in ('layer_pattern', 'ffn_pattern'):
                 pattern = getattr(c, name)
@@ -2428,8 +2582,9 @@ MIXERS = {
     'n': Letter('a without rope', attention(rotary=False)),
     'v': Letter('w without rope', attention(windowed=True, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
-    'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)),
-    'k': Letter('channel mixing', ChannelMix),
+    'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)), '-': Letter('none', lambda *_: None),
+    'k': Letter('channel mixing', ChannelMix), 's': Letter('short convolution', ShortConv),
+    'h': Letter('a and m in parallel', ParallelMixers), 'z': Letter('m behind a shared block', TiedMixer),
 }
 FFNS = {'f': Letter('dense', lambda c: dense(c, c.ffn_width)), 'e': Letter('experts', MoE),
         '-': Letter('none', lambda c: None)}
@@ -2453,7 +2608,8 @@ FFN = {
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, Flags):
+                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, ShortConvFlags, LayerFlags,
+                TiedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -2468,9 +2624,9 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
     norm_at: str = flag('pre', NORM_AT)     # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
     # serial (mixer, then feed-forward), parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM)
     residual: str = flag('serial', RESIDUAL)
-    attn: str = flag('standard', ATTN, layer_pattern='awcnv')   # standard, mla (DeepSeek), diff
+    attn: str = flag('standard', ATTN, layer_pattern='awcnvhz')   # standard, mla (DeepSeek), diff
     # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), unit (Llama 4)
-    qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnv')
+    qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnvhz')
     ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation; words with glu and clip are gated
     bias: bool = True               # biases of linear layers and layer norms; default of the *_bias flags
     tie: bool = True                # the output head shares its weight with the token embedding
@@ -2483,7 +2639,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
         yield 'n_embd', c.pos != 'sinusoidal' or c.n_embd % 2 == 0, 'be even when pos=sinusoidal'
         yield ('pos', c.attends() or c.pos in ('learned', 'sinusoidal', 'none'),
                'be learned, sinusoidal or none when no layer attends')
-        yield ('pos', c.pos != 'rope' or c.mixers() & set('awc'),
+        yield ('pos', c.pos != 'rope' or c.mixers() & set('awchz'),
                "be none when every layer that attends is an 'n' or 'v', which do not rotate")
         yield ('layer_pattern', c.pos == 'rope' or not c.mixers() & set('nv'),
                f"have 'a' for 'n' and 'w' for 'v' when pos={c.pos}, as rotation is all that tells them apart")
@@ -2505,7 +2661,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
         return set(self.ffn_pattern[:self.n_layer])
 
     def attends(self):
-        return bool(self.mixers() - set('mrk'))
+        return bool(self.mixers() - set('mrks-'))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2533,6 +2689,7 @@ class GPT(nn.Module):
         block, plan = CrossBlock if c.n_encoder else RESIDUAL[c.residual], c.plan()
         self.h = nn.ModuleList(block(c, *letters, layer) for layer, letters in enumerate(plan))
         self.further = nn.ModuleList(block(c, *plan[-1], c.n_layer + k) for k in range(c.n_predict - 1))
+        self.tied = nn.ModuleList(TiedBlock(c) for _ in range(c.tied_blocks if 'z' in c.mixers() else 0))
         self.vte = Embedding(c.vocab_size, c.n_kv_head * c.head_dim) if c.value_embed else None
         self.ln_f = norm_if(c.norm_at != 'post', c)  # post-norm blocks have normalised already
         self.head_mlp = HeadMLP(c) if c.head_mlp else nn.Identity()
@@ -2570,7 +2727,7 @@ class GPT(nn.Module):
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
-        given = Given(x, values, RouterLosses(), Shelf(), getattr(self.wpe, 'table', None))
+        given = Given(x, values, RouterLosses(), Shelf(), getattr(self.wpe, 'table', None), tied=self.tied)
         if source is not None:
             if self.encoder is None:
                 raise ValueError('source must be left out where n_encoder=0: no encoder reads it')
@@ -2589,7 +2746,7 @@ class GPT(nn.Module):
     def context(self, idx, pos, cache):
         T = idx.shape[1]
         if pos is None:
-            if cache is not None and not cache[0].empty:
+            if cache is not None and not all(entry.empty for entry in cache):
                 raise ValueError('pos=None must be the positions of these tokens, as the cache holds tokens '
                                  'already')
             if self.wpe.max_tokens is not None and T > self.wpe.max_tokens:

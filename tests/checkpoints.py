@@ -67,7 +67,8 @@ def rope(kind='default', theta=1000.0, **more):
 
 
 def layers(letters):
-    words = {'f': 'full_attention', 's': 'sliding_attention', 'r': 'linear_attention'}
+    words = {'f': 'full_attention', 's': 'sliding_attention', 'r': 'linear_attention', 'c': 'conv',
+             'd': 'mlp', 'm': 'moe', 'h': 'hybrid'}
     return [words[letter] for letter in letters]
 
 
@@ -109,6 +110,25 @@ DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_d
 LARA = dict(**FIVE, **DELTA, **EXPERTS, **WINDOW, shared_expert_intermediate_size=23)
 NEXT = dict(**FOUR, **DELTA, **EXPERTS, shared_expert_intermediate_size=23)
 NO_ROPE = {'rope_parameters': {'rope_type': 'default', 'rope_theta': None}}
+THREE = dict(num_attention_heads=3, num_key_value_heads=1)
+HEADS = dict(mamba_n_heads=9, mamba_d_state=7, mamba_d_conv=3, mamba_chunk_size=8)
+NEMOTRON = dict(layers_block_type=layers('rmfdrm'), mamba_num_heads=5,
+                mamba_head_dim=8, n_groups=1, ssm_state_size=7, chunk_size=8, n_routed_experts=5,
+                moe_intermediate_size=19, moe_shared_expert_intermediate_size=23, routed_scaling_factor=1.7)
+GRANITE = dict(embedding_multiplier=3.0, residual_multiplier=0.6, logits_scaling=0.7,
+               attention_multiplier=0.3)
+GRANITE4 = dict(**HEADS, **GRANITE, layer_types=layers('rfr'), num_local_experts=5,
+                shared_intermediate_size=23)
+# more than one multiplier could be left out where two were equal
+FALCON = dict(**HEADS, mamba_d_ssm=45, mamba_norm_before_gate=False, attention_in_multiplier=0.8,
+              attention_out_multiplier=1.3, key_multiplier=0.6, ssm_in_multiplier=1.2, ssm_out_multiplier=0.7,
+              ssm_multipliers=[0.9, 1.4, 0.5, 1.1, 1.5], mlp_multipliers=[0.6, 1.25],
+              embedding_multiplier=2.5, lm_head_multiplier=0.75)
+# a block in the second layer and the last, and another in the fourth
+ZAMBA = dict(**FIVE, layers_block_type=layers('rhrhh'), n_mamba_heads=9, mamba_d_state=7, chunk_size=8,
+             num_mem_blocks=2, adapter_rank=6, mamba_d_conv=3, num_key_value_heads=6)
+LFM2 = dict(layer_types=layers('cfc'), norm_eps=EPS, block_multiple_of=10)
+LFM2_MOE = dict(**EXPERTS, layer_types=layers('cfc'), norm_eps=EPS, num_dense_layers=1)
 KIMI = dict(**MHA, **FIVE, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9,
             num_experts=5, n_shared_experts=2, num_experts_per_tok=3, moe_intermediate_size=19,
             routed_scaling_factor=1.7, linear_num_heads=4, linear_head_dim=7, linear_conv_kernel_dim=3)
@@ -279,8 +299,7 @@ CASES = {
                                        'use_sliding_window': True}, old={'no_rope_layers': ABSENT}),
     'starcoder2': Case('starcoder2'),
     'starcoder2-window': Case('starcoder2', {**WINDOW, 'use_bias': False, 'tie_word_embeddings': False}),
-    'granite': Case('granite', dict(embedding_multiplier=3.0, residual_multiplier=0.6, logits_scaling=0.7,
-                                    attention_multiplier=0.3)),
+    'granite': Case('granite', GRANITE),
     'granite-biased': Case('granite', dict(embedding_multiplier=4, residual_multiplier=0.7, logits_scaling=2,
                                            attention_multiplier=0.5, attention_bias=True, mlp_bias=True,
                                            tie_word_embeddings=True)),
@@ -349,6 +368,47 @@ CASES = {
         **XLSTM, 'hidden_size': 128, 'num_heads': 2, 'qk_dim_factor': 0.5, 'v_dim_factor': 1.5,
         'ffn_proj_factor': 0.8, 'ffn_round_up_to_multiple_of': 5, 'gate_soft_cap': 2.0,
         'output_logit_soft_cap': 3.0, 'tie_word_embeddings': True}),
+
+    'nemotron_h': Case('nemotron_h', NEMOTRON, old={
+        'layers_block_type': ABSENT, 'hybrid_override_pattern': 'ME*-ME', 'num_hidden_layers': 6}),
+    'nemotron_h-dense-groups': Case('nemotron_h', {
+        **NEMOTRON, 'layers_block_type': layers('drfddrfd'),
+        'mamba_num_heads': 9, 'n_groups': 3, 'tie_word_embeddings': True, 'use_bias': True,
+        'time_step_min': 0.01}, cache=False),
+    'nemotron_h-expert-groups': Case('nemotron_h', {
+        **NEMOTRON, 'layers_block_type': layers('fmfm'), 'n_routed_experts': 6, 'n_group': 3,
+        'topk_group': 2, 'norm_topk_prob': False, 'num_experts_per_tok': 3}),
+    'bamba': Case('bamba', {**HEADS, **FOUR, **THREE, 'attn_layer_indices': [1], 'mamba_n_groups': 3}),
+    'bamba-biased': Case('bamba', {
+        **HEADS, **LINEAR, **THREE, 'attn_layer_indices': [0, 2], 'attention_bias': True, 'mlp_bias': True,
+        'mamba_proj_bias': True, 'tie_word_embeddings': True, 'mamba_expand': 3, 'mamba_n_heads': 12}),
+    'falcon_h1': Case('falcon_h1', FALCON),
+    'falcon_h1-biased-norm': Case('falcon_h1', {
+        **FALCON, **rope(theta=1e6), 'mamba_rms_norm': True, 'attention_bias': True, 'mlp_bias': True,
+        'mamba_proj_bias': True, 'projectors_bias': True, 'tie_word_embeddings': True, 'mamba_d_ssm': 72,
+        'mamba_n_groups': 3}),
+    'granitemoehybrid': Case('granitemoehybrid', GRANITE4, old={'layer_types': layers('rfr')}),
+    'granitemoehybrid-dense-rope': Case('granitemoehybrid', {
+        **GRANITE4, **rope(), 'num_local_experts': 0, 'position_embedding_type': 'rope',
+        'attention_bias': True, 'mamba_n_groups': 3, 'tie_word_embeddings': True},
+        old={'layer_types': layers('rfr')}),
+    'zamba2': Case('zamba2', ZAMBA),
+    'zamba2-one-block-rope': Case('zamba2', {
+        **ZAMBA, **rope(), 'layers_block_type': layers('rhhrh'), 'num_mem_blocks': 1, 'use_mem_rope': True,
+        'num_key_value_heads': 2, 'mamba_ngroups': 3, 'time_step_min': 0.003}),
+    'falcon_mamba': Case('falcon_mamba', {**MAMBA, 'mixer_rms_eps': 0.03}),
+    'falcon_mamba-untied': Case('falcon_mamba', {
+        **MAMBA, 'tie_word_embeddings': False, 'conv_kernel': 3, 'expand': 1, 'time_step_rank': 5}),
+    'lfm2': Case('lfm2', {**LFM2, **FIVE, 'layer_types': layers('cfccf')}, old={
+        'full_attn_idxs': [1, 4], 'intermediate_size': ABSENT, 'block_ff_dim': 51}),
+    'lfm2-biased-plain-width': Case('lfm2', {
+        **LFM2, **FOUR, **LINEAR, 'layer_types': layers('cfcf'), 'conv_bias': True, 'conv_L_cache': 4,
+        'block_auto_adjust_ff_dim': False, 'tie_word_embeddings': False}, old={'full_attn_idxs': [1, 3]}),
+    'lfm2_moe': Case('lfm2_moe', {**LFM2_MOE, **FOUR, 'layer_types': layers('ccfc')},
+                     old={'layer_types': layers('ccfc')}),
+    'lfm2_moe-unbiased': Case('lfm2_moe', {
+        **LFM2_MOE, 'num_dense_layers': 0, 'use_expert_bias': False, 'norm_topk_prob': False,
+        'routed_scaling_factor': 1.3}, old={'layer_types': layers('cfc')}),
 
     'eurobert': Case('eurobert', dict(mask_token_id=3, rope_theta=500.0)),
     'eurobert-biased-tied': Case('eurobert', {
@@ -446,9 +506,11 @@ CASES = {
     'starcoder2-erf': Case('starcoder2', {'hidden_act': 'gelu'}, rare='hidden_act'),
     'gpt_neox-tanh': Case('gpt_neox', {**NEOX, **HALF, 'hidden_act': 'gelu_fast'}),
 }
-# one of each family that has recurrences
+# one of each family that has recurrences, or state spaces or short convolutions beside other layers
+HYBRIDS = ('nemotron_h', 'bamba', 'falcon_h1', 'granitemoehybrid', 'falcon_mamba', 'lfm2', 'lfm2_moe',
+           'zamba2')
 RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid', 'kimi_linear', 'minimax',
-             'bailing_hybrid', 'xlstm')
+             'bailing_hybrid', 'xlstm', *HYBRIDS)
 # model types that fill in masked tokens
 ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert', 'nomic_bert')
 # model types with an encoder and a decoder

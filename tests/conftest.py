@@ -81,7 +81,8 @@ FIELDS = {
     'logit_scale': Field((1.0, 0.3), (0.0, -1.0)),
     'logit_softcap': Field((None, 3.0), (0.0, -30.0)),
     'zero_init': Field((False, True)),
-    'layer_pattern': Field(('a', 'w', 'aw', 'an', 'c', 'ac', 'av', 'm', 'ma', 'r', 'ra', 'rk'),
+    'layer_pattern': Field(('a', 'w', 'aw', 'an', 'c', 'ac', 'av', 'm', 'ma', 'r', 'ra', 'rk', 'h',
+                            's', 'sa', 'a-', 'z'),
                            ('', 'x', 'A')),
     'rnn_decay': Field(('head', 'none', 'retnet', 'lightning', 'key', 'sigmoid', 'slow'), ('fixed', '')),
     'rnn_erase': Field(('delta', 'none', 'gated'), ('beta',)),
@@ -160,6 +161,7 @@ FIELDS = {
     'z_weight': Field((0.0, 0.5), (-0.1,)),
     'ssm': Field(('mamba2', 'mamba1'), ('mamba',)),
     'ssm_state': Field((None, 8), (0,), same_for_all(8)),
+    'ssm_width': Field((None, 48), (0,), lambda value, flags: None if value is None else 64),
     'ssm_expand': Field((2, 1), (0,)),
     'ssm_conv': Field((4, 2), (0,)),
     'ssm_head_dim': Field((8, 16), (0,)),
@@ -167,7 +169,14 @@ FIELDS = {
     'ssm_dt_rank': Field((None, 5), (0,)),
     'ssm_dt_min': Field((0.0, 0.003), (-0.1,)),
     'ssm_dt_max': Field((None, 0.05), (0.0,)),
-    'ssm_norm': Field((False, True)),
+    'ssm_norm': Field((False, True, 'plain'), ('rms',)),
+    'ssm_gate_norm': Field((True, False)),
+    'ssm_eps': Field((None, 1e-2), (0.0, -1e-5)),
+    'tied_blocks': Field((1, 2), (0,), same_for_all(1)),
+    'tied_width': Field((None, 40), (0,), lambda value, flags: None if value is None else 40),
+    'tied_rank': Field((None, 6), (0,), lambda value, flags: None if value is None else 6),
+    'short_conv': Field((3, 2), (0,)),
+    'short_bias': Field((None, True, False)),
     'rnn': Field(('linear', 'rwkv7', 'rwkv6', 'rwkv4', 's4d'), ('lstm',)),
     'rnn_state': Field((64, 6), (0, 3)),
     'rnn_shift': Field((False, True)),
@@ -282,7 +291,7 @@ def fit(flags):
         flags['n_expert'] = 4
     if now.rope_scaling != 'none' and now.rope_factor == 1:
         flags['rope_factor'] = 4.0
-    if 'm' in now.mixers() and now.ssm == 'mamba2' and now.ssm_head_dim == 64:
+    if now.mixers() & set('mhz') and now.ssm == 'mamba2' and now.ssm_head_dim == 64:
         flags['ssm_head_dim'] = 8
     return flags
 

@@ -31,9 +31,10 @@ ONE_TO = {name: range(1, most + 1) for name, most in dict(
     n_kv_head=9, head_dim=13, window=12, ffn_width=50, kv_rank=20, q_rank=20, v_head_dim=11, n_expert=9,
     n_expert_used=9, expert_width=20, n_shared=3, shared_width=20, n_group=4, n_group_used=3, group_top=4,
     ssm_state=9, ssm_expand=3, ssm_conv=5, ssm_head_dim=24, ssm_groups=4, ssm_dt_rank=7, rope_context=30,
+    ssm_width=48, short_conv=5, tied_width=30, tied_blocks=2, tied_rank=7,
     temp_floor=9, n_predict=3).items()}
 ONE_TO['rope_head_dim'] = range(2, 14, 2)
-TABLES = {'layer_pattern': 'awcnvm', 'ffn_pattern': 'ffe-'}
+TABLES = {'layer_pattern': 'aawcnvvvvmhsz-', 'ffn_pattern': 'ffe-'}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_a_first_norm_less_and_an_embedding_of_another_width_are_what_they_say()
 
 
 @pytest.mark.parametrize('flags, words', [
-    (dict(layer_pattern='am'), "causal=False must be True when layer_pattern has an 'm', 'r', 'k' or 'c'"),
+    (dict(layer_pattern='am'), 'causal=False must be True when layer_pattern has one of m, r, k, c'),
     (dict(n_predict=2), 'n_predict=2 must be 1 when causal=False'),
     (dict(pos='alibi_bf16'), 'must not be alibi_bf16 when causal=False'),
     (dict(first_norm=False), 'first_norm=False must be left out unless embed_norm=True'),
@@ -352,7 +352,8 @@ def test_what_an_encoder_beside_a_decoder_cannot_have_is_refused():
     with pytest.raises(ValueError, match='source=None must be what the encoder reads'):
         model(idx)
     for flags, words in [(dict(causal=False), 'n_encoder=1 must be 0'),
-                         (dict(residual='parallel'), 'be serial'), (dict(layer_pattern='m'), "have no 'm'"),
+                         (dict(residual='parallel'), 'be serial'),
+                         (dict(layer_pattern='m'), "have no letters but 'a'"),
                          (dict(n_predict=2), 'be 1'), (dict(embed_skip=True), 'be False'),
                          (dict(embed_width=16, tie=False), 'embed_width=16 must be n_embd')]:
         with pytest.raises(ValueError, match=words):

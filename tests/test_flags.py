@@ -65,7 +65,8 @@ def bases():
             toy(layer_pattern='ra'), toy(layer_pattern='ra', norm_at='output'),
             toy(layer_pattern='ra', residual='normed'),
             toy(layer_pattern='rk', ffn_pattern='-', rnn='rwkv7'), toy(layer_pattern='r', rnn='s4d'),
-            toy(layer_pattern='r', rnn_conv=0), toy(pos='relative', rel_buckets=8)]
+            toy(layer_pattern='r', rnn_conv=0), toy(pos='relative', rel_buckets=8),
+            toy(layer_pattern='sz', ssm_head_dim=8)]
 
 
 def flips(name):
@@ -348,6 +349,6 @@ def test_the_fuzz_draws_one_expert_windows_and_heads_of_every_number():
     drawn = [GPTConfig(**fuzz_flags.random_legal(random.Random(n))) for n in range(160)]
     assert {c.n_head for c in drawn} == set(range(1, 10)) and any(c.n_embd % 2 for c in drawn)
     assert any('e' in c.ffns() and c.n_expert_used == 1 < c.n_expert for c in drawn)
-    assert set().union(*(c.mixers() for c in drawn)) == set('awcnvm')
+    assert set().union(*(c.mixers() for c in drawn)) == set('awcnvmhsz-')
     assert {c.attn for c in drawn} == {'standard', 'mla', 'diff'}
     assert {c.pos for c in drawn} == set(FIELDS['pos'].values) and len({c.rope_scaling for c in drawn}) > 3

@@ -48,7 +48,7 @@ def row(name):
         gpt = GPT(config, seed=None)
     total, active = (format_quantity(gpt.num_params(active)).replace('G', 'B') for active in (False, True))
     size = total if total == active else f'{total}, active {active}'
-    order = bool(config.mixers() & set('mrk')), 'e' in config.ffns(), year, gpt.num_params()
+    order = bool(config.mixers() & set('mrkshz')), 'e' in config.ffns(), year, gpt.num_params()
     return order, f'| {model}, {year} | `{name}` | {recipe(name)} | {size} |'
 
 

@@ -219,11 +219,13 @@ def under_names_of(where, rules):
         rules = rules | {'lm_head': ('lm_head', same)}
     if not any(name.endswith('.experts.down_proj') for name in where):
         return rules
-    fused, renamed = {gate_up_by_expert: 'gate_up_proj', by_expert: 'down_proj'}, {}
+    renamed = {}
     for ours, (theirs, layout) in rules.items():
         theirs = theirs.replace('.block_sparse_moe.', '.mlp.')
-        if layout in fused:
-            ours, theirs, layout = f'{ours}.weight', theirs.partition('{n}')[0] + fused[layout], same
+        if layout in (gate_up_by_expert, by_expert):
+            word = ('gate_up_proj' if layout is gate_up_by_expert else
+                    'up_proj' if theirs.endswith('.up_proj') else 'down_proj')
+            ours, theirs, layout = f'{ours}.weight', theirs.partition('{n}')[0] + word, same
         renamed[ours] = theirs, layout
     return renamed
 
@@ -236,10 +238,9 @@ def matches(rules, c, ours):
     plan = list(enumerate(c.plan()))
     layers = {'i': range(c.n_layer), 's': range(c.n_encoder),
               'a': [i for i, (mixer, _) in plan if mixer in 'awcnv'],
-              'm': [i for i, (mixer, _) in plan if mixer == 'm'],
-              'r': [i for i, (mixer, _) in plan if mixer == 'r'],
-              'e': [i for i, (_, ffn) in plan if ffn == 'e'],
-              'f': [i for i, (_, ffn) in plan if ffn == 'f']}
+              'c': [i for i, (mixer, _) in plan if mixer == 's'],
+              **{letter: [i for i, (mixer, _) in plan if mixer == letter] for letter in 'mrhz'},
+              **{letter: [i for i, (_, ffn) in plan if ffn == letter] for letter in 'ef'}}
     for rule, (theirs, layout) in rules.items():
         letter = re.search(r'\{(\w)\}', rule)
         for i in layers[letter[1]] if letter else [None]:

@@ -15,11 +15,14 @@ class Piece(NamedTuple):
     shape: tuple
     parts: list             # [(view of our tensor, function from their tensor to the slice)]
     plus: float = 0.0       # our values are theirs plus this
+    times: float | torch.Tensor | None = None   # or theirs times this, a number or one for each row
 
     def load(self, theirs):
         """Copy their tensor into the views of ours."""
         for ours, part in self.parts:
             ours.copy_(part(theirs).view(ours.shape))
+            if self.times is not None:
+                ours.mul_(self.times)
             if self.plus:
                 ours.add_(self.plus)
 
@@ -27,7 +30,8 @@ class Piece(NamedTuple):
         """Their tensor, in fp32, made from the views of ours, or what other pieces made with these added."""
         theirs = torch.empty(self.shape) if theirs is None else theirs
         for ours, part in self.parts:
-            part(theirs).view(ours.shape).copy_(ours - self.plus)
+            ours = ours - self.plus
+            part(theirs).view(ours.shape).copy_(ours if self.times is None else ours / self.times)
         return theirs
 
 

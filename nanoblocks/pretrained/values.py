@@ -2,53 +2,64 @@
 import math
 
 COUNTS = {
-    'attention_chunk_size', 'attention_hidden_size', 'attn_layer_offset', 'attn_layer_period',
-    'context_length', 'conv_kernel', 'd_ff', 'd_kv', 'd_model', 'decoder_attention_heads', 'decoder_ffn_dim',
-    'decoder_layers', 'decoder_sparse_step', 'decoder_start_token_id', 'dim', 'embedding_dim',
-    'embedding_size', 'encoder_attention_heads', 'encoder_ffn_dim', 'encoder_layers', 'expert_layer_offset',
-    'expert_layer_period', 'experts_per_token', 'ffn_hidden_size', 'ffn_round_up_to_multiple_of',
-    'first_k_dense_replace', 'full_attention_interval', 'global_attn_every_n_layers', 'head_dim',
-    'hidden_dim', 'hidden_size', 'interleave_moe_layer_step', 'intermediate_size', 'intermediate_size_mlp',
-    'kv_lora_rank', 'kv_n_heads', 'layer_group_size', 'linear_conv_kernel_dim', 'linear_head_dim',
-    'linear_key_head_dim', 'linear_num_heads', 'linear_num_key_heads', 'linear_num_value_heads',
-    'linear_value_head_dim', 'local_attention', 'mamba_d_conv', 'mamba_d_state', 'max_position_embeddings',
-    'max_seq_len', 'max_window_layers', 'model_max_length', 'moe_intermediate_size', 'n_ctx', 'n_embd',
-    'n_embed', 'n_group', 'n_groups', 'n_head', 'n_heads', 'n_inner', 'n_layer', 'n_layers', 'n_positions',
-    'n_routed_experts', 'n_shared_experts', 'no_rope_layer_interval', 'num_attention_heads', 'num_blocks',
-    'num_decoder_layers', 'num_expert_group', 'num_experts', 'num_experts_per_tok', 'num_experts_per_token',
-    'num_heads', 'num_hidden_layers', 'num_key_value_heads', 'num_kv_heads', 'num_layers',
-    'num_ln_in_parallel_attn', 'num_local_experts', 'num_mtp_layers', 'num_nextn_predict_layers',
-    'num_shared_experts', 'original_max_position_embeddings', 'q_lora_rank', 'qk_nope_head_dim',
-    'qk_rope_head_dim', 'relative_attention_max_distance', 'relative_attention_num_buckets',
-    'shared_expert_intermediate_size', 'short_conv_kernel_size', 'sliding_window', 'sliding_window_pattern',
-    '_sliding_window_pattern', 'state_size', 'topk_group', 'type_vocab_size', 'v_head_dim', 'vocab_size'}
+    'adapter_rank', 'attention_chunk_size', 'attention_head_dim', 'attention_hidden_size',
+    'attn_layer_offset', 'attn_layer_period', 'block_ff_dim', 'block_multiple_of', 'context_length',
+    'conv_L_cache', 'conv_kernel', 'd_ff', 'd_kv', 'd_model', 'decoder_attention_heads',
+    'decoder_ffn_dim', 'decoder_layers', 'decoder_sparse_step', 'decoder_start_token_id', 'dim',
+    'embedding_dim', 'embedding_size', 'encoder_attention_heads', 'encoder_ffn_dim', 'encoder_layers',
+    'expert_layer_offset', 'expert_layer_period', 'experts_per_token', 'ffn_hidden_size',
+    'ffn_round_up_to_multiple_of', 'first_k_dense_replace', 'full_attention_interval',
+    'global_attn_every_n_layers', 'head_dim', 'hidden_dim', 'hidden_size', 'interleave_moe_layer_step',
+    'intermediate_size', 'intermediate_size_mlp', 'kv_lora_rank', 'kv_n_heads', 'layer_group_size',
+    'linear_conv_kernel_dim', 'linear_head_dim', 'linear_key_head_dim', 'linear_num_heads',
+    'linear_num_key_heads', 'linear_num_value_heads', 'linear_value_head_dim', 'local_attention',
+    'mamba_d_conv', 'mamba_d_ssm', 'mamba_d_state', 'mamba_head_dim', 'mamba_headdim', 'mamba_n_groups',
+    'mamba_n_heads', 'mamba_ngroups', 'mamba_num_heads', 'max_position_embeddings', 'max_seq_len',
+    'max_window_layers', 'model_max_length', 'moe_intermediate_size',
+    'moe_shared_expert_intermediate_size', 'n_ctx', 'n_embd', 'n_embed', 'n_group', 'n_groups', 'n_head',
+    'n_heads', 'n_inner', 'n_layer', 'n_layers', 'n_mamba_heads', 'n_positions', 'n_routed_experts',
+    'n_shared_experts', 'no_rope_layer_interval', 'num_attention_heads', 'num_blocks',
+    'num_decoder_layers', 'num_dense_layers', 'num_expert_group', 'num_experts', 'num_experts_per_tok',
+    'num_experts_per_token', 'num_heads', 'num_hidden_layers', 'num_key_value_heads', 'num_kv_heads',
+    'num_layers', 'num_ln_in_parallel_attn', 'num_local_experts', 'num_mem_blocks', 'num_mtp_layers',
+    'num_nextn_predict_layers', 'num_shared_experts', 'original_max_position_embeddings', 'q_lora_rank',
+    'qk_nope_head_dim', 'qk_rope_head_dim', 'relative_attention_max_distance',
+    'relative_attention_num_buckets', 'shared_expert_intermediate_size', 'shared_intermediate_size',
+    'short_conv_kernel_size', 'sliding_window', '_sliding_window_pattern', 'sliding_window_pattern',
+    'ssm_state_size', 'state_size', 'topk_group', 'type_vocab_size', 'v_head_dim', 'vocab_size'}
 NUMBERS = {
-    'alibi_bias_max', 'attention_factor', 'attention_multiplier', 'attn_logit_softcapping', 'attn_scale',
-    'beta_fast', 'beta_slow', 'clip_qkv', 'embedding_multiplier', 'eps', 'expand', 'factor',
+    'alibi_bias_max', 'attention_factor', 'attention_in_multiplier', 'attention_multiplier',
+    'attention_out_multiplier', 'attn_logit_softcapping', 'attn_scale', 'beta_fast', 'beta_slow',
+    'block_ffn_dim_multiplier', 'clip_qkv', 'embedding_multiplier', 'eps', 'expand', 'factor',
     'ffn_proj_factor', 'final_logit_softcapping', 'floor_scale', 'full_attn_alpha_factor',
     'full_attn_beta_factor', 'gate_soft_cap', 'global_rope_theta', 'high_freq_factor', 'kda_lower_bound',
-    'layer_norm_eps', 'layer_norm_epsilon', 'linear_attn_alpha_factor', 'linear_attn_beta_factor',
-    'local_rope_theta', 'logits_scaling', 'low_freq_factor', 'mamba_expand', 'mlp_alpha_factor',
-    'mlp_beta_factor', 'mscale', 'mscale_all_dim', 'norm_eps', 'norm_epsilon', 'output_logit_soft_cap',
-    'partial_rotary_factor', 'qk_dim_factor', 'query_pre_attn_scalar', 'residual_multiplier', 'rms_norm_eps',
+    'key_multiplier', 'layer_norm_eps', 'layer_norm_epsilon', 'linear_attn_alpha_factor',
+    'linear_attn_beta_factor', 'lm_head_multiplier', 'local_rope_theta', 'logits_scaling',
+    'low_freq_factor', 'mamba_expand', 'mixer_rms_eps', 'mlp_alpha_factor', 'mlp_beta_factor', 'mscale',
+    'mscale_all_dim', 'norm_eps', 'norm_epsilon', 'output_logit_soft_cap', 'partial_rotary_factor',
+    'qk_dim_factor', 'query_pre_attn_scalar', 'residual_multiplier', 'rms_norm_eps',
     'rope_local_base_freq', 'rope_theta', 'rotary_emb_base', 'rotary_pct', 'routed_scaling_factor',
-    'softmax_scale', 'swiglu_alpha', 'swiglu_limit', 'v_dim_factor'}
+    'softmax_scale', 'ssm_in_multiplier', 'ssm_out_multiplier', 'swiglu_alpha', 'swiglu_limit',
+    'time_step_min', 'v_dim_factor'}
 TRUTHS = {
-    'add_cross_attention', 'add_final_layer_norm', 'add_out_norm', 'alibi',
-    'apply_residual_connection_post_layernorm', 'attention_bias', 'bias', 'classifier_bias', 'decoder_bias',
-    'is_decoder', 'is_encoder_decoder', 'kda_safe_gate', 'linear_allow_neg_eigval', 'mamba_conv_bias',
-    'mamba_proj_bias', 'mlp_bias', 'moe_renormalize', 'multi_query', 'new_decoder_architecture', 'norm_bias',
-    'norm_topk_prob', 'normalize_before', 'parallel_attn', 'prefix_lm', 'qk_ln', 'qkv_bias',
-    'rope_interleave', 'scale_attn_by_inverse_layer_idx', 'scale_attn_weights', 'scale_decoder_outputs',
-    'scale_embedding', 'slow_but_exact', 'tie_word_embeddings', 'truncate', 'use_bias', 'use_conv_bias',
-    'use_parallel_residual', 'use_qk_norm', 'use_sliding_window'}
+    'add_bias_linear', 'add_cross_attention', 'add_final_layer_norm', 'add_out_norm', 'alibi',
+    'apply_residual_connection_post_layernorm', 'attention_bias', 'bias', 'block_auto_adjust_ff_dim',
+    'classifier_bias', 'conv_bias', 'decoder_bias', 'is_decoder', 'is_encoder_decoder', 'kda_safe_gate',
+    'linear_allow_neg_eigval', 'mamba_conv_bias', 'mamba_norm_before_gate', 'mamba_proj_bias',
+    'mamba_rms_norm', 'mlp_bias', 'moe_renormalize', 'multi_query', 'new_decoder_architecture',
+    'norm_bias', 'norm_topk_prob', 'normalize_before', 'parallel_attn', 'prefix_lm', 'projectors_bias',
+    'qk_ln', 'qkv_bias', 'rope_interleave', 'scale_attn_by_inverse_layer_idx', 'scale_attn_weights',
+    'scale_decoder_outputs', 'scale_embedding', 'slow_but_exact', 'tie_embedding', 'tie_word_embeddings',
+    'truncate', 'use_bias', 'use_conv_bias', 'use_expert_bias', 'use_long_context', 'use_mem_rope',
+    'use_parallel_residual', 'use_qk_norm', 'use_shared_attention_adapter', 'use_sliding_window'}
 WORDS = {
     'activation', 'activation_function', 'classifier_activation', 'feed_forward_proj', 'hidden_act',
-    'hidden_activation', 'model_type', 'position_embedding_type', 'rope_type', 'topk_method', 'type',
-    'weight_mode'}
-LISTS_OF_NUMBERS = {'full_attn_layers', 'kda_layers', 'long_factor', 'mlp_only_layers', 'moe_layers',
-                    'no_rope_layers', 'short_factor'}
-LISTS_OF_WORDS = {'layer_types', 'mlp_layer_types'}
+    'hidden_activation', 'hybrid_override_pattern', 'mamba_hidden_act', 'mlp_hidden_act', 'model_type',
+    'position_embedding_type', 'rope_type', 'topk_method', 'type', 'weight_mode'}
+LISTS_OF_NUMBERS = {'attn_layer_indices', 'full_attn_idxs', 'full_attn_layers', 'kda_layers', 'long_factor',
+                    'mlp_multipliers', 'mlp_only_layers', 'moe_layers', 'no_rope_layers', 'short_factor',
+                    'ssm_multipliers'}
+LISTS_OF_WORDS = {'layer_types', 'layers_block_type', 'mlp_layer_types'}
 # their values are checked too
 TABLES = {'attn_config', 'linear_attn_config', 'rope_parameters', 'rope_scaling'}
 

@@ -24,18 +24,22 @@ from nanoblocks.pretrained.families import (
     experts,
     gemma,
     gpt,
+    hybrid,
     kimi,
     llama,
     no_rope,
     qwen,
     recurrent,
     rwkv,
+    short_conv,
     state_space,
+    zamba,
 )
 
 # {model_type: Family}. A model is exported as the first family that its flags fit.
 FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | experts.FAMILIES
             | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES
-            | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES | bert.FAMILIES | encdec.FAMILIES)
+            | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES | hybrid.FAMILIES
+            | short_conv.FAMILIES | zamba.FAMILIES | bert.FAMILIES | encdec.FAMILIES)
 # {model_type: why it is none of them}
 REFUSED = encdec.REFUSED

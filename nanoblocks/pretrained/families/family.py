@@ -26,11 +26,12 @@ class Family:
     only: dict = field(default_factory=dict)
 
     # {our tensor: theirs, or (theirs, layout)}, or a function (config, config.json) that returns it.
-    # In our name {i} is any layer, {a} one with attention, {m} one with a state space, {r} one with a
-    # recurrence, {f} one with a dense feed-forward, {e} one with experts, {s} one of an encoder beside the
-    # decoder. In theirs {i} is the same layer, {n} every expert, {q,k,v} each of the three. A name without
-    # .weight or .bias stands for both, unless there is a rule for one of them. Rules for tensors that a model
-    # does not have are skipped. Several of ours may be parts of one of theirs.
+    # In our name {i} is any layer, {a} one with attention, {m} one with a state space, {h} one with both,
+    # {z} one with a block that others use, {r} one with a recurrence, {c} one with a short convolution, {f}
+    # one with a dense feed-forward, {e} one with experts, {s} one of an encoder beside the decoder. In theirs
+    # {i} is the same layer, {n} every expert, {q,k,v} each of the three. A name without .weight or .bias
+    # stands for both, unless there is a rule for one of them. Rules for tensors that a model does not have
+    # are skipped. Several of ours may be parts of one of theirs.
     tensors: dict | Callable
 
     # (rules, TensorFiles, config) -> rules: those of `tensors`, changed for files that hold some of them

@@ -1,4 +1,4 @@
-"""State spaces: Mamba, Mamba-2, and Jamba, which mixes Mamba with attention and experts."""
+"""State spaces: Mamba, Falcon Mamba, Mamba-2, and Jamba, which mixes Mamba with attention and experts."""
 import math
 
 from nanoblocks.pretrained.families.family import TIED, Family
@@ -20,9 +20,8 @@ MAMBA_DEFAULTS = {'expand': 2, 'state_size': 16, 'conv_kernel': 4, 'use_bias': F
 SILU = {'hidden_act': 'silu'}
 
 
-def mixer_tensors(place):
+def mixer_tensors(place, ours='h.{m}.mixer.'):
     """The tensors of a Mamba or Mamba-2 mixer, under their names for it."""
-    ours = 'h.{m}.mixer.'
     same_name = ('in_proj', 'x_proj', 'dt_proj', 'conv1d.bias', 'dt_bias', 'A_log', 'D', 'norm')
     return {ours + name: place + name for name in same_name} | {
         ours + 'conv1d.weight': (place + 'conv1d.weight', conv), ours + 'c_proj': place + 'out_proj'}
@@ -45,24 +44,41 @@ FAMILIES['mamba'] = Family(
     tensors=MAMBA_TENSORS,
     mixers='m', write=lambda c: SILU)
 
+# Falcon Mamba: norms without weights on the step size, B and C
+FAMILIES['falcon_mamba'] = Family(
+    architecture='FalconMambaForCausalLM',
+    flags=MAMBA_FLAGS | {'ssm': 'mamba1', 'ssm_norm': 'plain'},
+    keys=MAMBA_KEYS | {'time_step_rank': DT_RANK, 'mixer_rms_eps': 'ssm_eps'},
+    defaults=TIED | MAMBA_DEFAULTS | {'mixer_rms_eps': 1e-6},
+    only=SILU,
+    tensors=MAMBA_TENSORS,
+    mixers='m', write=lambda c: SILU)
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Mamba-2
+
+
+def read_limits(hf):
+    """The limits of the step size, where transformers writes infinity as {"__float__": "Infinity"}."""
+    low, high = (float(x['__float__'] if isinstance(x, dict) else x) for x in hf['time_step_limit'])
+    return {'ssm_dt_min': low, 'ssm_dt_max': None if math.isinf(high) else high}
+
+
+def write_limits(c):
+    high = {'__float__': 'Infinity'} if c.ssm_dt_max is None else c.ssm_dt_max
+    return {'time_step_limit': [c.ssm_dt_min, high]}
 
 
 def read_mamba2(hf):
     heads, inner = hf['num_heads'], hf['expand'] * hf['hidden_size']
     if heads * hf['head_dim'] != inner:
         refuse(hf, 'num_heads', f'be expand x hidden_size / head_dim = {inner}/{hf["head_dim"]}')
-    # transformers writes infinity as {"__float__": "Infinity"}
-    low, high = (float(x['__float__'] if isinstance(x, dict) else x) for x in hf['time_step_limit'])
-    return {'ssm_dt_min': low, 'ssm_dt_max': None if math.isinf(high) else high}
+    return read_limits(hf)
 
 
 def write_mamba2(c):
-    high = {'__float__': 'Infinity'} if c.ssm_dt_max is None else c.ssm_dt_max
-    return SILU | {'num_heads': c.ssm_expand * c.n_embd // c.ssm_head_dim,
-                   'time_step_limit': [c.ssm_dt_min, high]}
+    return SILU | {'num_heads': c.ssm_expand * c.n_embd // c.ssm_head_dim} | write_limits(c)
 
 
 FAMILIES['mamba2'] = Family(
