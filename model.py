@@ -2444,7 +2444,6 @@ class EncoderDecoderFlags:
                        f'n_layer={c.n_layer}')
             yield ('value_embed', not (c.value_embed or c.embed_skip),
                    'be False when there is an encoder, and embed_skip too')
-            yield 'embed_width', c.embed_width == c.n_embd, 'be n_embd when there is an encoder'
 
 class Encoder(nn.Module):
     """n_encoder blocks, in which every token of the source sees all others."""

@@ -6,6 +6,7 @@ out_dir = 'out/t5_small'
 n_encoder = 12
 objective = 'span'
 pos = 'relative'
+attn_scale = 1.0
 norm = 'rmsnorm'
 norm_eps = 1e-6
 ffn = 'relu'

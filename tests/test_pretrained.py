@@ -358,7 +358,7 @@ T5 = RELATIVE | dict(attn_scale=1.0)
 
 
 @pytest.mark.parametrize('family, flags', [
-    ('t5', flags_of(ROOT / 'config' / 't5_small.py') | dict(attn_scale=1.0)),
+    ('t5', flags_of(ROOT / 'config' / 't5_small.py')),
     ('t5', T5 | dict(n_layer=3, tie=False, ffn='geglu', head_dim=7)), ('umt5', T5 | dict(rel_shared=False)),
     ('bart', dict(n_encoder=3, norm_at='post', embed_norm=True, head_bias=True, embed_scale=True))])
 @torch.no_grad()
