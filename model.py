@@ -605,8 +605,8 @@ def kv_cache_bytes(config: 'GPTConfig', seq_len: int, batch_size: int, dtype_byt
         size = {letter: mixer.new_cache(batch_size, seq_len, dtypes[dtype_bytes], 'meta').nbytes()
                 for letter, mixer in mixers.items()}
     # of the source: keys, values, and the position, which is an int64
-    memory = batch_size * seq_len * (2 * config.n_kv_head * config.head_dim * dtype_bytes + 8)
-    sizes = [size[letter] + (memory if config.n_encoder else 0) for letter, _ in config.plan()]
+    width = 2 * config.n_kv_head * config.head_dim * dtype_bytes + 8 if config.n_encoder else 0
+    sizes = [size[letter] + batch_size * seq_len * width for letter, _ in config.plan()]
     return sum(sizes) if config.causal else 0
 
 def check_counts(least, **given):
@@ -2306,18 +2306,20 @@ class AttentionResidualBlock(WideBlock):
         super().__init__(c, mixer, ffn, layer)
         first = 0 if self.opens else 2 * layer
         self.starts_sum = [branch % c.attnres_size == 0 for branch in (first, first + 1)]
-        self.query_1, self.eps = param(c.n_embd, init=zeros), c.norm_eps
-        self.query_2 = None if self.ffn is None else param(c.n_embd, init=zeros)
-        self.query_out = param(c.n_embd, init=zeros) if self.closes else None
+        # where the stream opens there is one source, and nothing to choose
+        self.query_1, self.query_2, self.query_out = (
+            param(c.n_embd, init=zeros) if wanted else None
+            for wanted in (not self.opens, self.ffn is not None, self.closes))
+        self.eps = c.norm_eps
 
     def branches(self, x, ctx, cache):
         """x: the embedding (B,T,C) alone in the first block, else a tuple of all sources."""
         x = (x,) if self.opens else x
-        y = self.mix(self.ln_1(attend_to_depth(self.query_1, x, self.eps)), ctx, cache)
-        x = self.joined(x, y, 0)
+        read = x[0] if self.opens else attend_to_depth(self.query_1, x, self.eps)
+        x = self.joined(x, self.mix(self.ln_1(read), ctx, cache), 0)
         if self.ffn is not None:
-            y = self.feed(self.ln_2(attend_to_depth(self.query_2, x, self.eps)), ctx)
-            x = self.joined(x, y, 1)
+            read = attend_to_depth(self.query_2, x, self.eps)
+            x = self.joined(x, self.feed(self.ln_2(read), ctx), 1)
         return attend_to_depth(self.query_out, x, self.eps) if self.closes else x
 
     def joined(self, sources, y, branch):
