@@ -1036,8 +1036,12 @@ class GatedUnit(CachedAttention):
         self.widths, self.chunked, self.causal = (width, width, D), span.chunked, c.causal
         self.cached, self.products = [(2 * D,), (width,)], 2 * D + width
         self.in_proj = Linear(c.n_embd, sum(self.widths), c.qkv_bias)       # gate, values, z
-        # of queries and of keys: what multiplies z, what is added, and half of the bias b
-        self.gain, self.offset, self.bias = (param(2, D, init=init) for init in (normal, zeros, normal))
+        # of queries and of keys: what multiplies z, what is added, and the vectors whose product is the bias b.
+        # Drawn at random, these leave half of all distances, and some layers altogether, without any weight or
+        # gradient; alike, they begin as about the mean of the tokens seen, the nearest of them first.
+        level = (D * c.block_size ** 0.5) ** -0.5
+        self.gain, self.offset, self.distance = (
+            param(2, D, init=init) for init in (normal, zeros, partial(constant, values=level)))
         self.c_proj = out_proj(c, width, c.proj_bias)
         self.scale, self.dropout = c.attn_scale or 1 / c.block_size, c.dropout
 
@@ -1046,7 +1050,7 @@ class GatedUnit(CachedAttention):
         gate, v, z = F.silu(self.in_proj(x)).split(self.widths, dim=-1)             # (B,T,I|I|D)
         q, k = (z.unsqueeze(-2) * self.gain + self.offset).unbind(-2)               # (B,T,D)
         # 2. scores and bias are one product of twice the width, whose halves rotate as two heads
-        q_bias, k_bias = (half.expand_as(q).to(q.dtype) for half in self.bias)
+        q_bias, k_bias = (half.expand_as(q).to(q.dtype) for half in self.distance)
         q, k = torch.stack((q * self.scale, q_bias), dim=2), torch.stack((k, k_bias), dim=2)    # (B,T,2,D)
         q, k = (t.flatten(2) for t in ops.rope_qk(q, k, *ctx.rope[self.local]))
         # 3. past tokens

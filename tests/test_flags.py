@@ -24,8 +24,9 @@ from model import GPT, GPTConfig, kv_cache_bytes
 LEGAL = 320     # random combinations of flags
 CAPTURED = 200  # those of them that are compiled and saved as well
 # Flags that change how some tensors are drawn, with the name of those: a projection onto the residual stream
-# is scaled by the number of layers, or zero. Direction and sign are kept.
-RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight', 'ssm_conv': 'conv1d.bias'}
+# is scaled by the number of layers, or zero; the bias of gau by block_size. Direction and sign are kept.
+RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight', 'ssm_conv': 'conv1d.bias',
+           'block_size': 'mixer.distance'}
 # drawn by the number of a channel or state alone, as Mamba-1's decays are 1, 2, 3, ...
 BY_PLACE = ('A_log', 'A_imag', 'shift.mu', 'mixer.decay', 'decay.bias', 'mixer.bonus')
 
