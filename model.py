@@ -1036,12 +1036,13 @@ class GatedUnit(CachedAttention):
         self.widths, self.chunked, self.causal = (width, width, D), span.chunked, c.causal
         self.cached, self.products = [(2 * D,), (width,)], 2 * D + width
         self.in_proj = Linear(c.n_embd, sum(self.widths), c.qkv_bias)       # gate, values, z
-        # of queries and of keys: what multiplies z, what is added, and the vectors whose product is the bias b.
-        # Drawn at random, these leave half of all distances, and some layers altogether, without any weight or
-        # gradient; alike, they begin as about the mean of the tokens seen, the nearest of them first.
+        # Of queries and of keys: what multiplies z, what is added, and the vectors of which b is the product.
+        # The paper draws the first and the last from N(0, 0.02^2), which leaves half of all distances, and
+        # some layers altogether, without weight or gradient. Here b begins as about the mean of the tokens
+        # seen, the nearest of them first, and the scores have its size.
         level = (D * c.block_size ** 0.5) ** -0.5
         self.gain, self.offset, self.distance = (
-            param(2, D, init=init) for init in (normal, zeros, partial(constant, values=level)))
+            param(2, D, init=init) for init in (ones, zeros, partial(constant, values=level)))
         self.c_proj = out_proj(c, width, c.proj_bias)
         self.scale, self.dropout = c.attn_scale or 1 / c.block_size, c.dropout
 
