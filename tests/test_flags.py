@@ -108,6 +108,8 @@ def test_every_value_of_a_flag_changes_something(name):
     alike = {pair for pair in itertools.combinations(values, 2) if not (alone and None in pair)}
     if name == 'layer_pattern':  # no positions go with both
         alike -= {(a, b) for a in ('an', 'av') for b in ('m', 'r', 'rk')}
+    if name == 'sinkhorn_steps':  # mixing streams that are alike, as all are at the start, changes nothing
+        alike.clear()
     if name == 'router_norm':  # no number of experts goes with both
         alike.remove((True, 'fixed'))
     for flags in bases():
