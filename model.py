@@ -2391,7 +2391,8 @@ class ManifoldConnection(HyperConnection):
 
     While the streams are alike, mixing them changes nothing, and would never be learned. So reads begin
     unequal, which makes the branches write unequally from the second step on; and the mixing matrix begins
-    near the identity, yet not where the softmax is flat. The paper leaves these numbers open.
+    near the identity, yet not where the softmax is flat. The paper leaves these numbers open. The first
+    matrix, of streams that are alike, and the last one, before their mean is taken, change nothing.
     """
 
     def __init__(self, c, branch):

@@ -208,7 +208,8 @@ def test_mixing_weights_leave_their_start(form):
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step()
     for name, p in mixing(model).items():
-        if name == 'h.0.hyper_1.mix_bias':      # where the stream opens, all of it is alike
+        # the first matrix mixes streams that are alike, the last one streams of which the head takes the mean
+        if name in ('h.0.hyper_1.mix_bias', 'h.2.hyper_2.mix_bias'):
             continue
         # rounding alone gives gradients of about 1e-11
         assert p.grad.abs().max() > 1e-8, f'{name}: its gradient after ten steps is {p.grad.abs().max():.1e}'
