@@ -3,9 +3,9 @@ GPT-2, Llama and the blocks of newer language models, each switched on by a flag
 
     Part I    A decoder, from GPT-2 to Llama    parameters, norms, positions, cache, attention, feed-forward,
                                                 and the block that joins them
-    Part II   Other blocks, read when wanted    positions, rope scaling, additions to attention, differential
-                                                and latent attention, state spaces, recurrences, experts,
-                                                activations, encoders
+    Part II   Other blocks, read when wanted    positions, rope scaling, additions to attention, differential,
+                                                latent and gated attention, state spaces, recurrences,
+                                                experts, activations, residual streams, encoders
     Part III  The model                         tables, GPTConfig, GPT
 
 Read Part I and Part III: that is a complete decoder, GPT-2 or Llama. A chapter of Part II holds all about one
@@ -819,6 +819,7 @@ class AttentionExtraFlags:
     temp_floor: int = flag(8192, temp_scale=SET)    # tokens per step of the growth by temp_scale
     value_embed: bool = False           # adds a second token embedding, times a learned scalar, to the values
     attn_gate: str = flag('none', ATTN_GATE)    # sigmoid gate on the output: none, head, channel (Qwen3-Next)
+    diff_gain: bool = flag(True, attn='diff')   # weights of the norm on a pair's output (DiffLlama: none)
 
     def rules(c):
         for name, default in (('value_embed', False), ('qkv_clip', None), ('temp_scale', None)):
@@ -896,7 +897,8 @@ class DiffAttention(Attention):
         # the paper's schedule over depth, from layer 0
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
         self.lambdas = param(4, c.head_dim, init=partial(normal, std=0.1))  # q1, k1, q2, k2
-        self.head_norm = RMSNorm(2 * c.head_dim, c)
+        without = partial(F.rms_norm, normalized_shape=(2 * c.head_dim,), eps=c.norm_eps)
+        self.head_norm = RMSNorm(2 * c.head_dim, c) if c.diff_gain else without
 
     def attend(self, q, k, v, ctx, key_pos):
         """q (B,T,H,D), k and v (B,S,K,D) -> (B,T,H/2,2D)"""
@@ -996,6 +998,78 @@ class MLA(CachedAttention):
         key = shared.unsqueeze(2)                                                   # (B,S,1,R+Dr)
         y = self.scores(q, key, key[..., :rank], ctx, key_pos)                      # (B,T,H,R)
         return torch.einsum('bthr,hdr->bthd', y, up_v)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Gated attention unit
+
+@flags(attn='gau')
+class GAUFlags:
+    """Gated attention unit"""
+    gau_width: int | None = None    # width of the values and of their gate; None: 2 n_embd
+
+    def fill(c):
+        return {'gau_width': 2 * c.n_embd}
+
+    def rules(c):
+        yield ('pos', c.pos == 'rope' and not c.mixers() & set('nv'),
+               "be rope, in every layer, when attn=gau, whose bias is a product of rotated vectors")
+        others = dict(n_kv_head=c.n_head, qk_norm=False, softcap=None, sinks=False, qkv_clip=None,
+                      temp_scale=None, value_embed=False, attn_gate='none')
+        for name, value in others.items():
+            yield name, getattr(c, name) == value, f'be {value} when attn=gau: one head, no softmax'
+
+# x --in_proj, silu--> gate (I) ------------------------------------> * ---c_proj--->
+#                 \--> values (I) --weights (T,S) = relu(q k^T + b)^2--/
+#                  \-> z (D) --two gains and offsets--> q, k           The cache holds values, k, b's half.
+
+class GatedUnit(CachedAttention):
+    """
+    Gated attention unit (Hua et al. 2022, https://arxiv.org/abs/2202.10447): one head of head_dim coordinates
+    with the squares of positive scores in place of a softmax, whose values are as wide as the hidden layer of
+    a feed-forward, and gated like one. It is both branches of a block: ffn_pattern='-'.
+
+    The paper divides scores by the length of the text. Here that is block_size whatever the length, unless
+    attn_scale is set, so that the tokens before one decide all about it.
+    """
+
+    def __init__(self, c, layer, span):
+        super().__init__(c, span)
+        D, width = c.head_dim, c.gau_width
+        self.widths, self.chunked, self.causal = (width, width, D), span.chunked, c.causal
+        self.cached, self.products = [(2 * D,), (width,)], 2 * D + width
+        self.in_proj = Linear(c.n_embd, sum(self.widths), c.qkv_bias)       # gate, values, z
+        # Of queries and of keys: what multiplies z, what is added, and the vectors of which b is the product.
+        # The paper draws the first and the last from N(0, 0.02^2), which leaves half of all distances, and
+        # some layers altogether, without weight or gradient. Here b begins as about the mean of the tokens
+        # seen, the nearest of them first, and the scores have its size.
+        level = (D * c.block_size ** 0.5) ** -0.5
+        self.gain, self.offset, self.distance = (
+            param(2, D, init=init) for init in (ones, zeros, partial(constant, values=level)))
+        self.c_proj = out_proj(c, width, c.proj_bias)
+        self.scale, self.dropout = c.attn_scale or 1 / c.block_size, c.dropout
+
+    def forward(self, x, ctx, cache=None):
+        # 1. gate, values, and one projection for queries and keys
+        gate, v, z = F.silu(self.in_proj(x)).split(self.widths, dim=-1)             # (B,T,I|I|D)
+        q, k = (z.unsqueeze(-2) * self.gain + self.offset).unbind(-2)               # (B,T,D)
+        # 2. scores and bias are one product of twice the width, whose halves rotate as two heads
+        q_bias, k_bias = (half.expand_as(q).to(q.dtype) for half in self.distance)
+        q, k = torch.stack((q * self.scale, q_bias), dim=2), torch.stack((k, k_bias), dim=2)    # (B,T,2,D)
+        q, k = (t.flatten(2) for t in ops.rope_qk(q, k, *ctx.rope[self.local]))
+        # 3. past tokens
+        key_pos = ctx.pos
+        if cache is not None:
+            key_pos, (k, v) = cache.update(ctx.pos, k, v, beyond=ctx.reach is not None)     # (B,S,2D|I)
+        # 4. weights, the weighted sum, and only then the gate
+        weights = relu2(q.to(k.dtype) @ k.mT).masked_fill(~self.seen(ctx, key_pos), 0)      # (B,T,S)
+        return self.c_proj(gate * (F.dropout(weights, self.dropout, self.training) @ v))
+
+    def seen(self, ctx, key_pos):
+        """(1 or B,T,S)"""
+        window = self.window if self.chunked else min(self.window or math.inf, ctx.reach or math.inf)
+        window = None if window == math.inf else window
+        return ops.visible(ctx.pos, key_pos, window, self.chunked, self.causal).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2344,6 +2418,178 @@ class NormedBlock(Block):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Wider residual streams: the first block widens the stream, and the last one closes it again, so that GPT
+# sees (B,T,C) alone. Blocks of multi-token prediction do both, each for itself. Where a norm stands before
+# every branch, all three forms start as the function of residual=serial: whatever factor the stream has, a
+# norm takes it out.
+
+@flags(residual=('attnres', 'hyper', 'mhc'))
+class WideFlags:
+    """Wider residual streams"""
+    attnres_size: int = flag(1, residual='attnres')     # branches whose outputs are one source, their sum
+    n_stream: int = flag(4, residual=('hyper', 'mhc'))  # streams beside each other
+    # mixing weights that depend on the token are added to learned ones
+    hyper_dynamic: bool = flag(True, residual='hyper')
+    sinkhorn_steps: int = flag(20, residual='mhc')      # divisions of rows and columns by their sums
+
+    def rules(c):
+        yield ('embed_skip', not c.embed_skip,
+               f'be False when residual={c.residual}, through which later blocks find the embedding already')
+
+class WideBlock(Block):
+    """Whether a block is the one that widens the stream, or closes it, or both."""
+
+    def __init__(self, c, mixer, ffn, layer):
+        super().__init__(c, mixer, ffn, layer)
+        self.opens, self.closes = layer == 0 or layer >= c.n_layer, layer >= c.n_layer - 1
+
+def attend_to_depth(query, sources, eps):
+    """
+    The mean of n sources (B,T,C), weighted by the softmax of query (C,) times each source's RMS norm. Written
+    so that the backward pass needs the sources themselves, and no copy of them for each query.
+    """
+    scores = [(x * query).sum(-1) * (ops.at_least_fp32(x.square()).mean(-1) + eps).rsqrt() for x in sources]
+    weights = ops.at_least_fp32(torch.stack(scores, dim=-1)).softmax(-1)                    # (B,T,n)
+    mean = sum(weight.unsqueeze(-1) * x for weight, x in zip(weights.unbind(-1), sources))
+    return mean.to(sources[0].dtype)
+
+class AttentionResidualBlock(WideBlock):
+    """
+    Attention residuals (Kimi Team 2026, https://arxiv.org/abs/2603.15031): in place of a running sum, a
+    branch reads the mean of the embedding and of the outputs of all branches before it, weighted for each
+    token by a learned query; so does the head. attnres_size: of sums of so many outputs, the newest as far as
+    it goes, counted as if every layer had two branches. Queries start at zero, which weights all alike.
+    """
+
+    def __init__(self, c, mixer, ffn, layer):
+        super().__init__(c, mixer, ffn, layer)
+        first = 0 if self.opens else 2 * layer
+        self.starts_sum = [branch % c.attnres_size == 0 for branch in (first, first + 1)]
+        # where the stream opens there is one source, and nothing to choose
+        self.query_1, self.query_2, self.query_out = (
+            param(c.n_embd, init=zeros) if wanted else None
+            for wanted in (not self.opens, self.ffn is not None, self.closes))
+        self.eps = c.norm_eps
+
+    def branches(self, x, ctx, cache):
+        """x: the embedding (B,T,C) alone in the first block, else a tuple of all sources."""
+        x = (x,) if self.opens else x
+        read = x[0] if self.opens else attend_to_depth(self.query_1, x, self.eps)
+        x = self.joined(x, self.mix(self.ln_1(read), ctx, cache), 0)
+        if self.ffn is not None:
+            read = attend_to_depth(self.query_2, x, self.eps)
+            x = self.joined(x, self.feed(self.ln_2(read), ctx), 1)
+        return attend_to_depth(self.query_out, x, self.eps) if self.closes else x
+
+    def joined(self, sources, y, branch):
+        """The sources with the output y of one more branch."""
+        return (*sources, y) if self.starts_sum[branch] else (*sources[:-1], sources[-1] + y)
+
+# n streams x_i, and a branch f:        h = sum_i read_i x_i        x_j <- sum_i mix_ij x_i + write_j f(h)
+
+def eye(shape, generator, size=1.0):
+    return size * torch.eye(*shape)
+
+def one_of(shape, generator, place, low, high):
+    return torch.full(shape, low).index_fill(0, torch.tensor(place), high)
+
+class HyperConnection(nn.Module):
+    """
+    Hyper-connections (Zhu et al. 2024, https://arxiv.org/abs/2409.19606): learned weights by which a branch
+    reads the streams, writes to them and mixes them; dynamic ones add what each stream itself asks for. They
+    start with nothing mixed and with branches that read one stream each, in turn, and write to all. The paper
+    also scales the branches' last projections by sqrt(n), which is left out here.
+    """
+
+    def __init__(self, c, branch):
+        super().__init__()
+        n = c.n_stream
+        self.read = param(n, init=partial(one_of, place=branch % n, low=0.0, high=1.0))
+        self.write, self.mix = param(n, init=ones), param(n, n, init=eye)
+        self.norm = NORMS[c.norm](c.n_embd, c) if c.hyper_dynamic else None
+        if c.hyper_dynamic:
+            self.dynamic = Linear(c.n_embd, 2 + n, bias=False, std=0.0)
+            self.scale = param(2, init=partial(constant, values=0.01))      # of read and mix, of write
+
+    def weights(self, x):
+        """x (B,T,n,C) -> read (...,n), write (...,n), mix (...,n,n)"""
+        read, write, mix = (ops.at_least_fp32(p) for p in (self.read, self.write, self.mix))
+        if self.norm is None:
+            return read, write, mix
+        own = torch.tanh(ops.at_least_fp32(self.dynamic(self.norm(x))))             # (B,T,n,2+n)
+        scale, write_scale = ops.at_least_fp32(self.scale)
+        return read + scale * own[..., 0], write + write_scale * own[..., 1], mix + scale * own[..., 2:]
+
+    def forward(self, x, branch):
+        """x (B,T,n,C), branch: a function (B,T,C) -> (B,T,C)"""
+        read, write, mix = self.weights(x)
+        y = branch((read.unsqueeze(-1) * x).sum(-2).to(x.dtype))
+        # not as a product of matrices, which autocast would round to 16 bits
+        mixed = sum(row.unsqueeze(-1) * x_i.unsqueeze(-2) for row, x_i in zip(mix.unbind(-2), x.unbind(-2)))
+        return (mixed + write.unsqueeze(-1) * y.unsqueeze(-2)).to(x.dtype)
+
+def sinkhorn(logits, steps):
+    """
+    The exponentials of logits (...,n,n), with rows and columns divided by their sums in turn until both are 1
+    (Sinkhorn and Knopp 1967); those of columns exactly.
+    """
+    for _ in range(steps):
+        logits = logits.log_softmax(-1).log_softmax(-2)
+    return logits.exp()
+
+class ManifoldConnection(HyperConnection):
+    """
+    Manifold-constrained hyper-connections, mHC (DeepSeek 2025, https://arxiv.org/abs/2512.24880): mixing
+    takes weighted means of streams, and so cannot make them grow with depth. All weights depend on all
+    streams.
+
+    While the streams are alike, mixing them changes nothing, and would never be learned. So reads begin
+    unequal, which makes the branches write unequally from the second step on; and the mixing matrix begins
+    near the identity, yet not where the softmax is flat. The paper leaves these numbers open. The first
+    matrix, of streams that are alike, and the last one, before their mean is taken, change nothing.
+    """
+
+    def __init__(self, c, branch):
+        nn.Module.__init__(self)
+        n = c.n_stream
+        self.read_bias = param(n, init=partial(one_of, place=branch % n, low=-1.0, high=1.0))
+        self.write_bias, self.mix_bias = param(n, init=zeros), param(n, n, init=partial(eye, size=3.0))
+        self.dynamic = Linear(n * c.n_embd, 2 * n + n * n, bias=False, std=0.0)
+        self.scale = param(3, init=partial(constant, values=0.01))          # of read, write and mix
+        self.widths, self.steps, self.eps = (n, n, n * n), c.sinkhorn_steps, c.norm_eps
+
+    def weights(self, x):
+        flat = x.flatten(-2)
+        own = ops.at_least_fp32(self.dynamic(F.rms_norm(flat, flat.shape[-1:], eps=self.eps)))
+        read, write, mix = (scale * part for scale, part in zip(
+            ops.at_least_fp32(self.scale), own.split(self.widths, dim=-1)))
+        mix = mix.unflatten(-1, self.mix_bias.shape)
+        return (torch.sigmoid(read + self.read_bias), 2 * torch.sigmoid(write + self.write_bias),
+                sinkhorn(mix + self.mix_bias, self.steps))
+
+class HyperBlock(WideBlock):
+    """Both branches with a connection to n_stream streams, of which the head reads the mean."""
+    connection = HyperConnection
+
+    def __init__(self, c, mixer, ffn, layer):
+        super().__init__(c, mixer, ffn, layer)
+        self.n_stream = c.n_stream
+        self.hyper_1 = self.connection(c, 2 * layer)
+        self.hyper_2 = None if self.ffn is None else self.connection(c, 2 * layer + 1)
+
+    def branches(self, x, ctx, cache):
+        if self.opens:
+            x = x.unsqueeze(-2).expand(-1, -1, self.n_stream, -1)                   # (B,T,n,C)
+        x = self.hyper_1(x, lambda h: self.mix(self.ln_1(h), ctx, cache))
+        if self.ffn is not None:
+            x = self.hyper_2(x, lambda h: self.feed(self.ln_2(h), ctx))
+        return x.mean(-2) if self.closes else x     # a sum in the paper; the norm behind takes the factor out
+
+class ManifoldBlock(HyperBlock):
+    connection = ManifoldConnection
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Multi-token prediction (Gloeckle et al. 2024)
 
 @flags()
@@ -2572,8 +2818,9 @@ POSITIONS = {
     'relative': RelativePositions,
 }
 NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
-RESIDUAL = {'serial': Block, 'parallel': ParallelBlock, 'shared': SharedBlock, 'normed': NormedBlock}
-ATTN = {'standard': Attention, 'mla': MLA, 'diff': DiffAttention}
+RESIDUAL = {'serial': Block, 'parallel': ParallelBlock, 'shared': SharedBlock, 'normed': NormedBlock,
+            'attnres': AttentionResidualBlock, 'hyper': HyperBlock, 'mhc': ManifoldBlock}
+ATTN = {'standard': Attention, 'mla': MLA, 'diff': DiffAttention, 'gau': GatedUnit}
 MIXERS = {
     'a': Letter('attention', attention()),
     'w': Letter('attention within a window', attention(windowed=True, local=True)),
@@ -2597,6 +2844,8 @@ FFN = {
     'geglu': (GatedMLP, lambda c: ops.geglu),
     'geglu_erf': (GatedMLP, lambda c: gated_by(F.gelu)),
     'reglu': (GatedMLP, lambda c: gated_by(F.relu)),
+    'glu': (GatedMLP, lambda c: gated_by(torch.sigmoid)),
+    'bilinear': (GatedMLP, lambda c: gated_by(nn.Identity())),
     'swiglu_clip': (GatedMLP, lambda c: partial(swiglu_clip, limit=c.ffn_limit, alpha=c.ffn_alpha)),
 }
 
@@ -2606,9 +2855,9 @@ FFN = {
 
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
-                AttentionExtraFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, ShortConvFlags, LayerFlags,
-                TiedFlags, Flags):
+                AttentionExtraFlags, LatentFlags, GAUFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags,
+                ClippedFlags, NormedFlags, WideFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags,
+                ShortConvFlags, LayerFlags, TiedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -2621,9 +2870,9 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
     pos: str = flag('learned', POSITIONS)
     norm: str = flag('layernorm', NORMS)        # layernorm, rmsnorm
     norm_at: str = flag('pre', NORM_AT)     # pre (GPT-2), post (2017), output (OLMo 2), sandwich (Gemma 2)
-    # serial (mixer, then feed-forward), parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM)
+    # serial, parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM), attnres (Kimi), hyper, mhc
     residual: str = flag('serial', RESIDUAL)
-    attn: str = flag('standard', ATTN, layer_pattern='awcnvhz')   # standard, mla (DeepSeek), diff
+    attn: str = flag('standard', ATTN, layer_pattern='awcnvhz')     # standard, mla (DeepSeek), diff, gau
     # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), unit (Llama 4)
     qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnvhz')
     ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation; words with glu and clip are gated
@@ -2643,9 +2892,9 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
         yield ('layer_pattern', c.pos == 'rope' or not c.mixers() & set('nv'),
                f"have 'a' for 'n' and 'w' for 'v' when pos={c.pos}, as rotation is all that tells them apart")
         yield 'residual', c.residual == 'serial' or c.norm_at != 'post', 'be serial when norm_at=post'
-        yield ('residual', c.residual in ('serial', 'parallel') or NORM_AT[c.norm_at][0],
+        yield ('residual', c.residual not in ('shared', 'normed') or NORM_AT[c.norm_at][0],
                f'be serial when norm_at={c.norm_at}, which has no norm before a branch')
-        yield ('residual', c.residual == 'serial' or '-' not in c.ffns(),
+        yield ('residual', c.residual not in ('parallel', 'shared', 'normed') or '-' not in c.ffns(),
                "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
 
     def plan(self):

@@ -33,6 +33,7 @@ from . import (
     selective_scan,
     ssd,
 )
+from .attention import visible  # noqa: F401
 from .common import HAS_TRITON, INTERPRETED, as_products, at_least_fp32, runs_triton  # noqa: F401
 from .exact_linear import exact_linear  # noqa: F401
 from .expert_rows import collect, spread  # noqa: F401

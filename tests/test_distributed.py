@@ -118,6 +118,13 @@ def test_many_processes_equal_one(tmp_path, settings, world):
     assert len(losses(tmp_path / 'many', 'val_loss')) == 3
 
 
+@pytest.mark.parametrize('residual', ['attnres', 'mhc'])
+def test_a_wide_stream_passes_between_shards(tmp_path, residual):
+    settings = SMALL | dict(residual=residual, n_layer=3, norm='rmsnorm')
+    succeed(pair(*toy(tmp_path / 'many', **settings, shard=True, activation_checkpointing=True)))
+    assert_close_runs(tmp_path / 'many', trained(**settings))
+
+
 def test_gradients_are_views_of_what_is_sent(monkeypatch):
     def ddp(model, broadcast_buffers=True, gradient_as_bucket_view=False):
         return broadcast_buffers, gradient_as_bucket_view

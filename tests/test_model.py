@@ -88,8 +88,9 @@ def assert_gradients(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     model.train()
     # with projections that start at zero, as some of RWKV's do, what lies on their other side has its first
-    # gradient in the second step, or with both in the third
-    for _ in range(1 + c.zero_init + ('r' in c.mixers())):
+    # gradient in the second step, or with both in the third; so has what multiplies a weight of
+    # streams that is zero at first
+    for _ in range(1 + c.zero_init + ('r' in c.mixers()) + (c.residual in ('hyper', 'mhc'))):
         optimizer.zero_grad(set_to_none=True)
         model(idx[:8], idx[1:])[1].backward()
         for name, p in model.named_parameters():
@@ -315,6 +316,8 @@ GATE = {
     'geglu': lambda a, up: ACTIVATION['gelu_tanh'](a) * up,
     'geglu_erf': lambda a, up: ACTIVATION['gelu'](a) * up,
     'reglu': lambda a, up: max(a, 0.0) * up,
+    'glu': lambda a, up: up / (1 + math.exp(-a)),
+    'bilinear': lambda a, up: a * up,
     'swiglu_clip': lambda a, up: (max(-2, min(up, 2)) + 1) * min(a, 2) / (1 + math.exp(-1.5 * min(a, 2))),
 }
 FFN_IS = ACTIVATION | GATE

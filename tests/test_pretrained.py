@@ -384,6 +384,8 @@ def test_an_encoder_and_a_decoder_trained_here_export(family, flags, tmp_path):
     (dict(n_encoder=2, pos='rope', norm='rmsnorm', bias=False), 'pos=rope must be relative'),
     (dict(n_encoder=3, norm_at='post', embed_norm=True, head_bias=True, tie=False), 'tie'),
     (dict(pos='rope', attn='diff', n_kv_head=2, norm='rmsnorm', bias=False), 'attn'),
+    (dict(pos='rope', attn='gau', norm='rmsnorm', ffn='swiglu', bias=False), 'attn'),
+    (dict(pos='rope', residual='mhc', norm='rmsnorm', ffn='swiglu', bias=False), 'residual'),
     (dict(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, value_embed=True), 'value_embed'),
     (dict(embed_skip=True), 'embed_skip'),
     (dict(pos='sinusoidal'), 'pos'),

@@ -58,6 +58,11 @@ def transposed(p, c):
     return [piece(p.t() if p.dim() == 2 else p)]
 
 
+def rows(p, c):
+    """A tensor for each row."""
+    return [piece(row) for row in p]
+
+
 def halves(p, c):
     """Two tensors: the rows of both lie below each other."""
     return [piece(half) for half in p.chunk(2)]
@@ -91,6 +96,12 @@ def qkv_rows(c):
 def qkv(p, c):
     """Three tensors."""
     return [piece(part) for part in p.split(qkv_rows(c))]
+
+
+def qkv_in_pairs(p, c):
+    """Three tensors: the first heads of all pairs, then the second ones, which alternate here (DiffLlama)."""
+    pairs = [(part, part.unflatten(0, (-1, 2, c.head_dim))) for part in p.split(qkv_rows(c))]
+    return [piece(heads.transpose(0, 1), part.shape) for part, heads in pairs]
 
 
 def qkv_by_group(p, c):

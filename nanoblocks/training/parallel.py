@@ -126,7 +126,10 @@ def wrap(model, dtype, compile_mode, recompute, sharded):
     if compile_mode and not (sharded or recompute):
         fast_model = torch.compile(model, mode=compile_mode)
     elif compile_mode:
-        # the blocks alone, because what FSDP and checkpointing do between them cannot be compiled
+        # the blocks alone, because what FSDP and checkpointing do between them cannot be compiled; each depth
+        # may be a case of its own, as the number of sources of attention residuals is
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 1 + len(blocks_of(model)))
         for block in blocks_of(model):
             block.forward = torch.compile(block.forward, mode=compile_mode)
     if recompute:

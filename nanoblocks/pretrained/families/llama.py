@@ -1,12 +1,12 @@
 """
-Llama, and the dense models that change a detail of it: Mistral, Phi 3, OLMo 2, StarCoder 2, Granite.
-The tables LLAMA_* are what most other files here begin with.
+Llama, and the dense models that change a detail of it: Mistral, Phi 3, OLMo 2, StarCoder 2, Granite,
+DiffLlama. The tables LLAMA_* are what most other files here begin with.
 """
 import math
 
 from nanoblocks.pretrained.families.family import LAYERNORM, TIED, Family
 from nanoblocks.pretrained.keys import GATED_FFN, UNGATED_FFN, Key, read_window, score_scale, without
-from nanoblocks.pretrained.layouts import gate_up, qkv
+from nanoblocks.pretrained.layouts import gate_up, qkv, qkv_in_pairs, rows
 from nanoblocks.pretrained.rope import read_rope, rope_parameters, rope_type, write_rope
 
 FAMILIES = {}
@@ -131,4 +131,18 @@ FAMILIES['granite'] = Family(
     defaults={'embedding_multiplier': 1.0, 'residual_multiplier': 1.0, 'attention_multiplier': 1.0,
               'logits_scaling': 1.0},
     tensors=LLAMA_TENSORS,
+    read=read_rope, write=write_rope)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# DiffLlama: differential attention; no weights in the norm of a pair's output
+
+FAMILIES['diffllama'] = Family(
+    architecture='DiffLlamaForCausalLM',
+    flags=LLAMA_FLAGS | {'attn': 'diff', 'diff_gain': False},
+    keys=LLAMA_KEYS | ATTENTION_BIAS,
+    defaults={'rms_norm_eps': 1e-5},
+    tensors=LLAMA_TENSORS | {
+        'h.{a}.mixer.c_attn': ('model.layers.{i}.self_attn.{q,k,v}_proj', qkv_in_pairs),
+        'h.{a}.mixer.lambdas': ('model.layers.{i}.self_attn.lambda_{q1,k1,q2,k2}', rows)},
     read=read_rope, write=write_rope)
