@@ -2375,6 +2375,17 @@ def gated_by(act):
 # ----------------------------------------------------------------------------------------------------------
 # Other forms of the residual stream
 
+@flags()
+class ResidualFlags:
+    """Forms of the residual stream"""
+
+    def rules(c):
+        yield 'residual', c.residual == 'serial' or c.norm_at != 'post', 'be serial when norm_at=post'
+        yield ('residual', c.residual not in ('shared', 'normed') or NORM_AT[c.norm_at][0],
+               f'be serial when norm_at={c.norm_at}, which has no norm before a branch')
+        yield ('residual', c.residual not in ('parallel', 'shared', 'normed') or '-' not in c.ffns(),
+               "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
+
 class ParallelBlock(Block):
     """Mixer and feed-forward read the same x, each through its own norm (GPT-NeoX)."""
 
@@ -2856,8 +2867,8 @@ FFN = {
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
                 AttentionExtraFlags, LatentFlags, GAUFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags,
-                ClippedFlags, NormedFlags, WideFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags,
-                ShortConvFlags, LayerFlags, TiedFlags, Flags):
+                ClippedFlags, ResidualFlags, NormedFlags, WideFlags, PredictFlags, EncoderFlags,
+                EncoderDecoderFlags, ShortConvFlags, LayerFlags, TiedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset
@@ -2891,11 +2902,6 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
                "be none when every layer that attends is an 'n' or 'v', which do not rotate")
         yield ('layer_pattern', c.pos == 'rope' or not c.mixers() & set('nv'),
                f"have 'a' for 'n' and 'w' for 'v' when pos={c.pos}, as rotation is all that tells them apart")
-        yield 'residual', c.residual == 'serial' or c.norm_at != 'post', 'be serial when norm_at=post'
-        yield ('residual', c.residual not in ('shared', 'normed') or NORM_AT[c.norm_at][0],
-               f'be serial when norm_at={c.norm_at}, which has no norm before a branch')
-        yield ('residual', c.residual not in ('parallel', 'shared', 'normed') or '-' not in c.ffns(),
-               "be serial when ffn_pattern has a '-', as nothing is beside the mixer")
 
     def plan(self):
         """One (mixer letter, feed-forward letter) pair per layer."""
