@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import decode_attention, flash_attention
 from .common import at_least_fp32, cdiv, runs_triton
+from .patterns import Joined, Pattern, apart, in_blocks, padded, together
 from .spans import spans
 
 # The score of a key that may not be seen. Finite, because a query that sees no key at all, as padding does,
@@ -43,6 +44,7 @@ class Scoring(NamedTuple):
     dropout: float = 0.0
     causal: bool = True
     relative: tuple | None = None
+    pattern: Pattern | None = None
 
     @property
     def by_products_alone(self):
@@ -55,27 +57,27 @@ class Scoring(NamedTuple):
 # What positions decide
 
 
-def visible(pos, key_pos, window=None, chunked=False, causal=True):
+def visible(pos, key_pos, window=None, chunked=False, causal=True, pattern=None):
     """
     Which keys at key_pos (S,) or (B,S) each query at pos (T,) or (B,T) may see -> bool (1 or B,1,T,S): none
     after the query and none at a negative position, which is padding. window: only the query's own position
     and the window - 1 before it; chunked: only positions of the query's own chunk of `window` (Llama 4). Not
-    causal: also keys after the query, in a window as many as before it.
+    causal: also keys after the query, in a window as many as before it. pattern: see `Pattern`.
     """
     query, key = pos.unsqueeze(-1), key_pos.unsqueeze(-2)  # (...,T,1), (...,1,S)
-    mask = key >= 0
-    if not causal:
-        mask = mask & ((key - query).abs() < window) if window is not None else mask.expand_as(key - query)
-        return mask.view(-1, 1, *mask.shape[-2:])
-    mask = mask & (key <= query)
+    exists = key >= 0
+    exists = exists & (key <= query) if causal else exists.expand_as(key - query)
+    mask = exists
     if window is not None:
         reach = query % window + 1 if chunked else window
-        mask = mask & (key > query - reach)
+        mask = mask & (key > query - reach if causal else (key - query).abs() < window)
+    if pattern is not None:
+        mask = mask & pattern.keeps((key - query).abs()) | exists & pattern.is_global(query, key, causal)
     return mask.view(-1, 1, *mask.shape[-2:])
 
 
 def visible_in(pos, key_pos, scoring):
-    return visible(pos, key_pos, scoring.window, scoring.chunked, scoring.causal)
+    return visible(pos, key_pos, scoring.window, scoring.chunked, scoring.causal, scoring.pattern)
 
 
 def alibi(slopes, pos, key_pos):
@@ -157,9 +159,10 @@ def all_scores(q, k, v, bias, scoring):
 
 def attention_reference(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None,
                         in_order=False, chunked=False, alibi_bf16=False, dropout=0.0, causal=True,
-                        relative=None):
+                        relative=None, pattern=None):
     """The definition: what every other way must equal. In fp32 or fp64; arguments as in `attention`."""
-    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative)
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative,
+                      pattern)
     dtype = q.dtype
     q, k, v = (at_least_fp32(x).transpose(1, 2) for x in (q, k, v))
     bias = score_bias(pos, key_pos, scoring)
@@ -280,6 +283,66 @@ def both_sides(q, k, v, scoring):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Patterns
+
+
+def in_pattern(q, k, v, pos, scoring):
+    """Tokens 0..T-1 in a pattern. Shapes as in `attention`."""
+    T, pattern, causal = q.shape[1], scoring.pattern, scoring.causal
+    near = min(x for x in (scoring.window, pattern.near, T) if x is not None)
+    same_widths = q.shape[-1] == k.shape[-1] == v.shape[-1]
+    if pattern.stride is not None:
+        if scoring.window or not (q.is_cpu and scoring.by_products_alone and same_widths) or scoring.dropout:
+            return by_position(q, k, v, pos, pos, scoring)
+        y = strided(q, k, v, scoring, near)
+    elif not (pattern.n_global or scoring.relative or scoring.alibi_bf16) and (causal or not T % pattern.dilation):
+        return dilated(q, k, v, scoring, near)
+    else:
+        blocks = in_blocks(q, k, v, near, pattern.dilation, pattern.n_global, causal)
+        pos_N, key_pos = (x.repeat(len(q), 1) for x in (blocks.pos, blocks.key_pos))
+        y = blocks.tokens(by_position(*blocks[:3], pos_N, key_pos, scoring), T)
+    if causal or not pattern.n_global:
+        return y
+    g = pattern.n_global    # these queries see all keys
+    return torch.cat((by_position(q[:, :g], k, v, pos[:g], pos, scoring), y[:, g:]), dim=1)
+
+
+def dilated(q, k, v, scoring, near):
+    """A window of every d-th token is a plain window in each of d interleaved sequences."""
+    T, d = q.shape[1], scoring.pattern.dilation
+    q, k, v = (apart(padded(x, 0, -T % d), d) for x in (q, k, v))
+    pos, slopes = torch.arange(q.shape[1], device=q.device), scoring.slopes
+    inner = scoring._replace(window=cdiv(near, d), pattern=None, slopes=None if slopes is None else slopes * d)
+    return together(attention(q, k, v, pos, pos, **inner._asdict(), in_order=True), d)[:, :T]
+
+
+def strided(q, k, v, scoring, near):
+    """
+    Every s-th key is full attention within each of s interleaved sequences; then the keys of the window and
+    the first ones, without those that were among the others.
+    """
+    (T, H), (_, dilation, s, n_global) = q.shape[1:3], scoring.pattern
+    k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
+    far = [apart(padded(x, 0, -T % s), s).transpose(1, 2) for x in (q, k, v)]           # (B s,H,T/s,D)
+    pos = torch.arange(T + -T % s, device=q.device).view(-1, s).T                       # (s,T/s)
+    far_mask = None
+    if not scoring.causal:
+        far_mask = torch.zeros(pos.shape, dtype=q.dtype).masked_fill(pos >= T, UNSEEN)
+        far_mask = far_mask.repeat(len(q), 1)[:, None, None].expand(-1, 1, pos.shape[1], -1)
+    local = in_blocks(q, k, v, near, dilation, n_global, scoring.causal)
+    seen = visible_in(local.pos, local.key_pos, scoring._replace(pattern=Pattern(near, dilation, None, n_global)))
+    seen = seen & ((local.pos.unsqueeze(-1) - local.key_pos.unsqueeze(-2)) % s != 0).unsqueeze(1)
+    mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, UNSEEN).repeat(len(q), 1, 1, 1)
+    layouts = (((lambda y: together(y.transpose(1, 2), s)[:, :T].transpose(1, 2)),
+                (lambda y: apart(padded(y.transpose(1, 2), 0, -T % s), s).transpose(1, 2))),
+               ((lambda y: local.tokens(y.transpose(1, 2), T).transpose(1, 2)),
+                (lambda y: local.blocks(y.transpose(1, 2)).transpose(1, 2))))
+    near_by = [x.transpose(1, 2) for x in local[:3]]
+    y = Joined.apply(scoring.scale, layouts, (scoring.causal, False), (far_mask, mask), *far, *near_by)
+    return y.transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The choice
 
 
@@ -287,7 +350,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
               window: int | None = None, softcap: float | None = None, slopes: Tensor | None = None,
               sinks: Tensor | None = None, in_order: bool = False, chunked: bool = False,
               alibi_bf16: bool = False, dropout: float = 0.0, causal: bool = True,
-              relative: tuple | None = None) -> Tensor:
+              relative: tuple | None = None, pattern: Pattern | None = None) -> Tensor:
     """
     q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), H a multiple of K; integers pos (T,) or (B,T) and key_pos (S,) or
     (B,S) -> (B,T,H,Dv). A query sees the keys at its own position and before, but no padding, which has
@@ -302,23 +365,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
     dropout     the share of weights that are dropped
     causal      False: a query sees keys after it too, in a window as many as before it
     relative    (table (n,H) learned, farthest): a bias by distance, see `bucket` (T5)
+    pattern     which keys of the window are seen, and which besides it: see `Pattern`
     """
     if in_order and window is not None and q.shape[1] <= window:
         window, chunked = None, False   # a window as long as the text is full attention
-    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative)
+    if in_order and pattern is not None and window is None and pattern.keeps_all(q.shape[1]):
+        pattern = None
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative,
+                      pattern)
     # PyTorch's fastest path, on any device
-    if in_order and scoring.by_products_alone and window is None:
+    if in_order and scoring.by_products_alone and window is None and pattern is None:
         if q.is_cpu and q.shape[1] >= 1024:
             q, k, v = by_head(q), by_head(k), by_head(v)
         return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scoring).transpose(1, 2)
-    if runs_triton(q) and causal and relative is None and not (chunked or alibi_bf16 or dropout):
+    if in_order and pattern is not None and not chunked:
+        return in_pattern(q, k, v, pos, scoring)
+    unknown = chunked or alibi_bf16 or dropout or pattern is not None
+    if runs_triton(q) and causal and relative is None and not unknown:
         arguments = q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks
         if not in_order and decode_attention.ok(*arguments):
             return decode_attention.fused(*arguments)
         if flash_attention.ok(*arguments, in_order):
             return flash_attention.fused(*arguments, in_order)
     # what Falcon rounds depends on where a text begins
-    if in_order and window is not None and not alibi_bf16:
+    if in_order and window is not None and pattern is None and not alibi_bf16:
         return (in_pieces if causal else both_sides)(q, k, v, scoring)
     reads = q.is_cpu and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
     if reads and q.shape[1] >= 512:
