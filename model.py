@@ -254,7 +254,7 @@ class TokenCache:
     """
 
     def __init__(self, batch_size, slots, widths, dtype, device, max_tokens=math.inf, spare=0):
-        self.max_tokens, self.ring = max_tokens, slots  # longest sequence; one more pushes out its oldest token
+        self.max_tokens, self.ring = max_tokens, slots  # longest sequence; one more pushes out the oldest
         # longest chunk that can be written before attending, and overwrites no key that it still needs
         self.max_chunk = max_tokens if slots >= max_tokens else 1 + spare
         self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)
@@ -884,11 +884,13 @@ def attention_extras(attention, c):
 # Patterns of attention: windows with gaps, strides, global tokens
 
 @flags(layer_pattern='wv')
-class WindowPatternFlags:
+class PatternFlags:
     """Patterns of attention"""
-    window_dilation: int = 1    # sees every d-th key alone, up to a distance of d * window (Longformer)
-    window_stride: int | None = flag(None, least=2)     # and every s-th key of all before (Sparse Transformer)
-    global_tokens: int = flag(0, least=0)   # and the first tokens (Longformer; sinks of StreamingLLM)
+    window_dilation: int = 1    # a window of every d-th token, d times as long (Longformer)
+    # besides the window, every s-th of all other tokens, counted from the query (Sparse Transformer)
+    window_stride: int | None = flag(None, least=2)
+    # besides the window, the first tokens; not causal, they see all (Longformer; causal: StreamingLLM)
+    global_tokens: int = flag(0, least=0)
 
 def no_window(c):
     return {}
@@ -2514,8 +2516,8 @@ FFN = {
 
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
-                AttentionExtraFlags, WindowPatternFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags, ClippedFlags,
-                NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, Flags):
+                AttentionExtraFlags, PatternFlags, LatentFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags,
+                ClippedFlags, NormedFlags, PredictFlags, EncoderFlags, EncoderDecoderFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions
     vocab_size: int = 50257         # tokens the model knows; training takes it from the dataset

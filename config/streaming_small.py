@@ -1,6 +1,6 @@
 """
-StreamingLLM (Xiao et al. 2023, https://arxiv.org/abs/2309.17453): Mistral with the first four tokens always in
-sight, on which many heads rest their weight; without them, a window that has left them behind fails.
+StreamingLLM (Xiao et al. 2023, https://arxiv.org/abs/2309.17453): Mistral with the first four tokens always
+in sight, on which many heads rest their weight; without them, a window that has left them behind fails.
 """
 out_dir = 'out/streaming_small'
 pos = 'rope'

@@ -290,21 +290,19 @@ def in_pattern(q, k, v, pos, scoring):
     """Tokens 0..T-1 in a pattern. Shapes as in `attention`."""
     T, pattern, causal = q.shape[1], scoring.pattern, scoring.causal
     near = min(x for x in (scoring.window, pattern.near, T) if x is not None)
-    same_widths = q.shape[-1] == k.shape[-1] == v.shape[-1]
+    distances = scoring.relative is None and not scoring.alibi_bf16 and (causal or T % pattern.dilation == 0)
     if pattern.stride is not None:
-        if scoring.window or not (q.is_cpu and scoring.by_products_alone and same_widths) or scoring.dropout:
+        if not joins(q, k, v, scoring):
             return by_position(q, k, v, pos, pos, scoring)
-        y = strided(q, k, v, scoring, near)
-    elif not (pattern.n_global or scoring.relative or scoring.alibi_bf16) and (causal or not T % pattern.dilation):
+        y = strided(q, k, v, scoring)
+    elif distances and not pattern.n_global:
         return dilated(q, k, v, scoring, near)
     else:
         blocks = in_blocks(q, k, v, near, pattern.dilation, pattern.n_global, causal)
         pos_N, key_pos = (x.repeat(len(q), 1) for x in (blocks.pos, blocks.key_pos))
-        y = blocks.tokens(by_position(*blocks[:3], pos_N, key_pos, scoring), T)
-    if causal or not pattern.n_global:
-        return y
-    g = pattern.n_global    # these queries see all keys
-    return torch.cat((by_position(q[:, :g], k, v, pos[:g], pos, scoring), y[:, g:]), dim=1)
+        y = blocks.tokens(by_position(blocks.q, blocks.k, blocks.v, pos_N, key_pos, scoring), T)
+    n = 0 if causal else pattern.n_global   # these queries see all keys
+    return torch.cat((by_position(q[:, :n], k, v, pos[:n], pos, scoring), y[:, n:]), dim=1) if n else y
 
 
 def dilated(q, k, v, scoring, near):
@@ -312,34 +310,41 @@ def dilated(q, k, v, scoring, near):
     T, d = q.shape[1], scoring.pattern.dilation
     q, k, v = (apart(padded(x, 0, -T % d), d) for x in (q, k, v))
     pos, slopes = torch.arange(q.shape[1], device=q.device), scoring.slopes
-    inner = scoring._replace(window=cdiv(near, d), pattern=None, slopes=None if slopes is None else slopes * d)
+    slopes = None if slopes is None else slopes * d     # a distance of one is one of d
+    inner = scoring._replace(window=cdiv(near, d), pattern=None, slopes=slopes)
     return together(attention(q, k, v, pos, pos, **inner._asdict(), in_order=True), d)[:, :T]
 
 
-def strided(q, k, v, scoring, near):
+def joins(q, k, v, scoring):
+    """Whether `Joined` takes these arguments."""
+    return (q.is_cpu and scoring.by_products_alone and not scoring.dropout and scoring.window is None
+            and q.shape[-1] == k.shape[-1] == v.shape[-1])
+
+
+def strided(q, k, v, scoring):
     """
-    Every s-th key is full attention within each of s interleaved sequences; then the keys of the window and
-    the first ones, without those that were among the others.
+    Keys at multiples of s are all keys of each of s interleaved sequences. Joined to them are those of the
+    window and the first tokens, in blocks, but for the ones that were among the others.
     """
-    (T, H), (_, dilation, s, n_global) = q.shape[1:3], scoring.pattern
+    (B, T, H, _), (near, dilation, s, n_global) = q.shape, scoring.pattern
     k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
-    far = [apart(padded(x, 0, -T % s), s).transpose(1, 2) for x in (q, k, v)]           # (B s,H,T/s,D)
-    pos = torch.arange(T + -T % s, device=q.device).view(-1, s).T                       # (s,T/s)
+    far = [apart(padded(x, 0, -T % s), s) for x in (q, k, v)]                       # (B s,T/s,H,D)
     far_mask = None
-    if not scoring.causal:
-        far_mask = torch.zeros(pos.shape, dtype=q.dtype).masked_fill(pos >= T, UNSEEN)
-        far_mask = far_mask.repeat(len(q), 1)[:, None, None].expand(-1, 1, pos.shape[1], -1)
-    local = in_blocks(q, k, v, near, dilation, n_global, scoring.causal)
-    seen = visible_in(local.pos, local.key_pos, scoring._replace(pattern=Pattern(near, dilation, None, n_global)))
-    seen = seen & ((local.pos.unsqueeze(-1) - local.key_pos.unsqueeze(-2)) % s != 0).unsqueeze(1)
-    mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, UNSEEN).repeat(len(q), 1, 1, 1)
-    layouts = (((lambda y: together(y.transpose(1, 2), s)[:, :T].transpose(1, 2)),
-                (lambda y: apart(padded(y.transpose(1, 2), 0, -T % s), s).transpose(1, 2))),
-               ((lambda y: local.tokens(y.transpose(1, 2), T).transpose(1, 2)),
-                (lambda y: local.blocks(y.transpose(1, 2)).transpose(1, 2))))
-    near_by = [x.transpose(1, 2) for x in local[:3]]
-    y = Joined.apply(scoring.scale, layouts, (scoring.causal, False), (far_mask, mask), *far, *near_by)
-    return y.transpose(1, 2)
+    if not scoring.causal:  # no query sees the padding
+        exists = torch.arange(far[0].shape[1] * s).view(-1, s).T < T                # (s,T/s)
+        far_mask = as_bias(exists, q).repeat(B, 1)[:, None, None].expand(-1, 1, exists.shape[1], -1)
+    blocks = in_blocks(q, k, v, near or T, dilation, n_global, scoring.causal)
+    pattern = Pattern(near, dilation, None, n_global)
+    seen = visible_in(blocks.pos, blocks.key_pos, scoring._replace(pattern=pattern))
+    twice = (blocks.pos.unsqueeze(-1) - blocks.key_pos.unsqueeze(-2)) % s == 0
+    mask = as_bias(seen & ~twice.unsqueeze(1), q).repeat(B, 1, 1, 1)
+    layouts = ((lambda y: together(y, s)[:, :T], lambda y: apart(padded(y, 0, -T % s), s)),
+               (lambda y: blocks.tokens(y, T), blocks.blocks))
+    return Joined.apply(scoring.scale, layouts, (scoring.causal, False), (far_mask, mask), *far, *blocks[:3])
+
+
+def as_bias(seen, q):
+    return torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------

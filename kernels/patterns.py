@@ -101,8 +101,8 @@ def in_blocks(q, k, v, near, dilation, n_global, causal):
     n = cdiv(n, size) * size
     rest, length = n * dilation - T, reach + size + after
     q = apart(padded(q, 0, rest), dilation).unflatten(1, (-1, size)).flatten(0, 1)
-    k_rows, v_rows = (spans(apart(padded(x, reach * dilation, rest + after * dilation), dilation), length, size)
-                      for x in (k, v))
+    around = reach * dilation, rest + after * dilation
+    k_rows, v_rows = (spans(apart(padded(x, *around), dilation), length, size) for x in (k, v))
     pos = torch.arange(-reach * dilation, (n + after) * dilation, device=q.device).view(-1, dilation).T
     # the first tokens are keys of every block, and of none twice
     key_pos = torch.where((pos >= n_global) & (pos < T), pos, -1).unfold(1, length, size).flatten(0, 1)
@@ -127,18 +127,21 @@ def first_of(x, n_global, N):
 
 class Joined(torch.autograd.Function):
     """
-    One softmax over keys that two calls of PyTorch's CPU kernel see: each call gives its values y_p and its
-    log-sum-exp z_p; y is the sum of exp(z_p - z) y_p, where exp z is the sum of exp z_p. The kernel's backward
-    pass, given y and z of both, takes each weight's share of the whole, as in ring attention.
+    One softmax over keys that two calls of PyTorch's CPU kernel see: each call gives its output y_p and the
+    log-sum-exp z_p of its scores; y is the sum of exp(z_p - z) y_p, where exp z is the sum of exp z_p. Given y
+    and z of the whole, the kernel's backward pass makes of the scores of a part their weights in the whole, as
+    in ring attention.
     """
 
     @staticmethod
     def forward(ctx, scale, layouts, causal, masks, *tensors):
-        """tensors: q, k, v (N,H,T,D) of either call, in its layout, which `layouts` turns to (B,H,T,.)"""
-        found = [CPU_FLASH(*tensors[3 * p:3 * p + 3], 0.0, causal[p], attn_mask=masks[p], scale=scale)
-                 for p in (0, 1)]
-        (y_0, z_0), (y_1, z_1) = (
-            (tokens(y), tokens(z.unsqueeze(-1))) for (tokens, _), (y, z) in zip(layouts, found))
+        """
+        tensors: q, k, v (N,t,H,D) of one call, then those of the other. layouts: for each, a function that
+        turns (N,t,H,.) to (B,T,H,.), and one that turns it back. masks (N,1,t,S) in the dtype of q, or None.
+        """
+        parts = [tensors[:3], tensors[3:]]
+        found = [call(part, causal[p], masks[p], scale) for p, part in enumerate(parts)]
+        (y_0, z_0), (y_1, z_1) = ((tokens(y), tokens(z)) for (tokens, _), (y, z) in zip(layouts, found))
         z = torch.logaddexp(z_0, z_1)
         y = y_0 * (z_0 - z).exp().to(y_0.dtype) + y_1 * (z_1 - z).exp().to(y_1.dtype)
         ctx.save_for_backward(y, z, *masks, *tensors)
@@ -148,9 +151,17 @@ class Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, z, *saved = ctx.saved_tensors
-        (scale, layouts, causal), masks, tensors, grads = ctx.options, saved[:2], saved[2:], []
+        (scale, layouts, causal), masks, parts, grads = ctx.options, saved[:2], (saved[2:5], saved[5:]), []
         for p, (_, back) in enumerate(layouts):
-            dy, y_p, z_p = (back(x) for x in (grad, y, z))
-            grads += CPU_FLASH_BACKWARD(dy, *tensors[3 * p:3 * p + 3], y_p, z_p.squeeze(-1), 0.0, causal[p],
-                                        attn_mask=masks[p], scale=scale)
+            dy, y_p, z_p = (back(x).transpose(1, 2) for x in (grad, y, z))
+            found = CPU_FLASH_BACKWARD(dy, *(x.transpose(1, 2) for x in parts[p]), y_p, z_p.squeeze(-1), 0.0,
+                                       causal[p], attn_mask=masks[p], scale=scale)
+            grads += [x.transpose(1, 2) for x in found]
         return None, None, None, None, *grads
+
+
+def call(part, causal, mask, scale):
+    """The kernel on q, k, v (N,t,H,D) -> y (N,t,H,D) and the log-sum-exp of its scores (N,t,H,1)."""
+    q, k, v = (x.transpose(1, 2) for x in part)
+    y, z = CPU_FLASH(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    return y.transpose(1, 2), z.transpose(1, 2).unsqueeze(-1)
