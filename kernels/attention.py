@@ -210,13 +210,15 @@ def by_head(x):
 def without_unseen(q, k, v, pos, key_pos, scoring, size=256):
     """
     by_position for many queries behind a cache on a CPU: in blocks of `size` queries, each without the keys
-    in front and at the end that none of them sees. Reads positions, for which a GPU would have to wait.
+    in front and at the end that none of them sees, or none at all of those where they are many. Reads positions, for which a GPU would have to wait.
     """
     k, v, parts = by_head(k), by_head(v), []
     for block, at in zip(q.split(size, dim=1), pos.split(size, dim=-1)):
         seen = visible_in(at, key_pos, scoring).flatten(0, -2).any(0).nonzero()
         # queries of padding alone may see no key
         keys = slice(seen.min(), seen.max() + 1) if len(seen) else slice(None)
+        if len(seen) and 2 * len(seen) < keys.stop - keys.start:    # global tokens, far from the others
+            keys = seen.flatten()
         parts.append(by_position(by_head(block), k[:, keys], v[:, keys], at, key_pos[..., keys], scoring))
     return torch.cat(parts, dim=1)
 

@@ -128,9 +128,9 @@ def first_of(x, n_global, N):
 class Joined(torch.autograd.Function):
     """
     One softmax over keys that two calls of PyTorch's CPU kernel see: each call gives its output y_p and the
-    log-sum-exp z_p of its scores; y is the sum of exp(z_p - z) y_p, where exp z is the sum of exp z_p. Given y
-    and z of the whole, the kernel's backward pass makes of the scores of a part their weights in the whole, as
-    in ring attention.
+    log-sum-exp z_p of its scores; y is the sum of exp(z_p - z) y_p, where exp z is the sum of exp z_p. Given
+    y and z of the whole, the kernel's backward pass turns the scores of a part into their weights in the
+    whole, as in ring attention.
     """
 
     @staticmethod
