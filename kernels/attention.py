@@ -210,7 +210,8 @@ def by_head(x):
 def without_unseen(q, k, v, pos, key_pos, scoring, size=256):
     """
     by_position for many queries behind a cache on a CPU: in blocks of `size` queries, each without the keys
-    in front and at the end that none of them sees, or none at all of those where they are many. Reads positions, for which a GPU would have to wait.
+    in front and at the end that none of them sees, and without those between where they are most. Reads
+    positions, for which a GPU would have to wait.
     """
     k, v, parts = by_head(k), by_head(v), []
     for block, at in zip(q.split(size, dim=1), pos.split(size, dim=-1)):

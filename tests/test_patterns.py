@@ -4,6 +4,7 @@ caches, which keep what a pattern can still see and no more; and that they make 
 """
 import itertools
 import random
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from conftest import assert_close, build, scaled, tokens, toy
 
 import kernels
-from kernels import attention as choice
 from kernels import patterns
 from kernels.attention import attention, attention_reference, visible
 from kernels.patterns import Pattern
 from model import GPTConfig, in_pattern, kv_cache_bytes
 from nanoblocks.decoding.decode import Decoder, Sampling
+
+choice = import_module('kernels.attention')     # kernels.attention is its function
 
 # ----------------------------------------------------------------------------------------------------------
 # The definition
@@ -123,7 +125,8 @@ def test_no_triton_kernel_is_asked_for_a_pattern(monkeypatch):
         monkeypatch.setattr(module, 'ok', lambda *args: True)
     monkeypatch.setattr(choice, 'runs_triton', lambda q: True)
     q, pos = torch.randn(1, 30, 2, 8), torch.arange(30)
-    for flags in (dict(window=3, n_global=2), dict(window=3, stride=4), dict(window=3, dilation=2, n_global=1)):
+    for flags in (dict(window=3, n_global=2), dict(window=3, stride=4),
+                  dict(window=3, dilation=2, n_global=1)):
         for in_order in (True, False):
             kernels.attention(q, q, q, pos, pos, 0.5, in_order=in_order, **arguments(**flags))
     with pytest.raises(AssertionError, match='knows no patterns'):  # its interleaved sequences are windows
@@ -154,8 +157,9 @@ def test_a_pattern_makes_fewer_scores_than_full_attention(flags, causal, monkeyp
     attention(x, x, x, pos, pos, 1.0, in_order=True, causal=causal)
     full = made.pop()
     attention(x, x, x, pos, pos, 1.0, in_order=True, causal=causal, **arguments(**flags))
-    seen = sum(sees(i, j, causal, **flags) for i in range(T) for j in range(T))
-    assert sum(made) < full / 2 and sum(made) < (1.9 if causal else 2.5) * seen
+    more = arguments(**flags)
+    seen = visible(pos, pos, more.get('window'), causal=causal, pattern=more['pattern']).sum()
+    assert sum(made) < full / 2 and sum(made) < 2.6 * seen, f'{sum(made) / seen:.2f} {sum(made) / full:.2f}'
 
 
 @torch.no_grad()
@@ -179,7 +183,8 @@ def test_a_piece_behind_a_cache_reads_global_tokens_and_its_window_alone(monkeyp
 
 
 @pytest.mark.parametrize('flags', [
-    dict(layer_pattern='aw', window=3, window_dilation=2), dict(layer_pattern='vw', window=2, window_stride=3),
+    dict(layer_pattern='aw', window=3, window_dilation=2),
+    dict(layer_pattern='vw', window=2, window_stride=3),
     dict(layer_pattern='wa', window=2, global_tokens=2, sinks=True), dict(
         causal=False, layer_pattern='aw', window=2, window_dilation=2, global_tokens=1)], ids=str)
 @torch.no_grad()
@@ -212,8 +217,9 @@ def test_flops_count_the_keys_of_the_pattern():
 
 
 @pytest.mark.parametrize('flags, name', [
-    (dict(layer_pattern='a', window_dilation=2), 'window_dilation'), (dict(layer_pattern='c', window=4,
-     global_tokens=2), 'global_tokens'), (dict(layer_pattern='w', window=4, window_stride=1), 'window_stride')])
+    (dict(layer_pattern='a', window_dilation=2), 'window_dilation'),
+    (dict(layer_pattern='c', window=4, global_tokens=2), 'global_tokens'),
+    (dict(layer_pattern='w', window=4, window_stride=1), 'window_stride')])
 def test_a_pattern_that_would_be_ignored_is_refused(flags, name):
     with pytest.raises(ValueError, match=f'^{name}={flags[name]} must'):
         GPTConfig(**toy(**flags))
@@ -235,6 +241,10 @@ def random_patterns(count):
         global_tokens=rng.choice([0, 1, 3, 9])))) for _ in range(count)]
 
 
+def named(flags):
+    return str({name: value for name, value in flags.items() if name not in toy()})
+
+
 def pieces(total, most, rng):
     found = []
     while sum(found) < total:
@@ -251,8 +261,7 @@ def read_through(model, idx, cache, sizes):
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize('flags', random_patterns(40), ids=lambda flags: str({
-    name: value for name, value in flags.items() if name not in toy()}))
+@pytest.mark.parametrize('flags', random_patterns(16), ids=named)
 @torch.no_grad()
 def test_pieces_of_any_size_equal_the_full_pass_and_roll_back(flags):
     rng, model, T = random.Random(str(flags)), scaled(build(flags), 3).double(), 40
@@ -274,7 +283,7 @@ def test_pieces_of_any_size_equal_the_full_pass_and_roll_back(flags):
     assert kv_cache_bytes(model.config, T, 2, 8) == sum(entry.nbytes() for entry in model.new_cache(2, T))
 
 
-@pytest.mark.parametrize('flags', random_patterns(24), ids=str)
+@pytest.mark.parametrize('flags', random_patterns(10), ids=named)
 @torch.no_grad()
 def test_rows_with_padding_and_repeated_rows_are_as_if_alone(flags):
     model, T = scaled(build(flags), 3).double(), 30
@@ -297,8 +306,8 @@ def test_rows_with_padding_and_repeated_rows_are_as_if_alone(flags):
             assert_close(got[2 * row + 1, -1], logits[row, n + 6], 1e-5, f'copy of row {row}')
 
 
-@pytest.mark.parametrize('flags', [flags for flags in random_patterns(40) if flags['pos'] != 'learned'],
-                         ids=str)
+@pytest.mark.parametrize('flags', [flags for flags in random_patterns(20) if flags['pos'] != 'learned'],
+                         ids=named)
 @torch.no_grad()
 def test_beyond_max_tokens_the_newest_and_the_global_tokens_are_seen(flags):
     flags = flags | {'n_layer': 1, 'layer_pattern': 'w'}
@@ -327,7 +336,8 @@ def test_a_cache_holds_what_the_pattern_can_still_see_and_no_more():
         cache = build(toy(n_layer=1, layer_pattern='w', window=5, pos='rope', **flags)).new_cache(1, S, spare)
         return cache[0].pos.shape[1]
     assert slots() == 5 and slots(window_dilation=3) == 3 * 4 + 1
-    assert slots(global_tokens=2) == 2 + 5 and slots(global_tokens=2, window_dilation=3, spare=4) == 2 + 13 + 4
+    assert slots(global_tokens=2) == 2 + 5
+    assert slots(global_tokens=2, window_dilation=3, spare=4) == 2 + 13 + 4
     assert slots(window_stride=4) == 100 and slots(S=3, window_dilation=3) == 3
 
 
