@@ -8,7 +8,7 @@ Order enters through the positions of queries and keys alone, so the same lines 
 decoding from a ring buffer, and padded batches.
 
 In order of reading: what positions decide (masks, ALiBi); the definition; the ways in which PyTorch computes
-it; patterns, whose rearrangements are in patterns.py; the choice among those and two Triton kernels, which are in
+it; patterns (patterns.py holds their layouts); the choice among those and two Triton kernels, which are in
 flash_attention.py (training, prefill) and decode_attention.py (a few queries, a long cache).
 
 A new pattern of attention is an argument of `attention`, a field of `Scoring` and a line of `visible` or
