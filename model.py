@@ -253,7 +253,7 @@ class TokenCache:
     """
 
     def __init__(self, batch_size, slots, widths, dtype, device, max_tokens=math.inf, spare=0):
-        self.max_tokens = max_tokens  # longest sequence; one more pushes out the oldest token
+        self.max_tokens, self.ring = max_tokens, slots  # longest sequence; one more pushes out the oldest
         # longest chunk that can be written before attending, and overwrites no key that it still needs
         self.max_chunk = max_tokens if slots >= max_tokens else 1 + spare
         self.pos = torch.full((batch_size, slots), -1, dtype=torch.int32, device=device)
@@ -280,13 +280,15 @@ class TokenCache:
             # copy the old slots before they are overwritten; a replaced position must not be seen twice
             old = torch.where(self.pos >= pos_BT[:, :1], -1, self.pos)
             seen = (torch.cat((old, pos_BT), 1), *(torch.cat((r, n), 1) for r, n in zip(self.rows, new)))
-        slots = self.pos.shape[1]
-        slot = pos_BT[:, -slots:].long() % slots
+        slot = self.slot(pos_BT[:, -self.ring:].long())
         row = torch.arange(slot.shape[0], device=slot.device).unsqueeze(1)
         for held, n in zip((self.pos, *self.rows), (pos_BT, *new)):
-            held[row, slot] = n[:, -slots:]
+            held[row, slot] = n[:, -self.ring:]
         self.empty = False
         return seen[0], seen[1:]
+
+    def slot(self, pos):
+        return pos % self.ring
 
     def reset(self):
         """Forget everything, keep the memory."""
@@ -337,6 +339,7 @@ class LayerSpan(NamedTuple):
     chunked: bool = False       # see only the own chunk of `window` tokens
     rotary: bool = True         # rotate queries and keys, when pos=rope
     local: bool = False         # rotate at rope_local_theta
+    pattern: 'ops.Pattern | None' = None    # which keys of the window are seen, and which besides it
 
 class SoftmaxAttention(nn.Module):
     """softmax(scale q k^T) v over the keys that each query may see: a layer's arguments of ops.attention."""
@@ -344,7 +347,7 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, c, n_head, scale, span):
         super().__init__()
         self.options = dict(scale=scale, window=span.window, chunked=span.chunked, softcap=c.softcap,
-                            alibi_bf16=c.pos == 'alibi_bf16', causal=c.causal)
+                            alibi_bf16=c.pos == 'alibi_bf16', causal=c.causal, pattern=span.pattern)
         slopes = POSITIONS[c.pos].slopes(n_head)
         # as integers, like the bits of Frequencies
         self.register_buffer('slopes', None if slopes is None else slopes.view(torch.int32), persistent=False)
@@ -369,15 +372,15 @@ class CachedAttention(nn.Module):
 
     def __init__(self, c, span):
         super().__init__()
-        self.window, self.rotary, self.local = span.window, span.rotary and c.pos == 'rope', int(span.local)
+        self.span, self.rotary, self.local = span, span.rotary and c.pos == 'rope', int(span.local)
 
     def new_cache(self, batch_size, max_tokens, dtype, device, spare=0):
-        slots = min(max_tokens, self.window + spare if self.window else max_tokens)
-        return TokenCache(batch_size, slots, self.cached, dtype, device, max_tokens, spare)
+        slots = min(max_tokens, self.span.window + spare if self.span.window else max_tokens)
+        return cache_of(self.span)(batch_size, slots, self.cached, dtype, device, max_tokens, spare)
 
     def flops(self, T):
         """Floating-point operations per token, forward and backward, of the scores and the weighted sum."""
-        return 6 * self.products * min(T, self.window or T)
+        return 6 * self.products * keys_seen(T, self.span)
 
 # n_kv_head = n_head: MHA      fewer: GQA        1: MQA
 #   v  v  v  v                   v     v             v         The cache holds k and v,
@@ -879,6 +882,79 @@ def attention_extras(attention, c):
     if c.value_embed:
         attention.value_scale = param(1, init=partial(constant, values=0.5))
         yield value_embedding
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Patterns of attention: windows with gaps, strides, global tokens
+
+@flags(layer_pattern='wv')
+class PatternFlags:
+    """Patterns of attention"""
+    window_dilation: int = 1    # a window of every d-th token, d times as long (Longformer)
+    # besides the window, every s-th of all other tokens, counted from the query (Sparse Transformer)
+    window_stride: int | None = flag(None, least=2)
+    # besides the window, the first tokens; not causal, they see all (Longformer; causal: StreamingLLM)
+    global_tokens: int = flag(0, least=0)
+
+def no_window(c):
+    return {}
+
+def in_window(c):
+    return {'window': c.window}
+
+def in_pattern(c):
+    """What `window` and its pattern decide about w and v layers: arguments of LayerSpan."""
+    d, stride, n_global = c.window_dilation, c.window_stride, c.global_tokens
+    reach = d * (c.window - 1) + 1
+    if (d, stride, n_global) == (1, None, 0):
+        return in_window(c)
+    if stride is None:
+        return {'window': reach, 'pattern': ops.Pattern(dilation=d, n_global=n_global)}
+    return {'pattern': ops.Pattern(reach, d, stride, n_global)}     # a stride reaches all before
+
+def keys_seen(T, span):
+    """How many keys the last of T tokens sees, of those before it where others follow."""
+    if span.pattern is None:
+        return min(T, span.window or T)
+    seen = ops.visible(torch.tensor([T - 1]), torch.arange(T), span.window, pattern=span.pattern)
+    return int(seen.sum())
+
+def cache_of(span):
+    """The class of a cache that holds what a later token may still see."""
+    n_global = span.pattern.n_global if span.pattern else 0
+    return partial(GlobalCache, n_global) if n_global else TokenCache
+
+class GlobalCache(TokenCache):
+    """
+    A ring of slots behind those of the first n_global tokens, which nothing pushes out: beyond max_tokens, a
+    token sees them and the newest max_tokens.
+    """
+
+    def __init__(self, n_global, batch_size, ring, widths, dtype, device, max_tokens=math.inf, spare=0):
+        super().__init__(batch_size, n_global + ring, widths, dtype, device, max_tokens, spare)
+        self.n_global, self.ring = n_global, ring
+        self.max_chunk = max_tokens if ring >= max_tokens else 1 + spare
+
+    def slot(self, pos):
+        """Padding takes the slots of the ring in front of the first token after the global ones."""
+        turns = torch.where(pos < 0, pos, pos - self.n_global) % self.ring
+        return torch.where((pos >= 0) & (pos < self.n_global), pos, self.n_global + turns)
+
+    def update(self, pos, *new, beyond=False):
+        seen = super().update(pos, *new, beyond=beyond)
+        if new[0].shape[1] > self.ring:  # the ring took the newest alone
+            self.hold(pos.expand(new[0].shape[:2]), new)
+        return seen
+
+    def hold(self, pos_BT, new):
+        """Store the global tokens that are among `new`."""
+        first = torch.arange(self.n_global, device=pos_BT.device)
+        at = first - pos_BT[:, :1]      # (B,n_global): where they stand in new
+        here, row = (at >= 0) & (at < pos_BT.shape[1]), torch.arange(len(at), device=at.device).unsqueeze(1)
+        for held, n in zip((self.pos, *self.rows), (pos_BT, *new)):
+            found = n[row, at.clamp(0, pos_BT.shape[1] - 1)].to(held.dtype)
+            mask = here.view(*here.shape, *[1] * (held.dim() - 2))
+            held[:, :self.n_global] = torch.where(mask, found, held[:, :self.n_global])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2819,9 +2895,9 @@ class Letter(NamedTuple):
     meaning: str        # as --help and errors print it
     build: Callable     # (c, layer) -> a mixer, (c) -> a feed-forward
 
-def attention(windowed=False, **span):
+def attention(reach=no_window, **span):
     """A function (c, layer) -> an attention layer with this LayerSpan."""
-    return lambda c, layer: ATTN[c.attn](c, layer, LayerSpan(c.window if windowed else None, **span))
+    return lambda c, layer: ATTN[c.attn](c, layer, LayerSpan(**reach(c), **span))
 
 POSITIONS = {
     'learned': LearnedPositions, 'sinusoidal': SinusoidalPositions, 'rope': RotaryPositions,
@@ -2834,10 +2910,10 @@ RESIDUAL = {'serial': Block, 'parallel': ParallelBlock, 'shared': SharedBlock, '
 ATTN = {'standard': Attention, 'mla': MLA, 'diff': DiffAttention, 'gau': GatedUnit}
 MIXERS = {
     'a': Letter('attention', attention()),
-    'w': Letter('attention within a window', attention(windowed=True, local=True)),
-    'c': Letter('attention within chunks', attention(windowed=True, chunked=True)),
+    'w': Letter('attention within a window', attention(in_pattern, local=True)),
+    'c': Letter('attention within chunks', attention(in_window, chunked=True)),
     'n': Letter('a without rope', attention(rotary=False)),
-    'v': Letter('w without rope', attention(windowed=True, rotary=False)),
+    'v': Letter('w without rope', attention(in_pattern, rotary=False)),
     'm': Letter('state space', lambda c, layer: SSM[c.ssm](c)),
     'r': Letter('recurrence', lambda c, layer: RNN[c.rnn](c, layer)), '-': Letter('none', lambda *_: None),
     'k': Letter('channel mixing', ChannelMix), 's': Letter('short convolution', ShortConv),
@@ -2866,8 +2942,8 @@ FFN = {
 
 @flags()
 class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, RelativeFlags, RopeScalingFlags,
-                AttentionExtraFlags, LatentFlags, GAUFlags, SSMFlags, RNNFlags, RecurrenceFlags, MoEFlags,
-                ClippedFlags, ResidualFlags, NormedFlags, WideFlags, PredictFlags, EncoderFlags,
+                AttentionExtraFlags, PatternFlags, LatentFlags, GAUFlags, SSMFlags, RNNFlags, RecurrenceFlags,
+                MoEFlags, ClippedFlags, ResidualFlags, NormedFlags, WideFlags, PredictFlags, EncoderFlags,
                 EncoderDecoderFlags, ShortConvFlags, LayerFlags, TiedFlags, Flags):
     """Sizes and choices"""         # the defaults are GPT-2 124M
     block_size: int = 1024          # tokens of context in training; the limit of learned positions

@@ -37,6 +37,7 @@ from .attention import visible  # noqa: F401
 from .common import HAS_TRITON, INTERPRETED, as_products, at_least_fp32, runs_triton  # noqa: F401
 from .exact_linear import exact_linear  # noqa: F401
 from .expert_rows import collect, spread  # noqa: F401
+from .patterns import Pattern  # noqa: F401
 from .ring import Ring  # noqa: F401
 from .spans import spans  # noqa: F401
 
@@ -149,4 +150,4 @@ def _dispatch(name):
 
 
 globals().update({name: _dispatch(name) for name in OPS} | {'attention': attention.attention})
-__all__ = sorted([*OPS, 'collect', 'exact_linear', 'spans', 'spread'])
+__all__ = sorted([*OPS, 'Pattern', 'collect', 'exact_linear', 'spans', 'spread', 'visible'])

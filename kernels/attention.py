@@ -8,8 +8,8 @@ Order enters through the positions of queries and keys alone, so the same lines 
 decoding from a ring buffer, and padded batches.
 
 In order of reading: what positions decide (masks, ALiBi); the definition; the ways in which PyTorch computes
-it; the choice among those and two Triton kernels, which are in flash_attention.py (training, prefill) and
-decode_attention.py (a few queries, a long cache).
+it; patterns (patterns.py holds their layouts); the choice among those and two Triton kernels, which are in
+flash_attention.py (training, prefill) and decode_attention.py (a few queries, a long cache).
 
 A new pattern of attention is an argument of `attention`, a field of `Scoring` and a line of `visible` or
 `score_bias`, which `by_position` then computes on any device. In `attention`, the faster branches must leave
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import decode_attention, flash_attention
 from .common import at_least_fp32, cdiv, runs_triton
+from .patterns import Joined, Pattern, apart, in_blocks, padded, together
 from .ring import Ring, ring_attention
 from .spans import spans
 
@@ -44,6 +45,7 @@ class Scoring(NamedTuple):
     dropout: float = 0.0
     causal: bool = True
     relative: tuple | None = None
+    pattern: Pattern | None = None
 
     @property
     def by_products_alone(self):
@@ -56,27 +58,27 @@ class Scoring(NamedTuple):
 # What positions decide
 
 
-def visible(pos, key_pos, window=None, chunked=False, causal=True):
+def visible(pos, key_pos, window=None, chunked=False, causal=True, pattern=None):
     """
     Which keys at key_pos (S,) or (B,S) each query at pos (T,) or (B,T) may see -> bool (1 or B,1,T,S): none
     after the query and none at a negative position, which is padding. window: only the query's own position
     and the window - 1 before it; chunked: only positions of the query's own chunk of `window` (Llama 4). Not
-    causal: also keys after the query, in a window as many as before it.
+    causal: also keys after the query, in a window as many as before it. pattern: see `Pattern`.
     """
     query, key = pos.unsqueeze(-1), key_pos.unsqueeze(-2)  # (...,T,1), (...,1,S)
-    mask = key >= 0
-    if not causal:
-        mask = mask & ((key - query).abs() < window) if window is not None else mask.expand_as(key - query)
-        return mask.view(-1, 1, *mask.shape[-2:])
-    mask = mask & (key <= query)
+    exists = key >= 0
+    exists = exists & (key <= query) if causal else exists.expand_as(key - query)
+    mask = exists
     if window is not None:
         reach = query % window + 1 if chunked else window
-        mask = mask & (key > query - reach)
+        mask = mask & (key > query - reach if causal else (key - query).abs() < window)
+    if pattern is not None:
+        mask = mask & pattern.keeps((key - query).abs()) | exists & pattern.is_global(query, key, causal)
     return mask.view(-1, 1, *mask.shape[-2:])
 
 
 def visible_in(pos, key_pos, scoring):
-    return visible(pos, key_pos, scoring.window, scoring.chunked, scoring.causal)
+    return visible(pos, key_pos, scoring.window, scoring.chunked, scoring.causal, scoring.pattern)
 
 
 def alibi(slopes, pos, key_pos):
@@ -178,9 +180,10 @@ def part_of_softmax(q, k, v, pos, key_pos, scoring):
 
 def attention_reference(q, k, v, pos, key_pos, scale, window=None, softcap=None, slopes=None, sinks=None,
                         in_order=False, chunked=False, alibi_bf16=False, dropout=0.0, causal=True,
-                        relative=None):
+                        relative=None, pattern=None):
     """The definition: what every other way must equal. In fp32 or fp64; arguments as in `attention`."""
-    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative)
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative,
+                      pattern)
     dtype = q.dtype
     q, k, v = (at_least_fp32(x).transpose(1, 2) for x in (q, k, v))
     bias = score_bias(pos, key_pos, scoring)
@@ -228,13 +231,16 @@ def by_head(x):
 def without_unseen(q, k, v, pos, key_pos, scoring, size=256):
     """
     by_position for many queries behind a cache on a CPU: in blocks of `size` queries, each without the keys
-    in front and at the end that none of them sees. Reads positions, for which a GPU would have to wait.
+    in front and at the end that none of them sees, and without those between where they are most. Reads
+    positions, for which a GPU would have to wait.
     """
     k, v, parts = by_head(k), by_head(v), []
     for block, at in zip(q.split(size, dim=1), pos.split(size, dim=-1)):
         seen = visible_in(at, key_pos, scoring).flatten(0, -2).any(0).nonzero()
         # queries of padding alone may see no key
         keys = slice(seen.min(), seen.max() + 1) if len(seen) else slice(None)
+        if len(seen) and 2 * len(seen) < keys.stop - keys.start:    # global tokens, far from the others
+            keys = seen.flatten()
         parts.append(by_position(by_head(block), k[:, keys], v[:, keys], at, key_pos[..., keys], scoring))
     return torch.cat(parts, dim=1)
 
@@ -301,6 +307,71 @@ def both_sides(q, k, v, scoring):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Patterns
+
+
+def in_pattern(q, k, v, pos, scoring):
+    """Tokens 0..T-1 in a pattern. Shapes as in `attention`."""
+    T, pattern, causal = q.shape[1], scoring.pattern, scoring.causal
+    near = min(x for x in (scoring.window, pattern.near, T) if x is not None)
+    distances = scoring.relative is None and not scoring.alibi_bf16 and (causal or T % pattern.dilation == 0)
+    if pattern.stride is not None:
+        if not joins(q, k, v, scoring):
+            return by_position(q, k, v, pos, pos, scoring)
+        y = strided(q, k, v, scoring)
+    elif distances and not pattern.n_global:
+        return dilated(q, k, v, scoring, near)
+    else:
+        blocks = in_blocks(q, k, v, near, pattern.dilation, pattern.n_global, causal)
+        pos_N, key_pos = (x.repeat(len(q), 1) for x in (blocks.pos, blocks.key_pos))
+        y = blocks.tokens(by_position(blocks.q, blocks.k, blocks.v, pos_N, key_pos, scoring), T)
+    n = 0 if causal else pattern.n_global   # these queries see all keys
+    return torch.cat((by_position(q[:, :n], k, v, pos[:n], pos, scoring), y[:, n:]), dim=1) if n else y
+
+
+def dilated(q, k, v, scoring, near):
+    """A window of every d-th token is a plain window in each of d interleaved sequences."""
+    T, d = q.shape[1], scoring.pattern.dilation
+    q, k, v = (apart(padded(x, 0, -T % d), d) for x in (q, k, v))
+    pos, slopes = torch.arange(q.shape[1], device=q.device), scoring.slopes
+    slopes = None if slopes is None else slopes * d     # a distance of one is one of d
+    inner = scoring._replace(window=cdiv(near, d), pattern=None, slopes=slopes)
+    return together(attention(q, k, v, pos, pos, **inner._asdict(), in_order=True), d)[:, :T]
+
+
+def joins(q, k, v, scoring):
+    """Whether `Joined` takes these arguments."""
+    return (q.is_cpu and scoring.by_products_alone and not scoring.dropout and scoring.window is None
+            and q.shape[-1] == k.shape[-1] == v.shape[-1])
+
+
+def strided(q, k, v, scoring):
+    """
+    Keys at multiples of s are all keys of each of s interleaved sequences. Joined to them are those of the
+    window and the first tokens, in blocks, but for the ones that were among the others.
+    """
+    (B, T, H, _), (near, dilation, s, n_global) = q.shape, scoring.pattern
+    k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
+    far = [apart(padded(x, 0, -T % s), s) for x in (q, k, v)]                       # (B s,T/s,H,D)
+    far_mask = None
+    if not scoring.causal:  # no query sees the padding
+        exists = torch.arange(far[0].shape[1] * s).view(-1, s).T < T                # (s,T/s)
+        far_mask = as_bias(exists, q).repeat(B, 1)[:, None, None].expand(-1, 1, exists.shape[1], -1)
+    blocks = in_blocks(q, k, v, near or T, dilation, n_global, scoring.causal)
+    pattern = Pattern(near, dilation, None, n_global)
+    seen = visible_in(blocks.pos, blocks.key_pos, scoring._replace(pattern=pattern))
+    twice = (blocks.pos.unsqueeze(-1) - blocks.key_pos.unsqueeze(-2)) % s == 0
+    mask = as_bias(seen & ~twice.unsqueeze(1), q).repeat(B, 1, 1, 1)
+    layouts = ((lambda y: together(y, s)[:, :T], lambda y: apart(padded(y, 0, -T % s), s)),
+               (lambda y: blocks.tokens(y, T), blocks.blocks))
+    return Joined.apply(scoring.scale, layouts, (scoring.causal, False), (far_mask, mask), *far, *blocks[:3])
+
+
+def as_bias(seen, q):
+    return torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min / 2)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The choice
 
 
@@ -308,7 +379,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
               window: int | None = None, softcap: float | None = None, slopes: Tensor | None = None,
               sinks: Tensor | None = None, in_order: bool = False, chunked: bool = False,
               alibi_bf16: bool = False, dropout: float = 0.0, causal: bool = True,
-              relative: tuple | None = None) -> Tensor:
+              relative: tuple | None = None, pattern: Pattern | None = None) -> Tensor:
     """
     q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), H a multiple of K; integers pos (T,) or (B,T) and key_pos (S,) or
     (B,S) -> (B,T,H,Dv). A query sees the keys at its own position and before, but no padding, which has
@@ -323,25 +394,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, key_pos: Tensor, sca
     dropout     the share of weights that are dropped
     causal      False: a query sees keys after it too, in a window as many as before it
     relative    (table (n,H) learned, farthest): a bias by distance, see `bucket` (T5)
+    pattern     which keys of the window are seen, and which besides it: see `Pattern`
     """
     if in_order and window is not None and q.shape[1] <= window:
         window, chunked = None, False   # a window as long as the text is full attention
-    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative)
+    if in_order and pattern is not None and window is None and pattern.keeps_all(q.shape[1]):
+        pattern = None
+    scoring = Scoring(scale, window, softcap, slopes, sinks, chunked, alibi_bf16, dropout, causal, relative,
+                      pattern)
     if isinstance(key_pos, Ring):   # keys on several processes
         return ring_attention(q, k, v, pos, key_pos, scoring, part_of_softmax)
     # PyTorch's fastest path, on any device
-    if in_order and scoring.by_products_alone and window is None:
+    if in_order and scoring.by_products_alone and window is None and pattern is None:
         if q.is_cpu and q.shape[1] >= 1024:
             q, k, v = by_head(q), by_head(k), by_head(v)
         return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scoring).transpose(1, 2)
-    if runs_triton(q) and causal and relative is None and not (chunked or alibi_bf16 or dropout):
+    if in_order and pattern is not None and not chunked:
+        return in_pattern(q, k, v, pos, scoring)
+    unknown = chunked or alibi_bf16 or dropout or pattern is not None
+    if runs_triton(q) and causal and relative is None and not unknown:
         arguments = q, k, v, pos, key_pos, scale, window, softcap, slopes, sinks
         if not in_order and decode_attention.ok(*arguments):
             return decode_attention.fused(*arguments)
         if flash_attention.ok(*arguments, in_order):
             return flash_attention.fused(*arguments, in_order)
     # what Falcon rounds depends on where a text begins
-    if in_order and window is not None and not alibi_bf16:
+    if in_order and window is not None and pattern is None and not alibi_bf16:
         return (in_pieces if causal else both_sides)(q, k, v, scoring)
     reads = q.is_cpu and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
     if reads and q.shape[1] >= 512:

@@ -27,7 +27,7 @@ class Ring:
 
     def steps(self, scoring):
         """How many pieces a query may see part of: under a window, those that it reaches."""
-        if scoring.window is None or not scoring.causal:
+        if scoring.window is None or scoring.pattern is not None or not scoring.causal:
             return self.size
         return min(self.size, 1 + -(-(scoring.window - 1) // len(self.pos)))
 

@@ -20,6 +20,8 @@ CASES = {
     'GQA, rope, QK norm': toy(pos='rope', n_kv_head=2, norm='rmsnorm', ffn='swiglu', qk_norm=True),
     'windows': toy(pos='rope', layer_pattern='aw', window=5),
     'a window within two parts': toy(pos='rope', layer_pattern='w', window=3),
+    'a window, the first tokens and a stride': toy(pos='rope', layer_pattern='w', window=4, global_tokens=2,
+                                                   window_stride=6),
     'chunks': toy(pos='rope', layer_pattern='ac', window=5),
     'latents': toy(pos='rope', attn='mla'),
     'two maps': toy(pos='rope', attn='diff'),
@@ -36,6 +38,9 @@ CASES = {
     'RWKV-7': toy(layer_pattern='rk', pos='none', rnn='rwkv7', ffn_pattern='-'),
     'RWKV-6': toy(layer_pattern='rk', pos='none', rnn='rwkv6', ffn_pattern='-'),
     'RWKV-4': toy(layer_pattern='rk', pos='none', rnn='rwkv4', ffn_pattern='-'),
+    'in parallel, a short convolution, no mixer': toy(pos='rope', layer_pattern='hs-', n_layer=3,
+                                                      ssm_head_dim=8),
+    'wide streams': toy(residual='hyper', pos='rope'),
     'S4D': toy(layer_pattern='r', pos='none', rnn='s4d'),
 }
 

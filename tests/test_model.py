@@ -436,6 +436,9 @@ def test_attention_equals_its_definition_number_by_number(K, window, more):
 @pytest.mark.parametrize('flags, want', [
     ({'layer_pattern': 'w', 'window': 3}, {'window': 3}),
     ({'layer_pattern': 'c', 'window': 3}, {'window': 3, 'chunked': True}),
+    ({'layer_pattern': 'w', 'window': 3, 'window_dilation': 2, 'global_tokens': 1},
+     {'window': 5, 'pattern': ops.Pattern(dilation=2, n_global=1)}),
+    ({'layer_pattern': 'w', 'window': 3, 'window_stride': 4}, {'pattern': ops.Pattern(near=3, stride=4)}),
     ({'softcap': 0.7}, {'softcap': 0.7}),
     ({'attn_scale': 0.3}, {'scale': 0.3}),
     ({'pos': 'alibi'}, {'slopes': ALIBI_4}),
@@ -461,7 +464,7 @@ def test_flags_reach_attention_and_nothing_else_does(flags, want, monkeypatch):
         got = {name: value.tolist() if isinstance(value, torch.Tensor) else value
                for name, value in called.pop().items() if name not in ('q', 'k', 'v', 'pos', 'key_pos')}
         plain = dict(scale=8 ** -0.5, window=None, chunked=False, softcap=None, slopes=None, alibi_bf16=False,
-                     sinks=None, in_order=True, dropout=0.0, causal=True, relative=None)
+                     sinks=None, in_order=True, dropout=0.0, causal=True, relative=None, pattern=None)
         assert got == plain | want | ({} if training else {'dropout': 0.0}), f'training={training}'
     # whoever names positions may have padding among them
     model(tokens(toy(), 1, 7), pos=torch.arange(7))

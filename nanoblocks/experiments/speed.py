@@ -68,19 +68,37 @@ def nanogpt_model(folder, config):
 
 
 def window(rounds, tokens, device):
-    """Attention in a window against full attention, forward and backward, from 256 to 8K tokens."""
-    n_head, head_dim, windows, rows = 8, 64, (None, 256, 1024), []
+    """Windows and other patterns against full attention, forward and backward, from 256 to 8K tokens."""
+    n_head, head_dim, rows = 8, 64, []
     for T in each(sizes('tokens', tokens, 256, 512, 1024, 2048, 4096, 8192), '{} tokens'.format):
         q, k, v = (torch.randn(1, T, n_head, head_dim, device=device, requires_grad=True) for _ in range(3))
-        pos = torch.arange(T, device=device)
+        pos, patterns = torch.arange(T, device=device), sparse(T)
 
-        def run(window):
-            y = ops.attention(q, k, v, pos, pos, head_dim ** -0.5, window=window, in_order=True)
+        def run(pattern):
+            y = ops.attention(q, k, v, pos, pos, head_dim ** -0.5, in_order=True, **pattern)
             y.square().mean().backward()
-        full, *windowed = medians({w: partial(run, w) for w in windows}, rounds, device).values()
-        cells = (cell for ms in windowed for cell in (f'{ms:.2f}', f'{full / ms:.2f}x'))
-        rows.append([T, f'{full:.2f}', *cells])
-    print_table(['tokens', 'full ms', 'window 256 ms', 'speedup', 'window 1024 ms', 'speedup'], rows)
+        found = medians({name: partial(run, pattern) for name, pattern in patterns.items()}, rounds, device)
+        for name, ms in found.items():
+            both = patterns[name].get('causal', True) is False
+            seen, of_all = (ops.visible(pos, pos, **options).sum()
+                            for options in (patterns[name], {'causal': not both}))
+            times_full = found['full, both sides' if both else 'full'] / ms
+            rows.append([f'{T} tokens, {name}', f'{seen / of_all:.1%}', f'{ms:.2f}', f'{times_full:.2f}x'])
+    print_table(['', 'keys seen', 'ms', 'speedup'], rows)
+
+
+def sparse(T):
+    """{name: arguments of ops.attention}: patterns in which T tokens see about an eighth of the keys."""
+    w, s, Pattern = max(8, T // 16), 16, ops.Pattern
+    one_side = {
+        'full': {},
+        f'window {w}': {'window': w},
+        f'window {w} of every 2nd token': {'window': 2 * w - 1, 'pattern': Pattern(dilation=2)},
+        f'window {w - 4} and 4 global tokens': {'window': w - 4, 'pattern': Pattern(n_global=4)},
+        f'window {w // 2} and every {s}th token': {'pattern': Pattern(near=w // 2, stride=s)},
+    }
+    both_sides = {f'{name}, both sides': {'causal': False} | options for name, options in one_side.items()}
+    return one_side | {'window 1024': {'window': 1024}} | both_sides
 
 
 def optimizers(flags, rounds, device):
