@@ -182,6 +182,7 @@ def check_context_parallel(s, config, world):
     must('objective', s['objective'] == 'next', 'be next')
     must('dropout', config.dropout == 0, 'be 0')
     must('n_predict', config.n_predict == 1, 'be 1')
+    must('attn', config.attn != 'gau', 'not be gau, which has no softmax whose parts could be joined,')
 
 
 def check_vocabulary(config, n_tokens, dataset, published, marks=0):
