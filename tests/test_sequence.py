@@ -74,7 +74,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     (dict(compile=True), 'compile=True must be False when context_parallel=True'),
     (dict(objective='prefix'), 'objective=prefix must be next when context_parallel=True'),
     (dict(n_predict=2), 'n_predict=2 must be 1 when context_parallel=True'),
-    (dict(attn='gau', pos='rope'), 'attn=gau must not be gau, which has no softmax whose parts could be joined'),
+    (dict(attn='gau', pos='rope'), 'attn=gau must not be gau, which has no softmax whose parts could be'),
 ])
 def test_what_cannot_be_parted_is_refused(settings, words, tmp_path):
     for done in pair(*toy(tmp_path / 'run', context_parallel=True, **settings)):
