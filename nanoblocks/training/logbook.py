@@ -137,7 +137,7 @@ class Logbook:
                    f'then repeat what was lost with: {self.resume_command}')
 
     def done(self, seconds, steps, writes=True):
-        """Say that a run has ended. steps: those that this process made; writes: whether it can be sampled."""
+        """Say that a run has ended. steps: that this process made; writes: whether sample.py can read it."""
         if steps == 0:
             self.print(f'done      before this start: the last step, {self.max_iters}, was made; for more, '
                        'resume with a larger --max_iters')
