@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from kernels import rope as rotate
-from model import GPT, GPTConfig, RotaryPositions, RouterLosses, kv_cache_bytes
+from model import GPT, Given, GPTConfig, RotaryPositions, RouterLosses, kv_cache_bytes
 from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import in_short, sizes, tell
@@ -323,7 +323,7 @@ def influences(model, device):
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(min(64, model.config.vocab_size), (8, T), generator=generator).to(device)
     start = model.wte(idx).detach().requires_grad_()
-    ctx = model.context(idx, None, None)._replace(losses=RouterLosses())
+    ctx = model.context(idx, None, None)._replace(given=Given(losses=RouterLosses()))
     x, influence = start, []
     for layer, block in enumerate(model.h, start=1):
         x = block(x, ctx)

@@ -234,7 +234,14 @@ def build(state: dict, path: str, flags=()) -> GPT:
     if flags.get('rope_scaling') in ROPE_CONTEXT:
         # scaling starts from the context of training, not from the one asked for now
         flags = {'rope_context': trained['rope_context'] or trained['block_size']} | flags
-    model = GPT(GPTConfig(**(trained | flags)), seed=None)
+    try:
+        config = GPTConfig(**(trained | flags))
+    except ValueError as error:
+        if flags:   # which are to blame, and not the file
+            raise
+        raise ValueError(f'{path} has flags that do not fit each other ({error}): use another '
+                         'checkpoint') from None
+    model = GPT(config, seed=None)
     ours, theirs = model.state_dict(), state['model']
     misfits = [name for name in ours.keys() | theirs.keys()
                if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]
