@@ -1112,7 +1112,7 @@ class GatedUnit(CachedAttention):
     def __init__(self, c, layer, span):
         super().__init__(c, span)
         D, width = c.head_dim, c.gau_width
-        self.widths, self.chunked, self.causal = (width, width, D), span.chunked, c.causal
+        self.widths, self.causal = (width, width, D), c.causal
         self.cached, self.products = [(2 * D,), (width,)], 2 * D + width
         self.in_proj = Linear(c.n_embd, sum(self.widths), c.qkv_bias)       # gate, values, z
         # Of queries and of keys: what multiplies z, what is added, and the vectors of which b is the product.
@@ -1143,9 +1143,10 @@ class GatedUnit(CachedAttention):
 
     def seen(self, ctx, key_pos):
         """(1 or B,T,S)"""
-        window = self.window if self.chunked else min(self.window or math.inf, ctx.reach or math.inf)
-        window = None if window == math.inf else window
-        return ops.visible(ctx.pos, key_pos, window, self.chunked, self.causal).squeeze(1)
+        window, chunked, pattern = self.span.window, self.span.chunked, self.span.pattern
+        if ctx.reach is not None and ctx.reach < (window or math.inf) and not chunked:
+            window = ctx.reach
+        return ops.visible(ctx.pos, key_pos, window, chunked, self.causal, pattern).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------

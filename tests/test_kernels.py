@@ -128,7 +128,7 @@ def exact_linear_without_autocast(x, weight, bias):
 # recurrences, whose state is an input and a result as well: test_state_space.py and test_recurrence.py
 WITH_STATE = {'causal_conv', 'selective_scan', 'ssd', 'recurrence'}
 # made of others, and tested by themselves below
-COMPOSED = {'rope_qk', 'attention', 'decode_attention'}
+COMPOSED = {'rope_qk', 'attention', 'decode_attention', 'Pattern', 'visible'}
 OPS = {
     'rms_norm': (rms_norm, plain_rms_norm),
     'rope': (rope, plain_rope),
