@@ -88,9 +88,10 @@ def assert_gradients(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     model.train()
     # with projections that start at zero, as some of RWKV's do, what lies on their other side has its first
-    # gradient in the second step, or with both in the third; so has what multiplies a weight of
-    # streams that is zero at first
-    for _ in range(1 + c.zero_init + ('r' in c.mixers()) + (c.residual in ('hyper', 'mhc'))):
+    # gradient in the second step, or with both in the third; so has what multiplies a weight of streams that
+    # is zero at first, and an encoder behind such projections
+    late = c.zero_init * (1 + (c.n_encoder > 0)) + (c.residual in ('hyper', 'mhc'))
+    for _ in range(1 + late + ('r' in c.mixers())):
         optimizer.zero_grad(set_to_none=True)
         model(idx[:8], idx[1:])[1].backward()
         for name, p in model.named_parameters():
