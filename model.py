@@ -1440,7 +1440,7 @@ class ShortConv(StateSpace):
         B, C, x = self.in_proj(x).chunk(3, dim=-1)                  # (B,T,C) each
         y, tail = self.conv1d(B * x, ctx, tail)
         if cache is not None:
-            cache.write(tail, cache.state)
+            cache.write(tail, x[:, 0, :0])
         return self.c_proj(C * y)
 
 class ParallelMixers(nn.Module):
