@@ -26,7 +26,7 @@ CAPTURED = 200  # those of them that are compiled and saved as well
 # Flags that change how some tensors are drawn, with the name of those: a projection onto the residual stream
 # is scaled by the number of layers, or zero; the bias of gau by block_size. Direction and sign are kept.
 RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight', 'ssm_conv': 'conv1d.bias',
-           'block_size': 'mixer.distance'}
+           'short_conv': 'conv1d.bias', 'block_size': 'mixer.distance'}
 # drawn by the number of a channel or state alone, as Mamba-1's decays are 1, 2, 3, ...
 BY_PLACE = ('A_log', 'A_imag', 'shift.mu', 'mixer.decay', 'decay.bias', 'mixer.bonus')
 
@@ -67,7 +67,8 @@ def bases():
             toy(layer_pattern='ra', residual='normed'),
             toy(layer_pattern='rk', ffn_pattern='-', rnn='rwkv7'), toy(layer_pattern='r', rnn='s4d'),
             toy(layer_pattern='r', rnn_conv=0), toy(pos='relative', rel_buckets=8),
-            toy(layer_pattern='sz', ssm_head_dim=8)]
+            toy(layer_pattern='sz', ssm_head_dim=8),
+            toy(layer_pattern='z', ssm_head_dim=8)]
 
 
 def flips(name):
@@ -108,7 +109,7 @@ def test_every_value_of_a_flag_changes_something(name):
     alone = name in ('window', 'n_expert')
     alike = {pair for pair in itertools.combinations(values, 2) if not (alone and None in pair)}
     if name == 'layer_pattern':  # no positions go with both
-        alike -= {(a, b) for a in ('an', 'av') for b in ('m', 'r', 'rk')}
+        alike -= {(a, b) for a in ('an', 'av') for b in ('m', 'r', 'rk', 's')}
     if name == 'sinkhorn_steps':  # mixing streams that are alike, as all are at the start, changes nothing
         alike.clear()
     if name == 'router_norm':  # no number of experts goes with both
@@ -132,8 +133,8 @@ def test_flag_leaves_other_weights_bit_identical(name):
         ours, theirs = (dict(build(f).named_parameters()) for f in (flags, flipped))
         for tensor in ours.keys() & theirs.keys():
             a, b = ours[tensor].detach(), theirs[tensor].detach()
-            # kinds of recurrences are classes of their own, whose tensors share names by chance
-            if a.shape != b.shape or name == 'rnn' and '.mixer.' in tensor:
+            # kinds of mixers are classes of their own, whose tensors share names by chance
+            if a.shape != b.shape or name in ('rnn', 'layer_pattern') and '.mixer.' in tensor:
                 continue
             compared += a.dim() >= 2
             if name in RESCALE and tensor.endswith(RESCALE[name]) and not torch.equal(a, b):
