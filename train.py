@@ -414,7 +414,7 @@ if exit_code == 0 and not (saved and best_saved):
 signals.close(exit_code)
 log.close(exit_code)
 if exit_code == 0 and not eval_only:
-    log.done(progress.seconds(), steps=step - first_step)
+    log.done(progress.seconds(), step - first_step, writes=config.causal or objective != 'prefix')
 parallel.end(failure_watch)
 folder.release()
 sys.exit(exit_code)

@@ -136,13 +136,13 @@ class Logbook:
         self.print(f'step {step}: not saved, because {self.out_dir} could not be written: make room there, '
                    f'then repeat what was lost with: {self.resume_command}')
 
-    def done(self, seconds, steps):
-        """Say that a run has ended; `steps`: those that this process made."""
+    def done(self, seconds, steps, writes=True):
+        """Say that a run has ended. steps: that this process made; writes: whether sample.py can read it."""
         if steps == 0:
             self.print(f'done      before this start: the last step, {self.max_iters}, was made; for more, '
                        'resume with a larger --max_iters')
-        self.print(f'done      {format_duration(seconds)}; to see what it writes: '
-                   f'python sample.py --out_dir={shlex.quote(self.out_dir)}')
+        see = f'; to see what it writes: python sample.py --out_dir={shlex.quote(self.out_dir)}'
+        self.print(f'done      {format_duration(seconds)}{see if writes else ""}')
 
     def close(self, exit_code=0):
         self.bar.close()
