@@ -221,7 +221,7 @@ def objective_of(name, meta, mask_rate):
     if name == 'prefix' and 'pairs' in meta:
         return Pairs(meta['vocab_size'], meta['pairs'])
     task = OBJECTIVES[name](meta['vocab_size'], mask_rate)
-    own = mask_of(meta['tokenizer']) if isinstance(task, Mask) else None
-    if own is not None:
-        task.mask, task.more = own, 0
+    own = mask_of(meta['tokenizer']) if isinstance(task, (Mask, Span)) else None
+    if own is not None:     # sample.py reads the same; marks of spans are needed beside it
+        task.mask, task.more = own, 0 if isinstance(task, Mask) else task.more
     return task

@@ -142,6 +142,15 @@ def test_the_mask_of_a_published_vocabulary_is_its_own(name):
         assert task.more == more and (replaced == mask).double().mean() > 0.8
 
 
+def test_an_encoder_of_spans_reads_the_mask_of_a_published_vocabulary():
+    meta = {'kind': 'tokenizers', 'json': json.dumps({'added_tokens': [{'content': '[MASK]', 'id': 7}]})}
+    task = objective_of('span', {'vocab_size': 90, 'tokenizer': meta}, 0.5)
+    x, y = task.read_by('encoder')(*rows(50, 32))
+    assert task.more == SPANS and (x[y >= 0] == 7).all()
+    idx, targets = task.read_by('decoder')(*rows(50, 32))
+    assert idx.max() >= 90    # marks of their own
+
+
 # ----------------------------------------------------------------------------------------------------------
 # What rows depend on
 
