@@ -148,9 +148,7 @@ with errors_as_messages():
 # ----------------------------------------------------------------------------------------------------------
 # Machine
 
-device = hardware.pick_device(device)
-if world > 1 and device.startswith('cuda'):
-    device = f'cuda:{local_rank}'
+device = hardware.device_of_process(hardware.pick_device(device), world, local_rank)
 device_type = device.split(':')[0]
 with errors_as_messages():
     hardware.check_device(device)

@@ -370,7 +370,7 @@ def _sizes(k, V):
     K, small = k.shape[-1], k.shape[-1] <= 128
     # half as many tokens where products take both sides from registers, and where keys take too many
     L = CHUNK if capability(k) >= 90 and small else CHUNK // 2
-    block_k, block_v = max(16, pow2(K)), max(16, pow2(V))
+    block_k, block_v = max(32, pow2(K)), max(32, pow2(V))
     sizes = [(K, V, L, block_k, min(block_v, limit)) for limit in ((128, 32) if small else (64, 16))]
     return cdiv(k.shape[1], L), L, 4 if small else 8, *sizes
 

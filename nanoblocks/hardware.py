@@ -37,6 +37,15 @@ def pick_device(device):
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
+def device_of_process(device, world, local_rank):
+    """
+    Where one process of several trains: each has a GPU of its own. A GPU always has its number, without which
+    torch.cuda.set_device refuses it.
+    """
+    own = device == 'cuda' or device.startswith('cuda') and world > 1
+    return f'cuda:{local_rank}' if own else device
+
+
 def check_device(device):
     """ValueError for a device that this machine does not have."""
     try:

@@ -1,23 +1,25 @@
 """
-Everything that needs a GPU, in three calls of less than nine minutes:
+Everything that needs a GPU, in two calls of less than nine minutes:
 
-    python bench.py gpu --out=DIR --parts=checks,decode,curve
-    python bench.py gpu --out=DIR --parts=train
-    python bench.py gpu --out=DIR --parts=kernels,optimizer
+    python bench.py gpu --out=DIR --parts=checks,curve,optimizer
+    python bench.py gpu --out=DIR --parts=train,decode,kernels
 
-Items run one after another, the most telling ones first. An item that fails is recorded and the next begins;
-items with too little time left are skipped and named. DIR/gpu.json is complete after every item, so a call
-that is cut short keeps its results, and it keeps what earlier calls on the same machine found in other parts.
+Items are measured one after another, the most telling ones first. An item that fails is recorded and the next
+begins; items with too little time left are skipped and named. DIR/gpu.json is complete after every item, so a
+call that is cut short keeps its results, and it keeps what earlier calls on the same machine found in other
+parts.
 
     checks      every kernel against float64 by the rule of the tests, in several processes
-    decode      tokens/s against the bandwidth of memory
     curve       the loss over 200 steps with kernels, without, and without at another seed
-    train       tokens/s, MFU and peak memory of complete models, whose compiled gradients are right
-    kernels     every kernel against eager PyTorch, torch.compile and the limit set by bytes or operations
     optimizer   a step of AdamW and of Muon, ours and PyTorch's
+    train       tokens/s, MFU and peak memory of complete models, whose compiled gradients are right
+    decode      tokens/s against the bandwidth of memory
+    kernels     every kernel against eager PyTorch, torch.compile and the limit set by bytes or operations
 """
+import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -32,7 +34,9 @@ from nanoblocks.experiments.examples import EXAMPLES
 from nanoblocks.experiments.timing import cold_time
 from nanoblocks.files import ROOT, write_json
 
-PARTS = ('checks', 'decode', 'curve', 'train', 'kernels', 'optimizer')
+PARTS = ('checks', 'curve', 'optimizer', 'train', 'decode', 'kernels')
+# of these, the items come in two halves, generators: one compiles, the other measures
+SIDE_BY_SIDE = ('train', 'decode', 'kernels')
 # operations whose examples take Triton's interpreter seconds, others minutes: a dry run times these
 QUICK = ('linear_cross_entropy', 'attention', 'decode_attention', 'swiglu')
 
@@ -49,9 +53,12 @@ def gpu(out, parts='', seconds=510, dry=False):
     signal.signal(signal.SIGALRM, lambda *_: too_long(m))
     signal.alarm(int(seconds) + 30)
     torch.set_float32_matmul_precision('high')
+    crew = None if dry else Crew(m, set(wanted) & set(SIDE_BY_SIDE))
     for part, name, run, needed in items(m):
-        if part in ('machine', *wanted):
-            m.item(part, name, run, needed)
+        if part in ('machine', *wanted) and (dry or part not in SIDE_BY_SIDE):
+            m.item(part, name, (lambda: at_once(run())) if part in SIDE_BY_SIDE else run, needed)
+    if crew:
+        crew.measure()
     m.write()
     print_summary(m)
 
@@ -81,11 +88,100 @@ def prepare(dry):
         repair_interpreter()
 
 
-class Measurement:
-    """The state of one call: the results, the deadline, and how fast this card is."""
+class Crew:
+    """
+    Processes that prepare the items of some parts side by side, because compilers take most of their time and
+    run on one core each; then the items are measured one after another, while all other processes wait.
+    """
 
-    def __init__(self, out, seconds, dry, parts=PARTS):
-        self.out, self.dry, self.device = out, dry, 'cpu' if dry else 'cuda'
+    def __init__(self, m, parts, processes=16):
+        self.m, self.wanted = m, [(n, row) for n, row in enumerate(items(m)) if row[0] in parts]
+        context, self.processes, self.pipes = multiprocessing.get_context('spawn'), [], []
+        os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '2'  # of each process's own helpers
+        for share in range(min(processes, len(self.wanted))):
+            mine, theirs = context.Pipe()
+            numbers = [n for n, _ in self.wanted][share::processes]
+            self.processes.append(context.Process(target=member, args=(m.out, theirs, numbers), daemon=True))
+            self.pipes.append(mine)
+            self.processes[-1].start()
+        del os.environ['TORCHINDUCTOR_COMPILE_THREADS']
+
+    def measure(self):
+        """Results of all items, in their order, into m; those that are not prepared in time are skipped."""
+        m, end = self.m, self.m.began + 0.5 * (self.m.end - self.m.began)
+        ready = [pipe.poll(max(0, end - time.time())) and pipe.recv() for pipe in self.pipes]
+        print(f'prepared after {time.time() - m.began:.0f} s, ready: {ready}', flush=True)
+        for place, (n, (part, name, _, needed)) in enumerate(self.wanted):
+            if not ready[place % len(self.pipes)]:
+                m.found['skipped'].append(f'{part}: {name}')
+                continue
+            m.item(part, name, lambda: self.answer(self.pipes[place % len(self.pipes)], n), needed)
+        for process in self.processes:
+            process.kill()
+
+    def answer(self, pipe, n):
+        pipe.send((n, self.m.bandwidth, self.m.rate))
+        if not pipe.poll(max(1, self.m.end - time.time())):
+            raise TimeoutError('the process of this item did not answer')
+        found, error = pipe.recv()
+        if error:
+            raise RuntimeError(error)
+        return found
+
+
+def member(out, pipe, numbers):
+    """What one process of a Crew does with the items of these numbers."""
+    torch.set_float32_matmul_precision('high')
+    m, steps, failed = Measurement(out, 3600, False, (), keeps=True), {}, {}
+    for n, (*_, run, _) in enumerate(items(m)):
+        if n in numbers:
+            failed[n] = failure_of(lambda: prepared(steps, n, run))
+            torch.cuda.empty_cache()
+    pipe.send(len(numbers))
+    with contextlib.suppress(EOFError):  # the main process is done
+        while True:
+            n, m.bandwidth, m.rate = pipe.recv()
+            found = []
+            error = failed[n] or failure_of(lambda: found.append(next(steps[n])))
+            torch.cuda.empty_cache()
+            pipe.send((found[0] if found else None, error))
+
+
+def prepared(steps, n, run):
+    """The first half of item n; without memory, again when other processes have given theirs back."""
+    for _ in range(5):
+        steps[n] = run()
+        try:
+            return next(steps[n])
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            time.sleep(5)
+    steps[n] = run()
+    return next(steps[n])
+
+
+def failure_of(run):
+    """The traceback of run(), or None."""
+    try:
+        run()
+    except Exception:
+        return traceback.format_exc()[-1500:]
+
+
+def at_once(steps):
+    """Both halves of an item: what it compiles, and what it measures, which is returned."""
+    next(steps)
+    return next(steps)
+
+
+class Measurement:
+    """
+    The state of one call: the results, the deadline, and how fast this card is. keeps: what torch.compile
+    made of an item is kept when the next one is compiled.
+    """
+
+    def __init__(self, out, seconds, dry, parts=PARTS, keeps=False):
+        self.out, self.dry, self.device, self.keeps = out, dry, 'cpu' if dry else 'cuda', keeps
         self.began, self.end = time.time(), time.time() + seconds
         self.found = {'skipped': [], 'failed': {}} | self.earlier(parts)
         self.bandwidth, self.rate = 1e10, 1e10  # bytes and FLOPs per second, until `ceilings` has run
@@ -100,7 +196,8 @@ class Measurement:
             self.found.setdefault(part, {})[name] = run()
         except Exception as error:
             self.found['failed'][f'{part}: {name}'] = traceback.format_exc()[-1500:]
-            print(f'{part}: {name} failed: {type(error).__name__}: {str(error).splitlines()[:1]}', flush=True)
+            print(f'{part}: {name} failed: {type(error).__name__}: {str(error).splitlines()[-1:]}',
+                  flush=True)
         if self.device == 'cuda':
             torch.cuda.empty_cache()
         self.write()
@@ -133,7 +230,8 @@ class Measurement:
             torch.cuda.synchronize()
 
     def compile(self, function, mode=None):
-        torch._dynamo.reset()
+        if not self.keeps:
+            torch._dynamo.reset()
         if self.dry:
             return torch.compile(function, backend='eager', dynamic=False)
         return torch.compile(function, mode=mode, dynamic=False)
@@ -151,17 +249,17 @@ def items(m):
         return [row for n, row in enumerate(rows) if not m.dry or kinds.index(kinds[n]) == n]
     yield 'machine', 'environment', lambda: environment(m), 5
     yield 'machine', 'ceilings', lambda: ceilings(m), 5
-    yield 'checks', 'all', lambda: gpu_kernels.checks(m), 120
-    for name, batch in some(gpu_models.DECODED, lambda row: row[0]):
-        yield 'decode', f'{name} x {batch}', lambda: gpu_models.decode(m, name, 2 if m.dry else batch), 20
-    yield 'curve', 'gemma2_small', lambda: gpu_models.curve(m), 60
+    yield 'checks', 'all', lambda: gpu_kernels.checks(m), 60
+    yield 'curve', 'gemma2_small', lambda: gpu_models.curve(m), 30
+    yield 'optimizer', 'gpt2_small', lambda: gpu_models.optimizers(m), 30
     for row in some(gpu_models.TRAINED, lambda row: (row.config, row.full_logits)):
-        yield 'train', row.name(), lambda: gpu_models.train(m, row), 90 if row.mode else 40
+        yield 'train', row.name(), lambda: gpu_models.train(m, row), 10
+    for name, batch in some(gpu_models.DECODED, lambda row: row[0]):
+        yield 'decode', f'{name} x {batch}', lambda: gpu_models.decode(m, name, 2 if m.dry else batch), 5
     # operations that a compiled model leaves to torch.compile come last
     timed = [e for e in EXAMPLES if e.op in QUICK and e.hard] if m.dry else EXAMPLES
     for example in sorted(timed, key=lambda e: kernels.OPS[e.op].compiles):
-        yield 'kernels', f'{example.op}, {example.what}', lambda: gpu_kernels.compare(m, example), 15
-    yield 'optimizer', 'gpt2_small', lambda: gpu_models.optimizers(m), 40
+        yield 'kernels', f'{example.op}, {example.what}', lambda: gpu_kernels.compare(m, example), 5
 
 
 def environment(m):

@@ -1,4 +1,5 @@
 """Kernels on a GPU, for gpu.py: whether they are right, and how fast compared with PyTorch's own."""
+import contextlib
 import json
 import os
 import subprocess
@@ -50,12 +51,19 @@ def checks(m, processes=16):
 
 
 def compare(m, example):
-    """{variant: {'forward': ms, 'both': ms, 'bytes': peak}} of an Example, and the limit of this card."""
+    """
+    {variant: {'forward': ms, 'both': ms, 'bytes': peak}} of an Example, and the limit of this card; in two
+    halves, of which the first compiles.
+    """
     row = kernels.OPS[example.op]
     args = example.make(16 if m.dry else example.n, m.device)
     args = [a.detach() if isinstance(a, torch.Tensor) and not row.backward else a for a in args]
-    found = {}
-    for name, function in variants(m, example, row, args).items():
+    functions, found = variants(m, example, row, args), {}
+    for function in functions.values():
+        with contextlib.suppress(Exception):  # the second half meets it again
+            both_ways(function, args, row.backward)
+    yield
+    for name, function in functions.items():
         try:
             found[name] = times_of(m, function, args, row.backward)
         except Exception as error:
@@ -64,7 +72,7 @@ def compare(m, example):
     for name, times in found.items():
         numbers = {k: v if isinstance(v, str) else round(v, 4) for k, v in times.items() if k != 'bytes'}
         print(f'{example.op}, {example.what}: {name} {numbers}', flush=True)
-    return found
+    yield found
 
 
 def variants(m, example, row, args):
@@ -81,24 +89,23 @@ def variants(m, example, row, args):
 
 def times_of(m, function, args, has_backward):
     """{'forward': ms, 'both': ms, 'bytes': peak memory} of one function."""
-    inputs = leaves(args)
-
-    def forward():
-        return outputs(function, args)
-
-    def both():
-        seen = [y for y in forward() if y.requires_grad]
-        torch.autograd.grad(seen, inputs, [torch.ones_like(y) for y in seen], allow_unused=True)
-    found = {'forward': m.time(forward)}
+    found = {'forward': m.time(lambda: outputs(function, args))}
     if has_backward:
-        found['both'] = m.time(both)
+        found['both'] = m.time(lambda: both_ways(function, args))
     if m.device == 'cuda':
         # of a call by itself: timing takes a buffer of its own
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        (both if has_backward else forward)()
+        both_ways(function, args, has_backward)
         found['bytes'] = torch.cuda.max_memory_allocated() - before
     return found
+
+
+def both_ways(function, args, has_backward=True):
+    """Run a function forward, and backward where it can."""
+    seen = [y for y in outputs(function, args) if y.requires_grad]
+    if has_backward:
+        torch.autograd.grad(seen, leaves(args), [torch.ones_like(y) for y in seen], allow_unused=True)
 
 
 def limit(m, example, row, args):

@@ -1,4 +1,5 @@
 """Complete models on a GPU, for gpu.py: training, the loss with and without kernels, decoding, optimizers."""
+import contextlib
 import glob
 import os
 import statistics
@@ -25,12 +26,14 @@ class Row(NamedTuple):
     flags: dict = {}
     mode: str | None = None     # of torch.compile
     full_logits: bool = False   # as nanoGPT computes the loss, from all logits at once
+    head_dtype: str = 'auto'    # float8: products of the head in 8 bits
 
     def name(self):
         if self.full_logits:
             return f'{self.config} as nanoGPT'
         flags = ''.join(f', {name}={value}' for name, value in self.flags.items())
-        return f'{self.config}, kernels={self.kernels}, batch={self.batch}{flags}' + (
+        head = '' if self.head_dtype == 'auto' else f', head_dtype={self.head_dtype}'
+        return f'{self.config}, kernels={self.kernels}, batch={self.batch}{flags}{head}' + (
             f', {self.mode}' if self.mode else '')
 
 
@@ -39,13 +42,13 @@ TRAINED = [Row('gpt2_small', 32, 'torch', NO_BIAS, full_logits=True), Row('gpt2_
            Row('gpt2_small', 32, flags=NO_BIAS | {'vocab_size': 50257}), Row('llama_small', 32),
            Row('gpt2_small', 64, flags=NO_BIAS), Row('mamba2_small', 16), Row('mamba2_small', 16, 'triton'),
            Row('llama_1b', 8), Row('mixtral_small', 16), Row('gemma2_small', 16),
-           Row('gpt2_small', 32, flags=NO_BIAS, mode='max-autotune-no-cudagraphs'),
-           # in time that others leave
+           Row('gated_deltanet_small', 16), Row('gpt2_small', 32, flags=NO_BIAS, head_dtype='float8'),
            Row('gpt2_small', 32, 'torch', NO_BIAS), Row('gemma2_small', 16, 'torch'),
-           Row('mamba2_small', 16, 'torch'), Row('llama_small', 32, 'triton'), Row('jamba_small', 8)]
+           Row('mamba2_small', 16, 'torch'), Row('llama_small', 32, 'triton'), Row('jamba_small', 8),
+           Row('gpt2_small', 32, flags=NO_BIAS, mode='max-autotune-no-cudagraphs')]
 # (config, sequences)
 DECODED = [('llama_1b', 1), ('llama_1b', 64), ('llama_small', 1), ('llama_small', 64), ('deepseek_small', 64),
-           ('mamba2_small', 64), ('gemma2_small', 64)]
+           ('mamba2_small', 64), ('gemma2_small', 64), ('gated_deltanet_small', 64)]
 TOY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64)
 
 
@@ -56,6 +59,7 @@ def config_of(m, name, **more):
         flags |= TOY | dict.fromkeys(('n_kv_head', 'head_dim', 'ffn_width'))
         flags |= {'window': 8} if 'window' in flags else {}
         flags |= {'ssm_head_dim': 8} if name.startswith('mamba2') else {}
+        flags |= {'n_layer': 4} if name.startswith('gated_deltanet') else {}
     return GPTConfig(**{k: v for k, v in flags.items() if v is not None})
 
 
@@ -64,30 +68,12 @@ def config_of(m, name, **more):
 
 
 def train(m, row):
-    """Compiled training steps in bf16 with fused AdamW, the batch halved until it fits."""
+    """
+    Compiled training steps in bf16 with fused AdamW, in two halves: what is compiled, with its gradients
+    checked, and {measurement: number}. OutOfMemoryError where it does not fit, ArithmeticError where compiled
+    gradients are wrong.
+    """
     batch, steps = (2, 2) if m.dry else (row.batch, 8)
-    kernels.use_kernels('auto' if m.dry else row.kernels, m.device)
-    try:
-        while True:
-            try:
-                found = train_once(m, row, batch, steps)
-                break
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                batch //= 2
-                if not batch:
-                    raise
-    finally:
-        kernels.use_kernels('auto', m.device)
-    print(f'train {row.name()}: ' + ', '.join(f'{k} {v:.4g}' for k, v in found.items()), flush=True)
-    return found
-
-
-def train_once(m, row, batch, steps):
-    """
-    The measurements of `train` at one batch size; OutOfMemoryError where it does not fit, ArithmeticError
-    where compiled gradients are wrong.
-    """
     config = config_of(m, row.config, **row.flags)
     model = GPT(config, seed=1).to(m.device)
     T, V = config.block_size, config.vocab_size
@@ -98,23 +84,42 @@ def train_once(m, row, batch, steps):
             return model(x, y)[1]
         return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
     loss_fn = m.compile(loss_of, row.mode)
-    if wrong := wrong_gradients(m, model, loss_fn, loss_of, x, y):
-        raise ArithmeticError(f'compiled gradients differ from eager ones: {"; ".join(wrong)}')
+    with choices(m, row):
+        if wrong := wrong_gradients(m, model, loss_fn, loss_of, x, y):
+            raise ArithmeticError(f'compiled gradients differ from eager ones: {"; ".join(wrong[:5])}')
+    yield
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def step():
         step_on(lambda: loss_fn(x, y), model, optimizer, m.device)
-    warm = seconds_of(m, step, 3)
-    if m.device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(seconds_of(m, step, steps) / steps for _ in range(3))
+    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), x, y))
+    others = torch.cuda.memory_allocated() - own if m.device == 'cuda' else 0  # items of the same process
+    with choices(m, row):
+        warm = seconds_of(m, step, 3)
+        if m.device == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+        seconds = statistics.median(seconds_of(m, step, steps) / steps for _ in range(3))
     rate, flops = batch * T / seconds, model.flops_per_token(T)
     card = torch.cuda.get_device_name() if m.device == 'cuda' else ''
     # MFU is relative to the data sheet; `of_measured_rate` is relative to what a product reached here
     sheet = peak_flops(card) or m.rate
-    peak = torch.cuda.max_memory_allocated() if m.device == 'cuda' else 0
-    return {'tokens_per_s': rate, 'mfu': rate * flops / sheet, 'of_measured_rate': rate * flops / m.rate,
-            'batch': batch, 'T': T, 'parameters': model.num_params(), 'peak_bytes': peak, 'warm_s': warm}
+    peak = torch.cuda.max_memory_allocated() - others if m.device == 'cuda' else 0
+    found = {'tokens_per_s': rate, 'mfu': rate * flops / sheet, 'of_measured_rate': rate * flops / m.rate,
+             'batch': batch, 'T': T, 'parameters': model.num_params(), 'peak_bytes': peak, 'warm_s': warm}
+    print(f'train {row.name()}: ' + ', '.join(f'{k} {v:.4g}' for k, v in found.items()), flush=True)
+    yield found
+
+
+@contextlib.contextmanager
+def choices(m, row):
+    """The kernels and the head of a Row, within a block."""
+    kernels.use_kernels('auto' if m.dry else row.kernels, m.device)
+    kernels.use_head_dtype(row.head_dtype)
+    try:
+        yield
+    finally:
+        kernels.use_kernels('auto', m.device)
+        kernels.use_head_dtype('auto')
 
 
 def wrong_gradients(m, model, loss_fn, loss_of, x, y):
@@ -209,7 +214,10 @@ def library_bytes():
 
 @torch.no_grad()
 def decode(m, name, batch, context=1024):
-    """Tokens/s after a prompt, by kernel launches and by a CUDA graph, and the share of the bandwidth."""
+    """
+    Tokens/s after a prompt, by kernel launches, by a CUDA graph of them, and by one of the compiled step, and
+    the share of the bandwidth; in two halves, of which the first compiles.
+    """
     context = 32 if m.dry else context
     config = config_of(m, name, block_size=max(context, 32))
     model = GPT(config, seed=1).eval().to(m.device, torch.bfloat16)
@@ -222,9 +230,11 @@ def decode(m, name, batch, context=1024):
         # always at the same position: the work of any step, and the cache never fills up
         logits, _ = model(token, cache=cache, pos=pos, last_only=True)
         token.copy_(logits[:, -1:].argmax(-1))
-    found = {'launches': m.time(step)}
+    runs = {'launches': step}
     if m.device == 'cuda':
-        found['graph'] = m.time(captured(step).replay)
+        runs |= {'graph': captured(step).replay, 'compiled graph': captured(m.compile(step)).replay}
+    yield
+    found = {name: m.time(run) for name, run in runs.items()}
     best = min(found.values())
     # a step reads only a few rows of the embedding table, unless the table is the head as well
     weights = sum(p.nbytes for p in model.parameters())
@@ -234,7 +244,7 @@ def decode(m, name, batch, context=1024):
     found |= {'tokens_per_s': 1e3 * batch / best, 'bytes': weights + kept,
               'of_bandwidth': (weights + kept) / (best / 1e3) / m.bandwidth}
     print(f'decode {name} x {batch}: ' + ', '.join(f'{k} {v:.4g}' for k, v in found.items()), flush=True)
-    return found
+    yield found
 
 
 def captured(step):
