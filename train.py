@@ -99,7 +99,7 @@ dtype = 'auto'                      # matrix products: auto, float32, bfloat16, 
 kernels = 'auto'                    # on a GPU: auto, torch (none), triton (all), mamba_ssm (that package's)
 attention = 'auto'                  # plain causal attention on a GPU: auto (PyTorch's), fa3, fa4 (packages)
 stream_dtype = 'float32'            # the residual stream: float32, or bfloat16 beside dtype=bfloat16
-head_dtype = 'auto'                 # products of the head in training: auto (dtype), float8 (fast on an H100)
+head_dtype = 'auto'                 # products of the head in training: auto (dtype), float8 (of an H100)
 compile: bool | None = None         # torch.compile; None: where it pays, on a GPU and in long runs on a CPU
 compile_mode = 'default'            # torch.compile's mode: default, or max-autotune-no-cudagraphs
 deterministic: bool | None = None   # the same bits in every run; None: on a CPU, where it costs nothing

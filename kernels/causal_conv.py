@@ -12,7 +12,7 @@ time of F.conv1d with a group per channel, which wants time innermost, and less 
 makes of the same products.
 
 The Triton kernels read x in place, without putting the tail in front of it. The sums over tokens are
-made per tile and then added up, in an order that never changes. Not measured on a GPU yet.
+made per tile and then added up, in an order that never changes.
 """
 import torch
 from torch import Tensor

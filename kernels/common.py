@@ -19,8 +19,8 @@ head_dtype = 'auto'
 
 def runs_triton(x, compiles=False):
     """
-    Whether operations on x run Triton, if their kernels take the arguments. compiles: torch.compile makes one
-    kernel of the plain operation as well, and fuses it with its neighbours.
+    Whether operations on x run Triton, if their kernels take the arguments. compiles: what torch.compile
+    makes of the plain operation is at least as fast, and is fused with its neighbours.
     """
     here = HAS_TRITON and (x.is_cuda or (INTERPRETED and backend == 'triton'))
     left = backend == 'torch' or (backend != 'triton' and compiles and torch.compiler.is_compiling())

@@ -9,7 +9,7 @@ The query heads that share a key are rows of one tile, so that the key is read o
 are made of positions: slots may be in any order, as in a ring buffer, and tiles in front of the first key or
 behind the last that a query sees are not read. In MLA (DeepSeek V2, https://arxiv.org/abs/2405.04434) the
 latent is key and value at once, and is read once, beside the rotated part of the key. The definition is in
-attention.py. No gradients. Not measured on a GPU yet.
+attention.py. No gradients.
 """
 import torch
 from torch import Tensor

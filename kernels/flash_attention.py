@@ -12,7 +12,8 @@ scores, sinks, and tokens at any position. Scores are made one tile at a time an
 
 The definition is in attention.py. Saved for the backward pass: q, k, v, y and z. Query heads that share a key
 read it in place, and one program sums their gradients, always in the same order. Tiles outside the window are
-skipped. Not measured on a GPU yet; should FlexAttention be faster, `fused` is the place to call it.
+skipped. On an H200 a compiled FlexAttention is 1.1 to 1.4 times as fast for windows, soft-caps and ALiBi
+(docs/kernels.md); it knows no positions of a cache.
 """
 import math
 

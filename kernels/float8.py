@@ -5,7 +5,8 @@ error is the same, so that it can be measured on any machine, and the speed is n
 
 x and W become e4m3, gradients e5m2, which has more range and fewer digits (Micikevicius et al. 2022,
 https://arxiv.org/abs/2209.05433). A tensor is divided by a power of 2 first, so that its largest number is
-within reach of the largest of the format; that division rounds nothing. Not measured on a GPU yet.
+within reach of the largest of the format; that division rounds nothing. On an H200 this is slower than bf16
+at 768 channels: rounding the logits costs more than the products save.
 """
 import torch
 import torch.nn.functional as F

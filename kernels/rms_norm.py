@@ -7,7 +7,7 @@ Root mean square layer normalisation (Zhang and Sennrich 2019, https://arxiv.org
 Saved for the backward pass: x, w and r (one number a row).
 
 The Triton kernels read each row once and write it once, forward and backward; the sum over rows for dw is
-made in one part for each program, in an order that never changes. Not measured on a GPU yet.
+made in one part for each program, in an order that never changes.
 """
 import torch
 from torch import Tensor

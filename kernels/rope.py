@@ -6,7 +6,7 @@ Every pair is rotated as (a, b) -> (a cos - b sin, b cos + a sin). The backward 
 
 The Triton kernel takes queries and keys together, in place in the buffer of the projection, and norms each
 head first when it is given weights (QK-norm: kernels/rms_norm.py has the formulas). Saved for the
-backward pass: the angles, and with a norm the inputs. Not measured on a GPU yet.
+backward pass: the angles, and with a norm the inputs.
 """
 import torch
 from torch import Tensor

@@ -20,7 +20,7 @@ move more memory. On a GPU it is right and slow, at a launch for each token.
 The Triton kernels give each program some channels of one sequence, whose states stay in registers from the
 first token to the last. A chunk of tokens is one tile (tokens, channels, N), and a scan along its tokens; the
 backward pass has the state in front of every chunk, scans forward again, and then backward. dB and dC are
-sums over channels, made by parts that are added up in an order that never changes. Not measured on a GPU yet.
+sums over channels, made by parts that are added up in an order that never changes. Not timed on a GPU yet.
 """
 import torch
 from torch import Tensor

@@ -28,7 +28,7 @@ registers, and leaves the state in front of each; one makes the outputs of all c
 and heads are too few to fill a GPU, segments of chunks run at once, and twice: first each finds the state
 that it leaves behind from nothing, and then it begins with what those before it left. They save the inputs
 and the states, in x's dtype. Products are of numbers in x's dtype, sums are fp32. A decay below e^-30
-counts as e^-30, so that running sums keep their digits. Not measured on a GPU yet.
+counts as e^-30, so that running sums keep their digits.
 """
 from functools import partial
 

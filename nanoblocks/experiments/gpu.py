@@ -110,7 +110,11 @@ class Crew:
         """Results of all items, in their order, into m; those that are not prepared in time are skipped."""
         m, end = self.m, self.m.began + 0.5 * (self.m.end - self.m.began)
         ready = [pipe.poll(max(0, end - time.time())) and pipe.recv() for pipe in self.pipes]
-        print(f'prepared after {time.time() - m.began:.0f} s, ready: {ready}', flush=True)
+        for process, done in zip(self.processes, ready):
+            if not done:  # it would disturb the others
+                process.kill()
+        print(f'{sum(map(bool, ready))} of {len(ready)} processes ready after {time.time() - m.began:.0f} s',
+              flush=True)
         for place, (n, (part, name, _, needed)) in enumerate(self.wanted):
             if not ready[place % len(self.pipes)]:
                 m.found['skipped'].append(f'{part}: {name}')
