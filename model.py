@@ -783,7 +783,7 @@ class RopeScalingFlags:
             pairs = rope_width(c) // 2
             yield (name, len(getattr(c, name) or ()) == pairs,
                    f'hold {pairs} numbers, one for each pair, when rope_scaling=longrope')
-        if c.rope_local_theta is not None and not c.mixers() & set('ac'):
+        if c.rope_local_theta is not None and not c.mixers() & set('achz'):
             alone = "when every layer that rotates is a 'w', at rope_local_theta"
             yield 'rope_theta', c.rope_theta == RopeFlags.rope_theta, f'be {RopeFlags.rope_theta} {alone}'
             yield 'rope_scaling', c.rope_scaling == 'none', f'be none {alone}'
@@ -916,8 +916,8 @@ def keys_seen(T, span):
     """How many keys the last of T tokens sees, of those before it where others follow."""
     if span.pattern is None:
         return min(T, span.window or T)
-    seen = ops.visible(torch.tensor([T - 1]), torch.arange(T), span.window, pattern=span.pattern)
-    return int(seen.sum())
+    pos = torch.arange(T, device='cpu')     # a model without weights is counted too
+    return int(ops.visible(pos[-1:], pos, span.window, pattern=span.pattern).sum())
 
 def cache_of(span):
     """The class of a cache that holds what a later token may still see."""

@@ -7,6 +7,7 @@ full pass, beyond windows and past max_tokens. Flags that do not fit together mu
 
 It stops at the first fault, and prints the flags and the command that show it again.
 """
+import math
 import random
 import sys
 import time
@@ -181,7 +182,9 @@ def check_caches(model, idx, logits, rng):
     assert told == kv_cache_bytes(replace(c, n_encoder=0), T, 2, 8), 'the cache must take what is announced'
     S, spare = rng.randint(1, T), rng.choice([0, 0, 1, 3])
     steps = cached(model, idx, [1] * T, S)
-    if c.window and c.rope_scaling not in ROPE_BY_LENGTH and not c.mixers() & set('an') and c.window <= S:
+    reach = c.window_dilation * (c.window - 1) + 1 if c.window else math.inf
+    near = reach <= S and c.window_stride is None and not c.mixers() & set('anhz')
+    if near and c.rope_scaling not in ROPE_BY_LENGTH:
         assert_close(steps, logits, BOUND, f'single steps past max_tokens={S}')
     # a chunk of more than max_tokens has no window of its own to shorten
     if 'c' not in c.mixers() or c.window <= S:

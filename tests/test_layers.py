@@ -219,3 +219,12 @@ def test_every_use_of_a_shared_block_is_computed():
 def test_what_does_not_fit_is_refused(flags, word):
     with pytest.raises(ValueError, match=word.replace('(', r'\(')):
         GPTConfig(**toy(**flags))
+
+
+@pytest.mark.parametrize('letter', 'hz')
+@torch.no_grad()
+def test_their_attention_rotates_at_the_other_base_of_windows(letter):
+    """Beside windows at rope_local_theta, h and z rotate at rope_theta, as a does."""
+    flags = toy(layer_pattern='w' + letter, pos='rope', window=4, rope_local_theta=50.0, ssm_head_dim=8)
+    first, second = (redrawn(flags | dict(rope_theta=theta)) for theta in (1e4, 1e2))
+    assert (first(tokens())[0] - second(tokens())[0]).abs().max() > 1e-3

@@ -179,7 +179,7 @@ def meaningful(flags):
     kept = kept if 'f' in config.ffns() else without(kept, 'ffn_width')
     if kept.get('qk_norm') == 'unit' and config.pos != 'rope':      # it norms only what rotates
         kept = without(kept, 'qk_norm')
-    if config.rope_local_theta and not config.mixers() & set('ac'):     # nothing rotates at the other base
+    if config.rope_local_theta and not config.mixers() & set('achz'):     # nothing rotates at the other base
         kept = without(kept, *(name for name in kept if name.startswith('rope_') and name not in LOCAL_ROPE))
     return with_fixed_norm(kept)
 
