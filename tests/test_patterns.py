@@ -210,7 +210,7 @@ def test_flops_count_the_keys_of_the_pattern():
         c = toy(n_layer=1, layer_pattern='w', **flags)
         with torch.device('meta'):  # as where budgets of runs are compared
             model = GPT(GPTConfig(**c), seed=None)
-        one, two = (model.flops_per_token(T) for T in (1, T))
+            one, two = (model.flops_per_token(T) for T in (1, T))
         return 1 + (two - one) // (12 * c['n_embd'])
     assert keys(100, window=5) == keys(100, window=5, window_dilation=3) == 5
     assert keys(8, window=5, window_dilation=3) == 3
