@@ -9,5 +9,5 @@ ffn = 'swiglu'
 bias = False
 n_kv_head = 4
 layer_pattern = 'h'
-ssm_width = 768
+ssm_expand = 1
 ssm_gate_norm = False

@@ -171,7 +171,7 @@ FIELDS = {
     'ssm': Field(('mamba2', 'mamba1'), ('mamba',)),
     'ssm_state': Field((None, 8), (0,), same_for_all(8)),
     'ssm_width': Field((None, 48), (0,), lambda value, flags: None if value is None else 64),
-    'ssm_expand': Field((2, 1), (0,)),
+    'ssm_expand': Field((2, 1), (0,), same_for_all(2)),
     'ssm_conv': Field((4, 2), (0,)),
     'ssm_head_dim': Field((8, 16), (0,)),
     'ssm_groups': Field((1, 2), (0,)),

@@ -13,7 +13,7 @@ from dataclasses import fields
 import torch
 
 from configurator import nearest
-from model import GPT, GPTConfig, with_fixed_norm
+from model import GPT, GPTConfig, ssm_inner, with_fixed_norm
 from nanoblocks.pretrained import texts
 from nanoblocks.pretrained.families import FAMILIES, REFUSED
 from nanoblocks.pretrained.families.family import DEFAULTS
@@ -58,6 +58,9 @@ def save_folder(model, folder):
         pieces = layout(ours[name].detach().float().cpu(), model.config)
         for theirs, piece in zip(names, pieces, strict=True):
             tensors[theirs] = piece.save(tensors.get(theirs))
+    if model.config.tie and FAMILIES[kind].head_stored:
+        embedding, head = (rules[name][0] + '.weight' for name in ('wte', 'lm_head'))
+        tensors[head] = tensors[embedding].clone()
     if model.config.n_predict > 1:
         print(f'n_predict={model.config.n_predict}: the blocks of multi-token prediction are not exported: '
               'they serve training only')
@@ -334,8 +337,10 @@ def family_for(model):
         if not differing and all(name in covered or name.startswith('further.') for name in ours):
             return kind, hf
         others.append((0, len(differing), kind, differing))
-    # the nearest has an encoder or not, as this; then the same kinds of blocks, and the fewest other flags
-    _, _, kind, differing = min(others, key=lambda other: ('n_encoder' in other[3], *other[:2]))
+    # the nearest has an encoder or not, as this, and its mixers; then the same kinds of blocks, and the
+    # fewest other flags
+    _, _, kind, differing = min(others, key=lambda other: (
+        'n_encoder' in other[3], 'layer_pattern' in other[3], *other[:2]))
     rules = ', '.join(f'{flag}={mine} must be {theirs}' for flag, (mine, theirs) in sorted(differing.items()))
     raise ValueError(f'{rules} to export as {kind}, the nearest published family')
 
@@ -358,7 +363,7 @@ def unlike(c, family):
         value = getattr(c, flag)
         if flag.endswith('_pattern'):
             value = shortest_pattern(pair[flag == 'ffn_pattern'] for pair in c.plan())
-        if value != theirs and flag not in NOT_STORED and not c.missing(flag):
+        if not equal(value, theirs) and flag not in NOT_STORED and not c.missing(flag):
             found[flag] = value, theirs
     if not c.mixers() <= set(family.mixers):
         found['layer_pattern'] = c.layer_pattern, f'letters of {family.mixers}'
@@ -368,11 +373,16 @@ def unlike(c, family):
     return found
 
 
+def equal(x, y):
+    """Of values of a flag. True is not 1.0: an embed_scale of True is the square root of n_embd."""
+    if isinstance(x, bool) or isinstance(y, bool):
+        return x is y
+    numbers = isinstance(x, float) and isinstance(y, (float, int))
+    return x == y or numbers and math.isclose(x, y, rel_tol=1e-6)
+
+
 def differences(c, d):
     """{flag: (its value in c, in d)} where two configs differ in what a checkpoint must say."""
-    def equal(x, y):
-        numbers = isinstance(x, float) and isinstance(y, (float, int))
-        return x == y or numbers and math.isclose(x, y, rel_tol=1e-6)
     pairs = {f: (getattr(c, f), getattr(d, f)) for f in FIELDS - set(NOT_STORED)}
     found = {f: pair for f, pair in pairs.items() if not equal(*pair)}
     if c.plan() == d.plan():
@@ -382,6 +392,10 @@ def differences(c, d):
     # all that a checkpoint shows of balancing is whether the router has a bias
     if {c.balance, d.balance} <= {'none', 'aux'} or {c.balance, d.balance} <= {'bias', 'both'}:
         found.pop('balance', None)
+    if all(equal(config.embed_scale or 1.0, 1.0) for config in (c, d)):
+        found.pop('embed_scale', None)  # a factor of one is none
+    if not c.missing('ssm') and not d.missing('ssm') and ssm_inner(c) == ssm_inner(d):
+        found = without(found, 'ssm_width', 'ssm_expand')   # two ways to say the same
     if c.pos != 'learned':
         found.pop('block_size', None)  # a hint only
     if not c.attends():

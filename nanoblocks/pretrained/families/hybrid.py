@@ -14,7 +14,13 @@ from nanoblocks.pretrained.families.llama import (
 )
 from nanoblocks.pretrained.families.llama import FAMILIES as LLAMAS
 from nanoblocks.pretrained.families.recurrent import stored
-from nanoblocks.pretrained.families.state_space import mixer_tensors, read_limits, write_limits
+from nanoblocks.pretrained.families.state_space import (
+    mixer_tensors,
+    read_least,
+    read_limits,
+    write_least,
+    write_limits,
+)
 from nanoblocks.pretrained.keys import (
     ROUTER_NORM,
     Key,
@@ -65,7 +71,7 @@ def read_nemotron(hf):
     mixers, ffns = zip(*(NEMOTRON[letter] for letter in letters))
     return read_groups(hf, top=2) | widths_of(hf, 'mamba_num_heads', 'mamba_head_dim', 0) | {
         'n_layer': len(letters), 'layer_pattern': shortest_pattern(mixers),
-        'ffn_pattern': shortest_pattern(ffns), 'ssm_dt_min': float(hf['time_step_min'])}
+        'ffn_pattern': shortest_pattern(ffns)} | read_least(hf)
 
 
 def write_nemotron(c):
@@ -73,8 +79,8 @@ def write_nemotron(c):
     names = {kind: name for name, kind in reversed(NEMOTRON_TYPES.items())}
     # of other pairs of letters, read_nemotron makes other layers, and the export is refused
     types = [names[kinds.get(mixer + ffn, 'M')] for mixer, ffn in c.plan()]
-    mamba = {} if c.missing('ssm') else {
-        'mamba_num_heads': inner_width(c) // c.ssm_head_dim, 'time_step_min': c.ssm_dt_min}
+    mamba = {} if c.missing('ssm') else write_least(c) | {
+        'mamba_num_heads': inner_width(c) // c.ssm_head_dim}
     return mamba | {'layers_block_type': types, 'num_hidden_layers': c.n_layer, 'n_group': c.n_group,
                     'topk_group': c.n_group_used}
 
@@ -120,7 +126,7 @@ FAMILIES['nemotron_h'] = Family(
         'h.{e}.ffn.c_proj': (LAYER + 'mixer.experts.{n}.down_proj', by_expert),
         'h.{e}.ffn.shared.c_fc': LAYER + 'mixer.shared_experts.up_proj',
         'h.{e}.ffn.shared.c_proj': LAYER + 'mixer.shared_experts.down_proj'},
-    as_stored=nemotron_as_stored,
+    as_stored=nemotron_as_stored, head_stored=True,
     mixers='am-', read=read_nemotron, write=write_nemotron)
 
 # ----------------------------------------------------------------------------------------------------------

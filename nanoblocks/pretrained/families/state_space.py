@@ -70,6 +70,19 @@ def write_limits(c):
     return {'time_step_limit': [c.ssm_dt_min, high]}
 
 
+# In the place of 0, of which transformers takes the logarithm where it draws weights. No step is as small.
+LEAST_STEP = 1e-30
+
+
+def read_least(hf):
+    least = float(hf['time_step_min'])
+    return {'ssm_dt_min': least if least > LEAST_STEP else 0.0}
+
+
+def write_least(c):
+    return {'time_step_min': c.ssm_dt_min or LEAST_STEP}
+
+
 def read_mamba2(hf):
     heads, inner = hf['num_heads'], hf['expand'] * hf['hidden_size']
     if heads * hf['head_dim'] != inner:

@@ -2,7 +2,7 @@
 from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.hybrid import inner_width
 from nanoblocks.pretrained.families.llama import LLAMA_KEYS, LLAMA_TENSORS
-from nanoblocks.pretrained.families.state_space import mixer_tensors
+from nanoblocks.pretrained.families.state_space import mixer_tensors, read_least, write_least
 from nanoblocks.pretrained.keys import mixer_letters, refuse, shortest_pattern, whole_number, without
 from nanoblocks.pretrained.layouts import qkv
 from nanoblocks.pretrained.rope import read_rope, write_rope
@@ -23,18 +23,18 @@ def read_zamba2(hf):
     width = hf.get('attention_head_dim') or 2 * hf['hidden_size'] // hf['num_attention_heads']
     if inner % heads:
         refuse(hf, 'n_mamba_heads', f'divide the inner width {inner}')
-    return rope | {
+    return rope | read_least(hf) | {
         'ssm_head_dim': inner // heads, 'layer_pattern': shortest_pattern(letters),
-        'ssm_dt_min': float(hf['time_step_min']), 'head_dim': width, 'attn_scale': (width / 2) ** -0.5,
+        'head_dim': width, 'attn_scale': (width / 2) ** -0.5,
         'tied_width': hf.get('intermediate_size') or 4 * hf['hidden_size']}
 
 
 def write_zamba2(c):
     names = {'m': 'linear_attention', 'z': 'hybrid'}
-    return write_rope(c) | {
+    return write_rope(c) | write_least(c) | {
         'tie_word_embeddings': True, 'hidden_act': 'gelu', 'use_mem_rope': c.pos == 'rope',
         'layers_block_type': [names[mixer] for mixer, _ in c.plan()],
-        'n_mamba_heads': inner_width(c) // c.ssm_head_dim, 'time_step_min': c.ssm_dt_min,
+        'n_mamba_heads': inner_width(c) // c.ssm_head_dim,
         'intermediate_size': c.tied_width, 'attention_head_dim': c.head_dim}
 
 
