@@ -28,7 +28,7 @@ CAPTURED = 200  # those of them that are compiled and saved as well
 RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight', 'ssm_conv': 'conv1d.bias',
            'short_conv': 'conv1d.bias', 'block_size': 'mixer.distance'}
 # drawn by the number of a channel or state alone, as Mamba-1's decays are 1, 2, 3, ...
-BY_PLACE = ('A_log', 'A_imag', 'shift.mu', 'mixer.decay', 'decay.bias', 'mixer.bonus')
+BY_PLACE = ('A_log', 'A_imag', 'shift.mu', 'mixer.decay', 'decay.bias', 'mixer.bonus', '.read', '.mix')
 
 
 def test_the_tests_have_values_for_every_field():
@@ -354,5 +354,5 @@ def test_the_fuzz_draws_one_expert_windows_and_heads_of_every_number():
     assert {c.n_head for c in drawn} == set(range(1, 10)) and any(c.n_embd % 2 for c in drawn)
     assert any('e' in c.ffns() and c.n_expert_used == 1 < c.n_expert for c in drawn)
     assert set().union(*(c.mixers() for c in drawn)) == set('awcnvmhsz-')
-    assert {c.attn for c in drawn} == {'standard', 'mla', 'diff'}
+    assert {c.attn for c in drawn} == {'standard', 'mla', 'diff', 'gau'}
     assert {c.pos for c in drawn} == set(FIELDS['pos'].values) and len({c.rope_scaling for c in drawn}) > 3

@@ -71,8 +71,9 @@ def assert_causal(model, idx):
     for t in range(T):
         assert same(before[t, :t], after[t, :t]), f'a logit before {t} depends on token {t}'
         for later in range(t, min(t + 2, T)):
-            # a token that begins a chunk sees no other
-            alone = later > t and c.window and set(c.mixers()) == {'c'} and later % c.window == 0
+            # a token that begins a chunk sees no other, and a window with gaps not the token before
+            alone = later > t and c.window and (set(c.mixers()) == {'c'} and later % c.window == 0
+                                                or set(c.mixers()) <= {'w', 'v'} and c.window_dilation > 1)
             seen = not same(before[t, later], after[t, later])
             assert seen or alone, f'the logits of {later} do not depend on token {t}'
 
@@ -89,8 +90,8 @@ def assert_gradients(model):
     model.train()
     # with projections that start at zero, as some of RWKV's do, what lies on their other side has its first
     # gradient in the second step, or with both in the third; so has what multiplies a weight of streams that
-    # is zero at first, and an encoder behind such projections
-    late = c.zero_init * (1 + (c.n_encoder > 0)) + (c.residual in ('hyper', 'mhc'))
+    # is zero at first, and an encoder or a shared block behind such projections
+    late = c.zero_init * (1 + (c.n_encoder > 0) + ('z' in c.mixers())) + (c.residual in ('hyper', 'mhc'))
     for _ in range(1 + late + ('r' in c.mixers())):
         optimizer.zero_grad(set_to_none=True)
         model(idx[:8], idx[1:])[1].backward()

@@ -320,7 +320,7 @@ def config(kind, **flags):
     defaults = dict(
         n_embd=16, n_layer=2, bias=False, norm_eps=1e-5, zero_init=False, ssm_state=6, ssm_expand=2,
         ssm_conv=4, ssm_head_dim=8, ssm_groups=1, ssm_dt_rank=3, ssm_norm=False,
-        ssm_dt_min=0.0, ssm_dt_max=None, conv_bias=True)
+        ssm_dt_min=0.0, ssm_dt_max=None, conv_bias=True, ssm_width=None, ssm_gate_norm=True, ssm_eps=1e-5)
     flags = defaults | flags
     return SimpleNamespace(**({'ssm_bias': flags['bias']} | flags))
 

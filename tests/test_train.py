@@ -653,7 +653,7 @@ def test_a_long_run_on_a_cpu_compiles(flags, settings, device, compiled, words):
     model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64) | flags))
     flops = 8 * 4 * 32 * model.flops_per_token(32)
     s = dict(compile=None, eval_only=False, max_iters=int(1.1e14 / flops), batch_size=8,
-             gradient_accumulation_steps=4, world=1, before=None) | settings
+             gradient_accumulation_steps=4, world=1, before=None, context_parallel=False) | settings
     choice, why = rules.choose_compile(s, model, device, s.pop('world'), s.pop('before'))
     assert choice is compiled and bool(why) == bool(words) and all(word in why for word in words)
 
@@ -664,7 +664,7 @@ def test_readme_s_first_run_is_eager_and_a_long_one_compiles():
     flags = {name: value for name, value in sizes.items() if name in GPTConfig.__dataclass_fields__}
     model = GPT(GPTConfig(**flags | {'vocab_size': 2048}))
     for steps, compiled in (sizes['max_iters'], False), (4 * sizes['max_iters'], True):
-        s = sizes | {'max_iters': steps, 'compile': None, 'eval_only': False}
+        s = sizes | {'max_iters': steps, 'compile': None, 'eval_only': False, 'context_parallel': False}
         assert rules.choose_compile(s, model, 'cpu', 1)[0] is compiled, steps
 
 
