@@ -7,6 +7,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+from .foreign import read_foreign
 from .progress import say
 from .tokenizer import (
     BPETokenizer,
@@ -15,6 +16,7 @@ from .tokenizer import (
     TiktokenTokenizer,
     from_checkpoint,
     from_folder,
+    from_meta,
     need,
     read_text,
 )
@@ -60,6 +62,9 @@ def make_tokenizer(name, texts, vocab_size):
     """
     if os.path.isdir(name) or name.endswith('.pt') and os.path.isfile(name):
         tokenizer = from_folder(name) if os.path.isdir(name) else from_checkpoint(name)
+        foreign = read_foreign(Path(name)) if tokenizer is None else None
+        if foreign:
+            return from_meta(foreign['tokenizer'])
         if tokenizer is None:
             raise ValueError(f'tokenizer={name} must hold tokenizer.json, the ckpt.pt of a run or the '
                              'meta.json of a dataset: name another folder, or gpt2 for the tokens of GPT-2')

@@ -187,6 +187,8 @@ def publish(folder, settings, splits):
     meta['files'] = {name: split.state['files'] for name, split in splits.items()}
     meta['sha256'] = {name: split.sha256() for name, split in splits.items()}
 
+    # while it is there, the renamed files are no dataset (data/foreign.py)
+    write_json(temporary(folder / 'meta.json'), meta)
     (folder / 'meta.json').unlink(missing_ok=True)
     names = [*train['files'], *val['files']]
     for name in names:
@@ -195,7 +197,7 @@ def publish(folder, settings, splits):
         # left by an earlier preparation that was interrupted or wrote other files
         if re.fullmatch(r'(train|val)(_\d+)?\.bin(\.tmp)?', path.name) and path.name not in names:
             path.unlink()
-    write_json(folder / 'meta.json', meta)
+    os.replace(temporary(folder / 'meta.json'), folder / 'meta.json')
     (folder / 'progress.json').unlink(missing_ok=True)
     return meta
 

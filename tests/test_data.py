@@ -569,7 +569,8 @@ def edit_meta(**changes):
 
 
 @pytest.mark.parametrize('file, change, error, sentence', [
-    ('meta.json', Path.unlink, FileNotFoundError, 'has not been prepared: run python data/text/prepare.py '),
+    ('meta.json', lambda path: (path.unlink(), (path.parent / 'val.bin').unlink()), FileNotFoundError,
+     'has not been prepared: run python data/text/prepare.py '),
     ('train.bin', Path.unlink, FileNotFoundError, r'train.bin is missing: prepare it again, python data/'),
     ('val.bin', Path.unlink, FileNotFoundError, r'val.bin is missing'),
     ('train.bin', lambda path: os.truncate(path, 1999), ValueError, '1,999 bytes, not the 1,000 tokens of 2'),
@@ -626,7 +627,8 @@ def test_the_remedy_of_a_damaged_dataset_works(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('abc ' * 99)
     folder = tmp_path / "an odd; name's"
     prepare_text(monkeypatch, tmp_path, path='a.txt', out=folder.name)
-    for damage in (lambda path: path.unlink(), lambda path: path.write_text('{}')):
+    for damage in (lambda path: [x.unlink() for x in (path, folder / 'val.bin')],
+                   lambda path: path.write_text('{}')):
         damage(folder / 'meta.json')
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             open_dataset(folder, 8, 0)
