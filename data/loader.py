@@ -167,7 +167,7 @@ def check_hashes(folder, most_bytes=None):
     for path in (path for files in paths.values() for path in files):
         most = largest_token(path, DTYPES[meta['dtype']], meta.get('header', 0))
         if most >= meta['vocab_size']:
-            raise ValueError(f'vocab_size={meta["vocab_size"]} of {folder} must be above all '
+            raise ValueError(f'vocab_size={meta["vocab_size"]} in {folder} must be above all '
                              f'tokens, and {path} holds {most}: prepare it again, {prepare_command(folder)}')
 
 

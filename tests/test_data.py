@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import tokenizer as tokenizers  # noqa: E402
 from data.common import preparation  # noqa: E402
+from data.encoding import encoded  # noqa: E402
 from data.hub import Stream  # noqa: E402
 from data.loader import check_hashes, ensure_prepared, mix, open_dataset, permute  # noqa: E402
 from data.progress import Progress  # noqa: E402
@@ -44,7 +45,7 @@ from data.tokenizer import (  # noqa: E402
     train_bpe,
     utf8,
 )
-from data.writer import encoded, write_dataset  # noqa: E402
+from data.writer import write_dataset  # noqa: E402
 
 VOCABULARIES = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ROOT.parent / 'shared' / 'tiktoken_cache'))
 PREPARE_TEXT = ROOT / 'data' / 'text' / 'prepare.py'

@@ -211,7 +211,7 @@ def test_every_token_of_others_is_checked(ours, tmp_path):
     tokens = np.memmap(folder / 'tiny_train.bin', '<u2', 'r+', 1024)
     tokens[5] = 60_000
     tokens.flush()
-    with pytest.raises(ValueError, match='vocab_size=50257 of .* holds 60000'):
+    with pytest.raises(ValueError, match='vocab_size=50257 in .* holds 60000'):
         check_hashes(folder)
 
 
