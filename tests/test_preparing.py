@@ -263,3 +263,16 @@ def test_progress_of_other_texts_is_not_continued(tmp_path, monkeypatch, capsys)
     assert prepare(monkeypatch, 'text', *flags) is None
     assert 'cannot be resumed (another input): beginning anew' in capsys.readouterr().out
     assert sorted(texts_of(tmp_path / 'out', 'train') + texts_of(tmp_path / 'out', 'val')) == sorted(wanted)
+
+
+@pytest.mark.parametrize('name', ['shakespeare', 'pysource', 'pairs', 'openwebtext', 'text'])
+def test_every_dataset_is_prepared_with_a_runs_own_tokenizer(name, tmp_path, monkeypatch):
+    run, _ = train(tmp_path / 'run', **SHORT)
+    (tmp_path / 'a.txt').write_text('some words, and more of them, ' * 50)
+    lines(tmp_path / 'a.jsonl', [f'text {i}' for i in range(60)])
+    (tmp_path / 'pairs.jsonl').write_text('{"source": "a", "target": "b"}\n' * 5)
+    file = {'shakespeare': 'a.txt', 'pairs': 'pairs.jsonl'}.get(name, 'a.jsonl')
+    flags = [f'--input={tmp_path / file}'] if name != 'pysource' else []
+    flags += ['--val_fraction=0.3'] if name == 'openwebtext' else []
+    assert prepare(monkeypatch, name, *flags, f'--out={tmp_path / "out"}', f'--tokenizer={run}') is None
+    assert read_meta(tmp_path / 'out')['tokenizer'] == {'kind': 'bytes'}

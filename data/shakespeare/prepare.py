@@ -22,5 +22,6 @@ tokenizer = 'gpt2'                  # gpt2, bytes, cl100k_base, ..., or the fold
 if __name__ == '__main__':
     configure(globals())
     with errors_as_messages():
-        prepare(out or Path(__file__).parent, overwrite, input, lambda text: make_tokenizer(tokenizer, [text], 2048),
-                'train.py --init_from=gpt2')
+        prepare(out or Path(__file__).parent, overwrite, input,
+                lambda text: make_tokenizer(tokenizer, [text], 2048),
+                'train.py --init_from=gpt2' if tokenizer == 'gpt2' else 'train.py')
