@@ -23,7 +23,8 @@ from test_data import (  # noqa: F401  some are fixtures
 )
 from test_pairs import pairs_in
 
-from data.encoding import encoded_parts
+from data.common import Again
+from data.encoding import CUT, END, MORE, encoded_parts
 from data.hub import Stream
 from data.loader import open_dataset, read_meta
 from data.tokenizer import ByteTokenizer, CharTokenizer
@@ -276,3 +277,26 @@ def test_every_dataset_is_prepared_with_a_runs_own_tokenizer(name, tmp_path, mon
     flags += ['--val_fraction=0.3'] if name == 'openwebtext' else []
     assert prepare(monkeypatch, name, *flags, f'--out={tmp_path / "out"}', f'--tokenizer={run}') is None
     assert read_meta(tmp_path / 'out')['tokenizer'] == {'kind': 'bytes'}
+
+
+def test_a_kill_amid_a_document_loses_neither_its_end_nor_its_count(tmp_path):
+    """A document may end with a part that has no text, and be the only one."""
+    parts = [('train', 'ab', MORE), ('train', 'cd', MORE), ('train', '', END), ('val', 'ef', MORE),
+             ('val', 'gh', CUT), ('train', '', END), ('train', 'ij', END)]
+
+    def make(kill):
+        for number, part in enumerate(parts):
+            if number == kill:
+                raise Killed
+            yield part
+
+    def written(name, kill=None):
+        write(tmp_path / name, Again(lambda: make(kill), 'x'), tokenizer=ByteTokenizer(), save_every=1)
+
+    written('whole')
+    assert read_meta(tmp_path / 'whole')['train_documents'] == 2
+    for kill in range(1, len(parts)):
+        with pytest.raises(Killed):
+            written(f'at{kill}', kill)
+        written(f'at{kill}')
+        assert contents(tmp_path / f'at{kill}') == contents(tmp_path / 'whole')

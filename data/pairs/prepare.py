@@ -35,7 +35,7 @@ input = ''                          # file or folder to read; it must be given
 name = 'pairs'                      # write to data/NAME, for train.py --dataset=NAME
 out = ''                            # folder to write to; empty: data/NAME
 overwrite = False                   # replace the dataset that is there
-tokenizer = 'bpe'                   # bytes, bpe, gpt2, cl100k_base, ..., or a checkpoint's or run's folder
+tokenizer = 'bpe'                   # bytes, bpe, gpt2, cl100k_base, a checkpoint's or run's folder
 vocab_size = 2048                   # bpe: tokens in the vocabulary
 source = 'source'                   # column that holds what the model is given
 target = 'target'                   # column that holds what it must say

@@ -40,7 +40,7 @@ input = ''                          # file or folder to read; it must be given
 name = 'text'                       # write to data/NAME, for train.py --dataset=NAME
 out = ''                            # folder to write to; empty: data/NAME
 overwrite = False                   # replace the dataset that is there
-tokenizer = 'bpe'                   # bytes, chars, bpe, gpt2, cl100k_base, ..., or a checkpoint's or run's folder
+tokenizer = 'bpe'                   # bytes, chars, bpe, gpt2, cl100k_base, a checkpoint's or run's folder
 vocab_size = 2048                   # bpe: tokens in the vocabulary
 column = 'text'                     # column of the rows that holds the text
 val_input = ''                      # file or folder for validation, an official split; empty: val_fraction
