@@ -23,19 +23,18 @@ signals = stopping.Signals()
 import math
 import zlib
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
 from configurator import configure, errors_as_messages, plain_settings
-from data.loader import check_hashes, ensure_prepared, open_dataset, prefetched, read_meta, row_of_pairs
+from data.loader import prefetched, row_of_pairs
+from data.mixture import Sources
 from data.objectives import objective_of
 from kernels import use_attention, use_head_dtype, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
 from nanoblocks.commandline import refuse_words, warn_of_unread
 from nanoblocks.decoding.preview import sample_texts
-from nanoblocks.files import ROOT
 from nanoblocks.training import checkpoint, debug, optim, parallel
 from nanoblocks.training import settings as rules
 from nanoblocks.training.logbook import Logbook, describe_run
@@ -65,7 +64,7 @@ wandb_project = 'nanoblocks'        # Weights & Biases: project
 wandb_run_name = ''                 # Weights & Biases: name of the run; empty: the last part of out_dir
 wandb_samples = 2                   # Weights & Biases: sample texts of 200 tokens at every evaluation
 # data
-dataset = 'pysource'                # a folder of data/, or the path of any prepared folder
+dataset = 'pysource'                # a folder of data/ or a path; several with weights: 'a:0.7,b:0.3'
 objective = 'next'                  # next; mask, diffusion (causal=False); prefix, span (n_encoder)
 mask_rate = 0.15                    # mask: share of the tokens that are masked and named
 check_data: bool | None = None      # verify the checksums of the token files; None: if they are below 4 GB
@@ -167,11 +166,11 @@ prefetch = prefetch if prefetch is not None else 4 if device_type == 'cuda' else
 # Data and model
 
 with errors_as_messages():
-    data_folder = dataset if os.path.dirname(dataset) else os.path.join(ROOT, 'data', dataset)
+    sources = Sources(dataset)
     if local_rank == 0:
-        ensure_prepared(data_folder)
+        sources.ensure_prepared()
     parallel.wait_for_all()
-    meta = read_meta(Path(data_folder))
+    meta = sources.read_meta()
     task = objective_of(objective, meta, mask_rate)
     n_tokens = meta['vocab_size'] + task.more
     if resumed:
@@ -186,7 +185,7 @@ with errors_as_messages():
     T = config.block_size
     # among how many processes the rows are dealt, and which of these this process is
     share = (0, 1) if context_parallel else (rank, world)
-    data = open_dataset(data_folder, T, seed, task)
+    data = sources.open(T, seed, task)
     rules.check_lengths(settings, share[1], T)
     if batch_tokens is not None:
         gradient_accumulation_steps = batch_tokens // (batch_size * T)
@@ -198,7 +197,7 @@ with errors_as_messages():
     parallel.refuse_differences(checkpoint.loaded_by(resumed, digest, loaded, meta, settings, config))
     optim.refuse_unused(rates, model)
     if check_data is not False and local_rank == 0:
-        check_hashes(data_folder, None if check_data else 4e9)
+        sources.check_hashes(None if check_data else 4e9)
     if loaded and is_main:
         rules.warn_of_tokenizer(init_from, dataset, pretrained.tokenizer_of(init_from) is not None,
                                 pretrained.same_tokenizer(init_from, meta['tokenizer']))
@@ -288,8 +287,8 @@ def recomputed_losses():
 
 
 @torch.no_grad()
-def evaluate():
-    """Mean loss over validation windows, the same ones every time."""
+def evaluate(data):
+    """Mean loss over validation windows of a dataset, the same ones every time."""
     raw_model.eval()
     tokens, sums = eval_tokens or eval_iters * batch_size * T, []
     with progress.paused(), optimizers.averaged(), signals.interruptible():
@@ -357,10 +356,8 @@ try:
     while True:
         # evaluate, first as a base line; save the best weights and the newest
         if eval_only or step > evaluated and (step % eval_interval == 0 or step == max_iters):
-            val_loss = evaluate()
-            bits = val_loss / math.log(2) / meta['val_bytes_per_token']
-            log.print(f'step {step}: val loss {val_loss:.4f}{task.told.format(bits=bits)}')
-            record(val_loss=val_loss, **{'val_bpb': bits} if task.whole else {})
+            val_loss, bits, each = data.judged([evaluate(part) for part in data.parts])
+            record(**log.evaluated(step, task, val_loss, bits, each))
             if eval_only:
                 break
             evaluated, improved = step, step > 0 and val_loss < best_val_loss

@@ -1,12 +1,15 @@
 """What the prepare.py scripts share: the frame around a preparation, tokenizers, splits, downloading."""
 import hashlib
+import json
 import os
 import re
 import shlex
 import urllib.request
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
+from .foreign import read_foreign
 from .progress import say
 from .tokenizer import (
     BPETokenizer,
@@ -15,6 +18,7 @@ from .tokenizer import (
     TiktokenTokenizer,
     from_checkpoint,
     from_folder,
+    from_meta,
     need,
     read_text,
 )
@@ -60,6 +64,9 @@ def make_tokenizer(name, texts, vocab_size):
     """
     if os.path.isdir(name) or name.endswith('.pt') and os.path.isfile(name):
         tokenizer = from_folder(name) if os.path.isdir(name) else from_checkpoint(name)
+        foreign = read_foreign(Path(name)) if tokenizer is None else None
+        if foreign:
+            return from_meta(foreign['tokenizer'])
         if tokenizer is None:
             raise ValueError(f'tokenizer={name} must hold tokenizer.json, the ckpt.pt of a run or the '
                              'meta.json of a dataset: name another folder, or gpt2 for the tokens of GPT-2')
@@ -95,21 +102,80 @@ def characters(texts):
     return found
 
 
-def check_val_fraction(val_fraction):
+def check_val_fraction(val_fraction, default, given=''):
+    """given: what holds the validation text, so that no share decides"""
+    if given and val_fraction != default:
+        raise ValueError(f'val_fraction={val_fraction} must be left out beside {given}, which is the '
+                         'validation text')
     if not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} must be above 0 and below 1')
 
 
-def check_own(input, name, own_name, val_fraction):
+def check_own(input, name, own_name, val_fraction, val_input=''):
     """ValueError for settings of a script that reads a user's own files. own_name: its default for `name`."""
     if not input:
         raise ValueError('input must be set to a file or a folder: --input=PATH')
-    if '://' in input:
-        raise ValueError(f'input={input} must be a file or a folder of this machine: download it first')
-    check_val_fraction(val_fraction)
+    for setting, path in ('input', input), ('val_input', val_input):
+        if '://' in path:
+            raise ValueError(f'{setting}={path} must be a file or a folder of this machine: '
+                             'download it first')
+    check_val_fraction(val_fraction, 0.1, val_input)
+    train, val = (Path(path).expanduser().resolve() for path in (input, val_input))
+    if val_input and (train == val or train in val.parents or val in train.parents):
+        raise ValueError(f'val_input={val_input} must lie outside of input={input}, and not hold it, as no '
+                         'text may be trained on and validated on: move it')
     taken = name != own_name and (ROOT / 'data' / name / 'prepare.py').exists()
     if taken or not re.fullmatch(r'\w[\w.-]*', name):
         raise ValueError(f'name={name} must be a plain name that no other dataset has')
+
+
+def halves_in_words(input, val_input, val_fraction):
+    """Where the text comes from and how it was split, as meta.json says it."""
+    name, val = (Path(path).expanduser().resolve().name for path in (input, val_input))
+    return f'{name}, {f"and {val}" if val_input else val_fraction} for validation'
+
+
+class Again:
+    """
+    Parts of documents as write_dataset takes them, made by make(). To resume, those that are written already
+    are read once more and passed over. origin: what must be the same for that, of plain JSON types.
+    """
+
+    def __init__(self, make, origin):
+        self.make, self.origin, self.done = make, origin, 0
+
+    def __iter__(self):
+        for part in islice(self.make(), self.done, None):
+            # counted before the yield: the writer asks for the state after it has written this part
+            self.done += 1
+            yield part
+
+    def state_dict(self):
+        return {'parts': self.done}
+
+    def load_state_dict(self, state):
+        self.done = state['parts']
+
+
+def origin_of(corpora, *settings):
+    """A text that differs where a file of the corpora, or a setting, has changed."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+             for corpus in corpora for path in corpus.paths]
+    return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
+
+
+def learned_before(folder, origin):
+    """The tokenizer of an interrupted preparation of the same texts; None where there is none."""
+    try:
+        settings = json.loads((Path(folder) / 'progress.json').read_bytes())['settings']
+        return from_meta(settings['tokenizer']) if settings['input'] == origin else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_processes(processes):
+    if processes < 1:
+        raise ValueError(f'processes={processes} must be at least 1')
 
 
 def split_of(key, val_fraction):

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from .files import lock
+from .foreign import read_foreign
 from .progress import say
 from .writer import DTYPES, sha256_of
 
@@ -56,7 +57,8 @@ def open_dataset(folder, block_size, seed, objective=None):
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']]) for name in ('train', 'val'))
+    train, val = (Tokens(folder, meta['files'][name], DTYPES[meta['dtype']], meta.get('header', 0))
+                  for name in ('train', 'val'))
     if 'pairs' in meta:
         check_pairs(meta, folder, block_size, objective)
         return Dataset(meta, train, val, block_size, seed, objective)
@@ -84,12 +86,16 @@ def row_of_pairs(meta):
 
 def read_meta(folder):
     """
-    What meta.json in `folder` holds, with all that is read from it checked. Raises FileNotFoundError where
-    there is none, and ValueError for contents that cannot be.
+    What meta.json in `folder` holds, with all that is read from it checked, or would hold of token files of
+    another repository. Raises FileNotFoundError where there are neither, and ValueError for contents that
+    cannot be.
     """
     path = folder / 'meta.json'
     if not path.exists():
-        raise FileNotFoundError(unprepared(folder))
+        meta = read_foreign(folder)
+        if meta is None:
+            raise FileNotFoundError(unprepared(folder))
+        return meta
     try:
         meta = json.loads(path.read_bytes())
         meta['vocab_size'], meta['tokenizer'], meta['val_bytes_per_token'], meta['files']
@@ -159,24 +165,29 @@ def check_hashes(folder, most_bytes=None):
             raise ValueError(f'{" ".join(map(str, paths[split]))} must have the checksum in meta.json, but '
                              f'was damaged: prepare it again, {prepare_command(folder)}')
     for path in (path for files in paths.values() for path in files):
-        most = largest_token(path, DTYPES[meta['dtype']])
+        most = largest_token(path, DTYPES[meta['dtype']], meta.get('header', 0))
         if most >= meta['vocab_size']:
-            raise ValueError(f'vocab_size={meta["vocab_size"]} in {folder}/meta.json must be above all '
+            raise ValueError(f'vocab_size={meta["vocab_size"]} in {folder} must be above all '
                              f'tokens, and {path} holds {most}: prepare it again, {prepare_command(folder)}')
 
 
-def largest_token(path, dtype):
-    tokens = np.memmap(path, dtype, 'r')
+def largest_token(path, dtype, header=0):
+    tokens = np.memmap(path, dtype, 'r', header)
     return max(int(tokens[i:i + 2**22].max()) for i in range(0, len(tokens), 2**22))
 
 
 def ensure_prepared(folder):
     """Prepare the dataset in `folder` if it is missing and needs no network.
 
-    If it is missing and needs one, raises FileNotFoundError with the command to run.
+    If it is missing and needs one, raises FileNotFoundError with the command to run. Of token files of
+    another repository, a line says what they are taken for.
     """
     folder, script = Path(folder), Path(folder) / 'prepare.py'
     if (folder / 'meta.json').exists():
+        return
+    foreign = read_foreign(folder)
+    if foreign:
+        say(f'{folder} holds {foreign["source"]}')
         return
     if folder.name not in OFFLINE or not script.exists():
         raise FileNotFoundError(unprepared(folder))
@@ -228,13 +239,14 @@ def unprepared(folder):
 class Tokens:
     """A split: its files, memory-mapped, as one sequence of tokens."""
 
-    def __init__(self, folder, files, dtype):
+    def __init__(self, folder, files, dtype, header=0):
+        """header: the bytes of each file before its tokens"""
         self.parts, self.ends, end = [], [], 0
         for name, n_tokens in files.items():
             path = folder / name
             if not path.is_file():
                 raise FileNotFoundError(f'{path} is missing: prepare it again, {prepare_command(folder)}')
-            if path.stat().st_size != n_tokens * dtype.itemsize:
+            if path.stat().st_size != header + n_tokens * dtype.itemsize:
                 raise ValueError(f'{path} has {path.stat().st_size:,} bytes, not the {n_tokens:,} tokens of '
                                  f'{dtype.itemsize} bytes in meta.json: prepare it again, '
                                  f'{prepare_command(folder)}')
@@ -244,7 +256,7 @@ class Tokens:
             if hasattr(mmap, 'MADV_RANDOM'):
                 # rows lie anywhere in the file: without this, the system would read on behind each of them
                 mapped.madvise(mmap.MADV_RANDOM)
-            self.parts.append(np.frombuffer(mapped, dtype))
+            self.parts.append(np.frombuffer(mapped, dtype, offset=header))
             self.ends.append(end)
 
     def __len__(self):
@@ -265,12 +277,15 @@ class Tokens:
 
 
 class Dataset:
-    """Both splits of a prepared folder, as batches: `meta`, `train_batch` and `eval_batches`."""
+    """
+    Both splits of a prepared folder, as batches: `meta`, `train_batch` and `eval_batches`. `parts` are the
+    datasets to evaluate one by one: this one, or those of a mixture (data/mixture.py).
+    """
 
     def __init__(self, meta, train, val, block_size, seed, objective=None):
         self.meta, self.train, self.val = meta, train, val
         self.objective = objective or (lambda rows, keys: inputs_and_targets(rows))
-        self.block_size = block_size
+        self.block_size, self.parts = block_size, [self]
         self.key = mix(np.array([seed % 2**64], np.uint64))
         # even the largest shift leaves room for all windows and for the target of the last token
         self.n_shifts = min(block_size, len(train) - block_size)
@@ -279,9 +294,9 @@ class Dataset:
         if 'pairs' in meta:
             self.n_shifts, self.n_windows, self.after = 1, len(train) // block_size, 0
 
-    def train_starts(self, first_row, n_rows):
-        """Where n_rows rows from first_row on begin in the training split, int64 (n_rows,)."""
-        epoch, index = np.divmod(np.arange(first_row, first_row + n_rows, dtype=np.uint64), self.n_windows)
+    def train_starts(self, numbers):
+        """Where the rows of these numbers, uint64 (n,), begin in the training split, int64 (n,)."""
+        epoch, index = np.divmod(numbers, np.uint64(self.n_windows))
         key = mix(epoch + self.key)
         window = permute(index, self.n_windows, key)
         return (mix(key) % self.n_shifts + window * self.block_size).astype(np.int64)
@@ -291,8 +306,12 @@ class Dataset:
         The tensors of n_rows rows from first_row on, as the objective makes them; x and y, int64 (n_rows,
         block_size), y one token later, where it is the next token.
         """
-        rows = self.train.rows(self.train_starts(first_row, n_rows), self.block_size + self.after)
-        return self.objective(rows, mix(np.arange(first_row, first_row + n_rows, dtype=np.uint64) + self.key))
+        return self.objective(*self.train_rows(np.arange(first_row, first_row + n_rows, dtype=np.uint64)))
+
+    def train_rows(self, numbers):
+        """The tokens of the rows of these numbers, int64 (n, block_size and more), and a key for each."""
+        rows = self.train.rows(self.train_starts(numbers), self.block_size + self.after)
+        return rows, mix(numbers + self.key)
 
     def eval_batches(self, batch_size, max_tokens, rank=0, world=1, full=False):
         """Yields x and y of windows spread evenly over the validation split, without overlap.
@@ -314,6 +333,10 @@ class Dataset:
                 more = (0, 0, 0, batch_size - len(x))
                 x, y, *others = F.pad(x, more), F.pad(y, more, value=-1), *(F.pad(z, more) for z in others)
             yield x, y, *others
+
+    def judged(self, losses):
+        """(loss, bits per byte, {name: both} of several datasets) of the validation losses of `parts`."""
+        return losses[0], losses[0] / math.log(2) / self.meta['val_bytes_per_token'], {}
 
 
 def prefetched(batches, depth, pin=False):

@@ -55,20 +55,22 @@ class Corpus:
     Raises ValueError for what cannot be read.
     """
 
-    def __init__(self, root, column='text', on_bytes=None, flag='column'):
-        """flag: the one that names the column"""
+    def __init__(self, root, column='text', on_bytes=None, flag='column', setting='input'):
+        """flag: the one that names the column; setting: that names the root"""
         self.root, self.column, self.flag = Path(root), column, flag
         self.on_bytes = on_bytes or (lambda n: None)
         self.passed_over, self.nulls, self.markers, self.no_rows = Counter(), 0, 0, 0
         if not self.root.exists():
-            raise ValueError(f'input={root} does not exist: give a file, or a folder of {kinds_in_words()}')
+            raise ValueError(f'{setting}={root} does not exist: give a file, or a folder of '
+                             f'{kinds_in_words()}')
         self.paths = sorted(self._find()) if self.root.is_dir() else [self.root]
         if not self.paths:
             found = f', not only {in_words(self.passed_over)}' if self.passed_over else ''
-            raise ValueError(f'input={root} must be a file, or a folder that holds {kinds_in_words()}{found}')
+            raise ValueError(f'{setting}={root} must be a file, or a folder that holds '
+                             f'{kinds_in_words()}{found}')
         kind = kind_of(self.paths[0])
         if kind[0] in ARCHIVES or packed_parquet(kind):
-            raise ValueError(f'input={root} must be unpacked first: unpack it, and give what was in it')
+            raise ValueError(f'{setting}={root} must be unpacked first: unpack it, and give what was in it')
         self.kinds = Counter(''.join(kind_of(path)) or 'plain text' for path in self.paths)
         self.size = sum(path.stat().st_size for path in self.paths)
 

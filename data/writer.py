@@ -18,23 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
+from .encoding import END, MORE, encoded_parts
 from .files import Lock, flush_file, write_json
 from .progress import say
-from .reading import in_pieces
-from .tokenizer import utf8
 
 # little-endian on every machine, so that token files can be copied between machines
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
-
-# what follows a part of a document: more of it, its end, or the text that was cut off
-MORE, END, CUT = 'more', 'end', 'cut'
 
 # tokens between two saves of the progress: some seconds of work
 SAVE_EVERY = 20_000_000
 
 
 def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_tokens=None,
-                  save_every=SAVE_EVERY, prompt=''):
+                  save_every=SAVE_EVERY, prompt='', processes=1):
     """Write `documents`, an iterable of ('train' or 'val', text), to `folder`; returns what meta.json holds.
 
     A document may come in parts: (split, text, MORE), ..., (split, text, END). CUT in place of END says that
@@ -44,18 +40,20 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
     append_eot    end every document with tokenizer.eot, if the tokenizer has one
     prompt        what sample.py continues when it is given no prompt; empty: a new document
     shard_tokens  begin a new file after a document with which a file has this many tokens; None: one file
+    processes     that encode, above 1 beside this one, which reads and writes
 
-    Holds one part in memory, and the tokens of a piece of it. If `documents` has state_dict() and
-    load_state_dict(), as the streams of `datasets` have, the progress is saved every `save_every` tokens, and
-    the same call after an interruption resumes from there; the files are then the same, byte for byte. Raises
-    ValueError for an empty split.
+    Holds one part in memory, and the tokens of a piece of it; of each process, a few batches of parts. If
+    `documents` has state_dict() and load_state_dict(), as the streams of `datasets` have, the progress is
+    saved every `save_every` tokens, and the same call after an interruption resumes from there, with any
+    number of processes; the files are then the same, byte for byte. Raises ValueError for an empty split.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
     settings = {'source': source, 'prompt': prompt, 'tokenizer': tokenizer.meta(),
                 'vocab_size': tokenizer.vocab_size,
-                'dtype': dtype, 'append_eot': append_eot, 'shard_tokens': shard_tokens}
+                'dtype': dtype, 'append_eot': append_eot, 'shard_tokens': shard_tokens,
+                'input': getattr(documents, 'origin', None)}
     resumable = hasattr(documents, 'state_dict')
     saved = load_progress(folder, settings) if resumable else None
     if saved:
@@ -63,12 +61,13 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
     splits = {name: SplitWriter(folder, name, DTYPES[dtype], shard_tokens, saved and saved['splits'][name])
               for name in ('train', 'val')}
     unsaved, eot = 0, [tokenizer.eot] if append_eot and tokenizer.eot is not None else []
-    for split, text, *end in documents:
-        unsaved += splits[split].add_text(text, end[0] if end else END, tokenizer, eot)
-        if resumable and unsaved >= save_every:
+    within = {name: split.within for name, split in splits.items()}
+    for split, pieces, end, state in encoded_parts(documents, tokenizer, within, processes):
+        unsaved += splits[split].add_part(pieces, end, eot)
+        if resumable and unsaved >= save_every and state:
             states = {name: split.save() for name, split in splits.items()}
             write_json(folder / 'progress.json',
-                       {'settings': settings, 'splits': states, 'documents': documents.state_dict()})
+                       {'settings': settings, 'splits': states, 'documents': state()})
             unsaved = 0
     return publish(folder, settings, splits)
 
@@ -104,7 +103,7 @@ class SplitWriter:
     def __init__(self, folder, name, dtype, shard_tokens, state=None):
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
         self.state = state or {'documents': 0, 'bytes': 0, 'tokens': 0, 'files': {}}
-        self.file, self.within = None, False
+        self.file, self.within = None, self.state.pop('within', False)
         if self.state['files']:
             # tokens written after the last save of the progress are cut off and written again
             last, n_tokens = list(self.state['files'].items())[-1]
@@ -112,10 +111,13 @@ class SplitWriter:
             self.file.truncate(n_tokens * dtype.itemsize)
             self.file.seek(0, os.SEEK_END)
 
-    def add_text(self, text, end, tokenizer, eot):
-        """Append a part of a document; returns the number of tokens. A document without text is left out."""
+    def add_part(self, pieces, end, eot):
+        """
+        Append a part of a document, of which `pieces` are (ids, number of bytes); returns the number of
+        tokens. A document without text is left out.
+        """
         before = self.state['tokens']
-        for ids, n_bytes in encoded(text, tokenizer, self.within):
+        for ids, n_bytes in pieces:
             self.add(ids, n_bytes)
         if self.within and end != MORE:
             if end == END:
@@ -143,7 +145,7 @@ class SplitWriter:
         """Bring everything to the disk. Returns the state that a resume needs."""
         if self.file:
             flush_file(self.file)
-        return self.state
+        return self.state | {'within': self.within}
 
     def close(self):
         if self.file:
@@ -154,21 +156,6 @@ class SplitWriter:
     def sha256(self):
         """The checksum of the tokens of the split, which does not depend on the files they are in."""
         return sha256_of([temporary(self.folder / name) for name in self.state['files']])
-
-
-def encoded(text, tokenizer, within=False):
-    """
-    Yields (ids, number of bytes) of the pieces of a text: all its tokens at once would fill the memory.
-    within: the text continues a document.
-    """
-    own = tokenizer.meta()['kind'] in ('bytes', 'chars', 'tiktoken', 'bpe')
-    # a published tokenizer may put a blank before a text, but not amid one: encode behind a word
-    word = [] if own else tokenizer.encode('a')
-    for piece in in_pieces([text]):
-        ids = tokenizer.encode(f'a{piece}') if within and not own else []
-        ids = ids[len(word):] if ids and ids[:len(word)] == word else tokenizer.encode(piece)
-        yield ids, len(utf8(piece))
-        within = True
 
 
 def publish(folder, settings, splits):
@@ -187,6 +174,8 @@ def publish(folder, settings, splits):
     meta['files'] = {name: split.state['files'] for name, split in splits.items()}
     meta['sha256'] = {name: split.sha256() for name, split in splits.items()}
 
+    # while it is there, the renamed files are no dataset (data/foreign.py)
+    write_json(temporary(folder / 'meta.json'), meta)
     (folder / 'meta.json').unlink(missing_ok=True)
     names = [*train['files'], *val['files']]
     for name in names:
@@ -195,7 +184,7 @@ def publish(folder, settings, splits):
         # left by an earlier preparation that was interrupted or wrote other files
         if re.fullmatch(r'(train|val)(_\d+)?\.bin(\.tmp)?', path.name) and path.name not in names:
             path.unlink()
-    write_json(folder / 'meta.json', meta)
+    os.replace(temporary(folder / 'meta.json'), folder / 'meta.json')
     (folder / 'progress.json').unlink(missing_ok=True)
     return meta
 

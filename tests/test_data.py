@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import tokenizer as tokenizers  # noqa: E402
 from data.common import preparation  # noqa: E402
+from data.encoding import encoded  # noqa: E402
 from data.hub import Stream  # noqa: E402
 from data.loader import check_hashes, ensure_prepared, mix, open_dataset, permute  # noqa: E402
 from data.progress import Progress  # noqa: E402
@@ -44,7 +45,7 @@ from data.tokenizer import (  # noqa: E402
     train_bpe,
     utf8,
 )
-from data.writer import encoded, write_dataset  # noqa: E402
+from data.writer import write_dataset  # noqa: E402
 
 VOCABULARIES = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ROOT.parent / 'shared' / 'tiktoken_cache'))
 PREPARE_TEXT = ROOT / 'data' / 'text' / 'prepare.py'
@@ -569,7 +570,8 @@ def edit_meta(**changes):
 
 
 @pytest.mark.parametrize('file, change, error, sentence', [
-    ('meta.json', Path.unlink, FileNotFoundError, 'has not been prepared: run python data/text/prepare.py '),
+    ('meta.json', lambda path: (path.unlink(), (path.parent / 'val.bin').unlink()), FileNotFoundError,
+     'has not been prepared: run python data/text/prepare.py '),
     ('train.bin', Path.unlink, FileNotFoundError, r'train.bin is missing: prepare it again, python data/'),
     ('val.bin', Path.unlink, FileNotFoundError, r'val.bin is missing'),
     ('train.bin', lambda path: os.truncate(path, 1999), ValueError, '1,999 bytes, not the 1,000 tokens of 2'),
@@ -626,7 +628,8 @@ def test_the_remedy_of_a_damaged_dataset_works(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('abc ' * 99)
     folder = tmp_path / "an odd; name's"
     prepare_text(monkeypatch, tmp_path, path='a.txt', out=folder.name)
-    for damage in (lambda path: path.unlink(), lambda path: path.write_text('{}')):
+    for damage in (lambda path: [x.unlink() for x in (path, folder / 'val.bin')],
+                   lambda path: path.write_text('{}')):
         damage(folder / 'meta.json')
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             open_dataset(folder, 8, 0)
@@ -895,7 +898,8 @@ def test_a_missing_column_of_a_table_names_the_columns(tmp_path, monkeypatch):
     ('text', '--vocab_size=many', '--vocab_size=many must be an int (default 2048)'),
     ('text', '--val_fraction=nan', '--val_fraction=nan must be a finite number (default 0.1)'),
     ('text', '--input', '--input needs a value; write --input=VALUE'),
-    ('pysource', '--tokenizer=gpt2', 'tokenizer=gpt2 must be bytes or bpe'),
+    ('pysource', '--tokenizer=chars',
+     'tokenizer=chars must be bytes or bpe: the text has thousands of characters'),
     ('pysource', '--vocab=9', '--vocab is no setting of THIS; did you mean --vocab_size?'),
     ('shakespeare', '--inptu=x', '--inptu is no setting of THIS; did you mean --input?'),
     ('shakespeare_char', '--inptu=x', '--inptu is no setting of THIS; did you mean --input?'),

@@ -21,6 +21,8 @@ revision = ''                       # branch or commit of the dataset; empty: th
 column = 'text'                     # column that holds the text
 input = ''                          # local .jsonl .json .csv .parquet, also packed, or a folder of one kind
 max_documents: int | None = None    # number of documents to read; None: all
+val_split = ''                      # split of the dataset for validation; empty: val_fraction
+val_input = ''                      # the same where input is set: other local files
 # what to write
 out = ''                            # folder to write to; empty: the folder of this script
 overwrite = False                   # replace the dataset that is there
@@ -28,6 +30,7 @@ tokenizer = 'gpt2'                  # bytes, a vocabulary of tiktoken, or the fo
 val_fraction = 0.0005               # share of the documents for validation
 shard_tokens = 100_000_000          # tokens per file
 save_every = 20_000_000             # tokens between saves of the progress, from which a later run resumes
+processes = 1                       # that make tokens
 
 if __name__ == '__main__':
     configure(globals())

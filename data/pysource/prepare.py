@@ -24,7 +24,7 @@ from data.writer import write_dataset
 SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', 'encodings',
         'pydoc_data'}
 
-tokenizer = 'bpe'                   # bpe, trained on the text, or bytes, which needs no training
+tokenizer = 'bpe'                   # bpe, trained on the text, bytes, gpt2, or the folder of a checkpoint
 vocab_size = 2048                   # bpe: tokens in the vocabulary
 out = ''                            # folder to write to; empty: the folder of this script
 overwrite = False                   # replace the dataset that is there
@@ -47,8 +47,8 @@ def documents(root):
 
 
 def main():
-    if tokenizer not in ('bytes', 'bpe'):
-        raise ValueError(f'tokenizer={tokenizer} must be bytes or bpe')
+    if tokenizer == 'chars':
+        raise ValueError('tokenizer=chars must be bytes or bpe: the text has thousands of characters')
     with preparation(out or Path(__file__).parent, overwrite) as folder:
         texts = list(documents(sysconfig.get_paths()['stdlib']))
         train_texts = (text for split, text in texts if split == 'train')

@@ -3,10 +3,12 @@
     python data/text/prepare.py --input=notes --name=notes
     python train.py --dataset=notes
     python data/text/prepare.py --input=rows.jsonl --column=body --name=rows --tokenizer=gpt2
+    python data/text/prepare.py --input=train.parquet --val_input=test.parquet --name=split --processes=8
 
 All but .parquet may be packed as .gz .bz2 .xz .zst. Of a folder, the files that are passed over are counted.
-A line that holds <|endoftext|> alone ends a document. About a tenth is for validation. Where there are many
-documents, the hash of a document's name or number decides; where there are few, the end of every document is.
+A line that holds <|endoftext|> alone ends a document. What --val_input names is for validation; without it,
+about a tenth is. Where there are many documents, the hash of a document's name or number decides; where there
+are few, the end of every document is. After an interruption, the same command resumes.
 """
 import sys
 from pathlib import Path
@@ -15,10 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data  # noqa: F401  first, for it answers Ctrl-C during the other imports
 from configurator import configure, errors_as_messages
-from data.common import check_own, make_tokenizer, preparation, print_summary, split_of
+from data.common import (
+    Again,
+    check_own,
+    check_processes,
+    halves_in_words,
+    learned_before,
+    make_tokenizer,
+    origin_of,
+    preparation,
+    print_summary,
+    split_of,
+)
+from data.encoding import CUT, END, MORE
 from data.progress import Progress, say
 from data.reading import Corpus
-from data.writer import CUT, END, MORE, write_dataset
+from data.writer import write_dataset
 
 DATA = Path(__file__).resolve().parents[1]
 
@@ -26,10 +40,13 @@ input = ''                          # file or folder to read; it must be given
 name = 'text'                       # write to data/NAME, for train.py --dataset=NAME
 out = ''                            # folder to write to; empty: data/NAME
 overwrite = False                   # replace the dataset that is there
-tokenizer = 'bpe'                   # bytes, chars, bpe, gpt2, cl100k_base, ..., or the folder of a checkpoint
+tokenizer = 'bpe'                   # bytes, chars, bpe, gpt2, cl100k_base, a checkpoint's or run's folder
 vocab_size = 2048                   # bpe: tokens in the vocabulary
 column = 'text'                     # column of the rows that holds the text
-val_fraction = 0.1                  # share of the text for validation
+val_input = ''                      # file or folder for validation, an official split; empty: val_fraction
+val_fraction = 0.1                  # share of the text for validation, where val_input is empty
+processes = 1                       # that make tokens
+save_every = 20_000_000             # tokens between saves of the progress, from which a later run resumes
 
 
 def few_lengths(corpus, many):
@@ -43,6 +60,13 @@ def few_lengths(corpus, many):
         if len(lengths) == many:
             return None
     return lengths
+
+
+def by_input(*corpora):
+    """Yields (split, text, end): each split has a corpus of its own."""
+    for split, corpus in zip(('train', 'val'), corpora):
+        for part in corpus:
+            yield split, part.text, END if part.last else MORE
 
 
 def by_name(corpus):
@@ -69,30 +93,45 @@ def by_cut(corpus, lengths):
 
 
 def main():
-    check_own(input, name, 'text', val_fraction)
-    root = Path(input).expanduser()
-    corpus = Corpus(root, column)
-    with preparation(out or DATA / name, overwrite) as folder:
-        say(corpus.files_in_words())
-        corpus.on_bytes = Progress('counting documents', corpus.size).add
-        # with this many documents, the chance that none is for validation is e**-10
-        lengths = few_lengths(corpus, int(10 / val_fraction))
+    check_own(input, name, 'text', val_fraction, val_input)
+    check_processes(processes)
+    corpora = [Corpus(Path(path).expanduser(), column, setting=setting)
+               for setting, path in (('input', input), ('val_input', val_input)) if path]
+    with preparation(out or DATA / name, overwrite, resumes=True) as folder:
+        for corpus in corpora:
+            say(corpus.files_in_words())
+
+        def with_progress(label):
+            progress = Progress(label, sum(corpus.size for corpus in corpora))
+            for corpus in corpora:
+                corpus.on_bytes = progress.add
+            return progress
+
+        lengths = None
+        if not val_input:
+            with_progress('counting documents')
+            # with this many documents, the chance that none is for validation is e**-10
+            lengths = few_lengths(corpora[0], int(10 / val_fraction))
 
         def splits(label):
             """All parts, with progress under this label."""
-            progress = Progress(label, corpus.size)
-            corpus.on_bytes = progress.add
-            yield from by_name(corpus) if lengths is None else by_cut(corpus, lengths)
+            progress = with_progress(label)
+            yield from (by_input(*corpora) if val_input else by_name(*corpora) if lengths is None
+                        else by_cut(*corpora, lengths))
             progress.close()
 
         # a character vocabulary must know all characters; merges are learned from the training split alone
         texts = (text for split, text, _ in splits('reading for the vocabulary')
                  if split == 'train' or tokenizer == 'chars')
-        source = f'{root.resolve().name}, {val_fraction} for validation'
-        meta = write_dataset(folder, splits('writing tokens'), make_tokenizer(tokenizer, texts, vocab_size),
-                             source)
-    if corpus.rows_in_words():
-        say(corpus.rows_in_words())
+        origin = origin_of(corpora, column, tokenizer, vocab_size)
+        coder = learned_before(folder, origin) if tokenizer in ('bpe', 'chars') else None
+        meta = write_dataset(folder, Again(lambda: splits('writing tokens'), origin),
+                             coder or make_tokenizer(tokenizer, texts, vocab_size),
+                             halves_in_words(input, val_input, val_fraction), save_every=save_every,
+                             processes=processes)
+    for corpus in corpora:
+        if corpus.rows_in_words():
+            say(corpus.rows_in_words())
     print_summary(folder, meta)
 
 

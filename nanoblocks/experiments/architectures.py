@@ -18,7 +18,7 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 
-from data.loader import open_dataset
+from data.mixture import Sources
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
 from nanoblocks.experiments.runs import run_script
@@ -27,7 +27,6 @@ from nanoblocks.experiments.studies import SIZE
 from nanoblocks.experiments.sweep import make_plan, runs_of, sweep
 from nanoblocks.experiments.timing import medians, print_table
 from nanoblocks.experiments.topics import tell
-from nanoblocks.files import ROOT
 from nanoblocks.formats import format_quantity
 from nanoblocks.objectives import objective_of
 from nanoblocks.training import checkpoint
@@ -106,10 +105,8 @@ def judged(plan, folder, device):
 def validation(held, model, device):
     """The batches of a run's evaluations, as the model calls their tensors."""
     settings = held['settings']
-    name = settings['dataset']
     task = objective_of(settings['objective'], held['meta'], settings['mask_rate']).read_by(kind_of(model))
-    data = open_dataset(name if os.path.dirname(name) else ROOT / 'data' / name, model.config.block_size,
-                        settings['seed'], task)
+    data = Sources(settings['dataset']).open(model.config.block_size, settings['seed'], task)
     return [{key: x.to(device) for key, x in zip(task.names, batch)}
             for batch in data.eval_batches(settings['batch_size'], settings['eval_tokens'])]
 

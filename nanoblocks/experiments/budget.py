@@ -3,15 +3,12 @@ Equal budgets (--match): the feed-forward of every arm is made wider or narrower
 parameters, or as many FLOPs per token, as the reference.
 """
 import functools
-import os
-from pathlib import Path
 
 import torch
 
-from data.loader import ensure_prepared, read_meta
+from data.mixture import Sources
 from model import GPT
 from nanoblocks.experiments.arms import config_of
-from nanoblocks.files import ROOT
 
 TOLERANCE = 0.01                    # largest relative difference between two matched budgets
 WIDTHS = ('ffn_width', 'expert_width')
@@ -21,9 +18,9 @@ MATCHES = {'none': '', 'params': 'parameters', 'active': 'active parameters', 'f
 @functools.cache
 def vocabulary(dataset):
     """The vocabulary size of a dataset, which train.py gives to the model. Prepares the dataset if needed."""
-    folder = Path(dataset) if os.path.dirname(dataset) else ROOT / 'data' / dataset
-    ensure_prepared(folder)
-    return read_meta(folder)['vocab_size']
+    sources = Sources(dataset)
+    sources.ensure_prepared()
+    return sources.read_meta()['vocab_size']
 
 
 def cost(flags, match):

@@ -70,11 +70,26 @@ class Logbook:
         elif words:
             self.print(words)
 
+    def evaluated(self, step, task, loss, bits, each):
+        """
+        Print the loss and the bits per byte of an evaluation, which are means by weight where `each` has
+        those of several datasets: {name: (loss, bits)}. task: the objective, which words them. Returns what
+        metrics.jsonl holds of them.
+        """
+        self.print(f'step {step}: val loss {loss:.4f}{task.told.format(bits=bits)}')
+        for name, (own, own_bits) in each.items():
+            self.print(f'  {name}: val loss {own:.4f}{task.told.format(bits=own_bits)}')
+        found = {'val_loss': loss, 'val_bpb': bits}
+        if each:
+            found |= {key: {name: both[i] for name, both in each.items()}
+                      for i, key in enumerate(('val_losses', 'val_bpbs'))}
+        return {key: x for key, x in found.items() if task.whole or 'bpb' not in key}
+
     def record(self, line):
         """Add a dict to metrics.jsonl and to W&B. A number that is not finite becomes null."""
         if self.folder is None:
             return
-        line = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
+        line = finite(line)
         self.pending += json.dumps(line).encode() + b'\n'
         try:
             self.flush()
@@ -148,6 +163,13 @@ class Logbook:
         self.bar.close()
         if self.wandb_run:
             self.to_wandb(lambda: self.wandb_run.finish(exit_code=exit_code))
+
+
+def finite(x):
+    """Numbers in a dict, and in the dicts in it, with null for those that are not finite."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def describe_run(log, model, meta, settings, optimizers, resumed, machine):
