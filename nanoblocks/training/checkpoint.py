@@ -226,7 +226,7 @@ def out_of_memory(error):
 
 
 def contents(model: GPT, **rest) -> dict:
-    """The dict that `save` writes and `build` reads. Its tensors are the model's own, or its shards of them."""
+    """The dict that `save` writes and `build` reads. Its tensors are the model's own, or its shards."""
     named = model.state_dict(keep_vars=True)
     # tied weights are saved once
     detached = {id(tensor): tensor.detach() for tensor in named.values()}
