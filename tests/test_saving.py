@@ -134,7 +134,8 @@ def test_a_run_goes_on_from_the_checkpoint_of_a_step(tmp_path, world, shard):
     run(world, *toy(tmp_path / 'run', **settings))
     shutil.copytree(tmp_path / 'run', tmp_path / 'whole')
     back = flags(init_from='resume', out_dir=tmp_path / 'run', step=8)
-    results = several(world, *back, before=at_step(5, 'os._exit(9)'))
+    # in the third step after it
+    results = several(world, *back, before=at_step(6 // world, 'os._exit(9)'))
     assert [done.code for done in results] == [9] * world, results
     assert 'resuming at step 8' in results[0].out, results
     assert 'keeps the checkpoints of the later steps 12, 16, 20 ' in results[0].out, results
