@@ -40,6 +40,7 @@ from nanoblocks.training import settings as rules
 from nanoblocks.training.logbook import Logbook, describe_run
 from nanoblocks.training.meters import Progress
 from nanoblocks.training.run_folder import RunFolder
+from nanoblocks.training.saving import Saver
 from nanoblocks.training.sequence import Sequence
 
 # ----------------------------------------------------------------------------------------------------------
@@ -48,15 +49,21 @@ from nanoblocks.training.sequence import Sequence
 # run
 out_dir = 'out'                     # folder of the run: checkpoints, metrics.jsonl, config.json
 init_from = 'scratch'               # scratch, resume (out_dir), auto (resume if possible), or a checkpoint
+step: int | None = None             # resume: go on from the kept checkpoint of this step; None: the newest
 overwrite = False                   # let a new run replace the one in out_dir
 seed = 1337                         # seed of weights, batches and dropout
 max_iters = 600000                  # optimizer steps of the run
 log_interval = 10                   # steps between log lines
-eval_interval = 2000                # steps between evaluations, each of which saves a checkpoint
+eval_interval = 2000                # steps between evaluations
 eval_iters = 200                    # batches per evaluation, unless eval_tokens is set
 eval_tokens: int | None = None      # tokens per evaluation at any batch size; None: eval_iters batches
 eval_only = False                   # evaluate once, write nothing and exit
 always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only if the loss is a new best
+save_interval: int | None = None    # steps between checkpoints, which are then not written at evaluations
+save_minutes: float | None = None   # minutes between checkpoints, beside save_interval or instead
+save_thread = True                  # a thread writes checkpoints, from a copy in memory; False: the run waits
+keep_newest = 0                     # checkpoints to keep as ckpt.STEP.pt too: the newest so many, and
+keep_every: int | None = None       # those of every so many steps
 bad_step_limit = 20                 # skipped steps in a row (loss or gradient not finite) that end the run
 profile = False                     # profile three steps: trace.json for Chrome, a table of slow operators
 wandb_log = False                   # log to Weights & Biases as well
@@ -125,12 +132,13 @@ writes = is_main and not eval_only
 folder, resumed, ckpt_path, digest, loaded = RunFolder(out_dir), None, None, None, None
 with errors_as_messages():
     if init_from == 'resume' or init_from == 'auto' and folder.resumable():
-        resumed, ckpt_path, digest = folder.load_newest()
+        resumed, ckpt_path, digest = folder.load(step if init_from == 'resume' else None)
         # a setting that the command line leaves out keeps the value it had in the run
         settings |= {k: v for k, v in resumed['settings'].items()
                      if k in settings and k not in given and k != 'out_dir'}
         globals().update(settings)
     rules.check_settings(settings, world, resumed['step'] if resumed else 0)
+    del settings['step']  # it is of this start, and not of the run
     if is_main:
         warn_of_unread(given, rules.unread(settings, world))
     rates = optim.parse_rates(group_lr)
@@ -192,6 +200,8 @@ with errors_as_messages():
         settings['gradient_accumulation_steps'] = gradient_accumulation_steps
     if resumed:
         rules.refuse_contradictions(resumed, ckpt_path, model_args, settings, given, meta)
+        resumed['micro_done'] = rules.keep_rows(resumed, settings, T)
+        eval_tokens = settings['eval_tokens']
     else:
         model = loaded or GPT(config, seed=seed)
     parallel.refuse_differences(checkpoint.loaded_by(resumed, digest, loaded, meta, settings, config))
@@ -253,6 +263,7 @@ if resumed:
     progress.load(resumed)
     resumed = None  # its weights and moments need not stay in memory
 profiler = debug.StepProfiler(device, out_dir, log)
+saver = Saver(folder, log, settings, best_val_loss)
 signals.open()
 
 # ----------------------------------------------------------------------------------------------------------
@@ -315,26 +326,25 @@ def record(**numbers):
                 'seconds': round(progress.seconds(), 3)} | numbers)
 
 
-def save(path, stopped, best_val_loss, **more):
-    """Write a checkpoint; without `more`, one for sampling only. Returns whether that worked."""
-    state = checkpoint.contents(raw_model, keep=is_main, settings=settings, meta=meta, step=step,
-                                best_val_loss=best_val_loss, **more)
-    return folder.save(path, state, log, last=stopped or step == max_iters)
+def save(path, last=False, say=False, **more):
+    """Write a checkpoint, without `more` one for sampling only; see Saver.save. False if that failed."""
+    state = checkpoint.contents(raw_model, settings=settings, meta=meta, step=step, **more)
+    return saver.save(path, state, last or step == max_iters, say)
 
 
-def save_newest(stopped=False):
+def save_newest(**how):
     """Write a checkpoint to resume from, or none if eval_only. Returns False if that failed."""
     with progress.paused():
         return eval_only or save(
-            folder.newest, stopped, best_val_loss, micro_done=micro_done, evaluated=evaluated,
+            folder.newest, **how, best_val_loss=saver.best_loss, micro_done=micro_done, evaluated=evaluated,
             wandb_id=wandb_id, compiled=compile, generators=checkpoint.generator_states(),
-            **optimizers.state(keep=is_main), **progress.state())
+            **optimizers.state(), **progress.state())
 
 
 def save_best(val_loss):
-    """Write best.pt, with the averaged weights if there are any. Returns the loss of the best.pt on disk."""
+    """Write best.pt, with the averaged weights if there are any."""
     with progress.paused(), optimizers.averaged():
-        return val_loss if save(folder.best, False, val_loss) else best_val_loss
+        save(folder.best, best_val_loss=val_loss)
 
 
 def preview():
@@ -350,7 +360,7 @@ def preview():
 # The loop
 
 stream = prefetched(map(micro_batch, micro_batches.mine_until(max_iters, step, micro_done)), prefetch, pin)
-saved, best_saved, exit_code = True, True, 0
+exit_code = 0
 
 try:
     while True:
@@ -360,14 +370,14 @@ try:
             record(**log.evaluated(step, task, val_loss, bits, each))
             if eval_only:
                 break
-            evaluated, improved = step, step > 0 and val_loss < best_val_loss
+            saver.collect(wait=True)
+            evaluated, improved = step, step > 0 and val_loss < saver.best_loss
             if improved:
-                best_val_loss = save_best(val_loss)
-            best_saved = not improved or best_val_loss == val_loss
+                save_best(val_loss)
             if wandb_log and wandb_samples:
                 log.samples(step, preview())
-            if improved or always_save_checkpoint and step and math.isfinite(val_loss):
-                saved = save_newest()
+            if saver.with_evaluation(step, improved) and step and math.isfinite(val_loss):
+                save_newest()
         if step >= max_iters:
             break
 
@@ -400,18 +410,21 @@ try:
                 debug.report_bad_steps(raw_model, recomputed_losses(), bad_step_limit, out_dir)
                 exit_code = stopping.NOT_FINITE
                 break
+            saver.collect()
 
-        # save if SIGUSR1 asked for it, or again if the disk was full
-        if signals.save_requested or is_log_step and not saved:
+        # save when it is time, when SIGUSR1 asked for it, or again if the disk was full
+        if saver.late():
+            signals.request_save()
+        if signals.save_requested or saver.due(step) or is_log_step and saver.unsaved:
             signals.save_requested = False
-            saved = save_newest()
-            log.print(f'step {step}: saved' if saved else f'step {step}: not saved')
+            save_newest(say=True)
 except stopping.Stop:
-    saved = save_newest(stopped=True)
+    saved = save_newest(last=True)
     exit_code = stopping.STOPPED if saved else stopping.NOT_SAVED
     log.stopped(signals.number, step, saved)
 
-if exit_code == 0 and not (saved and best_saved):
+saver.collect(wait=True)
+if exit_code == 0 and saver.unsaved:
     exit_code = stopping.NOT_SAVED
     log.not_saved(step)
 signals.close(exit_code)

@@ -25,6 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import configurator  # noqa: E402
 from data.tokenizer import ByteTokenizer, CharTokenizer  # noqa: E402
 from data.writer import write_dataset  # noqa: E402
 
@@ -190,7 +191,18 @@ def run_copy(tmp_path):
 
 
 def load(out_dir, name='ckpt.pt'):
-    return torch.load(out_dir / name, weights_only=True)
+    """A checkpoint, its shards put together if it has any."""
+    state = torch.load(out_dir / name, weights_only=True)
+    if 'shards' in state:
+        from nanoblocks.training import checkpoint, shards
+        state = shards.whole(checkpoint.load(str(out_dir / name)))
+    return state
+
+
+def train_settings(**changed):
+    """The settings of train.py, by default."""
+    found = configurator.settings_of(ROOT / 'train.py')
+    return {name: flag.default for name, flag in found.items()} | changed
 
 
 def metrics(out_dir):

@@ -3,23 +3,30 @@ Kill runs again and again, and compare what they become with a run that nobody d
 checkpoints have to be the same bit for bit.
 
     python tests/soak_kill.py --minutes=60 --seed=0
+    python tests/soak_kill.py --kills=100               # in the middle of saves, of a thread and of shards
 
 Each round takes one kind of run and starts it with init_from=auto until it is done, sending it a random
 signal at a random moment. It stops at the first difference, and names the seed that shows it again.
 """
+import functools
 import random
+import re
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runs import assert_same_run, names, python, toy, trained  # noqa: E402
+from runs import assert_same_run, names, python, several, toy, trained  # noqa: E402
 
 from configurator import configure  # noqa: E402
+from nanoblocks.training import checkpoint  # noqa: E402
+from nanoblocks.training.run_folder import RunFolder  # noqa: E402
 
 minutes = 60.0      # how long to go on
 seed = 0            # seed of the moments and the signals
+kills = 0           # if above 0: so many kills while a checkpoint is written, of each kind, and no signals
 
 SHORT = dict(max_iters=24, lr_decay_iters=24, eval_interval=6, log_interval=1, eval_tokens=256)
 EXPERTS = dict(ffn_pattern='e', n_expert=4, balance='bias')
@@ -74,7 +81,77 @@ def soak(seconds, seed):
     return rounds, sent
 
 
+# ----------------------------------------------------------------------------------------------------------
+# While a checkpoint is written
+
+
+SAVING = dict(max_iters=24, lr_decay_iters=24, eval_interval=12, eval_tokens=256, log_interval=4,
+              batch_size=4, gradient_accumulation_steps=2, n_layer=1, dropout=0.1, save_interval=1,
+              keep_newest=2, keep_every=8)
+WRITERS = {'thread': (1, SAVING), 'shards': (2, SAVING | dict(shard=True, save_interval=2, ema=0.9))}
+# after so many calls and returns of functions, of Python or C, in writes of checkpoints
+KILL = '''
+import os, sys
+from nanoblocks.training.saving import Saver
+left, write = {events}, Saver.write
+def event(*args):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), 9)
+def watched(self, *args):
+    sys.setprofile(event)
+    try:
+        return write(self, *args)
+    finally:
+        sys.setprofile(None)
+Saver.write = watched'''
+
+
+@functools.cache
+def undisturbed(kind):
+    world, settings = WRITERS[kind]
+    out_dir = next(names)
+    for done in several(world, *toy(out_dir, **settings)):
+        assert done.code == 0, done
+    return out_dir
+
+
+def kills_while_saving(kind, kills, seed):
+    """
+    Kill a run, or one or both of its processes, so often while it writes a checkpoint. Each time the newest
+    one must be whole and no older than before; in the end the run must be as one that nobody killed.
+    """
+    (world, settings), rng, killed, step = WRITERS[kind], random.Random(f'{kind} {seed}'), 0, 0
+    out_dir, whole = next(names), undisturbed(kind)
+    folder = RunFolder(out_dir)
+    while True:
+        hit = [rank for rank in range(world) if rng.random() < 0.7] if killed < kills else []
+        results = several(world, *toy(out_dir, init_from='auto', **settings), before_rank={
+            rank: KILL.format(events=rng.randrange(1, 4000)) for rank in hit})
+        killed += any(done.code == -signal.SIGKILL for done in results)
+        assert all('Traceback' not in done.err or world > 1 for done in results), results
+        for path in (folder.newest, *folder.kept().values()):
+            if path != folder.newest or folder.resumable():
+                state = checkpoint.load(path, checkpoint.RESUME_KEYS)
+                assert path != folder.newest or state['step'] >= step, (state['step'], step)
+        step = checkpoint.step_of(folder.newest) or 0
+        if all(done.code == 0 for done in results):
+            assert_same_run(out_dir, whole)
+            assert folder.kept().keys() == RunFolder(whole).kept().keys()
+            left, right = (sorted(re.sub(r'shards\d+$', 'shards', path.name) for path in place.iterdir())
+                           for place in (out_dir, whole))
+            assert left == right, (left, right)
+            if killed >= kills:
+                return killed
+            shutil.rmtree(out_dir)
+            step = 0
+
+
 if __name__ == '__main__':
     configure(globals())
-    print('{} runs, ended {} times on the way, are as if nothing had happened'.format(
-        *soak(60 * minutes, seed)))
+    for kind in WRITERS if kills else ():
+        print(f'{kind}: {kills_while_saving(kind, kills, seed)} kills in the middle of a save lost nothing')
+    if not kills:
+        print('{} runs, ended {} times on the way, are as if nothing had happened'.format(
+            *soak(60 * minutes, seed)))

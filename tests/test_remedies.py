@@ -6,6 +6,7 @@ A new message whose advice has another form needs a row in ADVICE.
 """
 import re
 import shlex
+import shutil
 
 import pytest
 import runs
@@ -37,8 +38,11 @@ ADVICE = [
     (r'ckpt.pt does not exist: did you mean --(\w+)=(\S+)\?$', lambda m, a, t: [set_to(a, m[1], m[2])]),
     (r'whose runs remember it: write --out_dir=out/llama_small instead$', lambda m, a, t: [
         set_to([word for word in a if not word.startswith('config/')], 'out_dir', runs.trained())]),
-    (r'start from (--init_from=\S+)$', lambda m, a, t: [
-        ['train.py', m[1], '--eval_only=True', *(word for word in a if word.startswith('--dataset'))]]),
+    (r'with another tokenizer: prepare it with (--tokenizer=\S+)$', lambda m, a, t: [
+        ['data/text/prepare.py', f'--input={text_file()}', m[1]]]),
+    (r'^step=7 must .* \((\d+), .*: choose one of these', lambda m, a, t: [set_to(a, 'step', m[1])]),
+    (r'which needs gradient_accumulation_steps=(\d+);', lambda m, a, t: [
+        set_to(a, 'gradient_accumulation_steps', m[1])]),
     (r'it has no ckpt.pt, replace it with (--overwrite=True)', lambda m, a, t: [[*a, m[1]]]),
     (r'is no config file; write (--vary=.*) if it belongs to the text$', lambda m, a, t: [
         [*a[:-2], *shlex.split(m[1]), '--n_kv_head=None', '--pos=none']]),
@@ -158,6 +162,11 @@ def misspelt():
     return f'{runs.trained()}x'
 
 
+def copied():
+    """A copy of a run, to resume."""
+    return shutil.copytree(runs.trained(), next(runs.names))
+
+
 def metrics_alone():
     """A folder in which a run was stopped before its first checkpoint."""
     path = next(runs.names)
@@ -203,7 +212,9 @@ MISTAKES = [
     lambda: train(str(runs.dataset()))(), lambda: train()()[:1] + ['llama_small', *train()()[1:]],
     lambda: ['train.py', *runs.toy(metrics_alone(), **SHORT)],
     lambda: ['train.py', f'--out_dir={runs.trained()}', '--init_from=resume', '--eval_only=True',
-             f'--dataset={runs.dataset("other")}'],
+             f'--dataset={runs.dataset("chars")}'],
+    lambda: ['train.py', f'--out_dir={runs.trained()}', '--init_from=resume', '--step=7', '--eval_only=True'],
+    lambda: ['train.py', f'--out_dir={copied()}', '--init_from=resume', '--batch_size=4'],
     sample('config/llama_small.py', 'config/tiny.py'), sample('--ckpt=newest.pt'),
     lambda: sample(f'--out_dir={misspelt()}')(), lambda: sample(f'--draft={misspelt()}')(),
     lambda: ['sample.py', str(runs.trained()), '--max_new_tokens=4'],

@@ -20,7 +20,8 @@ PAIRED = ('seed', 'dataset', 'objective', 'mask_rate', 'block_size', 'vocab_size
           'gradient_accumulation_steps', 'max_iters', 'log_interval', 'eval_interval', 'eval_iters',
           'eval_tokens', 'eval_only', 'device', 'batch_tokens', 'batch_warmup_iters')
 # settings that do not identify a run
-NOT_IDENTIFYING = ('out_dir', 'init_from', 'overwrite', 'wandb_log', 'wandb_project', 'wandb_run_name')
+NOT_IDENTIFYING = ('out_dir', 'init_from', 'step', 'overwrite', 'save_interval', 'save_minutes',
+                   'save_thread', 'keep_newest', 'keep_every', 'wandb_log', 'wandb_project', 'wandb_run_name')
 
 # ----------------------------------------------------------------------------------------------------------
 # Reading

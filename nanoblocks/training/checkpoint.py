@@ -14,7 +14,6 @@ import torch
 from model import GPT, ROPE_CONTEXT, GPTConfig, with_fixed_norm
 from nanoblocks.files import flush_file, flush_folder
 from nanoblocks.formats import first_line
-from nanoblocks.training.parallel import gather
 
 SAMPLE_KEYS = ('model', 'config', 'settings', 'meta', 'step')
 RESUME_KEYS = (*SAMPLE_KEYS, 'micro_done', 'evaluated', 'best_val_loss', 'optimizers', 'scaler', 'ema',
@@ -174,7 +173,10 @@ def load_verified(path, needed=SAMPLE_KEYS):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
+        if isinstance(state, dict) and 'shards' in state:
+            from nanoblocks.training import shards  # here, as the import takes a second
+            shards.attach(state, path)
+    except (OSError, Damaged):
         raise
     except Exception as error:  # damaged bytes can raise anything; torch's message would advise trusting them
         raise reason_of(error, path, sealed) from None
@@ -191,6 +193,17 @@ def step_of(path: str) -> int | None:
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step']
     except Exception:  # damaged bytes can raise anything
         return None
+
+
+def shards_of(path: str) -> str | None:
+    """The name of the folder with a checkpoint's shards, '' if it has none; None if the disk does not say."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return state['shards']['folder'] if 'shards' in state else ''
+    except OSError:
+        return None
+    except Exception:  # damaged bytes can raise anything, and name nothing
+        return ''
 
 
 def reason_of(error, path, sealed):
@@ -212,13 +225,30 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
-def contents(model: GPT, keep: bool = True, **rest) -> dict:
-    """The dict that `save` writes and `build` reads. Every process must call it; `keep`: see `gather`."""
+def contents(model: GPT, **rest) -> dict:
+    """The dict that `save` writes and `build` reads. Its tensors are the model's own, or its shards."""
     named = model.state_dict(keep_vars=True)
-    # tied weights are gathered, and saved, once
-    gathered = {id(tensor): gather(tensor, keep) for tensor in named.values()}
-    weights = {name: gathered[id(tensor)] for name, tensor in named.items()}
+    # tied weights are saved once
+    detached = {id(tensor): tensor.detach() for tensor in named.values()}
+    weights = {name: detached[id(tensor)] for name, tensor in named.items()}
     return {'model': weights, 'config': asdict(model.config), **rest}
+
+
+def copied(value, known=None):
+    """
+    A copy of nested containers and their tensors in the memory of the CPU, which training does not change. A
+    tensor that is in two places is copied once, and a shard stays one.
+    """
+    known = {} if known is None else known
+    if isinstance(value, torch.Tensor):
+        if id(value) not in known:
+            known[id(value)] = value.to('cpu', copy=True)
+        return known[id(value)]
+    if isinstance(value, dict):
+        return {name: copied(inner, known) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(inner, known) for inner in value)
+    return value
 
 
 def build(state: dict, path: str, flags=()) -> GPT:

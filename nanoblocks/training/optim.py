@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nanoblocks.formats import format_quantity
-from nanoblocks.training.parallel import gather, gather_like, is_sharded, local, shard_like
+from nanoblocks.training.parallel import as_shard, gather_like, is_sharded, local, shard_like
 
 
 class Optimizers:
@@ -84,9 +84,9 @@ class Optimizers:
         """A context in which the model has the averaged weights, if there are any."""
         return self.average.in_place() if self.average else nullcontext()
 
-    def state(self, keep: bool = True) -> dict:
-        """What a checkpoint keeps. Every process must call it; `keep`: see `gather`."""
-        return {'optimizers': state_of(self.each, keep), 'scaler': self.scaler.state_dict(),
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {'optimizers': state_of(self.each), 'scaler': self.scaler.state_dict(),
                 'ema': self.average.state() if self.average else None}
 
     def load(self, saved: dict) -> None:
@@ -162,15 +162,14 @@ def param_groups(model, optimizer, learning_rate, muon_lr, weight_decay, rates):
     return found
 
 
-def state_of(optimizers, keep=True):
+def state_of(optimizers):
     """
-    What a checkpoint keeps of optimizers: {'state': {parameter name: its moments in full}, 'param_groups':
-    settings, for information}. By name, so that a run can continue with other groups or another number of
-    processes.
+    What a checkpoint keeps of optimizers: {'state': {parameter name: its moments}, 'param_groups': settings,
+    for information}. By name, so that a run can continue with other groups or another number of processes.
     """
     saved = []
     for opt in optimizers:
-        state = {name: {key: gather(value, keep) for key, value in opt.state[p].items()}
+        state = {name: dict(opt.state[p])
                  for group in opt.param_groups for name, p in zip(group['names'], group['params'])
                  if p in opt.state}
         settings = [{key: value for key, value in group.items() if key != 'params'}
@@ -391,7 +390,7 @@ class Average:
             mine.copy_(other)
 
     def state(self):
-        return {name: gather_like(weight, p)
+        return {name: as_shard(weight, p)
                 for (name, p), weight in zip(self.params.items(), self.weights)}
 
     def load(self, state):

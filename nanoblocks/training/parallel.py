@@ -217,28 +217,27 @@ def local(x):
     return x.to_local() if is_sharded(x) else x.detach()
 
 
-def gather(value, keep=True):
-    """
-    A sharded tensor in full, on the CPU; any other value as it is. Every process must call it. Those with
-    keep=False get None, because together they may not have the memory for a copy each.
-    """
-    if is_sharded(value):
-        value = value.full_tensor()
-        return value.detach().cpu() if keep else None
-    return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-def gather_like(x, p):
-    """The full tensor of x, this process's shard of a tensor cut as p is. Every process must call it."""
+def as_shard(x, p):
+    """x, this process's shard of a tensor cut as p is, as a part of that tensor; or x, if p is not cut."""
     if not is_sharded(p):
         return x
     from torch.distributed.tensor import DTensor
     return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape,
-                              stride=p.stride()).full_tensor()
+                              stride=p.stride())
+
+
+def gather_like(x, p):
+    """The full tensor of x, this process's shard of a tensor cut as p is. Every process must call it."""
+    return as_shard(x, p).full_tensor() if is_sharded(p) else x
 
 
 def shard_like(value, p):
-    """Cut a full tensor of p's shape as p is cut; any other value is returned as it is."""
+    """
+    Cut a full tensor of p's shape as p is cut; of one that is still on the disk, read no more than that. Any
+    other value is returned as it is.
+    """
+    if hasattr(value, 'read'):
+        return value.read(like=p)
     if is_sharded(p) and isinstance(value, torch.Tensor) and value.shape == p.shape:
         from torch.distributed.tensor import distribute_tensor
         # every process has the full tensor, so nothing is sent

@@ -3,14 +3,16 @@ import atexit
 import errno
 import json
 import os
+import re
 import shlex
+import shutil
 import sys
-import time
+from contextlib import suppress
 from difflib import get_close_matches
 from glob import escape, glob
 
-from nanoblocks.files import Lock, replace_file, write_json
-from nanoblocks.training import checkpoint, parallel
+from nanoblocks.files import Lock, flush_file, flush_folder, replace_file, write_json
+from nanoblocks.training import checkpoint
 
 
 class RunFolder:
@@ -18,11 +20,13 @@ class RunFolder:
     ckpt.pt         newest checkpoint
     ckpt.prev.pt    the checkpoint before it, used if the newest is damaged
     best.pt         weights with the lowest validation loss, for sampling
+    ckpt.120.pt     the checkpoint of step 120, kept for keep_newest or keep_every
+    ckpt.120.shards the shards of a checkpoint, a folder (see shards.py)
     metrics.jsonl   one line per log step and per evaluation
     config.json     model flags and settings
     .lock           locked by the run that writes here
     """
-    waits = (1, 2, 4)  # seconds before each further attempt to write the last checkpoint
+    keep_newest, keep_every = 0, None
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
@@ -30,6 +34,7 @@ class RunFolder:
             os.path.join(path, name)
             for name in ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'metrics.jsonl', 'config.json')]
         self.lock = None
+        self.asked = None   # the step of the checkpoint that was asked for, if one was
         self.found = self.stamps()
 
     def stamps(self):
@@ -45,7 +50,7 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Whether the folder holds files of a run that could be lost; config.json alone is none."""
-        return any(os.path.exists(path) for path in self.files if path != self.config)
+        return bool(self.kept()) or any(os.path.exists(path) for path in self.files if path != self.config)
 
     def resumable(self) -> bool:
         """Whether the folder holds a checkpoint to resume from, damaged or not."""
@@ -97,6 +102,37 @@ class RunFolder:
         for path in self.files:
             if os.path.exists(path):
                 os.remove(path)
+        for path in self.kept().values():
+            os.remove(path)
+        self.sweep()
+
+    def kept(self) -> dict:
+        """{step: path} of the checkpoints that are kept under their steps, in the order of these."""
+        names = os.listdir(self.path) if os.path.isdir(self.path) else ()
+        steps = sorted(int(found[1]) for found in (re.fullmatch(r'ckpt\.(\d+)\.pt', name) for name in names)
+                       if found)
+        return {step: self.name_of(step) for step in steps}
+
+    def name_of(self, step):
+        return os.path.join(self.path, f'ckpt.{step}.pt')
+
+    def load(self, step: int | None = None) -> tuple[dict, str, str]:
+        """
+        The checkpoint of a step, its path and its checksum; without a step as `load_newest`. ValueError if
+        there is none of that step.
+        """
+        if step is None:
+            return self.load_newest()
+        found = self.kept() | {checkpoint.step_of(path): path for path in (self.previous, self.newest)}
+        found.pop(None, None)  # of files that are not there
+        if step not in found:
+            refuse_misspelt(self.path)
+            steps = ', '.join(map(str, sorted(found))) or 'none'
+            raise ValueError(f'step={step} must be the step of a checkpoint in {self.path} ({steps}): choose '
+                             'one of these; keep_newest and keep_every of a run say which are kept')
+        state, digest = checkpoint.load_verified(found[step], checkpoint.RESUME_KEYS)
+        self.asked = step
+        return state, found[step], digest
 
     def load_newest(self) -> tuple[dict, str, str]:
         """
@@ -118,28 +154,37 @@ class RunFolder:
                   file=sys.stderr)
             return state, self.previous, digest
 
-    def save(self, path: str, state: dict, log, last: bool = False) -> bool:
+    def write(self, path: str, state: dict) -> None:
         """
-        Write a checkpoint, in the main process, and before it the pending lines of the log. Returns whether
-        that worked; every process must call it. The newest checkpoint becomes the previous one. With `last`,
-        a save that fails is tried again after a while, because there will be no later one.
+        Write a checkpoint in the place of the one before, which, of the newest, becomes the previous one.
+        Then those go that are not to be kept. OSError if it cannot be written.
         """
-        written = parallel.ranks()[0] > 0
-        for wait in (*self.waits, None) if last else (None,):
-            if written:
-                break
-            try:
-                # a checkpoint must not reach the disk before the metrics of its steps
-                log.flush(to_disk=True)
-                checkpoint.save(path, state, previous=self.previous if path == self.newest else None)
-                written = True
-            except OSError as error:
-                then = (f'will be tried again in {wait} s' if wait else 'was tried for the last time' if last
-                        else 'training continues, and will try again')
-                log.print(f'warning: {path} could not be written ({error.strerror}): the old file is kept; '
-                          + then)
-                time.sleep(wait or 0)
-        return parallel.from_main(written)
+        checkpoint.save(path, state, previous=self.previous if path == self.newest else None)
+        if path == self.newest:
+            self.keep(state['step'])
+        self.sweep()
+
+    def keep(self, step: int) -> None:
+        """Keep the newest checkpoint under its step too, and remove those that the settings do not keep."""
+        every = self.keep_every
+        if self.keep_newest or every and step % every == 0:
+            link_or_copy(self.newest, self.name_of(step))
+        if self.keep_newest:
+            # later ones are of a run that was begun again at this step: it comes to them
+            steps = [kept for kept in self.kept() if kept <= step]
+            for old in steps[:-self.keep_newest]:
+                if not (every and old % every == 0):
+                    with suppress(OSError):
+                        os.remove(self.name_of(old))
+
+    def sweep(self) -> None:
+        """Remove the shards that no checkpoint in the folder names, if all can be read."""
+        folders = glob(os.path.join(escape(self.path), '*.shards*'))
+        if folders:
+            named = [checkpoint.shards_of(path) for path in glob(os.path.join(escape(self.path), '*.pt'))]
+            for folder in folders:
+                if None not in named and os.path.basename(folder) not in named:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def begin(self, loaded: str | None, state: dict | None, config: dict) -> None:
         """
@@ -147,6 +192,8 @@ class RunFolder:
         which holds `state`; if `loaded` is None, a new run replaces the one in the folder. ValueError if the
         folder cannot be written.
         """
+        self.keep_newest = config['settings']['keep_newest']
+        self.keep_every = config['settings']['keep_every']
         try:
             if loaded:
                 self.repair(loaded, state['step'], state['evaluated'])
@@ -168,26 +215,44 @@ class RunFolder:
         Clean up after a run that was killed: the checkpoint that was loaded becomes the newest, half-written
         files go, metrics end at its step. A newest one that is thought damaged is kept under another name.
         """
-        for path in self.files:
-            if os.path.exists(f'{path}.part'):
-                os.remove(f'{path}.part')
-        if loaded != self.newest:
+        kept = glob(os.path.join(escape(self.path), 'ckpt.*.pt.part'))
+        for part in {*kept, *(f'{path}.part' for path in self.files)}:
+            if os.path.exists(part):
+                os.remove(part)
+        if self.asked is not None and loaded != self.newest:
+            self.go_back_to(loaded)
+        elif loaded != self.newest:
             if os.path.exists(self.newest):
-                damaged = self.free_name('ckpt.damaged')
+                damaged = self.free_name('ckpt.damaged', '.pt')
                 os.replace(self.newest, damaged)
                 print(f'warning: {self.newest} is now {damaged}, in case it can still be read')
             # a save would otherwise move the damaged file over the only good one
             os.replace(loaded, self.newest)
+        self.keep(step)     # a kill may have come between the two names
+        self.sweep()
         best = checkpoint.step_of(self.best)
         if best is not None and best > step:
             print(f'warning: {self.best} is of step {best}, but the run continues from step {step}: it '
                   'stays until a loss is the lowest again')
         self.rewind_metrics(step, evaluated)
 
-    def free_name(self, name):
-        """The path of a file that does not exist: NAME.pt, NAME2.pt, ..."""
+    def go_back_to(self, loaded):
+        """Make an older checkpoint the newest. The later ones stay under their steps: none is lost."""
+        for path in (self.newest, self.previous):
+            step = checkpoint.step_of(path)
+            if step is not None and step > self.asked:
+                link_or_copy(path, self.name_of(step))
+        link_or_copy(loaded, self.newest)
+        if os.path.exists(self.previous):
+            os.remove(self.previous)
+        later = [step for step in self.kept() if step > self.asked]
+        print(f'warning: {self.path} keeps the checkpoints of the later steps {", ".join(map(str, later))} '
+              'until the run comes to them again; metrics of later steps are dropped')
+
+    def free_name(self, name, suffix=''):
+        """The path of a file that does not exist: NAME, NAME2, ..., and the suffix."""
         numbers = ('', *range(2, 1000))
-        paths = (os.path.join(self.path, f'{name}{number}.pt') for number in numbers)
+        paths = (os.path.join(self.path, f'{name}{number}{suffix}') for number in numbers)
         return next(path for path in paths if not os.path.exists(path))
 
     def rewind_metrics(self, step: int, evaluated: int) -> None:
@@ -215,6 +280,21 @@ class RunFolder:
             os.truncate(self.metrics, sum(map(len, kept)))
         else:
             replace_file(self.metrics, b''.join(kept))
+
+
+def link_or_copy(path, other):
+    """Give a file another name as well. Where the file system has no hard links, the name of a copy."""
+    part = f'{other}.part'
+    with suppress(FileNotFoundError):
+        os.remove(part)
+    try:
+        os.link(path, part)
+    except OSError:
+        shutil.copyfile(path, part)
+        with open(part, 'rb+') as f:
+            flush_file(f)
+    os.replace(part, other)
+    flush_folder(os.path.dirname(other))
 
 
 def refuse_misspelt(path: str | os.PathLike, setting: str = 'out_dir') -> None:

@@ -19,6 +19,8 @@ CHOICES = {'optimizer': ('adamw', 'muon'), 'objective': tuple(OBJECTIVES), 'sche
 LIMITS = {
     'max_iters': {'least': 1}, 'bad_step_limit': {'least': 1},
     'log_interval': {'least': 1}, 'eval_interval': {'least': 1},
+    'save_interval': {'least': 1}, 'save_minutes': {'above': 0}, 'keep_newest': {'least': 0},
+    'keep_every': {'least': 1}, 'step': {'least': 0},
     'eval_iters': {'least': 1}, 'eval_tokens': {'least': 1},
     'batch_size': {'least': 1}, 'gradient_accumulation_steps': {'least': 1},
     'batch_tokens': {'least': 1}, 'batch_warmup_iters': {'least': 0},
@@ -33,9 +35,8 @@ LIMITS = {
 }
 # values of init_from that do not name a checkpoint
 STARTS = ('scratch', 'resume', 'auto')
-# settings that a resumed run must keep, as it must keep the model's flags
-FIXED = ('seed', 'objective', 'mask_rate', 'batch_size', 'gradient_accumulation_steps', 'batch_tokens',
-         'batch_warmup_iters', 'optimizer')
+# settings that a resumed run must keep, as it must keep the model's flags and the rows of a step
+FIXED = ('seed', 'objective', 'mask_rate', 'batch_warmup_iters', 'optimizer')
 
 # When torch.compile pays on a CPU. The first step then takes 33 to 97 seconds longer, and the others 1 / 1.26
 # to 1 / 1.95 of their time, which makes up for it after 1e13 (Gemma 2, Mamba-2) to 3.5e13 FLOPs (Llama of 5M
@@ -57,6 +58,8 @@ def check_settings(s, world, done=0):
         if s[name] is not None:
             must(name, *within(s[name], limits))
     must('dataset', s['dataset'], 'be a folder of data/, or a path: --dataset=pysource')
+    must('step', s['step'] is None or s['init_from'] == 'resume',
+         'be used with --init_from=resume, which goes on from the checkpoint of that step')
     must('max_iters', s['max_iters'] >= done, f'be at least {done}, the steps that the run has made')
     must('min_lr', not s['decay_lr'] or s['min_lr'] is None or s['min_lr'] <= s['learning_rate'],
          f'be at most learning_rate={s["learning_rate"]}')
@@ -114,6 +117,8 @@ def unread(s, world):
         (s['eval_tokens'], f'with eval_tokens={s["eval_tokens"]}', ['eval_iters']),
         (s['batch_tokens'], f'with batch_tokens={s["batch_tokens"]}', ['gradient_accumulation_steps']),
         (s['objective'] not in ('mask', 'span'), f'with objective={s["objective"]}', ['mask_rate']),
+        (s['save_interval'] or s['save_minutes'], 'with save_interval or save_minutes',
+         ['always_save_checkpoint']),
         (not s['wandb_log'], 'with wandb_log=False', ['wandb_project', 'wandb_run_name', 'wandb_samples']),
         (world == 1, 'in one process', ['backend'])]
 
@@ -218,8 +223,8 @@ def is_checkpoint(name):
 
 def refuse_contradictions(resumed, path, model_args, settings, given, meta):
     """
-    ValueError if a resumed run would have other data, or other model flags or FIXED settings. An evaluation
-    (eval_only) may have other flags.
+    ValueError if a resumed run would have other data, other model flags or FIXED settings, or other rows in a
+    step. An evaluation (eval_only) may have other flags, and other data of the same tokens.
 
     resumed     the checkpoint, read from path
     model_args  model flags of the command line
@@ -238,12 +243,43 @@ def refuse_contradictions(resumed, path, model_args, settings, given, meta):
     now = {name: settings[name] for name in FIXED} | flags
     changed = [f'{name} (checkpoint {before[name]!r}, now {now[name]!r} by {given[name]})'
                for name in now if name in given and name in before and now[name] != before[name]]
+    changed += other_rows(resumed, settings)
     if changed and not settings['eval_only']:
         raise ValueError(f'a resumed run must keep its model, seed, batches and optimizer: '
                          f'{"; ".join(changed)}; leave that out, or start a new run in another out_dir')
-    if meta != resumed['meta']:
-        then = (f'to evaluate on it, start from --init_from={shlex.quote(path)}' if settings['eval_only']
-                else 'name the old one, or start a new run')
+    if settings['eval_only'] and meta['tokenizer'] != resumed['meta']['tokenizer']:
+        raise ValueError(f'dataset={settings["dataset"]} must have the tokens that {path} was trained on '
+                         f'({resumed["settings"]["dataset"]}), but was prepared with another tokenizer: '
+                         f'prepare it with --tokenizer={shlex.quote(os.path.dirname(path))}')
+    if meta != resumed['meta'] and not settings['eval_only']:
         raise ValueError(f'dataset={settings["dataset"]} must hold the data that {path} was trained on '
                          f'({resumed["settings"]["dataset"]}), but its meta.json differs, so it is another '
-                         f'dataset or was prepared anew: {then}')
+                         'dataset or was prepared anew: name the old one, or start a new run')
+
+
+def other_rows(resumed, settings):
+    """Sentences that say why the steps of a resumed run would not be of the rows that follow; or none."""
+    old, old_micro = (resumed['settings'][name] for name in ('batch_size', 'gradient_accumulation_steps'))
+    new, micro = settings['batch_size'], settings['gradient_accumulation_steps']
+    rows, told = old * old_micro, f'batch_size (checkpoint {old}, now {new})'
+    if new * micro != rows:
+        length = resumed['config']['block_size']
+        needs = (f'batch_tokens={rows * length}' if settings['batch_tokens'] else
+                 f'gradient_accumulation_steps={rows // new}' if rows % new == 0 else f'to divide {rows}')
+        yield (f'{told} times gradient_accumulation_steps (checkpoint {old_micro}, now {micro}) are not the '
+               f'{rows} rows of a step, which needs {needs}')
+    elif new != old and (resumed['step'] < settings['batch_warmup_iters']
+                         or resumed['micro_done'] * old % new):
+        yield f'{told} with batch_warmup_iters={settings["batch_warmup_iters"]}, whose steps have fewer rows'
+
+
+def keep_rows(resumed, settings, block_size):
+    """
+    Micro-batches that a resumed run has done, by its batch_size of now. If that is another than before,
+    evaluations keep their tokens by the setting eval_tokens, unless the number of batches is changed too.
+    """
+    before, batch_size = resumed['settings'], settings['batch_size']
+    same_iters = settings['eval_iters'] == before['eval_iters']
+    if batch_size != before['batch_size'] and settings['eval_tokens'] is None and same_iters:
+        settings['eval_tokens'] = before['batch_size'] * settings['eval_iters'] * block_size
+    return resumed['micro_done'] * before['batch_size'] // batch_size

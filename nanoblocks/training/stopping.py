@@ -82,8 +82,7 @@ class Signals:
         """The signal handler: remember what is asked for, and raise Stop if nothing is changing."""
         if number == SIGUSR1:
             if self.phase == RUNNING:
-                self.pending[1] = 1
-                self.save_requested |= not self.distributed
+                self.request_save()
         elif self.phase == CLOSING:
             leave(self.exit_code)
         elif self.number is None:
@@ -100,6 +99,11 @@ class Signals:
         # a terminal that closes sends SIGHUP twice, once itself and once by its shell
         elif number != SIGHUP and (not self.distributed or time.monotonic() > self.received_at + 5):
             os._exit(128 + number)
+
+    def request_save(self):
+        """Ask all processes for a checkpoint; one of them is enough to ask."""
+        self.pending[1] = 1
+        self.save_requested |= not self.distributed
 
     def stop_starting(self):
         with suppress(OSError):
