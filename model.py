@@ -1509,6 +1509,9 @@ class TiedBlock(nn.Module):
         self.attn = Attention(c, 0, LayerSpan())
         self.attn.c_attn = Linear(2 * c.n_embd, sum(self.attn.heads) * c.head_dim, c.qkv_bias)
         self.ffn = GatedMLP(c, gated_by(F.gelu), c.tied_width)
+        # neither writes to the stream; one behind the other, both would stay at the zeros of zero_init
+        self.attn.c_proj = Linear(c.n_head * c.head_dim, c.n_embd, c.proj_bias)
+        self.ffn.c_proj = Linear(c.tied_width, c.n_embd, c.ffn_bias)
 
     def forward(self, x, ctx, cache, more):
         x = self.attn(self.ln_1(torch.cat((x, ctx.given.embedding), dim=-1)), ctx, cache)
