@@ -66,6 +66,8 @@ def script_of(words):
     """(script, its arguments) of a command; script is None for python -m or -c."""
     words = words[1:]
     while words and words[0].startswith('-'):
+        if words[0] == '-m' and words[1].startswith('nanoblocks.'):
+            return words[1].replace('.', '/') + '.py', words[2:]
         if words[0] in ('-m', '-c'):
             return None, words[1:]
         words = words[1:]

@@ -38,7 +38,7 @@ ADVICE = [
     (r'ckpt.pt does not exist: did you mean --(\w+)=(\S+)\?$', lambda m, a, t: [set_to(a, m[1], m[2])]),
     (r'whose runs remember it: write --out_dir=out/llama_small instead$', lambda m, a, t: [
         set_to([word for word in a if not word.startswith('config/')], 'out_dir', runs.trained())]),
-    (r'with another tokenizer: prepare it with (--tokenizer=\S+)$', lambda m, a, t: [
+    (r'with another tokenizer: prepare it again by (--tokenizer=\S+)$', lambda m, a, t: [
         ['data/text/prepare.py', f'--input={text_file()}', m[1]]]),
     (r'^step=7 must .* \((\d+), .*: choose one of these', lambda m, a, t: [set_to(a, 'step', m[1])]),
     (r'which needs gradient_accumulation_steps=(\d+);', lambda m, a, t: [
@@ -214,7 +214,7 @@ MISTAKES = [
     lambda: ['train.py', f'--out_dir={runs.trained()}', '--init_from=resume', '--eval_only=True',
              f'--dataset={runs.dataset("chars")}'],
     lambda: ['train.py', f'--out_dir={runs.trained()}', '--init_from=resume', '--step=7', '--eval_only=True'],
-    lambda: ['train.py', f'--out_dir={copied()}', '--init_from=resume', '--batch_size=4'],
+    lambda: ['train.py', *runs.toy(copied(), init_from='resume', batch_size=4)],
     sample('config/llama_small.py', 'config/tiny.py'), sample('--ckpt=newest.pt'),
     lambda: sample(f'--out_dir={misspelt()}')(), lambda: sample(f'--draft={misspelt()}')(),
     lambda: ['sample.py', str(runs.trained()), '--max_new_tokens=4'],

@@ -250,7 +250,7 @@ def refuse_contradictions(resumed, path, model_args, settings, given, meta):
     if settings['eval_only'] and meta['tokenizer'] != resumed['meta']['tokenizer']:
         raise ValueError(f'dataset={settings["dataset"]} must have the tokens that {path} was trained on '
                          f'({resumed["settings"]["dataset"]}), but was prepared with another tokenizer: '
-                         f'prepare it with --tokenizer={shlex.quote(os.path.dirname(path))}')
+                         f'prepare it again by --tokenizer={shlex.quote(os.path.dirname(path))}')
     if meta != resumed['meta'] and not settings['eval_only']:
         raise ValueError(f'dataset={settings["dataset"]} must hold the data that {path} was trained on '
                          f'({resumed["settings"]["dataset"]}), but its meta.json differs, so it is another '
