@@ -1245,7 +1245,7 @@ class CausalConv(nn.Module):
     def forward(self, x, ctx, tail):
         """x (B,T,I), tail (B,W-1,I) or None -> (B,T,I) and the new tail"""
         if ctx.documents is not None:
-            return self.act(conv_within(x, self.weight, self.bias, ctx.documents.place)), None
+            return self.act(ops.conv_within(x, self.weight, self.bias, ctx.documents.place)), None
         if not ctx.in_order:
             if tail is None:
                 tail = x.new_zeros(x.shape[0], self.weight.shape[1] - 1, x.shape[2])
@@ -2985,15 +2985,6 @@ def forget_by_step(ctx, x, dt, rate):
     x = x.float() if x.dtype == torch.float16 else x
     return x / factor.view(*factor.shape, *[1] * (x.dim() - dt.dim())).to(x.dtype), dt * factor
 
-def conv_within(x, weight, bias, place):
-    """ops.causal_conv without a tail, whose taps read zeros from before a document. place (B,T)"""
-    wide, weight = ops.at_least_fp32(x), ops.at_least_fp32(weight)
-    y = wide * weight[:, -1] if bias is None else torch.addcmul(ops.at_least_fp32(bias), wide, weight[:, -1])
-    for back in range(1, min(weight.shape[1], x.shape[1])):
-        before = F.pad(wide, (0, 0, back, -back)).masked_fill((place < back).unsqueeze(-1), 0)
-        y = y + before * weight[:, -1 - back]
-    return y.to(x.dtype)
-
 def largest_within(x, place):
     """The largest x (B,T,C) so far in each document, in log2(T) rounds."""
     step = 1
@@ -3012,7 +3003,7 @@ def s4d_within(u, A, B, C, place, size=16):
     u, place = F.pad(u, (0, 0, 0, -T % size)), F.pad(place, (0, -T % size))
     powers = torch.exp(A.unsqueeze(-1) * slot)                                      # (c,n,size)
     kernel = 2 * torch.einsum('cn,cnt->ct', C * B, powers).real
-    y = conv_within(u, kernel.flip(-1), None, torch.minimum(place, slot.repeat(u.shape[1] // size)))
+    y = ops.conv_within(u, kernel.flip(-1), None, torch.minimum(place, slot.repeat(u.shape[1] // size)))
     u, place = u.unflatten(1, (-1, size)), place.unflatten(1, (-1, size))           # (B,N,size,...)
     ended = place[..., -1:] < size - 1 - slot       # before the last document of a piece
     last = u.masked_fill(ended.unsqueeze(-1), 0).to(B.dtype)
