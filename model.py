@@ -2074,12 +2074,14 @@ def wkv(k, v, decay, u, real, state, documents=None):
         state = torch.cat((k.new_zeros(*k.shape[::2], 2), k.new_full((*k.shape[::2], 1), -1e4)), dim=-1)
     start, top = state[:, None, :, :2], state[:, None, :, 2]                        # (B,1,C,2), (B,1,C)
     with torch.no_grad():   # the result does not depend on it
-        since = decay * real.cumsum(-2)
-        tops = torch.cat((top, torch.where(real > 0, k, -1e4) - since), dim=1).cummax(1).values
-        tops = torch.cat((top, tops[:, 1:] + since), dim=1)
-        before, after = tops[:, :-1], tops[:, 1:]
-        if documents is not None:
-            after = largest_within(k - since, documents.place) + since
+        if documents is None:
+            since = decay * real.cumsum(-2)
+            tops = torch.cat((top, torch.where(real > 0, k, -1e4) - since), dim=1).cummax(1).values
+            tops = torch.cat((top, tops[:, 1:] + since), dim=1)
+            before, after = tops[:, :-1], tops[:, 1:]
+        else:
+            since = decay * (documents.place + 1).unsqueeze(-1)
+            after = largest_within(k - since, documents.place).clamp(min=-1e4) + since
             before = torch.cat((top, after[:, :-1]), 1).masked_fill(documents.starts.unsqueeze(-1), -1e4)
         own = torch.maximum(before, u + k)
     weight = real * torch.exp(torch.where(real > 0, k, after) - after)
@@ -2922,6 +2924,8 @@ class CrossBlock(Block):
 # Masks and biases are functions of distances, so that nothing in attention knows of documents. A recurrence
 # forgets all before a document's first token, by decays that it has anyway; taps read zeros from before it.
 
+FORGOTTEN = -150.0      # a log decay that leaves nothing: e^-150 is 0 in fp32
+
 class Documents(NamedTuple):
     """Where the documents of each row begin."""
     starts: torch.Tensor    # (B,T) bool: the first token of each; of a row, always
@@ -2966,20 +2970,20 @@ def read_documents(model, idx, cache, starts, last_only):
     return (logits if last_only else model(idx, starts=starts)[0]), None
 
 def forget(ctx, g):
-    """Log decays g (B,T,H,1 or K), so low at the first token of a document that no state is left."""
-    return g if ctx.documents is None else g.masked_fill(ctx.documents.starts[..., None, None], -150)
+    """Log decays g (B,T,H,1 or K), of which that of a document's first token leaves nothing of a state."""
+    return g if ctx.documents is None else g.masked_fill(ctx.documents.starts[..., None, None], FORGOTTEN)
 
 def forget_by_step(ctx, x, dt, rate):
     """
     The same for a state space: its steps dt (B,T,n) and inputs x (B,T,n,...), for decays of at least
-    exp(-dt rate), rate (n,). At the first token of a document, dt grows by a factor, until that is e^-40, and
-    x shrinks by it, so that what is written, dt x, is the same; a power of two, so that nothing is rounded.
+    exp(-dt rate), rate (n,). At the first token of a document, dt grows by a factor until that is FORGOTTEN,
+    and x shrinks by it, so that what is written, dt x, is the same; by a power of two, which rounds nothing.
     """
     if ctx.documents is None:
         return x, dt
     dt = dt.clamp(min=1e-12)
     with torch.no_grad():
-        factor = torch.exp2(torch.log2(40 / (rate * dt)).ceil()).clamp(min=1)
+        factor = torch.exp2(torch.log2(-FORGOTTEN / (rate * dt)).ceil()).clamp(min=1)
         factor = torch.where(ctx.documents.starts.unsqueeze(-1), factor, 1)
     # fp16 has no numbers so small
     x = x.float() if x.dtype == torch.float16 else x
