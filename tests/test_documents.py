@@ -106,9 +106,10 @@ def test_documents_are_alone_under_any_flags(flags):
 
 def kinds():
     """{name: flags} of every letter of layer_pattern, every attention, recurrence, state space, ..."""
-    found = {f'letter {letter}': {'layer_pattern': letter if letter != '-' else '-a'} for letter in M.MIXERS}
-    found |= {f'attn {attn} {letter}': {'attn': attn, 'layer_pattern': letter}
-              for attn in M.ATTN for letter in 'awcnv'}
+    patterns = {'-': '-a', 'n': 'an', 'v': 'av'}    # letters that stand beside another alone
+    found = {f'letter {letter}': {'layer_pattern': patterns.get(letter, letter)} for letter in M.MIXERS}
+    found |= {f'attn {attn} {pattern}': {'attn': attn, 'layer_pattern': pattern}
+              for attn in M.ATTN for pattern in ('a', 'w', 'c', 'an', 'av')}
     found |= {f'rnn {rnn}': {'layer_pattern': 'r', 'rnn': rnn} for rnn in M.RNN}
     found |= {f'decay {decay} {erase}': {'layer_pattern': 'r', 'rnn_decay': decay, 'rnn_erase': erase}
               for decay in M.RNN_DECAY for erase in M.RNN_ERASE}
