@@ -5,7 +5,7 @@ GPT-2, Llama and the blocks of newer language models, each switched on by a flag
                                                 and the block that joins them
     Part II   Other blocks, read when wanted    positions, rope scaling, additions to attention, differential,
                                                 latent and gated attention, state spaces, recurrences,
-                                                experts, activations, residual streams, encoders
+                                                experts, activations, residual streams, encoders, documents
     Part III  The model                         tables, GPTConfig, GPT
 
 Read Part I and Part III: that is a complete decoder, GPT-2 or Llama. A chapter of Part II holds all about one
@@ -863,7 +863,7 @@ def unit_norm(attention, q, k, v, ctx, eps):
 
 def temperature(attention, q, k, v, ctx, scale, floor):
     """Queries grow by the log of their position, in steps of temp_floor tokens (Llama 4)."""
-    steps = ((place_of(ctx).clamp(min=0) + 1) / floor).floor()                            # (T,) or (B,T)
+    steps = ((place_of(ctx).clamp(min=0) + 1) / floor).floor()                      # (T,) or (B,T)
     return q * (1 + scale * torch.log1p(steps)).to(q.dtype).unsqueeze(-1).unsqueeze(-1), k, v
 
 def value_embedding(attention, q, k, v, ctx):
@@ -2937,9 +2937,9 @@ def places(starts):
     slot = torch.arange(starts.shape[1], device=starts.device)
     return slot - torch.where(starts, slot, 0).cummax(1).values
 
-def context_of_documents(model, starts, pos):
-    """The Context of rows that hold several documents, which begin where starts (B,T) is True."""
-    c, T = model.config, starts.shape[1]
+def check_starts(model, pos):
+    """ValueError if documents cannot be told apart in this call."""
+    c = model.config
     for name, fits, remedy in (
             ('pos', pos is None, 'be left out, as they give the positions'),
             ('n_encoder', not c.n_encoder, 'be 0: leave starts out, or choose a decoder alone'),
@@ -2947,7 +2947,11 @@ def context_of_documents(model, starts, pos):
              'choose alibi, or leave starts out')):
         if not fits:
             raise ValueError(f'{name} must {remedy} (starts: where documents begin)')
-    place = places(starts)
+
+def context_of_documents(model, starts, pos):
+    """The Context of rows that hold several documents, which begin where starts (B,T) is True."""
+    check_starts(model, pos)
+    c, T, place = model.config, starts.shape[1], places(starts)
     window = c.window or 1      # of which chunks are multiples
     documents = Documents(place == 0, place, -(-2 * T // window) * window)
     pos = place + documents.gap * (documents.starts.cumsum(1) - 1)
@@ -2957,11 +2961,12 @@ def place_of(ctx):
     """Positions in a document, (T,) or (B,T); negative for padding."""
     return ctx.pos if ctx.documents is None else ctx.documents.place
 
-def read_documents(model, idx, cache, starts, last_only):
+def read_documents(model, idx, cache, pos, starts, last_only):
     """
     GPT.forward of a first call with a cache, for rows of several documents. What a cache keeps of a row is
     its last document; all before it is padding to that, so it is read once more, for its logits alone.
     """
+    check_starts(model, pos)
     if not all(entry.empty for entry in cache):
         raise ValueError('starts must be given on the first call with a cache: reset it, or leave them out')
     slot = torch.arange(idx.shape[1], device=idx.device)
@@ -3192,7 +3197,7 @@ class GPT(nn.Module):
         its parts, see `losses`.
         """
         if starts is not None and cache is not None:
-            return read_documents(self, idx, cache, starts, last_only)
+            return read_documents(self, idx, cache, pos, starts, last_only)
         ctx = self.context(idx, pos, cache) if starts is None else context_of_documents(self, starts, pos)
         x = self.embed_proj(self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, place_of(ctx)))))
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):

@@ -285,6 +285,8 @@ def test_what_cannot_be_packed_is_refused(flags, args, words):
     model = GPT(GPTConfig(**toy(**flags)))
     with pytest.raises(ValueError, match=words):
         model(tokens(toy(), 4, T), starts=starts_of(), **args)
+    with pytest.raises(ValueError, match=words):
+        model(tokens(toy(), 4, T), cache=model.new_cache(4, T), starts=starts_of(), **args)
 
 
 def test_starts_belong_to_the_first_call():
