@@ -5,7 +5,7 @@ GPT-2, Llama and the blocks of newer language models, each switched on by a flag
                                                 and the block that joins them
     Part II   Other blocks, read when wanted    positions, rope scaling, additions to attention, differential,
                                                 latent and gated attention, state spaces, recurrences,
-                                                experts, activations, residual streams, encoders
+                                                experts, activations, residual streams, encoders, documents
     Part III  The model                         tables, GPTConfig, GPT
 
 Read Part I and Part III: that is a complete decoder, GPT-2 or Llama. A chapter of Part II holds all about one
@@ -142,6 +142,7 @@ class Context(NamedTuple):
                         # for windowed ones, which may rotate at another base
     reach: int | None = None        # tokens that a query sees where a chunk ends beyond max_tokens
     given: 'Given | None' = None    # what single blocks of Part II read
+    documents: 'Documents | None' = None    # where rows hold several; pos sets these apart (Part II)
 
 class Positions(nn.Module):
     """No positional information (NoPE). Subclasses add to the embedding, rotate, or bias the scores."""
@@ -159,10 +160,7 @@ class Positions(nn.Module):
         """The two (cos, sin) pairs of Context.rope, for a text of `length` tokens in all."""
         return None
 
-    @staticmethod
-    def slopes(n_head):
-        """ALiBi's slope of each head, (n_head,)."""
-        return None
+    slopes = staticmethod(lambda n_head: None)  # ALiBi's slope of each head, (n_head,)
 
 class LearnedPositions(Positions):
     """A learned vector for each of block_size positions, added to the embedding (GPT-2)."""
@@ -346,8 +344,8 @@ class SoftmaxAttention(nn.Module):
 
     def __init__(self, c, n_head, scale, span):
         super().__init__()
-        self.options = dict(scale=scale, window=span.window, chunked=span.chunked, softcap=c.softcap,
-                            alibi_bf16=c.pos == 'alibi_bf16', causal=c.causal, pattern=span.pattern)
+        self.options = dict(scale=scale, softcap=c.softcap, alibi_bf16=c.pos == 'alibi_bf16', causal=c.causal)
+        self.span = span
         slopes = POSITIONS[c.pos].slopes(n_head)
         # as integers, like the bits of Frequencies
         self.register_buffer('slopes', None if slopes is None else slopes.view(torch.int32), persistent=False)
@@ -360,11 +358,10 @@ class SoftmaxAttention(nn.Module):
         q (B,T,H,D), k (B,S,K,D), v (B,S,K,Dv), key_pos (S,) or (B,S) -> (B,T,H,Dv). Query head h reads
         key/value head h // (H / K); nothing is repeated in memory.
         """
-        slopes, options = None if self.slopes is None else self.slopes.view(torch.float32), self.options
-        if ctx.reach is not None and ctx.reach < (options['window'] or math.inf) and not options['chunked']:
-            options = options | {'window': ctx.reach}
-        return ops.attention(q, k, v, ctx.pos, key_pos, **options, slopes=slopes, sinks=self.sinks,
-                             in_order=ctx.in_order, dropout=self.dropout if self.training else 0.0,
+        slopes = None if self.slopes is None else self.slopes.view(torch.float32)
+        return ops.attention(q, k, v, ctx.pos, key_pos, **self.options, **limits(self.span, ctx),
+                             slopes=slopes, sinks=self.sinks, in_order=ctx.in_order,
+                             dropout=self.dropout if self.training else 0.0,
                              relative=self.relative and self.relative(ctx))
 
 class CachedAttention(nn.Module):
@@ -866,7 +863,7 @@ def unit_norm(attention, q, k, v, ctx, eps):
 
 def temperature(attention, q, k, v, ctx, scale, floor):
     """Queries grow by the log of their position, in steps of temp_floor tokens (Llama 4)."""
-    steps = ((ctx.pos.clamp(min=0) + 1) / floor).floor()                            # (T,) or (B,T)
+    steps = ((place_of(ctx).clamp(min=0) + 1) / floor).floor()                      # (T,) or (B,T)
     return q * (1 + scale * torch.log1p(steps)).to(q.dtype).unsqueeze(-1).unsqueeze(-1), k, v
 
 def value_embedding(attention, q, k, v, ctx):
@@ -911,6 +908,15 @@ def in_pattern(c):
     if stride is None:
         return {'window': reach, 'pattern': ops.Pattern(dilation=d, n_global=n_global)}
     return {'pattern': ops.Pattern(reach, d, stride, n_global)}     # a stride reaches all before
+
+def limits(span, ctx):
+    """What a layer's span is in this call: arguments of ops.attention and ops.visible."""
+    window, chunked, pattern = span.window, span.chunked, span.pattern
+    if ctx.reach is not None and ctx.reach < (window or math.inf) and not chunked:
+        window = ctx.reach
+    if ctx.documents is not None and pattern is not None:
+        pattern = pattern._replace(every=ctx.documents.gap)
+    return {'window': window, 'chunked': chunked, 'pattern': pattern}
 
 def keys_seen(T, span):
     """How many keys the last of T tokens sees, of those before it where others follow."""
@@ -1143,10 +1149,7 @@ class GatedUnit(CachedAttention):
 
     def seen(self, ctx, key_pos):
         """(1 or B,T,S)"""
-        window, chunked, pattern = self.span.window, self.span.chunked, self.span.pattern
-        if ctx.reach is not None and ctx.reach < (window or math.inf) and not chunked:
-            window = ctx.reach
-        return ops.visible(ctx.pos, key_pos, window, chunked, self.causal, pattern).squeeze(1)
+        return ops.visible(ctx.pos, key_pos, causal=self.causal, **limits(self.span, ctx)).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1209,16 +1212,19 @@ def close_gap(tail, x, pos):
     source = torch.where(slot < pad + sizes[0], slot - pad, slot).clamp(min=0)      # (1 or B,W-1+T)
     return both.gather(1, source.unsqueeze(-1).expand_as(both)).split(sizes, dim=1)
 
+def may_be_padded(ctx):
+    return not ctx.in_order and ctx.documents is None
+
 def no_padding(ctx, *tensors):
     """The tensors (B,T,...), with zeros where a token is padding, so that a state stays as it is."""
-    if ctx.in_order:
+    if not may_be_padded(ctx):
         return tensors
     return [x.masked_fill((ctx.pos < 0).view(-1, x.shape[1], *[1] * (x.dim() - 2)), 0) for x in tensors]
 
 def step_size(dt, ctx, limits=(0.0, None)):
     """softplus of dt (B,T,...), in fp32. Padding gets a step of 0, which leaves the state unchanged."""
     dt = F.softplus(ops.at_least_fp32(dt)).clamp(*limits)
-    return dt if ctx.in_order else dt.masked_fill((ctx.pos < 0).unsqueeze(-1), 0)
+    return dt.masked_fill((ctx.pos < 0).unsqueeze(-1), 0) if may_be_padded(ctx) else dt
 
 def step_bias(shape, generator):
     """softplus(bias) is log-uniform in [0.001, 0.1] (Gu and Dao 2023, section 3.6)."""
@@ -1238,6 +1244,8 @@ class CausalConv(nn.Module):
 
     def forward(self, x, ctx, tail):
         """x (B,T,I), tail (B,W-1,I) or None -> (B,T,I) and the new tail"""
+        if ctx.documents is not None:
+            return self.act(ops.conv_within(x, self.weight, self.bias, ctx.documents.place)), None
         if not ctx.in_order:
             if tail is None:
                 tail = x.new_zeros(x.shape[0], self.weight.shape[1] - 1, x.shape[2])
@@ -1318,7 +1326,9 @@ class Mamba1(StateSpace):
         dt, B, C = self.x_proj(x).split(self.widths, dim=-1)         # (B,T,R|N|N)
         dt = step_size(self.dt_proj(self.dt_norm(dt)), ctx)         # (B,T,I)
         A = -torch.exp(ops.at_least_fp32(self.A_log))
-        y, state = ops.selective_scan(x, dt, A, self.b_norm(B), self.c_norm(C), self.D, state)
+        fresh, dt = forget_by_step(ctx, x, dt, -A.amax(-1))
+        y, state = ops.selective_scan(fresh, dt, A, self.b_norm(B), self.c_norm(C), self.D, state)
+        y = y if fresh is x else (y + self.D * (x - fresh)).to(x.dtype)
         if cache is not None:
             cache.write(tail, state)
         return self.c_proj(y * F.silu(gate))
@@ -1374,7 +1384,9 @@ class Mamba2(StateSpace):
         dt = step_size(ops.at_least_fp32(dt) + ops.at_least_fp32(self.dt_bias), ctx, self.limits)   # (B,T,H)
         A = -torch.exp(ops.at_least_fp32(self.A_log))
         x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
-        y, state = ops.ssd(x, dt, A, B, C, self.D, state)                           # (B,T,H,P)
+        fresh, dt = forget_by_step(ctx, x, dt, -A)
+        y, state = ops.ssd(fresh, dt, A, B, C, self.D, state)                       # (B,T,H,P)
+        y = y if fresh is x else (y + self.D.unsqueeze(-1) * (x - fresh)).to(x.dtype)
         if cache is not None:
             cache.write(tail, state)
         y = y.flatten(2)
@@ -1763,7 +1775,7 @@ class Recurrence(StateSpace):
         if self.unit:
             q, k = unit_length(q), unit_length(k)
         if self.turns is not None:
-            angle = self.turns.angles(ctx.pos)
+            angle = self.turns.angles(place_of(ctx))
             q, k = ops.rope_qk(q, k, angle.cos(), angle.sin())
         q, k = (z.repeat_interleave(self.heads // self.key_heads, dim=2) for z in (q * self.scale, k))
         # 2. what is forgotten, what is erased, and how much is written
@@ -1774,6 +1786,7 @@ class Recurrence(StateSpace):
         if self.least is not None:
             v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
         g, k = no_padding(ctx, g, k)        # so nothing is erased either
+        g = forget(ctx, g)
         # 3. the state, and the way back
         y, state = ops.recurrence(q, k, v, g, e, state=state)                           # (B,T,H,V)
         if cache is not None:
@@ -1853,6 +1866,9 @@ def shifted(x, ctx, tail):
     first -> (B,T,C) and the new tail.
     """
     tail = torch.zeros_like(x[:, :1]) if tail is None else tail.to(x.dtype)
+    if ctx.documents is not None:
+        before = torch.cat((tail, x[:, :-1]), dim=1)
+        return before.masked_fill(ctx.documents.starts.unsqueeze(-1), 0), None
     if not ctx.in_order:
         tail, x = close_gap(tail, x, ctx.pos)
     both = torch.cat((tail, x), dim=1)
@@ -1985,7 +2001,7 @@ class RWKV7(StateSpace):
         erase, along = kk * torch.exp(-decay), kk * a
         decay, k, erase = no_padding(ctx, decay, k, erase)
         # 3. the state, and the way back
-        y, state = ops.recurrence(r, k, v, decay, erase, along, state)          # (B,T,H,V)
+        y, state = ops.recurrence(r, k, v, forget(ctx, decay), erase, along, state)     # (B,T,H,V)
         if cache is not None:
             cache.write(tail, state)
         y = self.norm(y) + ((r * k * u).sum(-1, keepdim=True) * v).flatten(2)
@@ -2034,7 +2050,8 @@ class RWKV6(StateSpace):
         r, k, v, decay = self.r(xr), self.k(xk), self.v(xv), -torch.exp(self.decay(xw))
         r, k, v, decay, u = (z.unflatten(-1, self.heads) for z in (r, k, v, decay, self.bonus))
         decay, k = no_padding(ctx, decay, k)
-        y, state = ops.recurrence(r, k, v, decay, state=state, before=True)     # (B,T,H,V)
+        read = r if ctx.documents is None else r.masked_fill(ctx.documents.starts[..., None, None], 0)
+        y, state = ops.recurrence(read, k, v, forget(ctx, decay), state=state, before=True)     # (B,T,H,V)
         if cache is not None:
             cache.write(tail, state)
         y = self.norm(y + (r * k * u).sum(-1, keepdim=True) * v)
@@ -2049,20 +2066,26 @@ def running_sums(x, decay, start):
         step *= 2
     return x
 
-def wkv(k, v, decay, u, real, state):
+def wkv(k, v, decay, u, real, state, documents=None):
     """
     RWKV-4's mean of the values v (B,T,C), with weights exp(k) that decay by exp(decay) (C,) a token, and
     exp(u + k) for the token itself; real (B,T,1) or (T,1): 0 for padding -> (B,T,C) and the state (B,C,3):
     the sums of weighted values and of weights, over exp(top), and top, the log of the largest weight so far.
+    Before a document's first token, that is the log of nothing, and so forgets all.
     """
     if state is None:
         state = torch.cat((k.new_zeros(*k.shape[::2], 2), k.new_full((*k.shape[::2], 1), -1e4)), dim=-1)
     start, top = state[:, None, :, :2], state[:, None, :, 2]                        # (B,1,C,2), (B,1,C)
     with torch.no_grad():   # the result does not depend on it
-        since = decay * real.cumsum(-2)
-        tops = torch.cat((top, torch.where(real > 0, k, -1e4) - since), dim=1).cummax(1).values
-        tops = torch.cat((top, tops[:, 1:] + since), dim=1)
-        before, after = tops[:, :-1], tops[:, 1:]
+        if documents is None:
+            since = decay * real.cumsum(-2)
+            tops = torch.cat((top, torch.where(real > 0, k, -1e4) - since), dim=1).cummax(1).values
+            tops = torch.cat((top, tops[:, 1:] + since), dim=1)
+            before, after = tops[:, :-1], tops[:, 1:]
+        else:
+            since = decay * (documents.place + 1).unsqueeze(-1)
+            after = largest_within(k - since, documents.place).clamp(min=-1e4) + since
+            before = torch.cat((top, after[:, :-1]), 1).masked_fill(documents.starts.unsqueeze(-1), -1e4)
         own = torch.maximum(before, u + k)
     weight = real * torch.exp(torch.where(real > 0, k, after) - after)
     # at most 0 but for rounding; a clamp would lose the gradient where it is above
@@ -2094,7 +2117,7 @@ class RWKV4(StateSpace):
         (xk, xv, xr), tail = self.shift(x, ctx, tail)
         k, v, decay, u = (ops.at_least_fp32(z) for z in (self.k(xk), self.v(xv), self.decay, self.bonus))
         real = (ctx.pos >= 0).to(k.dtype).unsqueeze(-1)
-        y, state = wkv(k, v, -torch.exp(decay), u, real, state)
+        y, state = wkv(k, v, -torch.exp(decay), u, real, state, ctx.documents)
         if cache is not None:
             cache.write(tail, state)
         return self.c_proj(torch.sigmoid(self.r(xr)) * y.to(x.dtype))
@@ -2183,22 +2206,24 @@ class S4D(StateSpace):
         state = None if cache is None else cache.read()[1]
         u, = no_padding(ctx, x)
         with torch.autocast(x.device.type, enabled=False):
-            y, state = self.scan(ops.at_least_fp32(u), ctx.pos, state, keep=cache is not None)
+            y, state = self.scan(ops.at_least_fp32(u), ctx, state, keep=cache is not None)
         if cache is not None:
             cache.write(x[:, :0], torch.view_as_real(state).flatten(-2))
         y = F.gelu(y.to(x.dtype) + self.D * u)
         return F.glu(self.c_proj(y), dim=-1)
 
-    def scan(self, u, pos, state, keep):
+    def scan(self, u, ctx, state, keep):
         log_dt, A_log, A_imag, C = (
             ops.at_least_fp32(p) for p in (self.log_dt, self.A_log, self.A_imag, self.C))
         h = None if state is None else torch.view_as_complex(state.unflatten(-1, (-1, 2)))
         A, C = torch.complex(-torch.exp(A_log), A_imag), torch.view_as_complex(C)
         step = torch.exp(log_dt).unsqueeze(-1) * A
         B = torch.expm1(step) / A       # the input is held constant for a step
+        if ctx.documents is not None:
+            return s4d_within(u, step, B, C, ctx.documents.place), None
         if u.shape[1] == 1 and h is not None:
-            return s4d_step(u, step, B, C, h, (pos >= 0).to(u.dtype))
-        return s4d_convolve(u, step, B, C, h, (pos < 0).sum(-1, keepdim=True), keep)
+            return s4d_step(u, step, B, C, h, (ctx.pos >= 0).to(u.dtype))
+        return s4d_convolve(u, step, B, C, h, (ctx.pos < 0).sum(-1, keepdim=True), keep)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2694,6 +2719,8 @@ def further_losses(model, x, targets, ctx, z_loss):
     total = 0.0
     for k, block in enumerate(model.further, start=1):
         shifted = F.pad(targets, (0, k), value=-1)[:, k:]
+        if ctx.documents is not None:   # none lies in the next document
+            shifted = shifted.where(F.pad(ctx.documents.place, (0, k))[:, k:] >= k, -1)
         loss = model.cross_entropy(block(x, ctx), shifted, z_loss)
         total = total + model.config.predict_weight / len(model.further) * loss
     return total
@@ -2805,11 +2832,13 @@ class Encoder(nn.Module):
             losses.terms.extend(own.losses.terms)
         return self.drop(self.ln_f(x))
 
-    def remembered(self, given, wte, source):
-        """What is given to the decoder's blocks, with the memory of source (B,S), -1 for padding."""
-        pos = torch.where(source >= 0, torch.arange(source.shape[1], device=source.device), -1)
-        x = wte(source.clamp(min=0)) * self.embed_scale
-        return given._replace(memory=self(x, pos, given.losses), memory_pos=pos)
+def remembered(model, given, source):
+    """What is given to the decoder's blocks, with the memory of source (B,S), -1 for padding."""
+    if model.encoder is None:
+        raise ValueError('source must be left out where n_encoder=0: no encoder reads it')
+    pos = torch.where(source >= 0, torch.arange(source.shape[1], device=source.device), -1)
+    x = model.wte(source.clamp(min=0)) * model.embed_scale
+    return given._replace(memory=model.encoder(x, pos, given.losses), memory_pos=pos)
 
 class MemoryCache:
     """The keys and values that one block makes of the memory, once."""
@@ -2885,6 +2914,118 @@ class CrossBlock(Block):
 
     def new_cache(self, *sizes):
         return JointCache(super().new_cache(*sizes), MemoryCache())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Documents in a packed row: no attention, state or convolution reaches from one into the next
+#
+#   row        a a a b b c c c c        three documents
+#   starts     1 0 0 1 0 1 0 0 0        what is given
+#   place      0 1 2 0 1 0 1 2 3        what embeddings, rotations and taps read
+#   pos        0 1 2 | g g+1 | 2g ...   what masks read: g = gap apart, and no window is longer than g / 2
+#
+# Masks and biases are functions of distances, so that nothing in attention knows of documents. A recurrence
+# forgets all before a document's first token, by decays that it has anyway; taps read zeros from before it.
+
+FORGOTTEN = -150.0      # a log decay that leaves nothing: e^-150 is 0 in fp32
+
+class Documents(NamedTuple):
+    """Where the documents of each row begin."""
+    starts: torch.Tensor    # (B,T) bool: the first token of each; of a row, always
+    place: torch.Tensor     # (B,T) int64: tokens between it and each token
+    gap: int                # positions from the start of one document to that of the next
+
+def places(starts):
+    """starts (B,T) bool -> the place of each token in its document, (B,T) int64"""
+    slot = torch.arange(starts.shape[1], device=starts.device)
+    return slot - torch.where(starts, slot, 0).cummax(1).values
+
+def check_starts(model, pos):
+    """ValueError if documents cannot be told apart in this call."""
+    c = model.config
+    for name, fits, remedy in (
+            ('pos', pos is None, 'be left out, as they give the positions'),
+            ('n_encoder', not c.n_encoder, 'be 0: leave starts out, or choose a decoder alone'),
+            ('pos', c.pos != 'alibi_bf16', 'not be alibi_bf16, whose rounding depends on where a row begins: '
+             'choose alibi, or leave starts out')):
+        if not fits:
+            raise ValueError(f'{name} must {remedy} (starts: where documents begin)')
+
+def context_of_documents(model, starts, pos):
+    """The Context of rows that hold several documents, which begin where starts (B,T) is True."""
+    check_starts(model, pos)
+    c, T, place = model.config, starts.shape[1], places(starts)
+    window = c.window or 1      # of which chunks are multiples
+    documents = Documents(place == 0, place, -(-2 * T // window) * window)
+    pos = place + documents.gap * (documents.starts.cumsum(1) - 1)
+    return Context(pos, False, model.wpe.rope(place, T), reach=T, documents=documents)
+
+def place_of(ctx):
+    """Positions in a document, (T,) or (B,T); negative for padding."""
+    return ctx.pos if ctx.documents is None else ctx.documents.place
+
+def read_documents(model, idx, cache, pos, starts, last_only):
+    """
+    GPT.forward of a first call with a cache, for rows of several documents. What a cache keeps of a row is
+    its last document; all before it is padding to that, so it is read once more, for its logits alone.
+    """
+    check_starts(model, pos)
+    if not all(entry.empty for entry in cache):
+        raise ValueError('starts must be given on the first call with a cache: reset it, or leave them out')
+    slot = torch.arange(idx.shape[1], device=idx.device)
+    pos = slot - torch.where(starts, slot, 0).amax(1, keepdim=True)
+    logits, _ = model(idx, cache=cache, pos=pos, last_only=True)
+    return (logits if last_only else model(idx, starts=starts)[0]), None
+
+def forget(ctx, g):
+    """Log decays g (B,T,H,1 or K), of which that of a document's first token leaves nothing of a state."""
+    return g if ctx.documents is None else g.masked_fill(ctx.documents.starts[..., None, None], FORGOTTEN)
+
+def forget_by_step(ctx, x, dt, rate):
+    """
+    The same for a state space: its steps dt (B,T,n) and inputs x (B,T,n,...), for decays of at least
+    exp(-dt rate), rate (n,). At the first token of a document, dt grows by a factor until that is FORGOTTEN,
+    and x shrinks by it, so that what is written, dt x, is the same; by a power of two, which rounds nothing.
+    """
+    if ctx.documents is None:
+        return x, dt
+    dt = dt.clamp(min=1e-12)
+    with torch.no_grad():
+        factor = torch.exp2(torch.log2(-FORGOTTEN / (rate * dt)).ceil()).clamp(min=1)
+        factor = torch.where(ctx.documents.starts.unsqueeze(-1), factor, 1)
+    # fp16 has no numbers so small
+    x = x.float() if x.dtype == torch.float16 else x
+    return x / factor.view(*factor.shape, *[1] * (x.dim() - dt.dim())).to(x.dtype), dt * factor
+
+def largest_within(x, place):
+    """The largest x (B,T,C) so far in each document, in log2(T) rounds."""
+    step = 1
+    while step < x.shape[1]:    # x is the largest of up to 2 step tokens after each round
+        both = torch.maximum(x[:, step:], x[:, :-step])
+        both = torch.where((place[:, step:] >= step).unsqueeze(-1), both, x[:, step:])
+        x, step = torch.cat((x[:, :step], both), dim=1), 2 * step
+    return x
+
+def s4d_within(u, A, B, C, place, size=16):
+    """
+    s4d_convolve from zeros, in documents: in pieces of `size` tokens, by taps within a piece, and from the
+    state in front of it for the document that goes on there. u (B,T,c), place (B,T) -> (B,T,c)
+    """
+    T, slot = u.shape[1], torch.arange(size, device=u.device)
+    u, place = F.pad(u, (0, 0, 0, -T % size)), F.pad(place, (0, -T % size))
+    powers = torch.exp(A.unsqueeze(-1) * slot)                                      # (c,n,size)
+    kernel = 2 * torch.einsum('cn,cnt->ct', C * B, powers).real
+    y = ops.conv_within(u, kernel.flip(-1), None, torch.minimum(place, slot.repeat(u.shape[1] // size)))
+    u, place = u.unflatten(1, (-1, size)), place.unflatten(1, (-1, size))           # (B,N,size,...)
+    ended = place[..., -1:] < size - 1 - slot       # before the last document of a piece
+    last = u.masked_fill(ended.unsqueeze(-1), 0).to(B.dtype)
+    added = B * torch.einsum('bntc,cmt->bncm', last, powers.flip(-1))
+    keep = torch.exp(A * size) * (place[..., -1] >= size)[..., None, None]          # (B,N,c,n)
+    states = running_sums(added, keep, torch.zeros_like(added[:, :1]))
+    states = torch.cat((torch.zeros_like(states[:, :1]), states[:, :-1]), dim=1)    # in front of each piece
+    past = 2 * torch.einsum('bncm,cmt->bntc', C * torch.exp(A) * states, powers).real
+    past = past.masked_fill((place <= slot).unsqueeze(-1), 0)
+    return (y + past.flatten(1, 2))[:, :T]
 
 
 # ==========================================================================================================
@@ -3043,12 +3184,14 @@ class GPT(nn.Module):
             p.copy_(p.init(p.shape, generator))
 
     def forward(self, idx, targets=None, cache=None, pos=None, last_only=False, z_loss=0.0, parts=False,
-                weights=None, source=None):
+                weights=None, source=None, starts=None):
         """
         idx (B,T) int64. pos (T,) or (B,T) int64: their positions, consecutive, negative for padding in front
         of a row (of an encoder: anywhere), below block_size where positions are learned; None: 0..T-1.
         cache: from new_cache; then pos may be None on its first call only. source (B,S) int64, -1 for
-        padding: what an encoder reads (n_encoder), with a cache on its first call only.
+        padding: what an encoder reads (n_encoder), with a cache on its first call only. starts (B,T) bool:
+        the first tokens of documents, which then see nothing of each other; a cache keeps the last one, with
+        positions counted from its start.
 
         Without targets -> (logits (B,T,V), None), or (B,1,V) with last_only. With targets (B,T), -1 where
         there is none -> (None, mean cross entropy in nats); the logits are never stored. In training the loss
@@ -3056,16 +3199,16 @@ class GPT(nn.Module):
         log-sum-exp (PaLM). weights (B,T): of the targets in that mean. parts=True: a dict of the loss and
         its parts, see `losses`.
         """
-        ctx = self.context(idx, pos, cache)
-        x = self.embed_proj(self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, ctx.pos))))
+        if starts is not None and cache is not None:
+            return read_documents(self, idx, cache, pos, starts, last_only)
+        ctx = self.context(idx, pos, cache) if starts is None else context_of_documents(self, starts, pos)
+        x = self.embed_proj(self.drop(self.ln_e(self.wpe(self.wte(idx) * self.embed_scale, place_of(ctx)))))
         if self.stream_dtype is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.stream_dtype)
         values = None if self.vte is None else self.vte(idx).unflatten(-1, (-1, self.config.head_dim))
         given = Given(x, values, RouterLosses(), Shelf(), getattr(self.wpe, 'table', None), tied=self.tied)
         if source is not None:
-            if self.encoder is None:
-                raise ValueError('source must be left out where n_encoder=0: no encoder reads it')
-            given = self.encoder.remembered(given, self.wte, source)
+            given = remembered(self, given, source)
         for block, entry in zip(self.h, cache or [None] * len(self.h), strict=True):
             # empty, or each block would be compiled by itself
             own = given._replace(losses=RouterLosses())

@@ -29,7 +29,7 @@ import torch
 from configurator import configure, errors_as_messages, plain_settings
 from data.loader import prefetched, row_of_pairs
 from data.mixture import Sources
-from data.objectives import objective_of
+from data.objectives import objective_of, packed
 from kernels import use_attention, use_head_dtype, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
@@ -74,6 +74,7 @@ wandb_samples = 2                   # Weights & Biases: sample texts of 200 toke
 dataset = 'pysource'                # a folder of data/ or a path; several with weights: 'a:0.7,b:0.3'
 objective = 'next'                  # next; mask, diffusion (causal=False); prefix, span (n_encoder)
 mask_rate = 0.15                    # mask: share of the tokens that are masked and named
+doc_mask = False                    # no token sees another document than its own (docs/training.md)
 check_data: bool | None = None      # verify the checksums of the token files; None: if they are below 4 GB
 batch_size = 12                     # sequences per micro-batch of one process
 gradient_accumulation_steps = 40    # micro-batches per step, summed over all processes
@@ -190,6 +191,9 @@ with errors_as_messages():
         rules.check_vocabulary(config, n_tokens, dataset, init_from if loaded else None, task.more)
     task = task.read_by(rules.check_objective(settings, config))
     rules.check_context_parallel(settings, config, world)
+    rules.check_documents(settings, config)
+    if doc_mask:
+        task = packed(task, sources.folders.values())
     T = config.block_size
     # among how many processes the rows are dealt, and which of these this process is
     share = (0, 1) if context_parallel else (rank, world)

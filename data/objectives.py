@@ -13,13 +13,16 @@ An encoder alone can learn the last two as well: it names all tokens at once, ea
 An objective is called with rows (n,T+1) and a key for each row, from which all its draws are hashed: a row is
 masked alike in every run that has the seed, whatever its other flags, and in a run that is resumed.
 """
+
 import numpy as np
 import torch
 
-from .loader import inputs_and_targets, mix
-from .tokenizer import mask_of
+from .loader import Tokens, inputs_and_targets, mix, read_meta
+from .tokenizer import from_meta, mask_of
+from .writer import DTYPES
 
 SPANS = 100     # marks of spans that a vocabulary has, and so the most spans of a row
+SEARCHED = 2**22    # first tokens of a dataset, among which a document must end if it has several
 
 
 def noise(keys, columns, purpose):
@@ -213,6 +216,21 @@ class Pairs(Prefix):
         return ((x != self.eot) * np.arange(1, x.shape[1] + 1)).max(-1, keepdims=True)
 
 
+class Packed:
+    """
+    An objective whose batches say as well where documents begin: at each end-of-text token, which ends one
+    text and begins the next. So a text begins in training as in sampling, the first token of each is learned
+    too, and no target lies in another document than the token that names it.
+    """
+
+    def __init__(self, task, end):
+        self.task, self.end, self.names = task, end, (*task.names, 'starts')
+        self.more, self.whole, self.told = task.more, task.whole, task.told
+
+    def __call__(self, rows, keys):
+        return *self.task(rows, keys), torch.from_numpy(rows[:, :-1] == self.end)
+
+
 OBJECTIVES = {'next': Next, 'mask': Mask, 'diffusion': Diffusion, 'prefix': Prefix, 'span': Span}
 
 
@@ -225,3 +243,19 @@ def objective_of(name, meta, mask_rate):
     if own is not None:     # sample.py reads the same; marks of spans are needed beside it
         task.mask, task.more = own, 0 if isinstance(task, Mask) else task.more
     return task
+
+
+def packed(task, folders):
+    """The objective with where documents begin. ValueError if nothing parts those of the data in `folders`."""
+    metas = {folder: read_meta(folder) for folder in folders}
+    end = from_meta(next(iter(metas.values()))['tokenizer']).eot
+
+    def parted(folder, meta):
+        tokens = Tokens(folder, meta['files']['train'], DTYPES[meta['dtype']])
+        return (tokens.rows(np.zeros(1, np.int64), min(len(tokens), SEARCHED)) == end).any()
+    if end is None or not any(parted(*item) for item in metas.items()):
+        names = ', '.join(map(str, folders))
+        raise ValueError(f'doc_mask=True must be False for {names}, where no end-of-text token parts '
+                         'documents: leave it out, or prepare several with data/text/prepare.py and a '
+                         '--tokenizer other than chars')
+    return Packed(task, end)

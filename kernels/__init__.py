@@ -34,6 +34,7 @@ from . import (
     ssd,
 )
 from .attention import visible  # noqa: F401
+from .causal_conv import conv_within  # noqa: F401
 from .common import HAS_TRITON, INTERPRETED, as_products, at_least_fp32, runs_triton  # noqa: F401
 from .exact_linear import exact_linear  # noqa: F401
 from .expert_rows import collect, spread  # noqa: F401
@@ -151,4 +152,4 @@ def _dispatch(name):
 
 
 globals().update({name: _dispatch(name) for name in OPS} | {'attention': attention.attention})
-__all__ = sorted([*OPS, 'Pattern', 'collect', 'exact_linear', 'spans', 'spread', 'visible'])
+__all__ = sorted([*OPS, 'Pattern', 'collect', 'conv_within', 'exact_linear', 'spans', 'spread', 'visible'])

@@ -350,7 +350,7 @@ def strided(q, k, v, scoring):
     Keys at multiples of s are all keys of each of s interleaved sequences. Joined to them are those of the
     window and the first tokens, in blocks, but for the ones that were among the others.
     """
-    (B, T, H, _), (near, dilation, s, n_global) = q.shape, scoring.pattern
+    (B, T, H, _), (near, dilation, s, n_global) = q.shape, scoring.pattern[:4]
     k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
     far = [apart(padded(x, 0, -T % s), s) for x in (q, k, v)]                       # (B s,T/s,H,D)
     far_mask = None

@@ -80,6 +80,49 @@ def causal_conv(x, weight, bias=None, tail=None):
     return _CausalConv.apply(x, weight, bias), x[:, T:]
 
 
+class _ConvWithin(torch.autograd.Function):
+    """x (B,T,I), weight (I,W), bias (I,) or None, place (B,T) -> (B,T,I)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, place):
+        ctx.save_for_backward(x, weight, place)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        taps = weight.to(wide.dtype).T.contiguous()     # (W,I)
+        y = torch.zeros_like(wide) if bias is None else bias.to(wide.dtype).expand_as(wide).clone()
+        for back in range(1, min(len(taps), x.shape[1])):
+            y[:, back:].addcmul_(wide[:, :-back] * taps[-1 - back], inside(place, back, wide))
+        y = torch.addcmul(y, wide, taps[-1])
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, place = ctx.saved_tensors
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        grad, taps = grad.to(wide.dtype), weight.to(wide.dtype).T.contiguous()
+        dx, d_taps = grad * taps[-1], torch.zeros_like(taps)
+        d_taps[-1] = (grad * wide).flatten(0, 1).sum(0)
+        for back in range(1, min(len(taps), x.shape[1])):
+            g = grad[:, back:] * inside(place, back, grad)
+            dx[:, :-back].addcmul_(g, taps[-1 - back])
+            d_taps[-1 - back] = g.mul_(wide[:, :-back]).flatten(0, 1).sum(0)
+        d_bias = None if ctx.bias_dtype is None else grad.flatten(0, 1).sum(0).to(ctx.bias_dtype)
+        return dx.to(x.dtype), d_taps.T.to(weight.dtype), d_bias, None
+
+
+def inside(place, back, like):
+    """1 for each token whose document began at least `back` tokens before it, else 0: (B,T-back,1)"""
+    return (place[:, back:] >= back).to(like.dtype).unsqueeze(-1)
+
+
+def conv_within(x, weight, bias, place):
+    """
+    causal_conv without a tail, whose taps read zeros from before a document: place (B,T), how many tokens
+    after the first of its document each token stands. Plain PyTorch on every device.
+    """
+    return _ConvWithin.apply(x, weight, bias, place)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Triton
 

@@ -32,6 +32,7 @@ class Pattern(NamedTuple):
     dilation: int = 1
     stride: int | None = None
     n_global: int = 0
+    every: int | None = None    # a document begins at each multiple of it, with global tokens of its own
 
     def keeps(self, distance):
         """Which keys at these distances, none below 0, are seen within the window."""
@@ -45,8 +46,12 @@ class Pattern(NamedTuple):
         return self.dilation == 1 and (self.near is None or self.near >= T)
 
     def is_global(self, query, key, causal):
+        same = True
+        if self.every is not None:
+            same = key // self.every == query // self.every
+            query, key = query % self.every, key % self.every
         first = key < self.n_global
-        return first if causal else first | (query < self.n_global)
+        return (first if causal else first | (query < self.n_global)) & same
 
 
 # ----------------------------------------------------------------------------------------------------------

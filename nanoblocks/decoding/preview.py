@@ -56,7 +56,7 @@ def answered(model, tokenizer, seed, max_tokens, idx, targets, source=None):
     return f'{readable(tokenizer, told[0])} => {readable(tokenizer, new[0, first + 1:])}'
 
 
-def filled(model, tokenizer, seed, max_tokens, idx, targets, weights=None):
+def filled(model, tokenizer, seed, max_tokens, idx, targets, weights=None, starts=None):
     """A row (1,T) with what is missing, an arrow, and the row filled in: of objectives mask and diffusion."""
     idx = idx[:, :max_tokens]
     mask = mask_token(model, tokenizer)

@@ -36,7 +36,7 @@ LIMITS = {
 # values of init_from that do not name a checkpoint
 STARTS = ('scratch', 'resume', 'auto')
 # settings that a resumed run must keep, as it must keep the model's flags and the rows of a step
-FIXED = ('seed', 'objective', 'mask_rate', 'batch_warmup_iters', 'optimizer')
+FIXED = ('seed', 'objective', 'mask_rate', 'doc_mask', 'batch_warmup_iters', 'optimizer')
 
 # When torch.compile pays on a CPU. The first step then takes 33 to 97 seconds longer, and the others 1 / 1.26
 # to 1 / 1.95 of their time, which makes up for it after 1e13 (Gemma 2, Mamba-2) to 3.5e13 FLOPs (Llama of 5M
@@ -174,6 +174,20 @@ def check_objective(s, config):
     return kind
 
 
+def check_documents(s, config):
+    """ValueError if with doc_mask the documents of a row could not be read each by itself."""
+    if not s['doc_mask']:
+        return
+    must = rule_of(s)
+    must('doc_mask', s['objective'] in ('next', 'mask', 'diffusion'),
+         f'be False when objective={s["objective"]}, where a row is one text in two parts')
+    must('doc_mask', not config.n_encoder, f'be False when n_encoder={config.n_encoder}: an encoder beside a '
+         'decoder reads a row as one text')
+    must('doc_mask', not s['context_parallel'], 'be False when context_parallel=True, which splits rows')
+    must('doc_mask', config.pos != 'alibi_bf16', 'be False when pos=alibi_bf16, whose rounding depends on '
+         'where a row begins: choose alibi')
+
+
 def check_context_parallel(s, config, world):
     """ValueError if the parts of a row that `world` processes hold cannot be trained as one row."""
     if not s['context_parallel']:
@@ -234,7 +248,7 @@ def refuse_contradictions(resumed, path, model_args, settings, given, meta):
     """
     # an older checkpoint lacks the flags that came after it: they had their defaults
     trained = asdict(GPTConfig(**resumed['config']))
-    before = {name: resumed['settings'].get(name) for name in FIXED} | trained
+    before = {name: resumed['settings'].get(name, False) for name in FIXED} | trained
     flags = trained | model_args
     try:
         flags = asdict(GPTConfig(**flags))
