@@ -246,7 +246,7 @@ def objective_of(name, meta, mask_rate):
 
 
 def packed(task, folders):
-    """The objective with where documents begin. ValueError if nothing parts those of the data in `folders`."""
+    """The objective with where documents begin. ValueError if nothing parts those in any of the folders."""
     metas = {folder: read_meta(folder) for folder in folders}
     end = from_meta(next(iter(metas.values()))['tokenizer']).eot
 
@@ -256,6 +256,6 @@ def packed(task, folders):
     if end is None or not any(parted(*item) for item in metas.items()):
         names = ', '.join(map(str, folders))
         raise ValueError(f'doc_mask=True must be False for {names}, where no end-of-text token parts '
-                         'documents: leave it out, or prepare several with data/text/prepare.py and a '
-                         '--tokenizer other than chars')
+                         'documents: leave it out, or prepare 100 documents or more, or any with '
+                         '--val_input=, by data/text/prepare.py and a --tokenizer other than chars')
     return Packed(task, end)
