@@ -34,8 +34,10 @@ from kernels import use_attention, use_head_dtype, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
 from nanoblocks.commandline import refuse_words, warn_of_unread
+from nanoblocks.decoding import tasks
 from nanoblocks.decoding.preview import sample_texts
 from nanoblocks.files import ROOT
+from nanoblocks.tokenizer import from_meta
 from nanoblocks.training import checkpoint, debug, optim, parallel
 from nanoblocks.training import settings as rules
 from nanoblocks.training.logbook import Logbook, describe_run
@@ -56,6 +58,7 @@ log_interval = 10                   # steps between log lines
 eval_interval = 2000                # steps between evaluations, each of which saves a checkpoint
 eval_iters = 200                    # batches per evaluation, unless eval_tokens is set
 eval_tokens: int | None = None      # tokens per evaluation at any batch size; None: eval_iters batches
+eval_tasks = ''                     # files of multiple choice (JSON lines) to score too: FILE,FILE,...
 eval_only = False                   # evaluate once, write nothing and exit
 always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only if the loss is a new best
 bad_step_limit = 20                 # skipped steps in a row (loss or gradient not finite) that end the run
@@ -197,6 +200,8 @@ with errors_as_messages():
         model = loaded or GPT(config, seed=seed)
     parallel.refuse_differences(checkpoint.loaded_by(resumed, digest, loaded, meta, settings, config))
     optim.refuse_unused(rates, model)
+    choice_tasks = tasks.read_tasks(eval_tasks, model, from_meta(meta['tokenizer']), 'eval_tasks') \
+        if eval_tasks else []
     if check_data is not False and local_rank == 0:
         check_hashes(data_folder, None if check_data else 4e9)
     if loaded and is_main:
@@ -309,6 +314,23 @@ def evaluate():
     return loss / count
 
 
+def score_tasks():
+    """Print and return the accuracy on each file of eval_tasks: {'NAME/acc': ..., 'NAME/acc_norm': ...}"""
+    def tell(part):
+        log.evaluating(part)
+        signals.poll()
+
+    found = {}
+    for choice_task in choice_tasks:
+        with (progress.paused(), optimizers.averaged(), signals.interruptible(),
+              torch.compiler.set_stance('force_eager'), autocast):
+            result = tasks.accuracy(choice_task, raw_model, batch_size, (rank, world),
+                                    lambda sums: parallel.summed(sums, device_type), tell)
+        log.print(f'step {step}: {result}')
+        found |= {f'{result.name}/acc': result.acc, f'{result.name}/acc_norm': result.acc_norm}
+    return found
+
+
 def record(**numbers):
     """Add a line to metrics.jsonl and to Weights & Biases."""
     log.record({'step': step, 'tokens': micro_done * batch_size * T,
@@ -360,7 +382,7 @@ try:
             val_loss = evaluate()
             bits = val_loss / math.log(2) / meta['val_bytes_per_token']
             log.print(f'step {step}: val loss {val_loss:.4f}{task.told.format(bits=bits)}')
-            record(val_loss=val_loss, **{'val_bpb': bits} if task.whole else {})
+            record(val_loss=val_loss, **{'val_bpb': bits} if task.whole else {}, **score_tasks())
             if eval_only:
                 break
             evaluated, improved = step, step > 0 and val_loss < best_val_loss
