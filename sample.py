@@ -93,11 +93,12 @@ with errors_as_messages():
         (score, 'with score', ['num_samples', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p',
                                'repetition_penalty', 'stop', 'draft']),
         (tasks, 'with tasks', ['num_samples', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p',
-                               'repetition_penalty', 'stop', 'draft', 'seed', 'chunk']),
+                               'repetition_penalty', 'stop', 'draft']),
         (draft, 'with a draft', ['bandwidth']), (not draft, 'without a draft', ['ahead'])])
 
     # read before the model is loaded, so that a wrong path is refused at once
-    refuse_to_overwrite(out, prompts, *tasks.split(','), *(text for text in (start, score) if text.startswith('FILE:')))
+    refuse_to_overwrite(out, prompts, *tasks.split(','),
+                         *(text for text in (start, score) if text.startswith('FILE:')))
     text = text_or_file(score or start)
     texts = read_prompts(prompts) if prompts else []
     session = Session.load(

@@ -91,11 +91,11 @@ def open_files(path):
                                  streaming=True)
 
 
-def open_repo(repo, config, revision):
-    """The rows of a dataset on the Hub, as a streaming dataset."""
+def open_repo(repo, config, revision, split='train'):
+    """The rows of a split of a dataset on the Hub, as a streaming dataset."""
     datasets = need('datasets', f'repo={repo}')
     try:
-        return datasets.load_dataset(repo, config or None, revision=revision or None, split='train',
+        return datasets.load_dataset(repo, config or None, revision=revision or None, split=split,
                                      streaming=True)
     except (OSError, RuntimeError) as error:
         raise OSError(f'{repo} cannot be opened ({str(error).splitlines()[0]}): check the network, try '

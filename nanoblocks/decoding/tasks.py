@@ -1,6 +1,6 @@
 """
-Multiple choice, as lm-evaluation-harness scores it (Gao et al. 2021, https://zenodo.org/records/5371628): each
-choice is a continuation of the context, and the model answers with the one that it finds likeliest.
+Multiple choice, as lm-evaluation-harness scores it
+(https://github.com/EleutherAI/lm-evaluation-harness): each choice is a continuation of the context, and the model answers with the one that it finds likeliest.
 
 A task is a file of JSON lines:
 
@@ -88,8 +88,8 @@ def read_task(path, model, tokenizer, limit):
             question = in_tokens(number, *parsed(text), tokenizer)
             longest = max(map(len, question.rows)) - 1      # the last token is not read
             if longest > limit:
-                raise ValueError(f'it has {longest} tokens and must have at most block_size={limit}: shorten its '
-                                 'context, leave the line out, or take a model with a larger block_size')
+                raise ValueError(f'it has {longest} tokens and must have at most block_size={limit}: shorten '
+                                 'its context, leave it out, or take a model with a larger block_size')
             for row in question.rows:
                 check_vocabulary(model, tokenizer, row, 'the text')
         except ValueError as error:
@@ -167,7 +167,7 @@ def accuracy(task, model, batch_size, share=(0, 1), summed=list, tell=nothing, o
     question. The rest is for log_likelihoods.
     """
     rank, world = share
-    if max(len(row) for q in task.questions for row in q.rows) > model.wpe.longest:
+    if max(len(row) - 1 for q in task.questions for row in q.rows) > model.wpe.longest:
         batch_size = 1      # where the rotation depends on the length, padding would change it
     shares = [task.questions[r::world] for r in range(world)]
     # with shards, a forward pass is one of all processes
