@@ -1,4 +1,4 @@
-"""Tasks of multiple choice from the Hugging Face Hub, as the JSON lines that nanoblocks/decoding/tasks.py reads."""
+"""Multiple choice from the Hugging Face Hub, as the JSON lines that nanoblocks/decoding/tasks.py reads."""
 import json
 import os
 from pathlib import Path
@@ -12,15 +12,15 @@ from .reading import count
 
 def prepare(folder, name, question_of, *, repo, config, revision, split, input, out, overwrite):
     """
-    Write out/NAME.jsonl, in `folder` if `out` is empty: a line for each row of a dataset of the Hub, or of the
-    files that `input` names. question_of: a row -> (context, choices, answer); answer None: the row has none,
-    as in splits for competitions, and is passed over. The rest are the settings.
+    Write NAME.jsonl to `out`, or to `folder` if `out` is empty: a line for each row of a dataset of the Hub,
+    or of the files that `input` names. question_of: a row -> (context, choices, answer); answer None: the row
+    has none, as in splits for competitions, and is passed over. The rest are the settings.
     """
     with preparation(out or folder, overwrite=True) as out:
         path = out / f'{name}.jsonl'
         if path.exists() and not overwrite:
-            raise ValueError(f'overwrite={overwrite} must be True to replace {path}: add --overwrite=True, or '
-                             'write to another folder with --out=FOLDER')
+            raise ValueError(f'overwrite={overwrite} must be True to replace {path}: add --overwrite=True, '
+                             'or write to another folder with --out=FOLDER')
         rows = open_files(Path(input)) if input else open_repo(repo, config, revision, split)
         lines, without = [], 0
         for number, row in enumerate(rows, 1):
@@ -41,6 +41,7 @@ def prepare(folder, name, question_of, *, repo, config, revision, split, input, 
 
 
 def asked(row, number, question_of):
+    """question_of(row), or a ValueError that says what the row has instead."""
     try:
         return question_of(row)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
