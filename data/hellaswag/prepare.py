@@ -1,4 +1,4 @@
-"""HellaSwag, how everyday scenes and instructions go on (Zellers et al. 2019): 10,042 questions with 4 choices.
+"""HellaSwag, how everyday scenes and instructions go on (Zellers et al. 2019): 10,042 questions of 4 choices.
 
     python data/hellaswag/prepare.py
     python data/hellaswag/prepare.py --input=hellaswag_val.jsonl    # a copy of the rows, without network

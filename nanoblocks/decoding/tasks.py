@@ -1,6 +1,6 @@
 """
-Multiple choice, as lm-evaluation-harness scores it
-(https://github.com/EleutherAI/lm-evaluation-harness): each choice is a continuation of the context, and the model answers with the one that it finds likeliest.
+Multiple choice, as lm-evaluation-harness scores it: each choice is a continuation of the context, and the
+answer of a model is the one that it finds likeliest (https://github.com/EleutherAI/lm-evaluation-harness).
 
 A task is a file of JSON lines:
 
