@@ -200,8 +200,9 @@ with errors_as_messages():
         model = loaded or GPT(config, seed=seed)
     parallel.refuse_differences(checkpoint.loaded_by(resumed, digest, loaded, meta, settings, config))
     optim.refuse_unused(rates, model)
-    choice_tasks = tasks.read_tasks(eval_tasks, model, from_meta(meta['tokenizer']), 'eval_tasks') \
-        if eval_tasks else []
+    questions = []
+    if eval_tasks:
+        questions = tasks.read_tasks(eval_tasks, model, from_meta(meta['tokenizer']), 'eval_tasks')
     if check_data is not False and local_rank == 0:
         check_hashes(data_folder, None if check_data else 4e9)
     if loaded and is_main:
@@ -321,10 +322,10 @@ def score_tasks():
         signals.poll()
 
     found = {}
-    for choice_task in choice_tasks:
+    for file in questions:
         with (progress.paused(), optimizers.averaged(), signals.interruptible(),
               torch.compiler.set_stance('force_eager'), autocast):
-            result = tasks.accuracy(choice_task, raw_model, batch_size, (rank, world),
+            result = tasks.accuracy(file, raw_model, batch_size, (rank, world),
                                     lambda sums: parallel.summed(sums, device_type), tell)
         log.print(f'step {step}: {result}')
         found |= {f'{result.name}/acc': result.acc, f'{result.name}/acc_norm': result.acc_norm}
