@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, build, every_decoder_alone, scaled
 from conftest import toy as toy_flags
 from runs import assert_refused, assert_same_run, dataset, flags, metrics, pair, python, toy, train, trained
+from test_logging import OFFLINE, history, wandb_files
 from test_pretrained_texts import TOKENIZERS
 from test_tokenizers import CORPUS, KINDS, written
 
@@ -27,7 +28,7 @@ LLAMA = dict(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, block_size=64
 
 
 def lines_of(count, seed=0, empty=True):
-    """Questions of words of CORPUS, with what decides between two ways of counting: blanks, bytes, lengths."""
+    """Questions of words of CORPUS, in which blanks, bytes and lengths decide between ways of counting."""
     rng, words = np.random.default_rng(seed), ' '.join(CORPUS[1:3]).replace(',', '').split()
     lines = []
     for n in range(count):
@@ -205,6 +206,15 @@ def test_an_evaluation_scores_tasks_and_changes_nothing_else(tmp_path, questions
     done = python('train.py', *flags(out_dir=out_dir, init_from='resume', eval_only=True,
                                      eval_tasks=questions))
     assert done.code == 0 and f'step 4: words: acc {acc:.4f}, acc_norm {norm:.4f}\n' in done.out, done
+
+
+def test_accuracies_go_to_weights_and_biases(tmp_path, questions):
+    pytest.importorskip('wandb')
+    done = python('train.py', *toy(tmp_path / 'run', **SHORT, eval_tasks=questions, wandb_log=True,
+                                   wandb_samples=0), env=OFFLINE)
+    assert done.code == 0, done
+    rows = [row for row in history(wandb_files(tmp_path / 'run')[0]) if 'words/acc' in row]
+    assert [(row['words/acc'], row['words/acc_norm']) for row in rows] == accuracies(tmp_path / 'run')
 
 
 @pytest.mark.parametrize('settings', [{}, dict(shard=True), dict(context_parallel=True, pos='rope')],
