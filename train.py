@@ -34,7 +34,9 @@ from kernels import use_attention, use_head_dtype, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
 from nanoblocks.commandline import refuse_words, warn_of_unread
+from nanoblocks.decoding import tasks
 from nanoblocks.decoding.preview import sample_texts
+from nanoblocks.tokenizer import from_meta
 from nanoblocks.training import checkpoint, debug, optim, parallel
 from nanoblocks.training import settings as rules
 from nanoblocks.training.logbook import Logbook, describe_run
@@ -57,6 +59,7 @@ log_interval = 10                   # steps between log lines
 eval_interval = 2000                # steps between evaluations
 eval_iters = 200                    # batches per evaluation, unless eval_tokens is set
 eval_tokens: int | None = None      # tokens per evaluation at any batch size; None: eval_iters batches
+eval_tasks = ''                     # files of multiple choice (JSON lines) to score too: FILE,FILE,...
 eval_only = False                   # evaluate once, write nothing and exit
 always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only if the loss is a new best
 save_interval: int | None = None    # steps between checkpoints, which are then not written at evaluations
@@ -210,6 +213,9 @@ with errors_as_messages():
         model = loaded or GPT(config, seed=seed)
     parallel.refuse_differences(checkpoint.loaded_by(resumed, digest, loaded, meta, settings, config))
     optim.refuse_unused(rates, model)
+    questions = []
+    if eval_tasks:
+        questions = tasks.read_tasks(eval_tasks, model, from_meta(meta['tokenizer']), 'eval_tasks')
     if check_data is not False and local_rank == 0:
         sources.check_hashes(None if check_data else 4e9)
     if loaded and is_main:
@@ -323,6 +329,23 @@ def evaluate(data):
     return loss / count
 
 
+def score_tasks():
+    """Print and return the accuracy on each file of eval_tasks: {'NAME/acc': ..., 'NAME/acc_norm': ...}"""
+    def tell(part):
+        log.evaluating(part)
+        signals.poll()
+
+    found = {}
+    for file in questions:
+        with (progress.paused(), optimizers.averaged(), signals.interruptible(),
+              torch.compiler.set_stance('force_eager'), autocast):
+            result = tasks.accuracy(file, raw_model, batch_size, (rank, world),
+                                    lambda sums: parallel.summed(sums, device_type), tell)
+        log.print(f'step {step}: {result}')
+        found |= {f'{result.name}/acc': result.acc, f'{result.name}/acc_norm': result.acc_norm}
+    return found
+
+
 def record(**numbers):
     """Add a line to metrics.jsonl and to Weights & Biases."""
     log.record({'step': step, 'tokens': micro_done * batch_size * T,
@@ -371,7 +394,7 @@ try:
         # evaluate, first as a base line; save the best weights and the newest
         if eval_only or step > evaluated and (step % eval_interval == 0 or step == max_iters):
             val_loss, bits, each = data.judged([evaluate(part) for part in data.parts])
-            record(**log.evaluated(step, task, val_loss, bits, each))
+            record(**log.evaluated(step, task, val_loss, bits, each), **score_tasks())
             if eval_only:
                 break
             saver.collect(wait=True)
