@@ -59,10 +59,10 @@ class Step(NamedTuple):
     settings: dict          # of train.py
     micro_batches: int      # of one process in one step
 
-    def autocast(self, enabled=True):
+    def autocast(self, enabled=True, device_type='cpu'):
         if self.dtype == 'float32':
             return nullcontext()
-        return torch.autocast('cpu', getattr(torch, self.dtype), enabled=enabled)
+        return torch.autocast(device_type, getattr(torch, self.dtype), enabled=enabled)
 
     def optimizers(self, model, schedule=lambda step: 1.0):
         s = self.settings
