@@ -22,9 +22,10 @@ from nanoblocks.training.ledger import Step, simulated
 
 CARDS = 16, 24, 40, 80, 141     # GB
 FREE = 0.08                     # of a card, for its driver and for holes between tensors: assumed
+STREAMS = 'attnres', 'hyper', 'mhc'      # residuals whose first layer makes the streams
 MFU = 0.40                      # share of a data sheet's rate that a step reaches: assumed
 GPUS = 'RTX 4090', 'A100', 'H100', 'B200'
-MOST_FLOPS = 5e11               # of the layers that are timed, in one forward and backward pass
+MOST_FLOPS, MOST_TOKENS = 1e12, 2048    # of the layers that are timed, in one forward and backward pass
 
 
 def tell(config, settings, batch, device, world):
@@ -92,7 +93,7 @@ def memory_lines(config, step, counts, world, device):
     memory, other_rows = simulated(config, rows, step), 1 if rows > 1 else 2
     other = simulated(config, other_rows, step)
     cut = world if s['shard'] else 1
-    yield (f'memory    GB of one process of {world}, batch_size={rows}, {step.dtype} products, plain PyTorch; '
+    yield (f'memory    GB of a process of {world}, batch_size={rows}, {step.dtype} products, plain PyTorch; '
            'what changes it')
     for name, size, flags in rows_of(memory, counts, step, cut):
         yield f'  {name:<34} {size / 1e9:8.3f}   {flags}'.rstrip()
@@ -205,9 +206,10 @@ def timed_layers(config, step, device):
     cut(model, every)
     model.init_weights(0)   # of the others no memory is ever touched
     model, length = model.to(device), config.block_size
-    while length > 128 and model.flops_per_token(length) * length > MOST_FLOPS:
+    tokens = min(MOST_TOKENS, max(128, MOST_FLOPS // model.flops_per_token(length)))
+    while length > tokens:
         length //= 2
-    rows = max(1, min(step.settings['batch_size'], 2048 // length))
+    rows = max(1, min(step.settings['batch_size'], tokens // length))
     batch = {name: x[:1, :length].to(device).expand(rows, -1).contiguous() for name, x in step.batch.items()}
     if step.settings['activation_checkpointing']:
         parallel.recompute_blocks(model)
@@ -224,11 +226,12 @@ def timed_layers(config, step, device):
 
 
 def cut(model, kinds):
-    """Keep of the layers the first, which may open the stream, and the last of each kind."""
+    """Keep of the layers the last of each kind, and the first where it opens streams."""
     encoder = model.encoder.h if model.encoder is not None else ()
-    for part, first in ((encoder, 0), (model.h, len(encoder))):
-        last = {kinds[first + layer]: layer for layer in range(len(part))}
-        kept = [block for layer, block in enumerate(part) if layer in {0, *last.values()}]
+    for part, before in ((encoder, 0), (model.h, len(encoder))):
+        last = {kinds[before + layer]: layer for layer in range(len(part))}
+        first = {0} if model.config.residual in STREAMS and part is model.h else set()
+        kept = [block for layer, block in enumerate(part) if layer in {*first, *last.values()}]
         if part is model.h:
             model.h = nn.ModuleList(kept)
         elif kept:
