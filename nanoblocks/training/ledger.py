@@ -158,15 +158,16 @@ def passes(model, optimizers, rows, step, ledger):
             ledger.place, ledger.peak = 'embedding', ledger.total
             batch = {name: torch.zeros(rows, *x.shape[1:], dtype=x.dtype) for name, x in step.batch.items()}
             with step.autocast():
-                loss = model(**batch, z_loss=step.settings['z_loss'], parts=True)[1]['loss']
+                # those before stay alive until then, and all that their graph keeps
+                losses = model(**batch, z_loss=step.settings['z_loss'], parts=True)[1]
             found['head_peak'] = ledger.peak - found.pop('before_head')
             found['forward_peak'] = max(ledger.peak, found.pop('peak_before_head'))
             alive = ledger.alive.copy()
             ledger.place, ledger.peak = 'gradients', ledger.total
             # what the head asks about a factor of its gradients: whether it is one
             ledger.yes = step.micro_batches == 1 and step.dtype != 'float16'
-            optimizers.scaled(loss, 1 / step.micro_batches).backward()
-            ledger.yes, loss = False, None
+            optimizers.scaled(losses['loss'], 1 / step.micro_batches).backward()
+            ledger.yes = False
             found['backward_peak'] = ledger.peak
     return found | {'casts': alive['casts'], 'embedding': alive['embedding'], 'head': alive['head'],
                     'blocks': [alive[block] for block in blocks]}
