@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from model import GPT
 from nanoblocks import hardware
@@ -60,10 +61,10 @@ class Counts(NamedTuple):
 def counted_in(config):
     with FakeTensorMode():
         model = GPT(config, seed=None)
-        sizes = [sum(p.numel() for p in block.parameters()) for block in parallel.blocks_of(model)]
-        total = model.num_params()
-        return Counts(total, model.num_params(active=True), model.flops_per_token(config.block_size),
-                      kinds_of(model), max(sizes), total - sum(sizes))
+    sizes = [sum(p.numel() for p in block.parameters()) for block in parallel.blocks_of(model)]
+    total = model.num_params()
+    return Counts(total, model.num_params(active=True), model.flops_per_token(config.block_size),
+                  kinds_of(model), max(sizes), total - sum(sizes))
 
 
 def kinds_of(model):
@@ -226,11 +227,12 @@ def timed_layers(config, step, device):
 
 
 def cut(model, kinds):
-    """Keep of the layers the last of each kind, and the first where it opens streams."""
+    """Keep of the layers the last of each kind, and the first where others read what it makes."""
     encoder = model.encoder.h if model.encoder is not None else ()
     for part, before in ((encoder, 0), (model.h, len(encoder))):
         last = {kinds[before + layer]: layer for layer in range(len(part))}
-        first = {0} if model.config.residual in STREAMS and part is model.h else set()
+        opens = model.config.residual in STREAMS or 'r' in model.config.mixers()
+        first = {0} if part is model.h and opens else set()
         kept = [block for layer, block in enumerate(part) if layer in {*first, *last.values()}]
         if part is model.h:
             model.h = nn.ModuleList(kept)
@@ -260,8 +262,9 @@ class Clock:
 
     def leave(self, block, args, out):
         self.stop(block)
-        out.register_hook(lambda grad: self.start(block))
-        args[0].register_hook(lambda grad: self.stop(block))
+        # of several streams the newest
+        tree_leaves(out)[-1].register_hook(lambda grad: self.start(block))
+        tree_leaves(args[0])[-1].register_hook(lambda grad: self.stop(block))
 
 
 def one_pass(model, batch, optimizers, step, clock, device):
