@@ -56,15 +56,15 @@ def step_of(config, micro_batches=2, dtype='float32', **settings):
 
 
 def train(config, rows, step, steps=2):
-    """What train.py does in two steps."""
+    """What train.py does in two steps, the first of which is only there to make the moments."""
     model = GPT(config)
     optimizers = step.optimizers(model)
     if step.settings['activation_checkpointing']:
         parallel.recompute_blocks(model)
     for n in range(steps):
         with step.autocast(enabled=False):
-            for _ in range(step.micro_batches):
-                batch = {name: torch.randint(config.vocab_size, (rows, x.shape[1]))
+            for _ in range(step.micro_batches if n else 1):
+                batch = {name: torch.randint(config.vocab_size, (rows if n else 1, x.shape[1]))
                          for name, x in step.batch.items()}
                 with step.autocast():
                     losses = model(**batch, parts=True)[1]
