@@ -37,7 +37,7 @@ from nanoblocks.commandline import refuse_words, warn_of_unread
 from nanoblocks.decoding import tasks
 from nanoblocks.decoding.preview import sample_texts
 from nanoblocks.tokenizer import from_meta
-from nanoblocks.training import checkpoint, debug, optim, parallel
+from nanoblocks.training import checkpoint, debug, forecast, optim, parallel
 from nanoblocks.training import settings as rules
 from nanoblocks.training.logbook import Logbook, describe_run
 from nanoblocks.training.meters import Progress
@@ -61,6 +61,7 @@ eval_iters = 200                    # batches per evaluation, unless eval_tokens
 eval_tokens: int | None = None      # tokens per evaluation at any batch size; None: eval_iters batches
 eval_tasks = ''                     # files of multiple choice (JSON lines) to score too: FILE,FILE,...
 eval_only = False                   # evaluate once, write nothing and exit
+dry = False                         # tell the memory and time of a step, by line, write nothing and exit
 always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only if the loss is a new best
 save_interval: int | None = None    # steps between checkpoints, which are then not written at evaluations
 save_minutes: float | None = None   # minutes between checkpoints, beside save_interval or instead
@@ -133,6 +134,8 @@ rank, world, local_rank = parallel.ranks()
 is_main = rank == 0
 hardware.warn_of_torch_version()
 writes = is_main and not eval_only
+if dry and not is_main:
+    sys.exit(0)  # the main process tells it for all
 folder, resumed, ckpt_path, digest, loaded = RunFolder(out_dir), None, None, None, None
 with errors_as_messages():
     if init_from == 'resume' or init_from == 'auto' and folder.resumable():
@@ -153,7 +156,7 @@ with errors_as_messages():
         # training may not have the memory for the context of a published model
         shorter = min(GPTConfig.block_size, loaded.config.block_size)
         loaded.config.block_size = model_args.get('block_size', shorter)
-    if not (resumed or eval_only or overwrite or init_from == 'auto'):
+    if not (resumed or eval_only or dry or overwrite or init_from == 'auto'):
         folder.refuse_existing()
 
 # ----------------------------------------------------------------------------------------------------------
@@ -168,7 +171,7 @@ with errors_as_messages():
     use_head_dtype(head_dtype)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
-failure_watch = parallel.start(device_type, backend) if world > 1 else None
+failure_watch = parallel.start(device_type, backend) if world > 1 and not dry else None
 torch.set_float32_matmul_precision('high')
 checkpoint.seed_generators(seed)
 pin = device_type == 'cuda'  # batches in pinned memory, which a GPU copies while it computes
@@ -209,7 +212,10 @@ with errors_as_messages():
         rules.refuse_contradictions(resumed, ckpt_path, model_args, settings, given, meta)
         resumed['micro_done'] = rules.keep_rows(resumed, settings, T)
         eval_tokens = settings['eval_tokens']
-    else:
+    if dry:
+        forecast.tell(config, settings, dict(zip(task.names, data.train_batch(0, 1))), device, share[1])
+        sys.exit(0)
+    if not resumed:
         model = loaded or GPT(config, seed=seed)
     parallel.refuse_differences(checkpoint.loaded_by(resumed, digest, loaded, meta, settings, config))
     optim.refuse_unused(rates, model)

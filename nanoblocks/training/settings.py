@@ -71,6 +71,7 @@ def check_settings(s, world, done=0):
     must('dtype', s['dtype'] != 'float16' or not s['shard'],
          'not be used with shard=True: choose --dtype=bfloat16')
     must('cautious_decay', s['optimizer'] == 'muon' or not s['cautious_decay'], 'be used with optimizer=muon')
+    must('dry', not (s['dry'] and s['context_parallel']), 'be left out with context_parallel=True')
     must('wandb_log', not s['wandb_log'] or has_wandb(),
          'find wandb: pip install wandb, or leave it out')
 

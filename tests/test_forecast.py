@@ -1,0 +1,229 @@
+"""What --dry=True tells of a run: memory against what is measured, every family, the command line."""
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import runs  # noqa: E402
+from runs import run_copy  # noqa: E402, F401
+
+import configurator  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from nanoblocks.experiments.arms import flags_of_config  # noqa: E402
+from nanoblocks.training import forecast, ledger, parallel  # noqa: E402
+
+SETTINGS = {name: setting.default for name, setting in configurator.settings_of(ROOT / 'train.py').items()}
+SIZE = {'n_layer': 2, 'n_head': 4, 'n_embd': 256, 'head_dim': None, 'ffn_width': None, 'block_size': 256,
+        'vocab_size': 2048}
+# (config, rows, micro-batches, dtype, model flags, settings)
+CASES = {
+    'gpt2': ('gpt2', 8, 2, 'float32', {'n_layer': 6}, {}),
+    'llama': ('llama', 8, 1, 'float32', {'n_layer': 6}, {}),
+    'mixtral': ('mixtral', 8, 2, 'float32', {}, {}),
+    'gemma2': ('gemma2', 8, 2, 'float32', {'n_layer': 4}, {}),
+    'mamba2': ('mamba2', 8, 2, 'float32', {}, {}),
+    'jamba': ('jamba', 2, 2, 'float32', {'n_layer': 8}, {}),
+    'deepseek': ('deepseek', 8, 2, 'float32', {'n_layer': 3}, {}),
+    'gated_deltanet': ('gated_deltanet', 6, 2, 'float32', {'n_layer': 4}, {}),
+    'retnet': ('retnet', 8, 2, 'float32', {'n_layer': 4}, {}),
+    't5': ('t5', 8, 2, 'float32', {'n_encoder': 2}, {}),
+    'bert': ('bert', 8, 2, 'float32', {'n_layer': 4}, {}),
+    'checkpointed': ('llama', 16, 2, 'float32', {'n_layer': 6}, {'activation_checkpointing': True}),
+    'bfloat16': ('llama', 16, 2, 'bfloat16', {'n_layer': 4}, {'ema': 0.99}),
+    'muon': ('gpt2', 1, 2, 'float32', {'n_embd': 512, 'n_layer': 6}, {'optimizer': 'muon', 'ema': 0.99}),
+}
+
+
+def case(name, **less):
+    """(config, rows, Step) of a case, with flags that make it smaller."""
+    family, rows, micro_batches, dtype, flags, settings = CASES[name]
+    config = GPTConfig(**flags_of_config(f'{family}_small') | SIZE | flags | less)
+    return config, rows, step_of(config, micro_batches, dtype, **settings)
+
+
+def step_of(config, micro_batches=2, dtype='float32', **settings):
+    names = ('idx', 'targets', 'source') if config.n_encoder else ('idx', 'targets')
+    batch = {name: torch.zeros(1, config.block_size, dtype=torch.int64) for name in names}
+    return ledger.Step(batch, dtype, SETTINGS | settings, micro_batches)
+
+
+def train(config, rows, step, steps=2):
+    """What train.py does in two steps, the first of which is only there to make the moments."""
+    model = GPT(config)
+    optimizers = step.optimizers(model)
+    if step.settings['activation_checkpointing']:
+        parallel.recompute_blocks(model)
+    for n in range(steps):
+        with step.autocast(enabled=False):
+            for _ in range(step.micro_batches if n else 1):
+                batch = {name: torch.randint(config.vocab_size, (rows if n else 1, x.shape[1]))
+                         for name, x in step.batch.items()}
+                with step.autocast():
+                    losses = model(**batch, parts=True)[1]
+                optimizers.scaled(losses['loss'], 1 / step.micro_batches).backward()
+        optimizers.step(n)
+
+
+# a process for each case, forked where torch is imported; it warms up, as what libraries keep does not count
+MEASURE = """
+import json, os, sys
+sys.path.insert(0, 'tests')
+import torch
+import test_forecast as here
+from model import GPTConfig
+from nanoblocks.experiments.memory import peak_bytes
+torch.set_num_threads(1)
+for name in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    here.train(*here.case(name, n_embd=64, block_size=32))
+    config, rows, step = here.case(name)
+    print(json.dumps([name, peak_bytes(lambda: here.train(config, rows, step), 'cpu')]), flush=True)
+    os._exit(0)
+"""
+
+
+@functools.cache
+def measured():
+    """{case: bytes of resident memory at its peak}, where freed memory goes back to the system at once."""
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '131072'}
+    done = subprocess.run([sys.executable, '-c', MEASURE, *CASES], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads the peak of memory from /proc')
+@pytest.mark.parametrize('name', CASES)
+def test_memory_is_foretold_within_15_percent(name):
+    found, real = ledger.simulated(*case(name)).peak, measured()[name]
+    assert real > 150e6, 'too little to be told from noise'
+    assert abs(found / real - 1) < 0.15, f'foretold {found / 1e6:.0f} MB, measured {real / 1e6:.0f} MB'
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'mixtral', 't5'])
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(name):
+    config, rows, step = case(name)
+    memory, model = ledger.simulated(config, rows, step), GPT(config)
+    batch = {key: torch.randint(config.vocab_size, (rows, x.shape[1])) for key, x in step.batch.items()}
+    weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch)[1]    # alive, or a freed storage would lend its address to another
+    assert loss.isfinite() and abs(memory.activations / sum(saved.values()) - 1) < 0.03
+    assert len(memory.blocks) == len(parallel.blocks_of(model))
+
+
+def test_weights_gradients_and_moments_are_counted_exactly():
+    config, rows, step = case('muon')
+    memory, model = ledger.simulated(config, 1, step), GPT(config)
+    numel = {kind: sum(p.numel() for name, p in model.named_parameters() if found[name] == kind)
+             for found in [model.param_kinds()] for kind in set(found.values())}
+    total = sum(numel.values())
+    assert memory.parameters == 4 * total + sum(b.nbytes for b in model.buffers())
+    assert memory.gradients == memory.average == 4 * total
+    assert memory.moments['Muon'] == 4 * numel['matrix']
+    steps = 4 * sum(1 for kind in model.param_kinds().values() if kind != 'matrix')
+    assert memory.moments['AdamW'] == 8 * (total - numel['matrix']) + steps
+
+
+def test_a_flag_changes_its_line():
+    config, rows, step = case('llama')
+    plain = ledger.simulated(config, rows, step)
+    less = ledger.simulated(config, rows, step_of(config, activation_checkpointing=True))
+    assert less.blocks == [rows * config.block_size * config.n_embd * 4] * config.n_layer
+    assert less.backward_peak < plain.backward_peak / 2
+    narrow = ledger.simulated(config, rows, step_of(config, dtype='bfloat16'))
+    matrices = sum(p.numel() for name, p in GPT(config).h.named_parameters() if p.dim() == 2)
+    assert narrow.casts == 2 * matrices and plain.casts == 0
+    assert sum(narrow.blocks) < 0.8 * sum(plain.blocks)
+
+
+def test_shards_are_cut_and_what_is_gathered_is_added():
+    config, rows, step = case('gpt2')
+    memory, counts = ledger.simulated(config, rows, step), forecast.counted_in(config)
+    whole, cut = (forecast.peak_by(memory, counts, step, n, 'backward_peak') for n in (1, 4))
+    weights = memory.parameters + memory.gradients + sum(memory.moments.values())
+    assert whole - cut == pytest.approx(0.75 * weights - forecast.gathered(counts, step))
+
+
+def test_the_largest_batch_fills_a_card():
+    config, rows, step = case('gemma2')
+    one, eight = (ledger.simulated(config, n, step).peak for n in (1, 8))
+    per_row = (eight - one) / 7
+    most = forecast.largest_batch(1.5, eight, 8, per_row)
+    room = 1.5e9 * (1 - forecast.FREE)
+    assert most > 20 and ledger.simulated(config, most, step).peak == pytest.approx(room, rel=0.03)
+    assert forecast.largest_batch(0.01, eight, 8, per_row) == 0
+
+
+FAMILIES = sorted(path.stem for path in (ROOT / 'config').glob('*_small.py'))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_family_can_be_foretold(family):
+    config = GPTConfig(**flags_of_config(family) | SIZE | {'n_layer': 8, 'n_embd': 64, 'block_size': 64})
+    step = step_of(config, batch_size=2)
+    memory, counts = ledger.simulated(config, 2, step), forecast.counted_in(config)
+    assert memory.peak > memory.parameters + memory.activations > memory.activations > 0
+    times = forecast.timed_layers(config, step, 'cpu')
+    assert times.layers.keys() == set(counts.kinds) and len(counts.kinds) == len(memory.blocks)
+    assert min(times.layers.values()) > 0 and times.update > 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def test_a_dry_run_tells_and_stops_without_a_folder(tmp_path):
+    done = runs.python('train.py', *runs.toy(tmp_path / 'run', dry=True))
+    assert done.code == 0 and not runs.sentences(done), done
+    assert not (tmp_path / 'run').exists()
+    for word in ('parameters', 'gradients', 'moments of AdamW', 'head at work', 'peak', '141 GB',
+                 'a layer a f', 'tokens/s', 'H100'):
+        assert word in done.out, word
+    assert 'val loss' not in done.out
+
+
+def test_a_dry_run_leaves_a_run_as_it_is(run_copy):  # noqa: F811
+    before = runs.files(run_copy)
+    for settings in ({}, {'init_from': 'resume'}):
+        done = runs.python('train.py', *runs.toy(run_copy, dry=True, **settings))
+        assert done.code == 0 and 'peak' in done.out, done
+    assert runs.files(run_copy) == before
+
+
+def test_one_process_tells_it_for_many(tmp_path):
+    settings = runs.toy(tmp_path / 'run', dry=True, shard=True, gradient_accumulation_steps=8)
+    def peak(**env):
+        done = runs.python('train.py', *settings, env=env)
+        assert done.code == 0, done
+        return done.out
+    told = peak(WORLD_SIZE='8', RANK='0')
+    assert 'of a process of 8' in told and 'gathered' in told and 'on 8 GPUs' in told
+    assert float(re.search(r'parameters +([\d.]+)', told)[1]) < 0.001
+    assert peak(WORLD_SIZE='8', RANK='3') == ''
+
+
+def test_context_parallel_is_refused(tmp_path):
+    done = runs.python('train.py', *runs.toy(tmp_path / 'run', dry=True, context_parallel=True),
+                       env={'WORLD_SIZE': '2', 'RANK': '0'})
+    runs.assert_refused(done, 'dry=True', 'context_parallel')
