@@ -126,8 +126,9 @@ def exact_linear_without_autocast(x, weight, bias):
         return F.linear(x, weight, bias)
 
 
-# recurrences, whose state is an input and a result as well: test_state_space.py and test_recurrence.py
-WITH_STATE = {'causal_conv', 'selective_scan', 'ssd', 'recurrence'}
+# recurrences, whose state is an input and a result as well: test_state_space.py and test_recurrence.py; and
+# the convolution of packed documents: test_documents.py
+WITH_STATE = {'causal_conv', 'conv_within', 'selective_scan', 'ssd', 'recurrence'}
 # made of others, and tested by themselves below
 COMPOSED = {'rope_qk', 'attention', 'decode_attention', 'Pattern', 'visible'}
 OPS = {

@@ -266,7 +266,7 @@ def test_batch_tokens_works_out_the_accumulation(tmp_path):
     assert_refused(python('train.py', *toy(tmp_path / 'no', batch_tokens=1000)), 'batch_tokens=1000', '256')
     assert_refused(python('train.py', *toy(tmp_path / 'no', batch_tokens=-256)), 'batch_tokens=-256')
     done = python('train.py', f'--out_dir={run}', '--init_from=resume', '--batch_tokens=512')
-    assert_refused(done, 'batch_tokens (checkpoint 1024, now 512')
+    assert_refused(done, 'gradient_accumulation_steps (checkpoint 4, now 2)', 'batch_tokens=1024')
 
 
 # ----------------------------------------------------------------------------------------------------------

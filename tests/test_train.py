@@ -44,6 +44,7 @@ from configurator import settings_of
 from data.tokenizer import ByteTokenizer
 from data.writer import write_dataset
 from model import GPT, GPTConfig
+from nanoblocks import hardware
 from nanoblocks.commandline import warn_of_unread
 from nanoblocks.files import ROOT
 from nanoblocks.training import checkpoint, logbook, parallel
@@ -891,3 +892,11 @@ def test_command_lines_of_nanogpt_run(line, tmp_path):
         assert not (tmp_path / 'out').exists()
     else:
         assert load(tmp_path / 'out')['step'] == 2
+
+
+@pytest.mark.parametrize('device, world, local_rank, own', [
+    # torch.cuda.set_device refuses a device without a number
+    ('cuda', 1, 0, 'cuda:0'), ('cuda', 2, 1, 'cuda:1'), ('cuda:0', 2, 1, 'cuda:1'),
+    ('cuda:3', 1, 0, 'cuda:3'), ('cpu', 2, 1, 'cpu'), ('mps', 1, 0, 'mps')])
+def test_a_process_has_a_gpu_by_its_number(device, world, local_rank, own):
+    assert hardware.device_of_process(device, world, local_rank) == own

@@ -53,7 +53,8 @@ def gpu(out, parts='', seconds=510, dry=False):
     signal.signal(signal.SIGALRM, lambda *_: too_long(m))
     signal.alarm(int(seconds) + 30)
     torch.set_float32_matmul_precision('high')
-    crew = None if dry else Crew(m, set(wanted) & set(SIDE_BY_SIDE))
+    side = set(wanted) & set(SIDE_BY_SIDE)
+    crew = Crew(m, side) if side and not dry else None
     for part, name, run, needed in items(m):
         if part in ('machine', *wanted) and (dry or part not in SIDE_BY_SIDE):
             m.item(part, name, (lambda: at_once(run())) if part in SIDE_BY_SIDE else run, needed)

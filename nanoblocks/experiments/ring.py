@@ -7,7 +7,6 @@ import torch.distributed.run
 
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.runs import read_lines, run_script
-from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, in_short, sizes
 from nanoblocks.files import ROOT
 
@@ -18,12 +17,13 @@ SIZE = ['config/llama_small.py', 'config/tiny.py']
 def ring(argv, tokens, device):
     """Memory and time of a step on one long text, by one process and by 2 and 4 (context_parallel)."""
     files, flags = files_and_flags(argv, without=('device', 'tokens'))
-    lengths, rows = sizes('tokens', tokens, 4096, 16384), []
+    lengths = sizes('tokens', tokens, 4096, 16384)
     jobs = [(T, n) for T in lengths for n in (1, 2, 4)]
     for T, n in each(jobs, lambda job: f'{in_short(job[0])} tokens, {job[1]} processes'):
         memory, seconds = measured(T, n, [*SIZE, *files, f'--device={device}', *flags])
-        rows.append([in_short(T), n, f'{memory:.2f}', f'{seconds:.2f}'])
-    print_table(['tokens', 'processes', 'GB of a process', 's a step'], rows)
+        # at once, as one of them takes minutes
+        print(f'{in_short(T)} tokens, {n} processes: {memory:.2f} GB of a process, {seconds:.2f} s a step',
+              flush=True)
 
 
 def measured(T, n, words):

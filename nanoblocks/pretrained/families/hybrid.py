@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from model import ssm_inner
 from nanoblocks.pretrained.families.deepseek import read_groups
 from nanoblocks.pretrained.families.family import Family
 from nanoblocks.pretrained.families.llama import (
@@ -48,10 +49,6 @@ def widths_of(hf, heads, width, inner):
     return {'ssm_head_dim': width} | own
 
 
-def inner_width(c):
-    return c.ssm_width or c.ssm_expand * c.n_embd
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Nemotron-H: one branch a layer, which is a state space, attention, a feed-forward or experts
 
@@ -80,7 +77,7 @@ def write_nemotron(c):
     # of other pairs of letters, read_nemotron makes other layers, and the export is refused
     types = [names[kinds.get(mixer + ffn, 'M')] for mixer, ffn in c.plan()]
     mamba = {} if c.missing('ssm') else write_least(c) | {
-        'mamba_num_heads': inner_width(c) // c.ssm_head_dim}
+        'mamba_num_heads': ssm_inner(c) // c.ssm_head_dim}
     return mamba | {'layers_block_type': types, 'num_hidden_layers': c.n_layer, 'n_group': c.n_group,
                     'topk_group': c.n_group_used}
 
@@ -157,7 +154,7 @@ def write_mamba(c):
     if c.missing('ssm'):
         return {}
     return write_limits(c) | {
-        'mamba_n_heads': inner_width(c) // c.ssm_head_dim, 'mamba_d_head': c.ssm_head_dim}
+        'mamba_n_heads': ssm_inner(c) // c.ssm_head_dim, 'mamba_d_head': c.ssm_head_dim}
 
 
 def read_bamba(hf):
@@ -200,7 +197,7 @@ def scaled(p, c, layout=same, weight=1.0, both=(1.0,)):
 
 def scaled_rows(p, c, weight, parts):
     """Mamba's in_proj, with a factor for the rows of the gate, of x, B and C, and of the step size."""
-    inner, states = inner_width(c), c.ssm_groups * c.ssm_state
+    inner, states = ssm_inner(c), c.ssm_groups * c.ssm_state
     rows = torch.tensor([inner, inner, states, states, inner // c.ssm_head_dim])
     times = torch.tensor(parts, dtype=torch.float32).repeat_interleave(rows)
     times = weight * times.unsqueeze(1) if p.dim() == 2 else times
@@ -243,7 +240,7 @@ def read_falcon_h1(hf):
 
 def write_falcon_h1(c):
     return write_mamba(c) | write_rope(c) | {
-        'mamba_d_ssm': inner_width(c), 'mamba_norm_before_gate': False, 'projectors_bias': bool(c.ssm_bias)}
+        'mamba_d_ssm': ssm_inner(c), 'mamba_norm_before_gate': False, 'projectors_bias': bool(c.ssm_bias)}
 
 
 FAMILIES['falcon_h1'] = Family(

@@ -1,6 +1,6 @@
 """Zamba 2: Mamba-2 in every layer; before some, a block of attention and feed-forward that they share."""
+from model import ssm_inner
 from nanoblocks.pretrained.families.family import TIED, Family
-from nanoblocks.pretrained.families.hybrid import inner_width
 from nanoblocks.pretrained.families.llama import LLAMA_KEYS, LLAMA_TENSORS
 from nanoblocks.pretrained.families.state_space import mixer_tensors, read_least, write_least
 from nanoblocks.pretrained.keys import mixer_letters, refuse, shortest_pattern, whole_number, without
@@ -34,7 +34,7 @@ def write_zamba2(c):
     return write_rope(c) | write_least(c) | {
         'tie_word_embeddings': True, 'hidden_act': 'gelu', 'use_mem_rope': c.pos == 'rope',
         'layers_block_type': [names[mixer] for mixer, _ in c.plan()],
-        'n_mamba_heads': inner_width(c) // c.ssm_head_dim,
+        'n_mamba_heads': ssm_inner(c) // c.ssm_head_dim,
         'intermediate_size': c.tied_width, 'attention_head_dim': c.head_dim}
 
 
