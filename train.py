@@ -359,25 +359,24 @@ def record(**numbers):
                 'seconds': round(progress.seconds(), 3)} | numbers)
 
 
-def save(path, last=False, say=False, **more):
-    """Write a checkpoint, without `more` one for sampling only; see Saver.save. False if that failed."""
-    state = checkpoint.contents(raw_model, settings=settings, meta=meta, step=step, **more)
-    return saver.save(path, state, last or step == max_iters, say)
-
-
-def save_newest(**how):
-    """Write a checkpoint to resume from, or none if eval_only. Returns False if that failed."""
+def save(newest=True, best_loss=None, last=False, say=False):
+    """
+    Write ckpt.pt, to resume from, and with `best_loss` best.pt, for sampling: the same weights, or their
+    average if there is one. Nothing if eval_only. See Saver.save; False if it failed.
+    """
+    if eval_only:
+        return True
     with progress.paused():
-        return eval_only or save(
-            folder.newest, **how, best_val_loss=saver.best_loss, micro_done=micro_done, evaluated=evaluated,
-            wandb_id=wandb_id, compiled=compile, generators=checkpoint.generator_states(),
-            **optimizers.state(), **progress.state())
-
-
-def save_best(val_loss):
-    """Write best.pt, with the averaged weights if there are any."""
-    with progress.paused(), optimizers.averaged():
-        save(folder.best, best_val_loss=val_loss)
+        states, learnt = {}, optimizers.state()
+        common = checkpoint.contents(raw_model, settings=settings, meta=meta, step=step)
+        if best_loss is not None:
+            weights = checkpoint.averaged(common['model'], learnt['ema'])
+            states[folder.best] = common | {'model': weights, 'best_val_loss': best_loss}
+        if newest:
+            states[folder.newest] = common | dict(
+                best_val_loss=saver.best_loss, micro_done=micro_done, evaluated=evaluated, wandb_id=wandb_id,
+                compiled=compile, generators=checkpoint.generator_states(), **learnt, **progress.state())
+        return saver.save(states, last or step == max_iters, say)
 
 
 def preview():
@@ -405,12 +404,10 @@ try:
                 break
             saver.collect(wait=True)
             evaluated, improved = step, step > 0 and val_loss < saver.best_loss
-            if improved:
-                save_best(val_loss)
             if wandb_log and wandb_samples:
                 log.samples(step, preview())
-            if saver.with_evaluation(step, improved) and step and math.isfinite(val_loss):
-                save_newest()
+            save(newest=saver.with_evaluation(step, improved) and step and math.isfinite(val_loss),
+                 best_loss=val_loss if improved else None)
         if step >= max_iters:
             break
 
@@ -450,9 +447,9 @@ try:
             signals.request_save()
         if signals.save_requested or saver.due(step) or is_log_step and saver.unsaved:
             signals.save_requested = False
-            save_newest(say=True)
+            save(say=True)
 except stopping.Stop:
-    saved = save_newest(last=True)
+    saved = save(last=True)
     exit_code = stopping.STOPPED if saved else stopping.NOT_SAVED
     log.stopped(signals.number, step, saved)
 

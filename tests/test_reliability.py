@@ -206,7 +206,7 @@ def test_what_a_checkpoint_needs_is_on_the_disk_before_it_has_its_name(monkeypat
     saver = Saver(folder, log, train_settings())
     for step in (1, 2):
         log.record({'step': step})
-        assert saver.save(folder.newest, {'step': step})
+        assert saver.save({folder.newest: {'step': step}})
         saver.collect(wait=True)
     first = ['fsync metrics.jsonl', 'fsync ckpt.pt.part', 'name ckpt.pt', 'fsync run']
     assert done == [*first, *first[:2], 'name ckpt.prev.pt', *first[2:]]

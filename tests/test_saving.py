@@ -185,7 +185,7 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path, monkeypatch
     saver, go = slow_saver(tmp_path / 'run', monkeypatch)
     weight = torch.zeros(3)
     state = {'model': {'a': weight, 'b': weight}, 'step': 1, 'seen': [1]}
-    assert saver.save(saver.folder.newest, state)
+    assert saver.save({saver.folder.newest: state})
     weight.fill_(7)
     state['seen'].append(2)
     go.set()
@@ -197,13 +197,13 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path, monkeypatch
 
 def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
     saver, go = slow_saver(tmp_path / 'run', monkeypatch)
-    saver.save(saver.folder.best, {'step': 1, 'best_val_loss': 2.0})
-    saver.save(saver.folder.newest, {'step': 1})    # another file: the run need not wait
+    saver.save({saver.folder.best: {'step': 1, 'best_val_loss': 2.0}})
+    saver.save({saver.folder.newest: {'step': 1}})    # another file: the run need not wait
     saver.collect()
     assert len(saver.running) == 2 and not os.path.exists(saver.folder.newest)
     threading.Timer(0.3, go.set).start()
     began = time.monotonic()
-    saver.save(saver.folder.newest, {'step': 2})
+    saver.save({saver.folder.newest: {'step': 2}})
     assert time.monotonic() - began > 0.2 and saver.best_loss == 2.0
     saver.collect(wait=True)
     assert load(tmp_path / 'run')['step'] == 2 and load(tmp_path / 'run', 'ckpt.prev.pt')['step'] == 1
@@ -221,8 +221,8 @@ def test_a_best_that_failed_is_not_what_the_newest_remembers(tmp_path, monkeypat
         save(path, *args, **kwargs)
     monkeypatch.setattr(checkpoint, 'save', full)
     saver.best_loss = 3.0
-    saver.save(saver.folder.best, {'step': 1, 'best_val_loss': 2.0})
-    saver.save(saver.folder.newest, {'step': 1, 'best_val_loss': 3.0}, say=True)
+    saver.save({saver.folder.best: {'step': 1, 'best_val_loss': 2.0}})
+    saver.save({saver.folder.newest: {'step': 1, 'best_val_loss': 3.0}}, say=True)
     saver.collect(wait=True)
     assert saver.best_loss == load(tmp_path / 'run')['best_val_loss'] == 3.0 and not saver.unsaved
     out = capsys.readouterr().out

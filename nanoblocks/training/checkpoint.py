@@ -234,6 +234,12 @@ def contents(model: GPT, **rest) -> dict:
     return {'model': weights, 'config': asdict(model.config), **rest}
 
 
+def averaged(weights: dict, average: dict | None) -> dict:
+    """The weights of `contents`, those of them replaced that have an average, by name; tied ones too."""
+    found = {id(weights[name]): tensor for name, tensor in (average or {}).items()}
+    return {name: found.get(id(tensor), tensor) for name, tensor in weights.items()}
+
+
 def copied(value, known=None):
     """
     A copy of nested containers and their tensors in the memory of the CPU, which training does not change. A
