@@ -244,7 +244,7 @@ SLOW = '''
 import shutil, time, data.loader
 from nanoblocks.training.run_folder import RunFolder
 from nanoblocks.training.saving import Saver
-get, write, write_file, begun = data.loader.Dataset.train_batch, Saver.write, RunFolder.write, []
+get, write, write_file, begun, held = data.loader.Dataset.train_batch, Saver.write, RunFolder.write, [], []
 def train_batch(self, *args):
     begun.append(args)
     return get(self, *args)
@@ -252,6 +252,9 @@ def write_late(self, path, state, *args):
     wanted = len(begun) + 3
     while self.thread and state['step'] < self.max_iters and len(begun) < wanted:
         time.sleep(0.001)
+    held.append({id(w) for key in ('model', 'ema') if key in state for w in state[key].values()})
+    if self.thread and path == self.folder.newest and state['step'] < self.max_iters:
+        print('best.pt has no tensor of its own:', held[-2] <= held[-1])
     return write(self, path, state, *args)
 def write_and_keep(self, path, state):
     write_file(self, path, state)
@@ -264,7 +267,8 @@ def test_training_goes_on_before_a_checkpoint_is_written(tmp_path, world, shard)
     """A step at least before the first byte of best.pt, and one more before that of ckpt.pt."""
     settings = SMALL | dict(shard=shard, ema=0.9)
     for name in ('run', 'plain'):
-        run(world, *toy(tmp_path / name, **settings, save_thread=name == 'run'), before=SLOW)
+        out = run(world, *toy(tmp_path / name, **settings, save_thread=name == 'run'), before=SLOW)
+        assert ('best.pt has no tensor of its own: True' in out) == (name == 'run'), out
     for name in ('best.10.pt', 'ckpt.10.pt'):
         found, wanted = load(tmp_path / 'run', name), load(tmp_path / 'plain', name)
         for key in ('settings', 'seconds'):

@@ -63,10 +63,12 @@ class Saver:
             return all([self.write_now(path, state, last, say) for path, state in states.items()])
         if states.keys() & self.running.keys():     # no more than one copy of each in memory
             self.collect(wait=True)
+        # all that training waits for comes before the first write, which would slow it down
+        refused = self.flush_log()
         if self.writes:
-            states = checkpoint.copied(states)  # all before the first write, which would slow it down
+            states = checkpoint.copied(states)
         for path, state in states.items():
-            refused, shards, job = self.flush_log(), self.new_shards(path, state), None
+            shards, job = self.new_shards(path, state), None
             if self.writes:
                 job = self.thread.submit(self.write, path, state, shards, refused)
             self.running[path] = state['step'], say, job
