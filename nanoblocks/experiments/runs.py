@@ -125,8 +125,10 @@ def with_defaults(folder):
     defaults, as which it trained.
     """
     model, settings = recorded(folder)
+    if MODEL.keys() - model.keys():
+        model = as_recorded(GPTConfig(**model)) | model
     defaults = {name: setting.default for name, setting in settings_of(ROOT / 'train.py').items()}
-    return as_recorded(GPTConfig(**model)) | model, defaults | settings
+    return model, defaults | settings
 
 
 def as_recorded(config):
