@@ -2,17 +2,21 @@
 What a difference is worth in steps and seconds, p values and Holm's correction against worked numbers, arms
 with different numbers of seeds, and a sweep at several sizes as a user runs it.
 """
+import csv
 import json
 import math
 import random
-import statistics
 
 import numpy as np
 import pytest
+import runs
 from conftest import ROOT
 
-from nanoblocks.experiments import report
-from nanoblocks.experiments.runs import Run
+import bench
+from model import GPT, GPTConfig
+from nanoblocks.experiments import report, scaling, sweep
+from nanoblocks.experiments.arms import config_of
+from nanoblocks.experiments.runs import Run, with_defaults
 from nanoblocks.experiments.statistics import effect, holm, slope
 from nanoblocks.experiments.worth import Worth, below_since, worths
 
@@ -183,3 +187,194 @@ def test_worth_is_written_with_its_sign():
     assert str(Worth(-31.4, -50.2, 0.3, 480)) == '-31 (-50 to +0)'
     assert str(Worth(1.26, math.nan, math.nan, 44.0)) == '+1.3'
     assert str(Worth(math.nan, math.nan, math.nan, 44.0)) == '-'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def comparison(how='varied', flag='ffn=relu2', differences=(-0.02, -0.03, -0.04), p=None):
+    e = effect(list(differences))
+    steps, seconds = Worth(31.0, 12.0, 50.0, 480), Worth(3.1, 1.2, 5.0, 48.0)
+    pair = {'flag': flag, 'how': how, 'without': 'llama', 'with': flag, 'change': 'ffn swiglu -> relu2'}
+    return report.Comparison(pair, e, e.p if p is None else p, steps, seconds)
+
+
+def test_a_verdict_says_what_a_resolved_difference_is_worth():
+    said, = report.verdicts([comparison()], {})
+    assert 'lowers the loss by 0.0300' in said
+    assert 'worth +31 (+12 to +50) of 480 steps and +3.1 (+1.2 to +5.0) of 48 s. ' in said
+    assert 'Holm' not in said
+    said, = report.verdicts([comparison(p=0.08)], {})
+    assert 'of 48 s; not resolved after Holm (p = 0.08).' in said
+    said, = report.verdicts([comparison(differences=(-0.01, -0.02, -0.03))], {})
+    assert 'not resolved' in said and 'worth' not in said
+
+
+def test_a_table_tells_what_is_resolved_alone_from_what_is_after_holm():
+    rows = report.differences_table([comparison(), comparison(p=0.08), comparison(differences=(0.1, -0.1))])
+    verdicts = [row.split(' | ')[-1].strip(' |') for row in rows[2:]]
+    assert verdicts == ['resolved', 'resolved alone', 'not resolved']
+    assert '| ffn=relu2 | llama | -0.0300 | -0.0548 to -0.0052 | +31 (+12 to +50) |' in rows[2]
+
+
+def test_a_run_of_an_earlier_version_has_the_defaults_of_later_flags(tmp_path):
+    model = vars(GPTConfig(n_layer=1, n_head=2, n_embd=32)).copy()
+    (tmp_path / 'config.json').write_text(json.dumps(
+        {'model': {name: value for name, value in model.items() if name != 'tied_blocks'}, 'settings': {}}))
+    flags, settings = with_defaults(tmp_path)
+    assert flags['tied_blocks'] == 1 and settings['max_iters'] == 600000
+    (tmp_path / 'config.json').write_text(json.dumps({'model': model | {'norm': 'rms'}, 'settings': {}}))
+    assert with_defaults(tmp_path)[0]['norm'] == 'rms'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def sizes_with(*rows, parameters=(100, 200, 400)):
+    """A Size for each of {seed: difference}."""
+    key = 'ffn=relu2', 'varied'
+    return [scaling.Size(n, {key: comparison(differences=row.values())}, {key: row}, {}, 1000, 1.0)
+            for n, row in zip(parameters, rows)]
+
+
+@pytest.mark.parametrize('rows, slopes, word', [
+    ([{1: -0.1, 2: -0.2}, {1: -0.2, 2: -0.3}, {1: -0.3, 2: -0.4}], [-0.1, -0.1], 'grows'),
+    ([{1: -0.3, 2: -0.4}, {1: -0.2, 2: -0.3}, {1: -0.1, 2: -0.2}], [0.1, 0.1], 'shrinks'),
+    ([{1: 0.1, 2: 0.11}, {1: 0.2, 2: 0.21}, {1: 0.3, 2: 0.31}], [0.1, 0.1], 'grows'),
+    ([{1: 0.1, 2: 0.0}, {1: 0.0, 2: -0.1}, {1: -0.1, 2: -0.2}], [-0.1, -0.1], 'turns towards better'),
+    ([{1: -0.1, 2: -0.3}, {1: -0.2, 2: -0.2}, {1: -0.3, 2: -0.1}], [-0.1, 0.1], 'not resolved'),
+    # what not every size has does not count
+    ([{1: -0.1, 2: -0.1, 3: 9.0}, {1: -0.2, 2: -0.2}, {1: -0.3, 2: -0.3, 4: 9.0}], [-0.1, -0.1], 'grows'),
+])
+def test_a_trend_is_the_mean_of_the_slopes_of_the_seeds(rows, slopes, word):
+    sizes = sizes_with(*rows)
+    trend, = scaling.trends(sizes)
+    e = effect(slopes)
+    assert trend.slope[:2] == pytest.approx(e[:2]) and trend.slope.half == pytest.approx(e.half, abs=1e-9)
+    if word in ('grows', 'shrinks') and not trend.mean.resolved:
+        word = 'turns towards ' + ('better' if e.mean < 0 else 'worse')
+    assert scaling.direction(trend) == word
+    said = scaling.verdict(trend, sizes)
+    assert 'with each doubling' in said and '2 seeds' in said
+
+
+def test_a_slope_is_that_of_least_squares():
+    draw = np.random.default_rng(0)
+    for n in (2, 3, 7):
+        x, y = draw.normal(size=(2, n))
+        assert slope(list(x), list(y)) == pytest.approx(np.polyfit(x, y, 1)[0])
+
+
+def test_without_embeddings_are_the_parameters_of_the_blocks_and_the_last_norm():
+    for flags in ({}, {'pos': 'rope', 'norm': 'rmsnorm', 'bias': False}, {'tie': False}):
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=16, **flags))
+        assert scaling.without_embeddings(model) == sum(
+            p.numel() for module in (model.h, model.ln_f) for p in module.parameters())
+
+
+def command(place, *more):
+    toy = [flag for flag in runs.toy(place, max_iters=10) if not flag.startswith(('--out_dir=', '--n_embd='))]
+    return ['config/llama_small.py', 'config/study.py', *toy, '--n_kv_head=1', '--vary=norm=layernorm',
+            '--evals=2', f'--out_dir={place}', '--sizes=n_embd=32, wide: n_embd=48+n_layer=3', *more]
+
+
+def test_a_command_with_sizes_is_one_sweep_for_each(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = scaling.commands_of(command('out/x'), 'n_embd=32, wide: n_embd=48+learning_rate=1e-3')
+    plans = {name: sweep.make_plan(words) for name, words in found.items()}
+    assert list(plans) == ['n_embd=32', 'wide']
+    for plan, width, rate in zip(plans.values(), (32, 48), (None, 1e-3)):
+        assert all(flags['n_embd'] == width for flags in plan['arms'].values())
+        assert rate is None or plan['arms']['llama_small']['learning_rate'] == rate
+    assert [plan['folder'] for plan in plans.values()] == ['out/x/n_embd=32', 'out/x/wide']
+
+
+@pytest.mark.parametrize('text, sentence', [
+    ('n_embd=64', 'sizes=n_embd=64 must be two sizes or more'),
+    ('n_embd=64, n_embed=32', 'sizes=n_embed is no setting .* did you mean n_embd'),
+    ('n_embd=64, n_embd', 'sizes=n_embd must be flag=value'), ('n_embd=64, seed=3', 'must not set seed'),
+    ('n_embd=64, n_embd=65', 'must be divisible|must be a multiple|n_head'),
+])
+def test_sizes_that_cannot_be_compared_are_refused(text, sentence, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    argv = [word for word in command(tmp_path) if not word.startswith('--sizes')]
+    with pytest.raises((ValueError, SystemExit), match=sentence) as refusal:
+        scaling.main([*argv, f'--sizes={text}'])
+    assert '\n' not in str(refusal.value) and not list(tmp_path.iterdir())
+
+
+def test_the_ladder_is_the_same_at_all_sizes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plans = []
+    monkeypatch.setattr(scaling, 'main', lambda words: plans.extend(
+        map(sweep.make_plan, scaling.commands_of(words, scaling.SIZES).values())))
+    bench.TOPICS['scaling'](['--max_iters=6'], 'cpu')
+    llamas = [plan['arms']['llama_small'] for plan in plans]
+    assert [(llama['n_layer'], llama['n_embd']) for llama in llamas] == [(2, 64), (4, 128), (6, 192)]
+    for plan in plans:
+        assert plan['comparisons'] == plans[0]['comparisons'] and len(plan['comparisons']) == 6
+        assert plan['seeds'] == [1337, 1338, 1339] and plan['arms']['llama_small']['max_iters'] == 6
+        # a rate in proportion to 1 / width
+        llama = plan['arms']['llama_small']
+        assert llama['learning_rate'] * llama['n_embd'] == pytest.approx(0.512, rel=0.01)
+        assert llama['dtype'] == 'float32'
+
+
+def trained(plan, lock=None):
+    """In the place of training: curves whose difference grows by 0.1 with each layer."""
+    for run in sweep.runs_of(plan):
+        folder = scaling.Path(plan['folder']) / run['path']
+        if not (folder / 'metrics.jsonl').exists():
+            folder.mkdir(parents=True)
+            gap = 0.1 * run['flags']['n_layer'] * (run['arm'] != 'llama_small')
+            lines = [{'step': step, 'seconds': 1.0, 'val_loss': 3.0 - 0.1 * step + run['seed'] % 10 + gap,
+                      'val_bpb': 1.0, 'tokens_per_s': 100.0} for step in (0, 5, 10)]
+            (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+            (folder / 'config.json').write_text(json.dumps(
+                {'model': vars(config_of(run['flags'])), 'settings': run['flags']}))
+    return []
+
+
+def test_the_report_of_several_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sweep, 'train_all', trained)
+    words = command(tmp_path, '--seeds=3', '--n_embd=32', '--n_layer=1')
+    words = [word for word in words if not word.startswith('--sizes')]
+    words.append('--sizes=1: n_layer=1, 4: n_layer=4, 2: n_layer=2')
+    scaling.main(words)
+    text = (tmp_path / 'report.md').read_text()
+    with open(tmp_path / 'scaling.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    # from the smallest to the largest, whatever the order in which they were given
+    assert [float(row['mean']) for row in rows] == pytest.approx([0.1, 0.2, 0.4])
+    assert int(rows[2]['parameters']) - int(rows[1]['parameters']) == 2 * (
+        int(rows[1]['parameters']) - int(rows[0]['parameters']))
+    doublings = np.log2([float(row['parameters']) for row in rows])
+    e = np.polyfit(doublings, [0.1, 0.2, 0.4], 1)[0]
+    assert f'cost grows: {e:+.4f} with each doubling' in text and f'| {e:+.4f} |' in text
+    # 0.1 nats a step: a step for 0.1
+    assert '| norm=layernorm | -1.0' not in text and '| norm=layernorm | -1 |' in text.replace(' (-1 to -1)', '')
+    assert (tmp_path / 'scaling.png').exists()
+    # from the files alone, and with a run less
+    capsys.readouterr()
+    (tmp_path / '2' / 'norm=layernorm' / 'seed1338' / 'metrics.jsonl').unlink()
+    scaling.main([f'--report={tmp_path}'])
+    assert '2 seeds' in capsys.readouterr().out and '| 2 |' in (tmp_path / 'report.md').read_text()
+
+
+def test_a_sweep_at_two_sizes_trains_and_goes_on(tmp_path):
+    out = tmp_path / 'sizes'
+    done = runs.python('ablate.py', *command(out, '--seeds=1'))
+    assert done.code == 0, done
+    assert '[2/2] size wide' in done.err and 'no interval over 1 seed' in done.out, done
+    assert 'nan' not in (out / 'report.md').read_text()
+    with open(out / 'scaling.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert int(rows[0]['parameters']) < int(rows[1]['parameters'])
+    for row, size in zip(rows, ('n_embd=32', 'wide')):
+        with open(out / size / 'differences.csv', newline='') as f:
+            assert next(csv.DictReader(f))['mean'] == row['mean']
+    again = runs.python('ablate.py', *command(out, '--seeds=1'))
+    assert again.code == 0 and again.out.count('2 runs, 2 of them finished') == 2, again
