@@ -191,7 +191,7 @@ def worth_sentence(c):
     if not c.effect.resolved:
         return ''
     said = f', worth {c.steps} of {c.steps.of:,} steps and {c.seconds} of {c.seconds.of:.3g} s'
-    return said + f'; not resolved after Holm (p = {c.p:.2g})' * (c.p >= 0.05)
+    return said + f'; not resolved after Holm (p = {c.p:.2f})' * (c.p >= 0.05)
 
 
 def summary(effects):
@@ -244,6 +244,10 @@ def number(value, digits=4):
     return '-' if math.isnan(value) else f'{value:,.{digits}f}'
 
 
+def p_text(p):
+    return '< 0.0001' if p < 0.0001 else number(p)
+
+
 def table(heads, rows):
     return ['| ' + ' | '.join(heads) + ' |', '|' + '---|' * len(heads),
             *('| ' + ' | '.join(row) + ' |' for row in rows)]
@@ -265,7 +269,7 @@ def differences_table(comparisons):
     """[Comparison] -> lines of Markdown, a row per comparison."""
     body = [[named(c.pair), c.pair['without'], '-' if math.isnan(c.effect.mean) else f'{c.effect.mean:+.4f}',
              interval(c.effect) if c.effect.n > 1 else '-', str(c.steps or '-'), str(c.seconds or '-'),
-             str(c.effect.n), number(c.p), judged(c.effect, c.p)] for c in comparisons]
+             str(c.effect.n), p_text(c.p), judged(c.effect, c.p)] for c in comparisons]
     return table(['change', 'compared with', 'difference in loss', '95 % interval', 'worth in steps',
                   'worth in seconds', 'pairs', 'p after Holm', ''], body)
 
@@ -276,8 +280,8 @@ def named(pair):
 
 
 def judged(e, p):
-    """A word or two: whether a difference is resolved, alone and among all of its table."""
-    return 'resolved' + ' alone' * (not p < 0.05) if e.resolved else 'not resolved'
+    """A few words: whether a difference is resolved, by itself and among all of its table."""
+    return 'resolved' + ', not after Holm' * (not p < 0.05) if e.resolved else 'not resolved'
 
 
 def rates_section(plan, arms):
@@ -381,8 +385,7 @@ def caveats(plan, comparisons):
     lines, effects = [], [c.effect for c in comparisons]
     if len(effects) > 1:
         lines += ['', 'After Holm: with a probability of 95 %, no row with a p below 0.05 is resolved by '
-                  'chance alone. Rows resolved *alone* are so at 95 % each: where nothing differs, one in '
-                  'twenty would be.']
+                  'chance alone. Before it, one row in twenty would be where nothing differs.']
     if len({e.n for e in effects}) > 1:
         lines += ['', 'The arms have not finished the same seeds: each row is over those that both of its '
                   'arms have, as many as it has pairs.']

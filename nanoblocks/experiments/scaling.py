@@ -14,7 +14,7 @@ import torch
 
 from nanoblocks.experiments import figures, report, sweep
 from nanoblocks.experiments.arms import NOT_IDENTIFYING, files_and_flags, read_flags, variants
-from nanoblocks.experiments.figures import BLUE, GREY, RED, panels, save, title
+from nanoblocks.experiments.figures import BLUE, GREY, RED, panels, save
 from nanoblocks.experiments.statistics import Effect, effect, holm, slope
 from nanoblocks.experiments.studies import SIZE, SWEEPS
 from nanoblocks.experiments.topics import each
@@ -148,10 +148,10 @@ def direction(trend):
     """What an advantage or a cost does as models grow, in a word or two."""
     if not trend.slope.resolved:
         return 'not resolved'
-    alone = ' (alone)' * (not trend.p < 0.05)
+    among_all = ', not after Holm' * (not trend.p < 0.05)
     if not trend.mean.resolved:  # it may be on either side of zero
-        return ('turns towards better' if trend.slope.mean < 0 else 'turns towards worse') + alone
-    return ('grows' if trend.slope.mean * trend.mean.mean > 0 else 'shrinks') + alone
+        return ('turns towards better' if trend.slope.mean < 0 else 'turns towards worse') + among_all
+    return ('grows' if trend.slope.mean * trend.mean.mean > 0 else 'shrinks') + among_all
 
 
 def verdict(trend, sizes):
@@ -163,14 +163,14 @@ def verdict(trend, sizes):
     said = f'{"all of them" if pair["how"] == "all" else pair["flag"]}: {ends}; '
     if e.n < 2 or math.isnan(e.mean):
         return said + f'the trend has no interval over {counted(e.n, "seed")}'
-    what = 'advantage' if trend.mean.mean < 0 else 'cost'
+    what = 'the advantage' if trend.mean.mean < 0 else 'the cost'
     word = direction(trend)
     if word == 'not resolved':
         what = 'a trend is'
     elif word.startswith('turns'):
         what = 'it'
     return said + (f'{what} {word}: {e.mean:+.4f} with each doubling (95 % interval {report.interval(e)}, '
-                   f'{counted(e.n, "seed")}, p after Holm {trend.p:.2g})')
+                   f'{counted(e.n, "seed")}, p after Holm {report.p_text(trend.p)})')
 
 
 def markdown(about, sizes, found, drawn):
@@ -183,7 +183,7 @@ def markdown(about, sizes, found, drawn):
         pair, e = trend.found[0].pair, trend.slope
         cells = [f'{c.effect.mean:+.4f}' + f' ± {c.effect.half:.4f}' * (c.effect.n > 1) for c in trend.found]
         rows.append([report.named(pair), pair['without'], *cells, f'{e.mean:+.4f}',
-                     report.interval(e) if e.n > 1 else '-', str(e.n), report.number(trend.p),
+                     report.interval(e) if e.n > 1 else '-', str(e.n), report.p_text(trend.p),
                      direction(trend)])
     worth = [[report.named(t.found[0].pair), *(str(c.steps or '-') for c in t.found)] for t in found]
     return '\n'.join([
@@ -205,9 +205,9 @@ def listed(numbers):
 ABOUT = """
 Each ± is a 95 % interval over seeds. *With each doubling* is the slope of the differences over the logarithm
 of the parameters: one for each seed, then their mean and its interval. *Grows* and *shrinks* are said of the
-advantage or the cost that a change has in the mean of all sizes; *alone* means that the slope is resolved by
-itself, and not after Holm's correction for all rows. A few sizes show a direction, not a law, and at equal
-tokens a larger model is further from trained.
+advantage or the cost that a change has in the mean of all sizes, *not after Holm* of slopes that are resolved
+by themselves alone. A few sizes show a direction, not a law; at equal tokens, a larger model is further from
+trained.
 """.strip()
 
 
@@ -243,7 +243,8 @@ def draw(found, sizes, path):
     if not shown:
         return False
     columns, rows = min(3, len(shown)), -(-len(shown) // 3)
-    fig, axes = panels(3.5 * columns, 2.9 * rows + 0.3, rows, columns)
+    # on one scale: what matters little must not look as if it did
+    fig, axes = panels(3.5 * columns, 3.1 * rows + 0.3, rows, columns, sharey=True)
     for ax, trend in zip(axes, shown):
         panel(ax, trend, sizes)
     for ax in axes[len(shown):]:
@@ -254,8 +255,9 @@ def draw(found, sizes, path):
         ax.set_xlabel('parameters without embeddings', fontsize=9)
     hows = {trend.found[0].pair['how'] for trend in shown}
     against = 'the step before it' if 'ladder' in hows else shown[0].found[0].pair['without']
-    fig.suptitle(f'Each change against {against}, at {len(sizes)} sizes; below zero is better; bars: 95 % '
-                 'intervals; grey: not resolved', fontsize=10, x=0.01, ha='left')
+    seeds = counted(max(trend.slope.n for trend in shown), 'seed')
+    fig.suptitle(f'Each change against {against}, at {len(sizes)} sizes. Below zero is better; bars: 95 % '
+                 f'intervals over {seeds}; grey: not resolved', fontsize=10, x=0.01, ha='left')
     save(fig, path)
     return True
 
@@ -279,6 +281,8 @@ def panel(ax, trend, sizes):
     ax.set_xticks([], minor=True)
     ax.set_xlim(x[0] / 1.6, x[-1] * 1.6)
     pair, e = trend.found[0].pair, trend.slope
-    name = 'all together' if pair['how'] == 'all' else figures.change(pair)
-    slopes = f'{e.mean:+.3f} ± {e.half:.3f} per doubling' if e.n > 1 else 'no interval'
-    title(ax, f'{name}\n{direction(trend)}: {slopes}')
+    name = f'all together, against {pair["without"]}' if pair['how'] == 'all' else figures.change(pair)
+    said = f'{e.mean:+.3f}' + (f' ± {e.half:.3f}' if e.n > 1 else '') + ' with each doubling'
+    ax.set_title(f'{said}\ntrend: {direction(trend)}', fontsize=9, loc='left', color='#444444')
+    ax.annotate(name, (0, 1), xytext=(0, 30), xycoords='axes fraction', textcoords='offset points',
+                fontsize=10, fontweight='bold')
