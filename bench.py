@@ -53,6 +53,7 @@ from nanoblocks.experiments import (
     limits,
     peers,
     ring,
+    scaling,
     speed,
     studies,
 )
@@ -90,7 +91,8 @@ TOPICS = {
     'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
     'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
     'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations,
-    'mixers': studies.mixers, 'architectures': architectures.architectures, 'plot': curves.plot,
+    'mixers': studies.mixers, 'scaling': scaling.scaling,
+    'architectures': architectures.architectures, 'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
     'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring,
 }

@@ -94,8 +94,9 @@ def plot_differences(comparisons, path):
     ax.grid(visible=False, axis='y')
     ax.set_xlabel('difference in validation loss (nats per token)\nbetter  \u2190      \u2192  worse')
     seeds = max(e.n for _, e in shown)
-    fig.suptitle(f'{heading}; bars: 95 % intervals over {seeds} seed{"s" * (seeds > 1)}; grey: not resolved',
-                 fontsize=10, x=0.01, ha='left')
+    most = 'up to ' * (min(e.n for _, e in shown) < seeds)
+    fig.suptitle(f'{heading}; bars: 95 % intervals over {most}{seeds} seed{"s" * (seeds > 1)}; grey: not '
+                 'resolved', fontsize=10, x=0.01, ha='left')
     save(fig, path)
 
 
