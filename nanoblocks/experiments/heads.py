@@ -4,8 +4,8 @@ What attention heads look at: `bench.py heads`.
     previous, first, near   share of a query's attention that goes to the token before it, to the text's first
                             token, to itself and the 7 tokens before it; on validation text
     entropy                 of its attention, in bits; on the same text
-    induction               share that goes to the token after the first occurrence of the query's own, on a row
-                            of random tokens that is repeated once (Elhage et al. 2021,
+    induction               share that goes to the token after the first occurrence of the query's own, on
+                            rows of random tokens that are repeated once (Elhage et al. 2021,
                             https://transformer-circuits.pub/2021/framework; Olsson et al. 2022,
                             https://arxiv.org/abs/2209.11895)
 
@@ -34,14 +34,16 @@ from nanoblocks.experiments.trained import (
     with_effect,
     write_page,
 )
+from nanoblocks.formats import counted
 
 START = 16      # queries before this one are left out: their keys are all near, and one of few is the first
 NEAR = 8
-ROWS = 16       # of validation text, and of random tokens
+TOKENS = 2048   # of validation text
+ROWS = 16       # of random tokens
 LONGEST = 64    # random tokens before they are repeated
-MEASURES = {'previous': 'share on the previous token', 'first': 'share on the first token',
-            'near': f'share on the nearest {NEAR} tokens', 'entropy': 'entropy (bits)',
-            'induction': 'share on the token after\nthe first occurrence'}
+MEASURES = {'previous': 'share on the\nprevious token', 'first': 'share on the\nfirst token',
+            'near': f'share on the\nnearest {NEAR} tokens', 'entropy': 'entropy\n(bits)',
+            'induction': 'induction: share on the token\nafter the first occurrence'}
 TRAINED = ['config/llama_small.py', '--vary=DIFF: attn=diff', '--seeds=3', '--max_iters=1500']
 
 
@@ -56,21 +58,23 @@ def heads(folders, argv, figures, device):
 
 def look(folder, device):
     """A run -> (its `Trained`, {measure: (layers,H)}, its layers with attention, {'copied', 'gain'})"""
-    run = read_trained(folder, device, ROWS)
+    run = read_trained(folder, device, TOKENS)
     rows = repeated_rows(run).to(device)
-    maps, again = attention_maps(run.model, run.idx), attention_maps(run.model, rows)
-    if not maps:
+    layers = attention_maps(run.model, run.idx, measured)
+    if not layers:
         c = run.model.config
         raise ValueError(f'{folder} must hold a model with maps of attention, a softmax over keys, and with '
                          f'attn={c.attn} and layer_pattern={c.layer_pattern} it has none: choose another run')
-    found = measured(maps) | {'induction': torch.stack([induction(shares(p)) for p in again.values()])}
-    return run, {name: x.cpu() for name, x in found.items()}, list(maps), copying(run.model, rows)
+    again = attention_maps(run.model, rows, induction)
+    found = {name: torch.stack([values[name] for values in layers.values()]) for name in list(MEASURES)[:-1]}
+    found['induction'] = torch.stack(list(again.values()))
+    return run, {name: x.cpu() for name, x in found.items()}, list(layers), copying(run.model, rows)
 
 
-def repeated_rows(run):
-    """(ROWS,2n): n distinct random tokens, and the same n again."""
-    known = torch.tensor(sorted(set(range(run.tokenizer.vocab_size)) - set(run.tokenizer.ends)))
-    n = min(LONGEST, run.model.config.block_size // 2, len(known))
+def repeated_rows(run, longest=LONGEST):
+    """(ROWS,2n): n distinct random tokens of those in the run's text, and the same n again."""
+    known = torch.tensor(sorted(set(run.idx.unique().tolist()) - set(run.tokenizer.ends)))
+    n = min(longest, run.model.config.block_size // 2, len(known) // 2)
     generator = torch.Generator().manual_seed(0)
     rows = torch.stack([known[torch.randperm(len(known), generator=generator)[:n]] for _ in range(ROWS)])
     return rows.repeat(1, 2)
@@ -81,16 +85,17 @@ def repeated_rows(run):
 
 
 @torch.no_grad()
-def attention_maps(model, idx):
+def attention_maps(model, idx, read=lambda p: p):
     """
-    idx (B,T) -> {layer: (B,H,T,T)}, the weight of each key in a query's sum of values, exactly as the model
-    has it. Attention is linear in the values: with the identity in their place, what it returns is its
-    weights, whatever rotated, masked, biased or capped the scores before. Layers without a softmax over keys
-    are left out. Rows sum to 1, or less beside sinks; differential attention's, which may be negative, to
-    1 - lambda.
+    idx (B,T) -> {layer: read(p)} of each layer's p (B,H,T,T), the weight of each key in a query's sum of
+    values, exactly as the model has it. Attention is linear in the values: with the identity in their place,
+    it returns its weights, whatever rotated, masked, biased or capped the scores. Layers without a softmax
+    over keys are left out. Rows sum to 1, or less beside sinks; differential attention's, which may be
+    negative, to 1 - lambda.
     """
     found, maps, handles = {}, [], []
-    owners = {m.scores: m for m in model.modules() if isinstance(getattr(m, 'scores', None), SoftmaxAttention)}
+    owners = {m.scores: m for m in model.modules()
+              if isinstance(getattr(m, 'scores', None), SoftmaxAttention)}
 
     def weigh(scores, args, _):
         q, k, v, ctx, key_pos = args
@@ -102,7 +107,9 @@ def attention_maps(model, idx):
         def hook(*_):
             if maps:
                 (owner, p), *second = maps
-                found[layer] = p - owner.lambda_() * second[0][1] if isinstance(owner, DiffAttention) else p
+                if isinstance(owner, DiffAttention):
+                    p = p - owner.lambda_() * second[0][1]
+                found[layer] = read(p)
                 maps.clear()
         return hook
 
@@ -126,23 +133,19 @@ def back(p, distance, start):
     return p.diagonal(-distance, dim1=-2, dim2=-1)[..., max(0, start - distance):]
 
 
-def measured(maps):
-    """{layer: (B,H,T,T)} of a text -> {measure: (layers,H)}, all of MEASURES but induction"""
-    found = {}
-    for p in map(shares, maps.values()):
-        start = min(START, p.shape[-1] // 2)
-        near = sum(back(p, distance, start) for distance in range(min(NEAR, start + 1)))
-        values = {'previous': back(p, 1, start), 'first': p[..., start:, 0], 'near': near,
-                  'entropy': torch.special.entr(p[..., start:, :]).sum(-1) / math.log(2)}
-        for name, x in values.items():
-            found.setdefault(name, []).append(x.mean((0, 2)))
-    return {name: torch.stack(rows) for name, rows in found.items()}
+def measured(p):
+    """p (B,H,T,T) of a text -> {measure: (H,)}, all of MEASURES but induction"""
+    p, start = shares(p), min(START, p.shape[-1] // 2)
+    near = sum(back(p, distance, start) for distance in range(min(NEAR, start + 1)))
+    values = {'previous': back(p, 1, start), 'first': p[..., start:, 0], 'near': near,
+              'entropy': torch.special.entr(p[..., start:, :]).sum(-1) / math.log(2)}
+    return {name: x.mean((0, 2)) for name, x in values.items()}
 
 
 def induction(p):
-    """Shares p (B,H,2n,2n) on a row that is repeated after n tokens -> (H,), the mean over the second copy"""
+    """p (B,H,2n,2n) on rows that are repeated after n tokens -> (H,), the mean over the second copy"""
     n = p.shape[-1] // 2
-    return back(p, n - 1, n).mean((0, 2))
+    return back(shares(p), n - 1, n).mean((0, 2))
 
 
 @torch.no_grad()
@@ -165,7 +168,7 @@ def copying(model, rows):
 def describe(run, found, layers, copied, folder, figures):
     """The table of a run, every head's scores, and maps of some heads."""
     even = torch.ones(1, 1, *[run.idx.shape[1]] * 2).tril()
-    plain = measured({0: even / even.sum(-1, keepdim=True)})
+    plain = measured(even / even.sum(-1, keepdim=True))
     print(f'{folder}: each head on {len(run.idx)} rows of {run.idx.shape[1]} tokens; even: a head that gives '
           f'every key the same; {copied["copied"]:.1%} of a repeated row is copied right')
     rows = [[f'layer {layer} head {head}', *(f'{x[i, head]:.3f}' for x in found.values())]
@@ -178,7 +181,7 @@ def describe(run, found, layers, copied, folder, figures):
 def draw_scores(found, layers, figures):
     """A heat map of layers and heads for each measure."""
     H = found['first'].shape[1]
-    fig, axes = panels(max(12, 5 + 0.9 * H), 2.2 + 0.28 * len(layers), columns=len(MEASURES))
+    fig, axes = panels(max(13, 5 + 0.9 * H), 2.2 + 0.28 * len(layers), columns=len(MEASURES))
     for ax, (name, text) in zip(axes, MEASURES.items()):
         values = found[name]
         top = None if name == 'entropy' else 1
@@ -210,28 +213,32 @@ def chosen(found, most=16):
     return [divmod(at, H) for at in sorted(best)]
 
 
-def draw_maps(run, found, layers, figures, length=24):
-    """Maps of the first tokens of the validation text, queries from top to bottom."""
-    idx = run.idx[:1, :length]
-    maps, places = attention_maps(run.model, idx), chosen(found)
+def draw_maps(run, found, layers, figures):
+    """Maps of the first tokens of the validation text, and of 12 random tokens that are repeated."""
+    draw_grid(run, run.idx[:1, :24], found, layers, figures, 'maps')
+    draw_grid(run, repeated_rows(run, 12)[:1].to(run.idx.device), found, layers, figures, 'repeated')
+
+
+def draw_grid(run, idx, found, layers, figures, name):
+    """Maps of one text, idx (1,T), queries from top to bottom."""
+    maps, places = attention_maps(run.model, idx, shares), chosen(found)
     words = [label(run.tokenizer, token) for token in idx[0].tolist()]
     columns = min(4, len(places))
     rows = -(-len(places) // columns)
     fig, axes = panels(3.1 * columns + 1.4, 2.9 * rows + 0.9, rows=rows, columns=columns, sharex=True,
                        sharey=True)
     for ax, (i, head) in zip(axes, places):
-        image = ax.imshow(shares(maps[layers[i]])[0, head].cpu(), vmin=0, vmax=1, cmap='magma_r')
+        image = ax.imshow(maps[layers[i]][0, head].cpu(), vmin=0, vmax=1, cmap='Blues')
         ax.set_xticks(range(len(words)), words, rotation=90, fontsize=6, family='monospace')
         ax.set_yticks(range(len(words)), words, fontsize=6, family='monospace')
         ax.grid(visible=False)
-        name = max((name for name in found if name != 'entropy'), key=lambda name: found[name][i, head])
-        title(ax, f'layer {layers[i]} head {head}: {name} {found[name][i, head]:.2f}')
+        title(ax, f'layer {layers[i]} head {head}')
     for ax in axes[len(places):]:
         ax.set_visible(False)
     fig.supxlabel('key', fontsize=10)
     fig.supylabel('query', fontsize=10)
     fig.colorbar(image, ax=axes, label='share of attention', shrink=0.6)
-    save_and_say(fig, figures, 'maps')
+    save_and_say(fig, figures, name)
 
 
 def label(tokenizer, token, most=10):
@@ -280,13 +287,13 @@ def page(numbers, run, figures):
                      for key in COLUMNS)] for name, values in numbers.items()]
     c = run.model.config
     size = f'{c.n_layer} layers of width {c.n_embd}, {c.n_head} maps a layer'
-    about = (f'Attention of the second copy of a row of random tokens that is repeated once, means over heads '
-             f'and {len(base)} seeds; in brackets, the difference to {plain} and its 95 % interval ({size}).')
+    about = ('Attention of the second copy of a row of random tokens that is repeated once: means over heads '
+             f'and {counted(len(base), "seed")}; in brackets, the difference to {plain} and its 95 % interval.')
     write_page(figures, 'heads', [(about, ['arm', *COLUMNS.values()], rows)], [
         verdict('DIFF minus plain attention, share of attention on irrelevant tokens', effects['noise'],
                 'DIFF gives more to noise', 'DIFF gives less to noise', size),
-        verdict('The same of the head that gives most to the relevant token, its share there', effects['best'],
-                'DIFF has the sharper head', 'plain attention has the sharper head', size)])
+        verdict('The same difference, share on the relevant token of the head that gives most to it',
+                effects['best'], 'DIFF has the sharper head', 'plain attention has the sharper head', size)])
 
 
 def draw_noise(numbers, figures):
@@ -295,7 +302,7 @@ def draw_noise(numbers, figures):
     texts = {'noise': 'share of attention on irrelevant tokens', 'best': 'share of the best head\non the '
              'relevant token', 'copied': 'share of the second copy named right'}
     for ax, (key, text) in zip(axes, texts.items()):
-        for x, ((name, values), color) in enumerate(zip(numbers.items(), COLORS)):
+        for x, (values, color) in enumerate(zip(numbers.values(), COLORS)):
             ax.bar(x, fmean(value[key] for value in values), color=color, alpha=0.6)
             ax.plot([x] * len(values), [value[key] for value in values], 'o', color='black', markersize=3)
         ax.set_xticks(range(len(numbers)), ['plain', *list(numbers)[1:]])

@@ -1,4 +1,4 @@
-"""What topics that look inside trained models share: a run with its text, arms to train, a page of results."""
+"""What topics that look inside trained models share: a run and its text, arms to train, a page of results."""
 import os
 import shlex
 from pathlib import Path
@@ -29,8 +29,8 @@ class Trained(NamedTuple):
     seed: int           # from which its parameters were drawn
 
 
-def read_trained(folder, device, rows):
-    """The run of train.py in a folder, with at most this many rows of text."""
+def read_trained(folder, device, tokens):
+    """The run of train.py in a folder, with at most this many tokens of text, and at least a row."""
     path = os.path.join(folder, 'ckpt.pt')
     held = checkpoint.load(path)
     model, settings = checkpoint.build(held, path).to(device).eval(), held['settings']
@@ -41,7 +41,7 @@ def read_trained(folder, device, rows):
     task = objective_of(settings['objective'], held['meta'], settings['mask_rate'])
     data = Sources(settings['dataset']).open(c.block_size, settings['seed'],
                                              task.read_by('decoder' if c.causal else 'encoder'))
-    batch = next(iter(data.eval_batches(rows, rows * c.block_size)))
+    batch = next(iter(data.eval_batches(tokens, tokens)))
     idx, targets = (x.to(device) for x in batch[:2])
     return Trained(model, from_meta(held['meta']['tokenizer']), idx, targets, settings['seed'])
 
@@ -50,8 +50,8 @@ def one_folder(topic, folders, argv):
     """The run that a command line names; ValueError where it names more, or what only training reads."""
     files, flags = files_and_flags(argv, without=OWN)
     if more := [*folders[1:], *files, *flags]:
-        raise ValueError(f'{more[0].removeprefix("--")} must be left out: bench.py {topic} {folders[0]} reads '
-                         'that one run and trains none')
+        raise ValueError(f'{more[0].removeprefix("--")} must be left out: bench.py {topic} {folders[0]} '
+                         'reads that one run and trains none')
     return folders[0]
 
 
@@ -77,7 +77,7 @@ def train_arms(topic, words, varied, argv, device):
 
 
 def with_effect(values, e, digits=3):
-    """A cell: the mean of an arm, and in brackets its paired difference to the first arm, unless e is None."""
+    """A cell: the mean of an arm, and in brackets its paired difference to the first arm, if e is given."""
     mean = f'{sum(values) / len(values):.{digits}f}'
     return mean if e is None else f'{mean} ({e.mean:+.{digits}f} ± {e.half:.{digits}f})'
 
