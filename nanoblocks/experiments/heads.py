@@ -185,7 +185,7 @@ def draw_scores(found, layers, figures):
     for ax, (name, text) in zip(axes, MEASURES.items()):
         values = found[name]
         top = None if name == 'entropy' else 1
-        image = ax.imshow(values, aspect='auto', vmin=0, vmax=top, cmap='viridis', interpolation='nearest')
+        image = ax.imshow(values.numpy(), aspect='auto', vmin=0, vmax=top)
         if values.numel() <= 64:
             dark = (top or values.max().item()) * 0.6
             for i, row in enumerate(values.tolist()):
@@ -228,7 +228,7 @@ def draw_grid(run, idx, found, layers, figures, name):
     fig, axes = panels(3.1 * columns + 1.4, 2.9 * rows + 0.9, rows=rows, columns=columns, sharex=True,
                        sharey=True)
     for ax, (i, head) in zip(axes, places):
-        image = ax.imshow(maps[layers[i]][0, head].cpu(), vmin=0, vmax=1, cmap='Blues')
+        image = ax.imshow(maps[layers[i]][0, head].cpu().numpy(), vmin=0, vmax=1, cmap='Blues')
         ax.set_xticks(range(len(words)), words, rotation=90, fontsize=6, family='monospace')
         ax.set_yticks(range(len(words)), words, fontsize=6, family='monospace')
         ax.grid(visible=False)
@@ -287,8 +287,8 @@ def page(numbers, run, figures):
                      for key in COLUMNS)] for name, values in numbers.items()]
     c = run.model.config
     size = f'{c.n_layer} layers of width {c.n_embd}, {c.n_head} maps a layer'
-    about = ('Attention of the second copy of a row of random tokens that is repeated once: means over heads '
-             f'and {counted(len(base), "seed")}; in brackets, the difference to {plain} and its 95 % interval.')
+    about = ('Attention of the second copy of rows of random tokens that are repeated once: means over heads '
+             f'and {counted(len(base), "seed")}; in brackets, the difference to {plain}, 95 % intervals.')
     write_page(figures, 'heads', [(about, ['arm', *COLUMNS.values()], rows)], [
         verdict('DIFF minus plain attention, share of attention on irrelevant tokens', effects['noise'],
                 'DIFF gives more to noise', 'DIFF gives less to noise', size),

@@ -201,7 +201,7 @@ def draw_lifts(shown, labels, figures):
     fig, axes = panels((1.2 + 0.32 * E) * columns + 2.6, 3.6 * rows + 0.4, rows=rows, columns=columns,
                        sharey=True)
     for ax, (layer, values) in zip(axes, shown.items()):
-        image = ax.imshow(values.log2().T, vmin=-math.log2(most), vmax=math.log2(most), cmap='RdBu_r',
+        image = ax.imshow(values.log2().T.numpy(), vmin=-math.log2(most), vmax=math.log2(most), cmap='RdBu_r',
                           aspect='auto', interpolation='nearest')
         ax.axhline(len(KINDS) - 0.5, color='black', linewidth=0.8)
         ax.set_xticks(range(0, E, max(1, E // 8)))
@@ -252,7 +252,7 @@ def excess(found, layer, name):
 
 def share(found, name):
     """Bits above the null over the entropy, the mean over layers, of every run of an arm"""
-    return [fmean((row[name][0] - row[name][1]) / row['entropy'] for row in layers.values())
+    return [fmean((row[name][0] - row[name][1]) / (row['entropy'] or 1.0) for row in layers.values())
             for layers in found]
 
 
