@@ -97,9 +97,9 @@ def at_distance(distance, T):
 
 def test_hand_made_maps_have_the_scores_of_their_kind():
     n = 20
-    assert heads.induction(at_distance(n - 1, 2 * n)).item() == 1
-    assert heads.induction(at_distance(n, 2 * n)).item() == 0
-    assert heads.induction(at_distance(n - 2, 2 * n)).item() == 0
+    key = heads.relevant(torch.randperm(50)[:n].repeat(1, 2))
+    for distance, want in ((n - 1, 1), (n, 0), (n - 2, 0)):
+        assert heads.induction(at_distance(distance, 2 * n), key).item() == want
     for distance, want in ((0, (0, 0, 1)), (1, (1, 0, 1)), (7, (0, 0, 1)), (8, (0, 0, 0)), (99, (0, 1, 0))):
         found = heads.measured(at_distance(distance, 40))
         assert tuple(found[name].item() for name in ('previous', 'first', 'near')) == want, distance
@@ -119,10 +119,23 @@ def test_measures_equal_their_definition():
             wanted['first'] += row[0] / len(queries) / 3
             wanted['near'] += sum(row[t - d] for d in range(8)) / len(queries) / 3
             wanted['entropy'] -= sum(x * math.log2(x) for x in row if x) / len(queries) / 3
-        for t in range(T // 2, T):
-            wanted['induction'] += p[b, 1, t, t - T // 2 + 1].item() / (T // 2) / 3
-    found = heads.measured(p) | {'induction': heads.induction(p)}
+        for t in range(T // 2, T - 1):
+            wanted['induction'] += p[b, 1, t, t - T // 2 + 1].item() / (T // 2 - 1) / 3
+    key = heads.relevant(torch.arange(T // 2).repeat(3, 2))
+    found = heads.measured(p) | {'induction': heads.induction(p, key)}
     assert {name: x[1].item() for name, x in found.items()} == pytest.approx(wanted)
+
+
+def test_the_relevant_key_follows_the_first_occurrence_and_says_what_comes_next():
+    #                                     a b c d eot c d a b  where d was followed by eot, and is by a
+    assert heads.relevant(torch.tensor([[1, 2, 3, 4, 9, 3, 4, 1, 2]])).tolist() == [
+        [-1, -1, -1, -1, -1, 3, -1, 1, -1]]
+    for row in torch.randint(6, (20, 1, 30)):
+        tokens, want = row[0].tolist(), []
+        for t, token in enumerate(tokens):
+            key = tokens.index(token) + 1
+            want.append(key if key <= t and tokens[t + 1:t + 2] == [tokens[key]] else -1)
+        assert heads.relevant(row)[0].tolist() == want
 
 
 def test_shares_of_negative_weights_count_their_sizes():
@@ -131,15 +144,19 @@ def test_shares_of_negative_weights_count_their_sizes():
     assert heads.shares(p.abs()).equal(p.abs())     # beside a sink, rows of a plain map sum to less than 1
 
 
+def test_squares_are_shares_of_what_unrelated_values_add_up_to():
+    p, v = torch.randn(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64)
+    read = (p.unsqueeze(1) * v).sum(0).norm() ** 2
+    torch.testing.assert_close(heads.squares(p), (p.unsqueeze(1) * v).norm(dim=1) ** 2 / read)
+
+
 def test_a_model_that_copies_is_seen_to_copy():
     idx = torch.stack([torch.randperm(50)[:10] for _ in range(4)]).repeat(1, 2)
 
-    def model(rows):    # names the token after the first occurrence, and before that, every token alike
-        logits = torch.zeros(*rows.shape, 50)
-        logits[:, 10:-1].scatter_(-1, rows[:, 1:10].unsqueeze(-1), 50.0)
-        return logits, None
-    found = heads.copying(model, idx)
-    assert found['copied'] == 1 and found['gain'] == pytest.approx(math.log(50))
+    def model(rows, shift=0):   # names the token after the first occurrence; nothing is said before that
+        return torch.nn.functional.one_hot(rows.roll(9 + shift, 1), 50), None
+    assert heads.copied(model, idx) == 1
+    assert heads.copied(lambda rows: model(rows, 1), idx) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -189,14 +206,17 @@ def test_words_of_the_command_are_refused_in_a_sentence(topic, words, reason, mo
 
 def test_plain_and_differential_attention_are_trained_and_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, 'measure_decoding', lambda *_: {})
-    toy = [flag for flag in runs.toy(tmp_path, n_head=4, max_iters=10) if not flag.startswith('--device=')]
+    monkeypatch.setattr(heads, 'DATA', tmp_path / 'letters')
+    monkeypatch.setattr(heads, 'COPIES', 300)
+    own = ('--device=', '--dataset=', '--block_size=')
+    toy = [flag for flag in runs.toy(tmp_path, n_head=4, max_iters=10) if not flag.startswith(own)]
     heads.heads([], [*toy, '--seeds=2', f'--out_dir={tmp_path / "runs"}'], tmp_path, 'cpu')
     page = (tmp_path / 'heads.md').read_text()
-    assert page.count('± ') >= 8 and page.count('(95 % interval, 2 seeds, 2 layers of width 32') == 2
+    assert page.count('± ') >= 8 and page.count('(95 % interval, 2 seeds, 2 layers of width 32') == 3
     assert '| llama_small |' in page and '| DIFF |' in page
     lines = (tmp_path / 'heads.csv').read_text().splitlines()
     assert len(lines) == 1 + 2 * 2 * 4 + 2 * 2 * 2      # seeds, layers, heads
-    for name in ('heads', 'maps', 'repeated', 'noise'):
+    for name in ('heads', 'copying_llama_small', 'copying_DIFF', 'noise'):
         assert (tmp_path / f'{name}.png').exists()
 
 

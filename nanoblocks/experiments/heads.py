@@ -9,20 +9,25 @@ What attention heads look at: `bench.py heads`.
                             https://transformer-circuits.pub/2021/framework; Olsson et al. 2022,
                             https://arxiv.org/abs/2209.11895)
 
-On that row the token after the first occurrence is the only one that says what comes next, so the induction
+On such a row the token after the first occurrence is the only one that says what comes next, so the induction
 score is the share on the relevant token, and the rest of the row is noise. Differential attention (Ye et al.
-2024, https://arxiv.org/abs/2410.05258) claims to give less to noise.
+2024, https://arxiv.org/abs/2410.05258) claims to give less to noise. It is compared with plain attention in
+models that learn to copy: 16 random letters, then the same letters from one of them on, around the end. Where
+they begin is drawn for each row, so that a letter is found by what it is and not by how far back it is.
 """
 import csv
+import json
 import math
+import random
+import string
 from pathlib import Path
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 
 from model import DiffAttention, SoftmaxAttention
 from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
+from nanoblocks.experiments.runs import run_script
 from nanoblocks.experiments.statistics import effect
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each
@@ -44,31 +49,56 @@ LONGEST = 64    # random tokens before they are repeated
 MEASURES = {'previous': 'share on the\nprevious token', 'first': 'share on the\nfirst token',
             'near': f'share on the\nnearest {NEAR} tokens', 'entropy': 'entropy\n(bits)',
             'induction': 'induction: share on the token\nafter the first occurrence'}
-TRAINED = ['config/llama_small.py', '--vary=DIFF: attn=diff', '--seeds=3', '--max_iters=1500']
+DATA, LETTERS, COPIES = Path('out/heads'), 16, 50000    # of the task: its folder, letters of a row, rows
+# Muon copies after some 300 steps, AdamW not within 1000
+TRAINED = ['config/llama_small.py', '--vary=DIFF: attn=diff', '--seeds=5', '--objective=prefix',
+           f'--block_size={2 * LETTERS + 1}', '--batch_size=32', '--optimizer=muon', '--muon_lr=0.01',
+           '--learning_rate=3e-3', '--warmup_iters=20', '--max_iters=600']
 
 
 def heads(folders, argv, figures, device):
-    """What attention heads look at, in a run (heads out/run), or in plain and DIFF attention: 15 minutes."""
+    """What attention heads look at, in a run (heads out/run), or in plain and DIFF attention: 10 minutes."""
     if folders:
         folder = one_folder('heads', folders, argv)
-        describe(*look(folder, device), folder, figures)
+        run, *found = look(folder, device, repeated_rows)
+        describe(run, *found, folder, figures)
     else:
-        compare(train_arms('heads', TRAINED, ('attn',), argv, device), figures, device)
+        words = [*TRAINED, f'--dataset={letters_to_copy(DATA)}']
+        compare(train_arms('heads', words, ('attn',), argv, device), figures, device)
 
 
-def look(folder, device):
-    """A run -> (its `Trained`, {measure: (layers,H)}, its layers with attention, {'copied', 'gain'})"""
+def letters_to_copy(folder):
+    """The dataset of letters and the same from one of them on, made unless it is there -> its folder"""
+    rows, out = folder / 'rows.jsonl', folder / 'data'
+    if not (out / 'meta.json').exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        draw, pairs = random.Random(0), []
+        for _ in range(COPIES):
+            letters = ''.join(draw.sample(string.ascii_letters + string.digits, LETTERS))
+            first = draw.randrange(LETTERS)
+            pairs.append({'source': letters, 'target': letters[first:] + letters[:first]})
+        rows.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
+        run_script('data/pairs/prepare.py', f'--input={rows}', f'--out={out}', '--tokenizer=bytes')
+    return out
+
+
+def look(folder, device, rows_of):
+    """
+    A run, and a function of it that gives rows with repeated tokens -> (its `Trained`, {measure: (layers,H)},
+    its layers with attention, the share of repeated tokens that it names right)
+    """
     run = read_trained(folder, device, TOKENS)
-    rows = repeated_rows(run).to(device)
+    rows = rows_of(run).to(device)
+    key = relevant(rows)
     layers = attention_maps(run.model, run.idx, measured)
     if not layers:
         c = run.model.config
         raise ValueError(f'{folder} must hold a model with maps of attention, a softmax over keys, and with '
                          f'attn={c.attn} and layer_pattern={c.layer_pattern} it has none: choose another run')
-    again = attention_maps(run.model, rows, induction)
+    again = attention_maps(run.model, rows, lambda p: (induction(p, key), induction(squares(p), key)))
     found = {name: torch.stack([values[name] for values in layers.values()]) for name in list(MEASURES)[:-1]}
-    found['induction'] = torch.stack(list(again.values()))
-    return run, {name: x.cpu() for name, x in found.items()}, list(layers), copying(run.model, rows)
+    found['induction'], found['squared'] = map(torch.stack, zip(*again.values()))
+    return run, {name: x.cpu() for name, x in found.items()}, list(layers), copied(run.model, rows)
 
 
 def repeated_rows(run, longest=LONGEST):
@@ -128,6 +158,14 @@ def shares(p):
     return p.abs() / p.abs().sum(-1, keepdim=True) if (p < 0).any() else p
 
 
+def squares(p):
+    """
+    Squared weights in units of all of a query's: shares of what it reads, if values were unrelated vectors of
+    one length. Many small weights count for less than in `shares`, whatever their signs.
+    """
+    return p.square() / p.square().sum(-1, keepdim=True)
+
+
 def back(p, distance, start):
     """The shares p (...,T,T) of keys at a distance, of queries from `start` on: (...,T - start)"""
     return p.diagonal(-distance, dim1=-2, dim2=-1)[..., max(0, start - distance):]
@@ -142,40 +180,47 @@ def measured(p):
     return {name: x.mean((0, 2)) for name, x in values.items()}
 
 
-def induction(p):
-    """p (B,H,2n,2n) on rows that are repeated after n tokens -> (H,), the mean over the second copy"""
-    n = p.shape[-1] // 2
-    return back(shares(p), n - 1, n).mean((0, 2))
+def relevant(idx):
+    """
+    idx (B,T) -> (B,T): where the token stands that follows the first occurrence of each token; -1 where that
+    is its own, and where another token follows now than then, or none
+    """
+    earlier = (idx.unsqueeze(2) == idx.unsqueeze(1)).tril(-1)                       # (B,T,T)
+    key = earlier.int().argmax(-1) + 1
+    follows = torch.cat((idx[:, 1:] == idx.gather(1, key)[:, :-1], torch.zeros_like(idx[:, :1]).bool()), 1)
+    return torch.where(earlier.any(-1) & follows, key, -1)
+
+
+def induction(p, key):
+    """p (B,H,T,T) and the relevant keys (B,T) of its rows -> (H,), the mean over queries that have one"""
+    at = key.clamp(min=0)[:, None, :, None].expand(-1, p.shape[1], -1, -1)
+    share = shares(p).gather(-1, at).squeeze(-1) * (key >= 0).unsqueeze(1)           # (B,H,T)
+    return share.sum((0, 2)) / (key >= 0).sum()
 
 
 @torch.no_grad()
-def copying(model, rows):
-    """
-    {'copied': share of the second copy that is the likeliest token, 'gain': nats per token by which its loss
-    is below the first copy's}
-    """
-    n, logits = rows.shape[1] // 2, model(rows)[0][:, :-1]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction='none')
-    # the first token of the second copy follows nothing that would name it
-    right = (logits.argmax(-1) == rows[:, 1:])[:, n:].float().mean().item()
-    return {'copied': right, 'gain': (losses[:, :n - 1].mean() - losses[:, n:].mean()).item()}
+def copied(model, rows):
+    """The share of tokens behind those with a relevant key that the model names as the likeliest"""
+    right = model(rows)[0][:, :-1].argmax(-1) == rows[:, 1:]
+    return right[relevant(rows)[:, :-1] >= 0].float().mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------
 # One run
 
 
-def describe(run, found, layers, copied, folder, figures):
+def describe(run, found, layers, right, folder, figures):
     """The table of a run, every head's scores, and maps of some heads."""
     even = torch.ones(1, 1, *[run.idx.shape[1]] * 2).tril()
     plain = measured(even / even.sum(-1, keepdim=True))
     print(f'{folder}: each head on {len(run.idx)} rows of {run.idx.shape[1]} tokens; even: a head that gives '
-          f'every key the same; {copied["copied"]:.1%} of a repeated row is copied right')
-    rows = [[f'layer {layer} head {head}', *(f'{x[i, head]:.3f}' for x in found.values())]
+          f'every key the same; of repeated random tokens, {right:.1%} are named right')
+    rows = [[f'layer {layer} head {head}', *(f'{found[name][i, head]:.3f}' for name in MEASURES)]
             for i, layer in enumerate(layers) for head in range(found['first'].shape[1])]
-    print_table(['head', *found], [*rows, ['even', *(f'{x.item():.3f}' for x in plain.values()), '-']])
+    print_table(['head', *MEASURES], [*rows, ['even', *(f'{x.item():.3f}' for x in plain.values()), '-']])
     draw_scores(found, layers, figures)
-    draw_maps(run, found, layers, figures)
+    draw_maps(run, run.idx[:1, :24], found, layers, figures, 'maps')
+    draw_maps(run, repeated_rows(run, 12)[:1].to(run.idx.device), found, layers, figures, 'repeated')
 
 
 def draw_scores(found, layers, figures):
@@ -208,18 +253,12 @@ def chosen(found, most=16):
     n, H = found['first'].shape
     if n * H <= most:
         return [(i, head) for i in range(n) for head in range(H)]
-    names = [name for name in found if name != 'entropy']
+    names = [name for name in MEASURES if name != 'entropy']
     best = {at for name in names for at in found[name].flatten().topk(most // len(names)).indices.tolist()}
     return [divmod(at, H) for at in sorted(best)]
 
 
-def draw_maps(run, found, layers, figures):
-    """Maps of the first tokens of the validation text, and of 12 random tokens that are repeated."""
-    draw_grid(run, run.idx[:1, :24], found, layers, figures, 'maps')
-    draw_grid(run, repeated_rows(run, 12)[:1].to(run.idx.device), found, layers, figures, 'repeated')
-
-
-def draw_grid(run, idx, found, layers, figures, name):
+def draw_maps(run, idx, found, layers, figures, name):
     """Maps of one text, idx (1,T), queries from top to bottom."""
     maps, places = attention_maps(run.model, idx, shares), chosen(found)
     words = [label(run.tokenizer, token) for token in idx[0].tolist()]
@@ -243,6 +282,8 @@ def draw_grid(run, idx, found, layers, figures, name):
 
 def label(tokenizer, token, most=10):
     """A token as a tick: blanks and ends of lines visible."""
+    if token in tokenizer.ends:
+        return 'END'
     text = tokenizer.decode([token])[:most].replace(' ', '\u2423').replace('\t', '\u21e5')
     return text.replace('\r', '\u21b5').replace('\n', '\u21b5').replace('$', r'\$')
 
@@ -250,64 +291,70 @@ def label(tokenizer, token, most=10):
 # ----------------------------------------------------------------------------------------------------------
 # Plain against differential attention
 
-COLUMNS = {'relevant': 'share on the relevant token', 'best': 'of the best head', 'noise': 'on all others',
-           'first': 'on the first token', 'copied': 'copied right', 'gain': 'gain of the second copy (nats)'}
+COLUMNS = {'noise': 'share on irrelevant tokens', 'squared': 'of squared weights', 'best': 'least of a head',
+           'best_squared': 'of its squared weights', 'first': 'on the first token', 'copied': 'copied right'}
 
 
 def compare(arms, figures, device):
     """arms {'llama_small', 'DIFF': {seed: folder}}: the page, the numbers of every head, and the figures."""
-    numbers, lines, shown = {}, [], None
+    numbers, lines, shown = {}, [], {}
     for name, folder, seed in each([(arm, f, s) for arm, runs in arms.items() for s, f in runs.items()],
                                    lambda job: f'maps of {job[0]}, seed {job[2]}'):
-        run, found, layers, copied = look(folder, device)
-        numbers.setdefault(name, []).append(summary(found, copied))
+        run, found, layers, right = look(folder, device, lambda run: run.idx)
+        numbers.setdefault(name, []).append(summary(found, right))
         lines += [[name, seed, layer, head, *(f'{x[i, head].item():.4f}' for x in found.values())]
                   for i, layer in enumerate(layers) for head in range(found['first'].shape[1])]
-        shown = shown or (run, found, layers, figures)
+        if seed == min(arms[name]):
+            shown[name] = run, found, layers
     with open(Path(figures, 'heads.csv'), 'w', newline='') as f:
         csv.writer(f).writerows([['arm', 'seed', 'layer', 'head', *found], *lines])
     page(numbers, run, figures)
-    draw_scores(*shown[1:])
-    draw_maps(*shown)
     draw_noise(numbers, figures)
+    for name, (run, found, layers) in shown.items():
+        draw_maps(run, run.idx[:1], found, layers, figures, f'copying_{name}')
+    draw_scores(*next(iter(shown.values()))[1:], figures)
 
 
-def summary(found, copied):
-    """What is compared, a number for each of COLUMNS: means over all heads, but for the best one"""
-    relevant = found['induction'].mean().item()
-    return {'relevant': relevant, 'best': found['induction'].max().item(), 'noise': 1 - relevant,
-            'first': found['first'].mean().item(), **copied}
+def summary(found, right):
+    """A number for each of COLUMNS: of all heads, their mean"""
+    noise, squared = (1 - found[name].flatten() for name in ('induction', 'squared'))
+    best = noise.argmin()
+    return {'noise': noise.mean().item(), 'squared': squared.mean().item(), 'best': noise[best].item(),
+            'best_squared': squared[best].item(), 'first': found['first'].mean().item(), 'copied': right}
 
 
 def page(numbers, run, figures):
-    """The table of means and paired differences, and two sentences of verdict."""
+    """The table of means and paired differences, and the sentences of verdict."""
     (plain, base), (_, diff) = numbers.items()
     effects = {key: effect([b[key] - a[key] for a, b in zip(base, diff)]) for key in COLUMNS}
     rows = [[name, *(with_effect([x[key] for x in values], None if name == plain else effects[key])
                      for key in COLUMNS)] for name, values in numbers.items()]
     c = run.model.config
     size = f'{c.n_layer} layers of width {c.n_embd}, {c.n_head} maps a layer'
-    about = ('Attention of the second copy of rows of random tokens that are repeated once: means over heads '
-             f'and {counted(len(base), "seed")}; in brackets, the difference to {plain}, 95 % intervals.')
+    about = (f'Attention of copied letters, on {len(run.idx)} rows: means over heads and '
+             f'{counted(len(base), "seed")}; in brackets, the difference to {plain} and its 95 % interval.')
+    what = {'noise': 'share of attention on irrelevant tokens, mean over heads',
+            'best': 'the same of the head that gives them least',
+            'best_squared': 'the same of that head, of squared weights'}
     write_page(figures, 'heads', [(about, ['arm', *COLUMNS.values()], rows)], [
-        verdict('DIFF minus plain attention, share of attention on irrelevant tokens', effects['noise'],
-                'DIFF gives more to noise', 'DIFF gives less to noise', size),
-        verdict('The same difference, share on the relevant token of the head that gives most to it',
-                effects['best'], 'DIFF has the sharper head', 'plain attention has the sharper head', size)])
+        verdict(f'DIFF minus plain attention, {text}', effects[key], 'DIFF gives more to noise',
+                'DIFF gives less to noise', size) for key, text in what.items()])
 
 
 def draw_noise(numbers, figures):
     """Bars for the arms, a dot for each seed."""
-    fig, axes = panels(10.5, 3.8, columns=3)
-    texts = {'noise': 'share of attention on irrelevant tokens', 'best': 'share of the best head\non the '
-             'relevant token', 'copied': 'share of the second copy named right'}
+    fig, axes = panels(12, 3.8, columns=4, sharey=True)
+    texts = {'noise': 'irrelevant tokens, all heads', 'best': 'the head with the least',
+             'best_squared': 'the same, squared weights', 'copied': 'letters copied right'}
     for ax, (key, text) in zip(axes, texts.items()):
         for x, (values, color) in enumerate(zip(numbers.values(), COLORS)):
             ax.bar(x, fmean(value[key] for value in values), color=color, alpha=0.6)
             ax.plot([x] * len(values), [value[key] for value in values], 'o', color='black', markersize=3)
         ax.set_xticks(range(len(numbers)), ['plain', *list(numbers)[1:]])
-        ax.set_ylim(0, 1)
-        ax.set_ylabel(text)
+        ax.set_ylim(0, 1.05)
+        ax.tick_params(labelleft=True)
+        ax.set_ylabel('share of letters' if key == 'copied' else 'share of attention')
         ax.grid(visible=False, axis='x')
-    title(axes[0], 'mean over heads; a dot is a seed')
+        title(ax, text)
+    fig.suptitle('a dot is a seed', fontsize=10, x=0.01, ha='left')
     save_and_say(fig, figures, 'noise')

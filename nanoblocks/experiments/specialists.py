@@ -26,7 +26,14 @@ from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
 from nanoblocks.experiments.statistics import effect
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each
-from nanoblocks.experiments.trained import one_folder, read_trained, train_arms, verdict, write_page
+from nanoblocks.experiments.trained import (
+    interval,
+    one_folder,
+    read_trained,
+    train_arms,
+    verdict,
+    write_page,
+)
 from nanoblocks.formats import counted
 
 KINDS = ('keyword', 'word begins', 'word goes on', 'digits', 'punctuation', 'blanks', 'line end, indent',
@@ -264,7 +271,7 @@ def page(found, run, tokens, figures):
             cells = []
             for name in LABELS:
                 e, null = effect(excess(runs, layer, name)), fmean(row[layer][name][1] for row in runs)
-                cells.append(f'{e.mean:.3f} ± {e.half:.3f} ({null:.3f})')
+                cells.append(f'{e.mean:.3f}{interval(e)} ({null:.3f})')
             rows.append([arm, layer, f'{fmean(row[layer]["entropy"] for row in runs):.3f}', *cells])
     c, (aux, bias) = run.model.config, [name for name in found if name != 'untrained']
     about = (f'Bits that a label tells about the first of the experts of a token, above those of shuffled '

@@ -79,7 +79,12 @@ def train_arms(topic, words, varied, argv, device):
 def with_effect(values, e, digits=3):
     """A cell: the mean of an arm, and in brackets its paired difference to the first arm, if e is given."""
     mean = f'{sum(values) / len(values):.{digits}f}'
-    return mean if e is None else f'{mean} ({e.mean:+.{digits}f} ± {e.half:.{digits}f})'
+    return mean if e is None else f'{mean} ({e.mean:+.{digits}f}{interval(e, digits)})'
+
+
+def interval(e, digits=3):
+    """Half the interval of an Effect, behind its mean; nothing where one seed gives none"""
+    return f' ± {e.half:.{digits}f}' if e.n > 1 else ''
 
 
 def verdict(what, e, more, less, size, digits=3):
