@@ -12,7 +12,7 @@ Measurements. Each topic prints a table; variants that are compared run interlea
     python bench.py cache config/llama_1b.py --tokens=2048,32768
     python bench.py rope --rope_theta=5e5
     python bench.py plot out/* --figure=curves.png
-    python bench.py heads out/run
+    python bench.py heads out/run               # and specialists, of a mixture of experts
 
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
 whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
@@ -156,7 +156,7 @@ def check_settings(name):
 def folders_of(name, argv):
     """(folders of runs, all other arguments): a topic that reads runs takes words that are no config file."""
     words, flags = files_and_flags(argv)
-    if 'folders' not in signature(TOPICS[name]).parameters:
+    if 'folders' not in signature(TOPICS[name]).parameters or {'--help', '-h'} & set(argv):
         return [], argv
     files = [word for word in words if word.endswith('.py')]
     return [word for word in words if word not in files], files + flags

@@ -6,7 +6,8 @@ Which experts take which tokens: `bench.py specialists`.
     bits    mutual information between the first of a token's experts and a label of the token: its kind, how
             common it is, or which token it is; above the same with the labels shuffled, as counts of a finite
             text never come out independent
-    share   bits over the entropy of the first expert: 1 where the label decides it
+    share   bits over the entropy of the first expert, both above the shuffled ones: 1 where the label decides
+            it, 0 where it says nothing (Vinh et al. 2010, adjusted mutual information)
 
 Mixtral's authors (Jiang et al. 2024, https://arxiv.org/abs/2401.04088, section 5) find that experts follow
 syntax rather than topics, and OpenMoE's (Xue et al. 2024, https://arxiv.org/abs/2402.01739) that the token
@@ -41,12 +42,13 @@ KINDS = ('keyword', 'word begins', 'word goes on', 'digits', 'punctuation', 'bla
 BANDS = ('commonest fourth', 'second fourth', 'third fourth', 'rarest fourth')
 LABELS = {'kind': 'its kind', 'band': 'how common it is', 'token': 'which token it is'}
 ROWS, TOKENS = 32, 65536    # rows of a forward pass; tokens of validation text
-TRAINED = ['config/mixtral_small.py', '--vary=bias: balance=bias+bias_rate=0.01', '--seeds=3',
+ARMS = {'mixtral_small': 'balanced by a loss', 'untrained': 'untrained', 'bias': 'balanced by a bias'}
+TRAINED = ['config/mixtral_small.py', '--vary=bias: balance=bias+bias_rate=0.01', '--seeds=5',
            '--max_iters=1000']
 
 
 def specialists(folders, argv, figures, device):
-    """Which experts take which kinds of tokens, in a run (specialists out/run) or its own six: 15 minutes."""
+    """Which experts take which kinds of tokens, in a run (specialists out/run) or its own ten: 15 minutes."""
     if folders:
         folder = one_folder('specialists', folders, argv)
         run, labels = read_labels(folder, device)
@@ -200,7 +202,7 @@ def lifts_of(labels, routed, n_expert):
 
 def draw_lifts(shown, labels, figures):
     """A heat map for each layer, experts against kinds and bands, with their shares of all tokens."""
-    most, columns = 8, min(4, len(shown))
+    most, columns = 8, min(3, math.ceil(math.sqrt(len(shown))))
     base = torch.cat([labels[name].bincount(minlength=len(words)) / len(labels[name])
                       for name, words in (('kind', KINDS), ('band', BANDS))])
     names = [f'{name} ({share:.0%})' for name, share in zip([*KINDS, *BANDS], base.tolist())]
@@ -208,8 +210,8 @@ def draw_lifts(shown, labels, figures):
     fig, axes = panels((1.2 + 0.32 * E) * columns + 2.6, 3.6 * rows + 0.4, rows=rows, columns=columns,
                        sharey=True)
     for ax, (layer, values) in zip(axes, shown.items()):
-        image = ax.imshow(values.log2().T.numpy(), vmin=-math.log2(most), vmax=math.log2(most), cmap='RdBu_r',
-                          aspect='auto', interpolation='nearest')
+        image = ax.imshow(values.clamp(min=1 / most).log2().T.numpy(), vmin=-math.log2(most),
+                          vmax=math.log2(most), cmap='RdBu_r', aspect='auto', interpolation='nearest')
         ax.axhline(len(KINDS) - 0.5, color='black', linewidth=0.8)
         ax.set_xticks(range(0, E, max(1, E // 8)))
         ax.set_yticks(range(len(names)), names, fontsize=8)
@@ -221,7 +223,7 @@ def draw_lifts(shown, labels, figures):
     for ax in axes[::columns]:
         ax.set_ylabel('tokens (share of all)')
     bar = fig.colorbar(image, ax=axes, label='share among its tokens / share of all')
-    bar.set_ticks(range(-3, 4), labels=['1/8', '1/4', '1/2', '1', '2', '4', '8'])
+    bar.set_ticks(range(-3, 4), labels=['1/8 or less', '1/4', '1/2', '1', '2', '4', '8 or more'])
     save_and_say(fig, figures, 'lifts')
 
 
@@ -230,7 +232,7 @@ def draw_lifts(shown, labels, figures):
 
 
 def compare(arms, figures, device):
-    """arms {'mixtral_small', 'bias': {seed: folder}}: the page, the numbers, and the figures."""
+    """arms {'mixtral_small', 'bias': {seed: folder}}: the page, the numbers and the figures."""
     found, first = {}, None
     for name, folder in each([(arm, f) for arm, runs in arms.items() for f in runs.values()],
                              lambda job: f'experts of {job[1]}'):
@@ -258,9 +260,11 @@ def excess(found, layer, name):
 
 
 def share(found, name):
-    """Bits above the null over the entropy, the mean over layers, of every run of an arm"""
-    return [fmean((row[name][0] - row[name][1]) / (row['entropy'] or 1.0) for row in layers.values())
-            for layers in found]
+    """Bits over the entropy, both above the null, the mean over layers, of every run of an arm"""
+    def of(row):
+        found, null = row[name]
+        return (found - null) / (row['entropy'] - null) if row['entropy'] > null else 0.0
+    return [fmean(map(of, layers.values())) for layers in found]
 
 
 def page(found, run, tokens, figures):
@@ -272,23 +276,27 @@ def page(found, run, tokens, figures):
             for name in LABELS:
                 e, null = effect(excess(runs, layer, name)), fmean(row[layer][name][1] for row in runs)
                 cells.append(f'{e.mean:.3f}{interval(e)} ({null:.3f})')
-            rows.append([arm, layer, f'{fmean(row[layer]["entropy"] for row in runs):.3f}', *cells])
-    c, (aux, bias) = run.model.config, [name for name in found if name != 'untrained']
+            rows.append([ARMS[arm], layer, f'{fmean(row[layer]["entropy"] for row in runs):.3f}', *cells])
+    c = run.model.config
     about = (f'Bits that a label tells about the first of the experts of a token, above those of shuffled '
              f'labels, which are in brackets: means and 95 % intervals over '
-             f'{counted(len(found[aux]), "seed")}, {tokens:,} tokens of validation text.')
+             f'{counted(len(found["bias"]), "seed")}, {tokens:,} tokens of validation text.')
     size = f'{c.n_layer} layers of width {c.n_embd}, {c.n_expert_used} of {c.n_expert} experts'
-    token, kind = (share(found[aux], name) for name in ('token', 'kind'))
-    learned, by_bias = (effect([x - y for x, y in zip(*pair)]) for pair in (
-        (token, share(found['untrained'], 'token')), (share(found[bias], 'token'), token)))
+    kind, token = ({arm: share(runs, name) for arm, runs in found.items()} for name in ('kind', 'token'))
+
+    def minus(shares, arm, other):
+        return effect([x - y for x, y in zip(shares[arm], shares[other])])
     write_page(figures, 'specialists', [(about, ['arm', 'layer', 'entropy of the expert', *LABELS.values()],
                                          rows)], [
-        verdict('Share of the choice of the first expert that the kind of the token decides', effect(kind),
-                'experts follow kinds', '-', size),
-        verdict('Share that the token alone decides', effect(token), 'experts follow tokens', '-', size),
-        verdict('That share, trained minus untrained', learned, 'training ties experts to tokens',
-                'training frees experts from tokens', size),
-        verdict('That share, balanced by a bias minus by a loss', by_bias,
+        verdict('Share of the choice of the first expert that the kind of the token decides',
+                effect(kind['mixtral_small']), 'experts follow kinds', 'experts avoid kinds', size),
+        verdict('That share, trained minus untrained', minus(kind, 'mixtral_small', 'untrained'),
+                'training ties experts to kinds', 'training frees experts from kinds', size),
+        verdict('Share that the token alone decides', effect(token['mixtral_small']),
+                'experts follow tokens', 'experts avoid tokens', size),
+        verdict('That share, trained minus untrained', minus(token, 'mixtral_small', 'untrained'),
+                'training ties experts to tokens', 'training frees experts from tokens', size),
+        verdict('That share, balanced by a bias minus by a loss', minus(token, 'bias', 'mixtral_small'),
                 'a bias leaves experts more specialised', 'a bias leaves experts less specialised', size)])
 
 
@@ -300,12 +308,13 @@ def draw_bits(found, figures):
         for i, (arm, runs) in enumerate(found.items()):
             effects = [effect(excess(runs, layer, name)) for layer in layers]
             x = [place + (i - 1) * 0.25 for place in range(len(layers))]
-            ax.bar(x, [e.mean for e in effects], 0.25, color=COLORS[i], alpha=0.7, label=arm)
+            ax.bar(x, [e.mean for e in effects], 0.25, color=COLORS[i], alpha=0.7, label=ARMS[arm])
             ax.errorbar(x, [e.mean for e in effects], [0 if math.isnan(e.half) else e.half for e in effects],
                         fmt='none', color='black', capsize=2, linewidth=0.8)
         ax.set_xticks(range(len(layers)), layers)
         ax.set_xlabel('layer')
         ax.set_ylabel(f'bits about {text}')
+        ax.set_ylim(0, 1.35 * ax.dataLim.y1)
         ax.grid(visible=False, axis='x')
     title(axes[0], 'above shuffled labels; bars: 95 % intervals')
     axes[-1].legend(frameon=False, fontsize=9)

@@ -57,8 +57,8 @@ def one_folder(topic, folders, argv):
 
 def train_arms(topic, words, varied, argv, device):
     """
-    A sweep of a config at study size and what --vary makes of it, in out/ablate/<topic>, three seeds of each
-    arm, two runs at once -> {arm: {seed: folder}}, the config first. Flags in argv come last, and so win.
+    A sweep of a config at study size and what --vary makes of it, in out/ablate/<topic>, two runs at once
+    -> {arm: {seed: folder}}, the config first. Flags in argv come last, and so win.
     varied: flags that the topic itself sets.
     """
     given, _ = trained_flags(topic, argv, OWN, varied)
