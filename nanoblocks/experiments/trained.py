@@ -62,7 +62,7 @@ def train_arms(topic, words, varied, argv, device):
     varied: flags that the topic itself sets.
     """
     given, _ = trained_flags(topic, argv, OWN, varied)
-    words = [words[0], *SIZE[1:], *words[1:], f'--jobs={min(2, os.cpu_count() or 1)}', '--evals=6',
+    words = [words[0], *SIZE[1:], *words[1:], f'--jobs={min(2, os.cpu_count() or 1)}', '--evals=3',
              f'--device={device}', f'--out_dir=out/ablate/{topic}', *given]
     print(f'{topic}: python ablate.py {shlex.join(words)}', flush=True)
     sweep(words)
