@@ -12,6 +12,7 @@ Measurements. Each topic prints a table; variants that are compared run interlea
     python bench.py cache config/llama_1b.py --tokens=2048,32768
     python bench.py rope --rope_theta=5e5
     python bench.py plot out/* --figure=curves.png
+    python bench.py heads out/run               # and specialists, of a mixture of experts
 
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
 whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
@@ -50,10 +51,12 @@ from nanoblocks.experiments import (
     curves,
     decoding,
     gpu,
+    heads,
     limits,
     peers,
     ring,
     scaling,
+    specialists,
     speed,
     studies,
 )
@@ -95,6 +98,7 @@ TOPICS = {
     'architectures': architectures.architectures, 'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
     'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring,
+    'heads': heads.heads, 'specialists': specialists.specialists,
 }
 ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
 
@@ -151,13 +155,22 @@ def check_settings(name):
             raise ValueError(f'{setting}={globals()[setting]} must {rule}')
 
 
+def folders_of(name, argv):
+    """(folders of runs, all other arguments): a topic that reads runs takes words that are no config file."""
+    words, flags = files_and_flags(argv)
+    if 'folders' not in signature(TOPICS[name]).parameters or {'--help', '-h'} & set(argv):
+        return [], argv
+    files = [word for word in words if word.endswith('.py')]
+    return [word for word in words if word not in files], files + flags
+
+
 def main(name, argv):
     if name in ('--help', '-h'):
         configure(globals() | {'__doc__': f'{__doc__}\ntopics:\n\n{topics()}'}, GPTConfig, ['--help'])
     if name not in TOPICS:
         remedy = nearest(name, TOPICS, remedy=f'choose one of {", ".join(TOPICS)}')
         raise SystemExit(f'{name or "the first argument"} must be a topic: {remedy}')
-    folders, options = files_and_flags(argv) if name == 'plot' else ([], argv)
+    folders, options = folders_of(name, argv)
     # a config file is train.py's as well: pass over the settings that are only train.py's
     flags = configure(globals(), GPTConfig, options, skip=settings_of(ROOT / 'train.py'))
     with errors_as_messages():
@@ -169,7 +182,7 @@ def main(name, argv):
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {card}')
-        run(TOPICS[name], plain_settings(globals()) | {'flags': flags, 'argv': argv, 'folders': folders})
+        run(TOPICS[name], plain_settings(globals()) | {'flags': flags, 'argv': options, 'folders': folders})
 
 
 if __name__ == '__main__':
