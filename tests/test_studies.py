@@ -16,6 +16,7 @@ from nanoblocks.experiments import (
     memory,
     studies,
     sweep,
+    throughput,
     timing,
     topics,
 )
@@ -135,7 +136,7 @@ def test_rotary_angles_are_those_of_the_flags(tmp_path, capsys):
 
 
 def test_lengths_and_windows_have_the_sizes_that_are_given(tmp_path, capsys):
-    studies.lengths('64,192', '32', 60.0, 'cpu', tmp_path)
+    throughput.lengths('64,192', '32', 60.0, 'cpu', tmp_path)
     rows = [row for row in lines(capsys) if row and row[0] == 'attention']
     assert len(rows) == 2 and all(len(row) == 3 and '-' not in row for row in rows)
     attention.reach(dict(window=4, n_layer=2, block_size=24), 'cpu', tmp_path)
@@ -144,9 +145,9 @@ def test_lengths_and_windows_have_the_sizes_that_are_given(tmp_path, capsys):
 
 
 def test_a_layer_that_grows_linearly_is_not_expected_to_grow_quadratically():
-    assert studies.expected({1: (1.0, 0)}, 2) == 4.0
-    assert studies.expected({1: (1.0, 0), 2: (2.0, 0)}, 4) == pytest.approx(4.0)
-    assert studies.expected({1: (1.0, 0), 2: (4.0, 0)}, 4) == pytest.approx(16.0)
+    assert throughput.expected({1: 1.0}, 2) == 4.0
+    assert throughput.expected({1: 1.0, 2: 2.0}, 4) == pytest.approx(4.0)
+    assert throughput.expected({1: 1.0, 2: 4.0}, 4) == pytest.approx(16.0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def test_progress_is_a_line_for_each_item(monkeypatch, capsys):
 @pytest.mark.parametrize('call', [
     lambda out: studies.norms(1, '8', '8,16', 'cpu', out),
     lambda out: bench.TOPICS['window'](1, '16,32', 'cpu'),
-    lambda out: studies.lengths('16', '16', 9.0, 'cpu', out),
+    lambda out: throughput.lengths('16', '16', 9.0, 'cpu', out),
 ])
 def test_topics_say_which_of_how_many_they_are_at(call, tmp_path, capsys):
     call(tmp_path)
@@ -195,7 +196,7 @@ def test_every_axis_of_every_figure_has_a_label(figures_drawn, tmp_path, capsys)
     attention.reach({}, 'cpu', tmp_path)
     studies.norms(1, '8', '8,16', 'cpu', tmp_path)
     studies.ffns(1, '8', '8', 'cpu', tmp_path)
-    studies.lengths('16,32', '16', 9.0, 'cpu', tmp_path)
+    throughput.lengths('16,32', '16', 9.0, 'cpu', tmp_path)
     rows = {name: {column: float(i + n) for n, column in enumerate((*figures.COSTS, 'loss', 'sd'))}
             for i, name in enumerate('ab')}
     figures.plot_cost(rows, {'a': 'a', 'b': '+ b'}, tmp_path / 'cost.png')
@@ -278,7 +279,7 @@ def test_norms_are_timed_and_counted(tmp_path, capsys):
 
 
 def test_lengths_stop_where_the_budget_of_seconds_does(tmp_path, capsys):
-    studies.lengths('', '', 0.05, 'cpu', tmp_path)
+    throughput.lengths('', '', 0.05, 'cpu', tmp_path)
     rows = [row for row in lines(capsys) if row and row[0] == 'attention']
     assert len(rows) == 2 and all(row[-1] == '-' and float(row[1]) > 0 for row in rows)
     assert (tmp_path / 'lengths.png').exists()
