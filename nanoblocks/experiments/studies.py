@@ -169,6 +169,7 @@ def over_widths(found, widths, code, column):
 def draw_norms(widths, codes, found, T, figures):
     """found {(width, code, norm): (forward ms of each round, both passes)}: left the times, right ratios"""
     fig, (left, right) = panels(11, 4.2, columns=2)
+    highest = 1.0
     for color, code in zip(COLORS, codes):
         for norm, style in (('layernorm', 's--'), ('rmsnorm', 'o-')):
             ms = [statistics.median(found[width, code, norm][1]) for width in widths]
@@ -176,15 +177,20 @@ def draw_norms(widths, codes, found, T, figures):
         ratios = [ratio(*(found[width, code, norm][1] for norm in ('layernorm', 'rmsnorm')))
                   for width in widths]
         middle, low, high = ([getattr(e, name) for e in ratios] for name in ('mean', 'low', 'high'))
+        highest = max(highest, *middle)
         bars = [[m - end for m, end in zip(middle, low)], [end - m for m, end in zip(middle, high)]]
         right.errorbar(widths, middle, yerr=bars, fmt='o-', color=color, label=code, capsize=2, markersize=4)
     right.axhline(1, color='black', linewidth=0.8)
     for ax in (left, right):
         log2_axis(ax, widths)
         ax.set_xlabel('width (numbers per token)')
-        ax.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=2, loc='upper left')
+    right.legend(frameon=False, fontsize=8, loc='upper left')
     left.set_yscale('log')
-    right.set_ylim(0, 1.1 * max(1, right.dataLim.y1))
+    left.set_ylim(top=6 * left.dataLim.y1)  # room for the legend
+    for which in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        which(lambda value, _: f'{value:g}' if f'{value:e}'[0] in '125' else '')
+    right.set_ylim(0, 1.3 * highest)  # an interval of few rounds may end far above
     left.set_ylabel(f'forward and backward, {T} tokens (ms)')
     right.set_ylabel('time of LayerNorm / time of RMSNorm')
     title(left, f'{T} tokens in fp32')
