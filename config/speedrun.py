@@ -28,8 +28,8 @@ gradient_accumulation_steps = 1  # 8 x 128 = 1024 tokens a step
 max_iters = 480
 warmup_iters = 20
 optimizer = 'muon'
-muon_lr = 0.02
-learning_rate = 8e-3
+muon_lr = 0.01
+learning_rate = 1.6e-2
 beta2 = 0.95
 weight_decay = 0.0
 schedule = 'wsd'

@@ -204,7 +204,8 @@ def test_every_axis_of_every_figure_has_a_label(figures_drawn, tmp_path, capsys,
     figures.plot_cost(rows, {'a': 'a', 'b': '+ b'}, tmp_path / 'cost.png')
     curve = {1: [(10, 2.0), (20, 1.5)]}
     figures.plot_curves({'a': curve, 'b': curve}, 'a', {'a': 'a', 'b': 'b'}, tmp_path / 'curves.png')
-    throughput.throughput({'n_embd': 16, 'n_head': 2, 'n_layer': 1}, 'llama,mistral', '8', 9.0, 'cpu', tmp_path)
+    small = {'n_embd': 16, 'n_head': 2, 'n_layer': 1}
+    throughput.throughput(small, 'llama,mistral', '8', 9.0, 'cpu', tmp_path)
     assert len(figures_drawn) == 10
     for fig in figures_drawn:
         for ax in (ax for ax in fig.axes if ax.get_label() != '<colorbar>'):

@@ -77,7 +77,7 @@ SWEEPS = {
                'no value embedding: value_embed=False; no embedding skip: embed_skip=False; '
                'tied head: tie=True; no soft-cap: logit_softcap=None; '
                'no windows: layer_pattern=a+window=None; '
-               'AdamW: optimizer=adamw; short cooldown: wsd_decay=0.2'],
+               'AdamW: optimizer=adamw+group_lr=matrix=4e-3; short cooldown: wsd_decay=0.2'],
 }
 FILES = {'kvheads': ['--n_head=8', '--n_kv_head=2'], 'tricks': ['config/speedrun.py']}
 
