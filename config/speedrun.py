@@ -28,8 +28,8 @@ gradient_accumulation_steps = 1  # 8 x 128 = 1024 tokens a step
 max_iters = 480
 warmup_iters = 20
 optimizer = 'muon'
-muon_lr = 0.01
-learning_rate = 1.6e-2
+muon_lr = 0.01          # after 160 steps, 0.005 is behind by 0.005
+learning_rate = 2.4e-2  # of embeddings and head: 0.008 is behind 0.016 by 0.06, and that 0.032 by 0.02
 beta2 = 0.95
 weight_decay = 0.0
 schedule = 'wsd'

@@ -145,7 +145,7 @@ def test_lengths_and_windows_have_the_sizes_that_are_given(tmp_path, capsys):
 
 
 def test_a_layer_that_grows_linearly_is_not_expected_to_grow_quadratically():
-    assert throughput.expected({1: 1.0}, 2) == 4.0
+    assert throughput.expected({1: 1.0}, 2) == 4.0 and throughput.expected({1: 1.0}, 2, most=1.0) == 2.0
     assert throughput.expected({1: 1.0, 2: 2.0}, 4) == pytest.approx(4.0)
     assert throughput.expected({1: 1.0, 2: 4.0}, 4) == pytest.approx(16.0)
 

@@ -77,7 +77,7 @@ SWEEPS = {
                'no value embedding: value_embed=False; no embedding skip: embed_skip=False; '
                'tied head: tie=True; no soft-cap: logit_softcap=None; '
                'no windows: layer_pattern=a+window=None; '
-               'AdamW: optimizer=adamw+group_lr=matrix=4e-3; short cooldown: wsd_decay=0.2'],
+               'AdamW: optimizer=adamw+group_lr=matrix=4e-3; short cooldown: wsd_decay=0.2', '--seeds=4'],
 }
 FILES = {'kvheads': ['--n_head=8', '--n_kv_head=2'], 'tricks': ['config/speedrun.py']}
 
@@ -93,13 +93,13 @@ def mixers(argv, device):
 
 
 def run_sweeps(names, argv, device, own=('device',)):
-    """Each on five seeds. own: settings of bench.py, which are left out -> the words of the last one"""
+    """Each on five seeds, tricks on four -> the words of the last. own: settings of bench.py, left out."""
     jobs = torch.cuda.device_count() if device.startswith('cuda') else min(2, os.cpu_count() or 1)
     files, flags = files_and_flags(argv, without=own)
     for name in names:
         start = [*([] if name == 'tricks' else SIZE), *FILES.get(name, []), *files]
         varied = SWEEPS[name](read_flags([*start, *flags])[0]) if callable(SWEEPS[name]) else SWEEPS[name]
-        words = [*start, *varied, '--seeds=5', '--evals=6', f'--jobs={jobs}', f'--device={device}',
+        words = [*start, '--seeds=5', *varied, '--evals=6', f'--jobs={jobs}', f'--device={device}',
                  f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
         print(f'{name}: python ablate.py {shlex.join(words)}', flush=True)
         sweep.main(words)

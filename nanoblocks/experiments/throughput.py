@@ -42,24 +42,24 @@ class Cost(NamedTuple):
         return statistics.median(self.seconds)
 
 
-def costs(works, wanted, limit_s, device):
+def costs(works, wanted, limit_s, device, power=2.0):
     """
     works {name: function T -> what is timed} -> {name: {T: Cost}}, for as many of the wanted lengths as fit
-    into limit_s seconds for each name, and into memory.
+    into limit_s seconds for each name, and into memory. power: how fast the seconds can grow with T.
     """
     found, spent, going = {name: {} for name in works}, dict.fromkeys(works, 0.0), list(works)
     for T in wanted:
         for name in list(going):
-            if why := too_much(found[name], T, limit_s - spent[name], device):
+            if why := too_much(found[name], T, limit_s - spent[name], device, power):
                 tell(f'{name}: {in_short(T)} tokens would take {why}')
                 going.remove(name)
         if not going:
             break
         tell(f'{in_short(T)} tokens: {", ".join(going)}')
-        runs = {name: works[name](T) for name in going}
         if T == wanted[0]:
-            for run in runs.values():
-                run()  # the first call loads libraries
+            for work in works.values():
+                work(min(T, 64))()  # the first call loads libraries
+        runs = {name: works[name](T) for name in going}
         shares = {name: (limit_s - spent[name]) / 8 for name in going}
         for name, cost in in_turns(runs, shares, device).items():
             found[name][T] = cost
@@ -81,12 +81,12 @@ def in_turns(runs, shares, device):
     return {name: Cost(seconds[name], peaks[name]) for name in runs}
 
 
-def too_much(found, T, left, device):
+def too_much(found, T, left, device, power=2.0):
     """Why a length is left out, in words; '' where it is not. found {shorter length: Cost}."""
     if not found:
         return ''
     last, peak = list(found.items())[-1][0], list(found.values())[-1].peak
-    seconds = LEAST * expected({length: cost.median for length, cost in found.items()}, T)
+    seconds = LEAST * expected({length: cost.median for length, cost in found.items()}, T, power)
     if seconds > left:
         return f'about {seconds:.0f} s, and {max(0, left):.0f} s are left (--limit_s)'
     if peak * T / last > 0.8 * free_bytes(device):
@@ -94,14 +94,14 @@ def too_much(found, T, left, device):
     return ''
 
 
-def expected(seconds, T):
+def expected(seconds, T, most=2.0):
     """
     Seconds at T tokens, from the growth between the last two lengths of {length: seconds}: at least linear,
-    at most quadratic, as it is expected after one length.
+    at most T^most, which is also assumed after one length.
     """
     times = list(seconds.items())[-2:]
     (before, old), (last, new) = times[0], times[-1]
-    power = 2.0 if len(times) < 2 else min(2.0, max(1.0, math.log(new / old, last / before)))
+    power = most if len(times) < 2 else min(most, max(1.0, math.log(new / old, last / before)))
     return new * (T / last) ** power
 
 
@@ -121,7 +121,8 @@ def throughput(flags, models, tokens, limit_s, device, figures):
     dtype = gpu_dtype() if device.startswith('cuda') else 'float32'
     works = {'prefill': prefill, 'decoding': decoding, 'training': training}
     found = {measure: costs({name: partial(works[measure], model, dtype, device)
-                             for name, model in built.items()}, wanted, limit_s, device)
+                             for name, model in built.items()}, wanted, limit_s, device,
+                            1.0 if measure == 'decoding' else 2.0)
              for measure in each(works, 'measuring {}'.format)}
     number = 4 if dtype == 'float32' else 2
     caches = {name: {T: kv_cache_bytes(config, T, 1, number) for T in wanted}
