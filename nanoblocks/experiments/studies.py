@@ -16,7 +16,7 @@ from configurator import split_arguments
 from model import NORMS, GPTConfig, dense
 from nanoblocks.experiments import pages, sweep
 from nanoblocks.experiments.arms import files_and_flags, read_flags
-from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, panels, save_and_say, title
+from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, log_axis, panels, save_and_say, title
 from nanoblocks.experiments.memory import saved_bytes
 from nanoblocks.experiments.runs import read_lines, recorded, run_script
 from nanoblocks.experiments.timing import print_table, ratio, times
@@ -77,7 +77,7 @@ SWEEPS = {
                'no value embedding: value_embed=False; no embedding skip: embed_skip=False; '
                'tied head: tie=True; no soft-cap: logit_softcap=None; '
                'no windows: layer_pattern=a+window=None; '
-               'AdamW: optimizer=adamw+group_lr=matrix=4e-3; short cooldown: wsd_decay=0.2', '--seeds=4'],
+               'AdamW: optimizer=adamw+group_lr=matrix=1.5e-3; short cooldown: wsd_decay=0.2', '--seeds=4'],
 }
 FILES = {'kvheads': ['--n_head=8', '--n_kv_head=2'], 'tricks': ['config/speedrun.py']}
 
@@ -107,7 +107,7 @@ def run_sweeps(names, argv, device, own=('device',)):
 
 
 def kvheads(argv, device):
-    """MHA, GQA and MQA at equal parameters, and at equal parameters and cache: trained, 15 minutes."""
+    """MHA, GQA and MQA at equal parameters, and at equal parameters and cache: trained, 20 minutes."""
     pages.write('kvheads', run_sweeps(('kvheads',), argv, device))
 
 
@@ -186,10 +186,8 @@ def draw_norms(widths, codes, found, T, figures):
         ax.set_xlabel('width (numbers per token)')
     left.legend(frameon=False, fontsize=8, ncols=2, loc='upper left')
     right.legend(frameon=False, fontsize=8, loc='upper left')
-    left.set_yscale('log')
+    log_axis(left)
     left.set_ylim(top=6 * left.dataLim.y1)  # room for the legend
-    for which in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        which(lambda value, _: f'{value:g}' if f'{value:e}'[0] in '125' else '')
     right.set_ylim(0, 1.3 * highest)  # an interval of few rounds may end far above
     left.set_ylabel(f'forward and backward, {T} tokens (ms)')
     right.set_ylabel('time of LayerNorm / time of RMSNorm')
@@ -241,7 +239,7 @@ def norm_of(code, name, width, device):
 
 
 def ffns(argv, rounds, tokens, width, device, figures):
-    """GELU, ReLU^2 and SwiGLU at equal and at larger widths: their costs, then a sweep of 16 minutes."""
+    """GELU, ReLU^2 and SwiGLU at equal and at larger widths: their costs, then a sweep of 20 minutes."""
     ffn_costs(rounds, tokens, width, device, figures)
     own = ('device', 'rounds', 'tokens', 'width', 'figures')
     pages.write('ffns', run_sweeps(('ffns',), argv, device, own))

@@ -15,14 +15,15 @@ import torch
 
 from model import GPT, GPTConfig, TokenCache, kv_cache_bytes
 from nanoblocks.experiments.arms import flags_of_config
-from nanoblocks.experiments.figures import COLORS, log2_axis, panels, save_and_say, title
+from nanoblocks.experiments.figures import COLORS, log2_axis, log_axis, panels, save_and_say, title
 from nanoblocks.experiments.limits import families, names_of, products_in
 from nanoblocks.experiments.memory import free_bytes, peak_bytes
 from nanoblocks.experiments.report import table
 from nanoblocks.experiments.speed import training_step
+from nanoblocks.experiments.sweep import machine
 from nanoblocks.experiments.timing import print_table, ratio, timed
 from nanoblocks.experiments.topics import each, in_short, sizes, tell
-from nanoblocks.formats import format_quantity
+from nanoblocks.formats import counted, format_quantity
 from nanoblocks.hardware import gpu_dtype
 
 LENGTHS = tuple(1024 * 2 ** i for i in range(8))    # 1K to 128K
@@ -210,6 +211,19 @@ def text_of(model, T, device):
 # Telling
 
 
+ABOUT = """
+Models with random weights at the size of config/tiny.py, where a mixer and a feed-forward that are layers of
+their own are two layers for one, and a window is of 1024 tokens. Prefill reads a text into an empty cache,
+decoding reads one token behind it, training is a step on it. At each length the models run in turns; ratios
+to {first} are of the same rounds, with 95 % intervals over rounds.
+""".strip()
+LIMITS = """
+Nothing about quality, and one text at a time: a batch shares the reading of weights, and its caches add up.
+Small models on this machine: on a GPU, and where weights are large, one overtakes another at other lengths.
+Decoding runs operation by operation, without torch.compile.
+""".strip()
+
+
 class Report(NamedTuple):
     """All that was measured, and the words for it."""
     wanted: tuple       # lengths
@@ -265,13 +279,19 @@ class Report(NamedTuple):
                 for measure in self.found if len(self.models) > 1]
 
     def write(self, folder):
-        """throughput.json, and the tables as throughput.md"""
+        """throughput.json, and a page as README.md"""
         numbers = {'about': self.about, 'cache_bytes': self.caches, 'seconds': {
             measure: {name: {T: cost._asdict() for T, cost in row.items()} for name, row in rows.items()}
             for measure, rows in self.found.items()}}
         Path(folder, 'throughput.json').write_text(json.dumps(numbers, indent=1))
-        Path(folder, 'throughput.md').write_text('\n'.join(
-            [*self.tables(), *self.comparisons(), '', *(f'- {line}' for line in self.verdicts()), '']))
+        first = next(iter(self.models))
+        Path(folder, 'README.md').write_text('\n'.join([
+            '# Whole models over the length of a text', '', ABOUT.format(first=first), '', '```',
+            f'python bench.py throughput --figures={folder}', '```', '',
+            f'{machine()}, {counted(torch.get_num_threads(), "thread")}; {self.tables()[0]}',
+            *self.tables()[1:], *self.comparisons(), '', *(f'- {line}' for line in self.verdicts()), '',
+            '![tokens per second and cache over the length](throughput.png)', '',
+            '## What this does not show', '', LIMITS, '']))
 
 
 class Compared(NamedTuple):
@@ -323,9 +343,7 @@ def draw(report, figures):
                     markersize=5, markerfacecolor='none', label=name)
         log2_axis(ax, report.wanted, [in_short(T) for T in report.wanted])
         ax.set_xlim(report.wanted[0] / 1.3, report.wanted[-1] * 1.3)
-        ax.set_yscale('log')
-        ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value))
-        ax.yaxis.set_minor_formatter('')
+        log_axis(ax, format_quantity)
         ax.set_xlabel('tokens of the text')
         ax.set_ylabel(text)
         title(ax, f'{text.split(" (")[0]}, one text')
