@@ -59,6 +59,7 @@ from nanoblocks.experiments import (
     specialists,
     speed,
     studies,
+    throughput,
 )
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.files import ROOT
@@ -70,9 +71,9 @@ from nanoblocks.hardware import check_device, pick_device
 batch_size = 12                     # step, families: sequences in a training step
 rounds: int | None = None           # how often each variant is timed; None: 30, in limits and peers 3
 tokens = ''                         # lengths, such as 1024,4096; limits, peers: of a step; empty: its own
-models = ''                         # limits, peers: families, such as gpt2,llama; empty: all of them
+models = ''                         # limits, peers, throughput: families, such as gpt2,llama; empty: all
 width = ''                          # ffns, lengths: width of a layer; norms: widths, such as 256,512
-limit_s = 60.0                      # lengths: seconds for each kind of layer, which decide how far it goes
+limit_s = 60.0                      # lengths, throughput: seconds for each layer or model, which end its row
 nanogpt = ''                        # step, peers: folder of a nanoGPT checkout to time as well, same flags
 device = 'cpu'                      # auto, cpu, cuda or mps
 aot = False                         # kernels: compile for GPUs that this machine lacks, instead of timing
@@ -93,9 +94,9 @@ TOPICS = {
     'step': speed.step, 'window': speed.window, 'optimizers': speed.optimizers, 'families': speed.families,
     'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
     'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
-    'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations,
-    'mixers': studies.mixers, 'scaling': scaling.scaling,
-    'architectures': architectures.architectures, 'plot': curves.plot,
+    'lengths': throughput.lengths, 'throughput': throughput.throughput, 'router': studies.router,
+    'ablations': studies.ablations, 'mixers': studies.mixers, 'kvheads': studies.kvheads,
+    'tricks': studies.tricks, 'scaling': scaling.scaling, 'architectures': architectures.architectures, 'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
     'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring,
     'heads': heads.heads, 'specialists': specialists.specialists,
