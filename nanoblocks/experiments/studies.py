@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from configurator import split_arguments
 from model import NORMS, GPTConfig, dense
-from nanoblocks.experiments import pages, sweep
+from nanoblocks.experiments import comparisons, sweep
 from nanoblocks.experiments.arms import files_and_flags, read_flags
 from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, log_axis, panels, save_and_say, title
 from nanoblocks.experiments.memory import saved_bytes
@@ -108,12 +108,12 @@ def run_sweeps(names, argv, device, own=('device',)):
 
 def kvheads(argv, device):
     """MHA, GQA and MQA at equal parameters, and at equal parameters and cache: trained, 20 minutes."""
-    pages.write('kvheads', run_sweeps(('kvheads',), argv, device))
+    comparisons.write('kvheads', run_sweeps(('kvheads',), argv, device))
 
 
 def tricks(argv, device):
     """The speed-run's blocks, each taken out alone of the whole stack: trained, 40 minutes."""
-    pages.write('tricks', run_sweeps(('tricks',), argv, device))
+    comparisons.write('tricks', run_sweeps(('tricks',), argv, device))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def ffns(argv, rounds, tokens, width, device, figures):
     """GELU, ReLU^2 and SwiGLU at equal and at larger widths: their costs, then a sweep of 20 minutes."""
     ffn_costs(rounds, tokens, width, device, figures)
     own = ('device', 'rounds', 'tokens', 'width', 'figures')
-    pages.write('ffns', run_sweeps(('ffns',), argv, device, own))
+    comparisons.write('ffns', run_sweeps(('ffns',), argv, device, own))
 
 
 def ffn_costs(rounds, tokens, width, device, figures):

@@ -61,14 +61,15 @@ def write(topic, words):
     folder, out = own['out_dir'], own['results'] or own['out_dir']
     plan = report.read_plan(folder)
     arms = {name: report.read_arm(plan, sweep.runs_of(plan), folder, name) for name in plan['arms']}
-    effects = {pair['with']: effect(report.paired_differences(arms, pair)) for pair in plan['comparisons']}
-    further = [(*pair, effect(report.paired_differences(arms, dict(zip(('without', 'with'), pair)))))
-               for pair in page.pairs if set(pair) <= arms.keys()]
+    found = {c.pair['with']: c for c in report.compared(plan, arms)}
+    effects = {name: c.effect for name, c in found.items()}
+    further = [(*pair, effect_of(arms, *pair)) for pair in page.pairs if set(pair) <= arms.keys()]
     said = [verdict(page.reference, effects), *(f'{second} against {first} {report.verdict(e)}.'
                                                 for first, second, e in further)]
     rows = report.measures(arms, {})
     text = [f'# {page.title}', '', page.about.strip(), '', '```', f'python bench.py {topic}', '```', '',
-            about(plan, arms), '', *table(page.reference, plan['reference'], rows, effects), '',
+            about(plan, arms), '', *table(page.reference, plan['reference'], rows, found), '', ABOUT_TABLE,
+            '',
             *(f'- {line}' for line in said), '',
             *(f'![{name}]({name}.png)\n' for name in ('differences', 'curves', topic)
               if Path(out, f'{name}.png').exists()),
@@ -92,20 +93,37 @@ def about(plan, arms):
             'validation loss, in nats per token, between runs of one seed; negative is better.')
 
 
-def table(called, reference, rows, effects):
-    """A row for the reference, and one for each arm: loss or difference, and costs over the reference's."""
+def effect_of(arms, without, other):
+    """The Effect of one arm against another, over the seeds of both."""
+    return effect(list(report.paired_differences(arms, {'without': without, 'with': other}).values()))
+
+
+ABOUT_TABLE = """
+Worth: how many steps earlier the better of the two reached the other's final loss; with a minus, the arm
+costs them ([how it is read](../../docs/ablations.md#worth-in-steps-and-seconds)). A row that says "not after
+Holm" is resolved by itself, but not among all rows of the table.
+""".strip()
+
+
+def table(called, reference, rows, found):
+    """
+    A row for the reference and one for each arm: loss, difference, its worth, costs over the reference's.
+    found: {arm: Comparison with the reference}
+    """
     base, lines = rows[reference], []
     for name, row in rows.items():
         loss = f'{row["loss"]:.4f}'
-        e = effects.get(name)
-        difference = '' if e is None else (
-            f'{e.mean:+.4f}' + (f', {report.interval(e)}' if e.n > 1 else '')
-            + (': not resolved' if not e.resolved else ''))
+        difference = worth = ''
+        if c := found.get(name):
+            e, worth = c.effect, str(c.steps or '-')
+            judged = report.judged(e, c.p)
+            difference = (f'{e.mean:+.4f}' + (f', {report.interval(e)}' if e.n > 1 else '')
+                          + (f': {judged}' if judged != 'resolved' else ''))
         costs = [f'x {row[key] / base[key]:.2f}' for key in ('tokens_per_s', 'cache_bytes_per_token')]
-        lines.append([called if name == reference else name, loss, difference,
+        lines.append([called if name == reference else name, loss, difference, worth,
                       format_quantity(row['parameters']), *costs])
-    return report.table(['arm', 'loss', 'difference, 95 % interval', 'parameters', 'training speed', 'cache'],
-                        lines)
+    return report.table(['arm', 'loss', 'difference, 95 % interval', 'worth in steps', 'parameters',
+                         'training speed', 'cache'], lines)
 
 
 def verdict(reference, effects):
