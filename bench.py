@@ -49,9 +49,11 @@ from nanoblocks.experiments import (
     attention,
     curves,
     decoding,
+    extrapolate,
     gpu,
     limits,
     peers,
+    placement,
     ring,
     speed,
     studies,
@@ -68,6 +70,7 @@ rounds: int | None = None           # how often each variant is timed; None: 30,
 tokens = ''                         # lengths, such as 1024,4096; limits, peers: of a step; empty: its own
 models = ''                         # limits, peers: families, such as gpt2,llama; empty: all of them
 width = ''                          # ffns, lengths: width of a layer; norms: widths, such as 256,512
+layers = ''                         # placement: depths of its models, such as 4,24
 limit_s = 60.0                      # lengths: seconds for each kind of layer, which decide how far it goes
 nanogpt = ''                        # step, peers: folder of a nanoGPT checkout to time as well, same flags
 device = 'cpu'                      # auto, cpu, cuda or mps
@@ -88,7 +91,8 @@ figure = 'curves.png'               # plot: file for the figure
 TOPICS = {
     'step': speed.step, 'window': speed.window, 'optimizers': speed.optimizers, 'families': speed.families,
     'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
-    'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
+    'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns,
+    'extrapolate': extrapolate.extrapolate, 'placement': placement.placement,
     'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations,
     'mixers': studies.mixers, 'architectures': architectures.architectures, 'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,

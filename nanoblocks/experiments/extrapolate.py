@@ -1,0 +1,253 @@
+"""
+Beyond the trained length: `bench.py extrapolate`.
+
+Each kind of positions is trained at T tokens, then reads a text in windows of T, 2T, 4T and 8T tokens. The
+text is the same each time, and each of its tokens is named once. So the mean losses of two lengths may be
+compared: where it falls, the model uses the further tokens; where it rises, they confuse it. Scalings of RoPE
+are ways to read with a model that was trained without them, and so is attention within a window of T.
+"""
+import csv
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+
+from data.mixture import Sources
+from model import ROPE_SCALING
+from nanoblocks.experiments.arms import config_of
+from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, panels, save_and_say, title
+from nanoblocks.experiments.pages import signed, size_of, write_page
+from nanoblocks.experiments.statistics import effect
+from nanoblocks.experiments.studies import SIZE, trained_flags
+from nanoblocks.experiments.sweep import make_plan, runs_of, sweep
+from nanoblocks.experiments.timing import print_table
+from nanoblocks.experiments.topics import each, sizes
+from nanoblocks.training import checkpoint
+
+ROPE = 'RoPE 10K'   # the reference: config/llama_small.py as it is
+VARY = ('--vary=RoPE 100K: rope_theta=100000.0; ALiBi: pos=alibi; relative: pos=relative; '
+        'NoPE: pos=none; sinusoidal: pos=sinusoidal; learned: pos=learned')
+FIXED = ('pos', 'rope_theta', 'rope_scaling', 'rope_factor', 'objective')
+# longrope needs divisors that are searched for one model
+SCALINGS = [word for word in ROPE_SCALING if word not in ('none', 'longrope')]
+ROWS = 8            # windows of the largest length that are read at once
+
+
+def extrapolate(argv, tokens, device, figures):
+    """Positions of every kind, trained at T and read up to 8 T: loss by position; 25 min. on two cores."""
+    folder = Path(figures) / 'extrapolate'
+    words, _ = trained_flags('extrapolate', argv, ('device', 'tokens', 'figures'), FIXED)
+    words = [*SIZE, VARY, '--seeds=3', '--evals=6', '--jobs=2', f'--device={device}', *words,
+             f'--out_dir={folder / "runs"}']
+    plan = make_plan(words)
+    reference = plan['arms'][plan['reference']]
+    T = config_of(reference).block_size
+    lengths = lengths_of(tokens, T)
+    text = text_of(reference, lengths[-1])     # refused here, not after minutes of training
+    sweep(words)
+    found = read_all(plan, folder / 'runs', text, T, lengths, device)
+    tables, verdict = tables_of(found, lengths), verdict_of(found, lengths, size_of(plan))
+    for caption, (heads, rows) in tables.items():
+        print(f'\n{caption}')
+        print_table(heads, rows)
+    print(*verdict, sep='\n')
+    write_numbers(folder / 'extrapolate.csv', found)
+    draw(found, lengths, folder)
+    write_page(folder, 'Beyond the trained length', argv, [about(T, lengths, text)], verdict, tables, LIMITS)
+
+
+def lengths_of(tokens, T):
+    """The lengths to read at, T the first of them, each a divisor of the last."""
+    lengths = sorted({T, *sizes('tokens', tokens, T, 2 * T, 4 * T, 8 * T)})
+    if lengths[0] < T or len(lengths) < 2 or any(lengths[-1] % length for length in lengths):
+        raise ValueError(f'tokens={tokens} must be above block_size={T} and divide the largest, which it '
+                         f'divides too: --tokens={2 * T},{4 * T},{8 * T}')
+    return lengths
+
+
+def text_of(flags, longest):
+    """The text of every reading: batches of tokens and their next ones, two (ROWS,longest) tensors each."""
+    sources = Sources(flags['dataset'])
+    sources.ensure_prepared()
+    data = sources.open(longest, flags['seed'])
+    return list(data.eval_batches(ROWS, flags['eval_tokens']))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@torch.no_grad()
+def by_position(model, text, length, device='cpu'):
+    """The mean loss at each position of windows of `length` tokens, which the rows of `text` are cut into."""
+    total, windows = torch.zeros(length, dtype=torch.float64), 0
+    for idx, targets in text:
+        idx, targets = (x.reshape(-1, length).to(device) for x in (idx, targets))
+        losses = F.cross_entropy(model(idx)[0].float().transpose(1, 2), targets, reduction='none')
+        total, windows = total + losses.double().sum(0).cpu(), windows + len(losses)
+    return (total / windows).tolist()
+
+
+def ways(arm, flags, T, length):
+    """{name: the model flags that it changes} of the ways in which a run can read windows of `length`."""
+    config = config_of(flags)
+    found = {arm: {}}
+    if config.pos == 'rope' and length > T:
+        for word in SCALINGS:
+            # dynamic derives its factor from the length; with 1 it would be ntk
+            factor = 2.0 if word == 'dynamic' else length / T
+            found[f'{arm}, {word}'] = {'rope_scaling': word, 'rope_factor': factor}
+        if config.layer_pattern == 'a':
+            found[f'{arm}, window'] = {'layer_pattern': 'w', 'window': T}
+    return found
+
+
+def read_all(plan, folder, text, T, lengths, device):
+    """
+    {name: {length: [the losses by position of each seed's run]}}; at T, a scaled run is the run as it is.
+    They are kept beside each run.
+    """
+    found = {}
+    for run in each(runs_of(plan), lambda run: f'reading with {run["path"]}'):
+        arm, path = run['arm'].replace(plan['reference'], ROPE), folder / run['path'] / 'ckpt.pt'
+        kept = path.with_name('by_position.json')
+        known = json.loads(kept.read_text()) if kept.exists() else {}
+        held = checkpoint.load(path)
+        for length in lengths:
+            for name, flags in ways(arm, run['flags'], T, length).items():
+                key = f'{name}, {length} of {text[0][0].shape[1]}, {sum(len(x) for x, _ in text)} rows'
+                if key not in known:
+                    model = checkpoint.build(held, str(path), flags).to(device).eval()
+                    known[key] = can(model, length) and by_position(model, text, length, device)
+                if known[key]:
+                    found.setdefault(name, {}).setdefault(length, []).append(known[key])
+        kept.write_text(json.dumps(known))
+    for name in found:  # what scales RoPE changes nothing at T
+        found[name].setdefault(T, found.get(name.rpartition(', ')[0], {}).get(T))
+    return found
+
+
+def can(model, length):
+    """Whether the model can read so many tokens: learned positions end at block_size."""
+    return length <= (model.wpe.max_tokens or math.inf)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Telling
+
+
+def quarter(curve):
+    """The mean of the last quarter of the positions."""
+    return fmean(curve[-max(1, len(curve) // 4):])
+
+
+def tables_of(found, lengths):
+    """{caption: (heads, rows)}: the mean at each length, and that of the last quarter of positions."""
+    heads, tables = ['positions', *(f'{length} tokens' for length in lengths)], {}
+    for caption, of in (('Mean loss (nats per token) of the same text in windows of each length', fmean),
+                        ('Mean loss of the last quarter of the positions', quarter)):
+        tables[caption] = heads, [[name, *(cell(curves.get(length), of) for length in lengths)]
+                                  for name, curves in found.items()]
+    gains = [[name, signed(change(curves, lengths, lengths[-1]))] for name, curves in found.items()
+             if lengths[-1] in curves]
+    tables[f'Mean loss at {lengths[-1]} tokens minus that at {lengths[0]}, ± half of the 95 % interval'] = (
+        ['positions', 'difference'], gains)
+    return tables
+
+
+def cell(curves, of):
+    return f'{fmean(map(of, curves)):.4f}' if curves else 'cannot'
+
+
+def change(curves, lengths, length):
+    """The Effect of reading at `length` instead of the trained one, paired by seed."""
+    return effect([fmean(b) - fmean(a) for a, b in zip(curves[lengths[0]], curves[length])])
+
+
+def verdict_of(found, lengths, size):
+    """Sentences: for whom more text helps or harms, who cannot, and who is best at the largest length."""
+    T, longest = lengths[0], lengths[-1]
+    able = {name: curves for name, curves in found.items() if longest in curves}
+    groups = {'lowers the loss of': [], 'raises that of': [], 'is not resolved for': []}
+    for name, curves in able.items():
+        e = change(curves, lengths, longest)
+        word = list(groups)[(e.mean > 0) if e.resolved else 2]
+        groups[word].append(f'{name} ({signed(e)})')
+    said = [f'{word} {", ".join(names)}' for word, names in groups.items() if names]
+    lines = [f'Trained at {T} tokens, reading {longest} instead of {T} {"; ".join(said)}.']
+    lines += [f'{name} cannot read more than {max(curves)} tokens.' for name, curves in found.items()
+              if name not in able]
+    best, second, *_ = sorted(able, key=lambda name: fmean(map(fmean, able[name][longest])))
+    e = effect([fmean(a) - fmean(b) for a, b in zip(able[best][longest], able[second][longest])])
+    lines.append(f'The lowest loss at {longest} tokens is that of {best}; its difference to the next, '
+                 f'{second}, is {signed(e)}: {"resolved" if e.resolved else "not resolved"}.')
+    return [*lines, f'({size}; intervals of 95 % over seeds.)']
+
+
+def about(T, lengths, text):
+    rows, longest = sum(len(x) for x, _ in text), text[0][0].shape[1]
+    return (f'Trained at {T} tokens; {rows * longest:,} tokens of validation text, read in windows of '
+            f'{", ".join(map(str, lengths))}. linear, ntk, yarn and llama3 have the factor length / {T}, '
+            f'dynamic 2; window attends to all tokens in training, and to {T} in reading.')
+
+
+LIMITS = [
+    'Models this small, trained for minutes, use little of a long context: where a loss does not rise, '
+    'nothing breaks, and that is all it says.',
+    'Scalings are tried without the fine-tuning that their papers give them; longrope, whose divisors are '
+    'searched for one model, is left out.',
+    'relative has T5\'s 32 buckets up to 128 tokens: all distances from there on share one.',
+    'The intervals are over seeds, and do not cover the choice of the text.',
+]
+
+
+def write_numbers(path, found):
+    """A row for each way, length, seed and bin of positions."""
+    with open(path, 'w', newline='') as f:
+        writer = csv.writer(f)
+        writer.writerow(['positions', 'length', 'run', 'from', 'to', 'loss'])
+        for name, length, n, curve in ((name, length, n, curve) for name, by_length in found.items()
+                                       for length, curves in by_length.items()
+                                       for n, curve in enumerate(curves)):
+            writer.writerows([name, length, n, a, b - 1, f'{loss:.4f}'] for a, b, loss in binned(curve))
+
+
+def binned(curve):
+    """[(first position, one behind the last, mean)] of positions from 1 on, in two bins for each octave."""
+    edges = sorted({round(2 ** (n / 2)) for n in range(2 * len(curve).bit_length() + 2)} | {len(curve) + 1})
+    edges = [edge for edge in edges if edge <= len(curve) + 1]
+    return [(a, b, fmean(curve[a - 1:b - 1])) for a, b in pairwise(edges)]
+
+
+def draw(found, lengths, folder):
+    """Loss by position: as trained, then RoPE read in every way; and the means at the largest length."""
+    T, longest = lengths[0], lengths[-1]
+    plain = [name for name in found if ', ' not in name]
+    scaled = [name for name in found if name.startswith(ROPE)]
+    fig, (left, middle, right) = panels(15, 5, columns=3)
+    for ax, names, text in ((left, plain, 'as trained'), (middle, scaled, f'{ROPE}: ways to read on')):
+        for name, color in zip(names, COLORS):
+            curves = [binned(curve) for curve in found[name][max(found[name])]]
+            places = [math.sqrt(a * (b - 1)) for a, b, _ in curves[0]]
+            ax.plot(places, [fmean(x[2] for x in column) for column in zip(*curves)], color=color, label=name,
+                    linewidth=1.5)
+        ax.axvline(T, color='black', linewidth=0.8, linestyle='--')
+        log2_axis(ax, [n for n in (1, 4, 16, *lengths) if n <= longest])
+        ax.set_xlabel(f'position in a window of {longest} tokens (dashed: trained length)')
+        ax.set_ylabel(LOSS)
+        title(ax, text)
+        ax.legend(frameon=False, fontsize=8)
+    able = [name for name in found if longest in found[name]]
+    for y, name in enumerate(reversed(able)):
+        values = [fmean(curve) for curve in found[name][longest]]
+        right.plot(values, [y] * len(values), 'o', color=COLORS[0], markersize=4)
+        right.plot(fmean(map(fmean, found[name][T])), y, '|', color='black', markersize=12)
+    right.set_yticks(range(len(able)), reversed(able))
+    right.set_xlabel(f'mean {LOSS}')
+    right.set_ylabel('')
+    title(right, f'{longest} tokens: a dot is a seed; bar: mean at {T}')
+    save_and_say(fig, folder, 'extrapolate')
