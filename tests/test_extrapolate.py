@@ -38,9 +38,10 @@ def test_a_loss_stands_at_its_position():
 def test_positions_are_binned_by_their_logarithm():
     curve = [float(n) for n in range(1, 65)]    # the loss is the position
     found = extrapolate.binned(curve)
-    assert [(a, b) for a, b, _ in found][-2:] == [(32, 45), (45, 65)] and found[0] == (1, 2, 1.0)
-    assert [b for _, b, _ in found[:-1]] == [a for a, _, _ in found[1:]], 'no position is left out'
-    assert all(mean == pytest.approx((a + b - 1) / 2) for a, b, mean in found)
+    assert [(a, b) for a, b, _ in found][-2:] == [(33, 45), (46, 64)] and found[0] == (1, 1, 1.0)
+    assert [b + 1 for _, b, _ in found[:-1]] == [a for a, _, _ in found[1:]], 'no position is left out'
+    assert all(mean == pytest.approx((a + b) / 2) for a, b, mean in found)
+    assert extrapolate.binned([1.0] * 50)[-1][:2] == (46, 50)
     assert extrapolate.quarter(curve) == pytest.approx((49 + 64) / 2)
 
 

@@ -213,14 +213,13 @@ def write_numbers(path, found):
         for name, length, n, curve in ((name, length, n, curve) for name, by_length in found.items()
                                        for length, curves in by_length.items()
                                        for n, curve in enumerate(curves)):
-            writer.writerows([name, length, n, a, b - 1, f'{loss:.4f}'] for a, b, loss in binned(curve))
+            writer.writerows([name, length, n, a, b, f'{loss:.4f}'] for a, b, loss in binned(curve))
 
 
 def binned(curve):
-    """[(first position, one behind the last, mean)] of positions from 1 on, in two bins for each octave."""
-    edges = sorted({round(2 ** (n / 2)) for n in range(2 * len(curve).bit_length() + 2)} | {len(curve) + 1})
-    edges = [edge for edge in edges if edge <= len(curve) + 1]
-    return [(a, b, fmean(curve[a - 1:b - 1])) for a, b in pairwise(edges)]
+    """[(first position, last one, mean)] of positions from 1 on, in two bins that end with each power of 2."""
+    ends = {0, len(curve)} | {round(2 ** (n / 2)) for n in range(2 * len(curve).bit_length())}
+    return [(a + 1, b, fmean(curve[a:b])) for a, b in pairwise(sorted(n for n in ends if n <= len(curve)))]
 
 
 def draw(found, lengths, folder):
@@ -232,7 +231,7 @@ def draw(found, lengths, folder):
     for ax, names, text in ((left, plain, 'as trained'), (middle, scaled, f'{ROPE}: ways to read on')):
         for name, color in zip(names, COLORS):
             curves = [binned(curve) for curve in found[name][max(found[name])]]
-            places = [math.sqrt(a * (b - 1)) for a, b, _ in curves[0]]
+            places = [math.sqrt(a * b) for a, b, _ in curves[0]]
             ax.plot(places, [fmean(x[2] for x in column) for column in zip(*curves)], color=color, label=name,
                     linewidth=1.5)
         ax.axvline(T, color='black', linewidth=0.8, linestyle='--')
