@@ -55,7 +55,7 @@ def extrapolate(argv, tokens, device, figures):
         print(f'\n{caption}')
         print_table(heads, rows)
     print(*verdict, sep='\n')
-    write_numbers(folder / 'extrapolate.csv', found)
+    write_numbers(folder / 'extrapolate.csv', found, plan['seeds'])
     draw(found, lengths, folder)
     write_page(folder, 'Beyond the trained length', argv, [about(T, lengths, text)], verdict, tables, LIMITS)
 
@@ -172,13 +172,15 @@ def verdict_of(found, lengths, size):
     """Sentences: for whom more text helps or harms, who cannot, and who is best at the largest length."""
     T, longest = lengths[0], lengths[-1]
     able = {name: curves for name, curves in found.items() if longest in curves}
-    groups = {'lowers the loss of': [], 'raises that of': [], 'is not resolved for': []}
-    for name, curves in able.items():
-        e = change(curves, lengths, longest)
-        word = list(groups)[(e.mean > 0) if e.resolved else 2]
-        groups[word].append(f'{name} ({signed(e)})')
-    said = [f'{word} {", ".join(names)}' for word, names in groups.items() if names]
-    lines = [f'Trained at {T} tokens, reading {longest} instead of {T} {"; ".join(said)}.']
+    lines = []
+    for what, names in ('As trained', [name for name in able if ', ' not in name]), (
+            'With the frequencies or the mask changed', [name for name in able if ', ' in name]):
+        groups = {'lowers the loss of': [], 'raises the loss of': [], 'is not resolved for': []}
+        for name in names:
+            e = change(able[name], lengths, longest)
+            groups[list(groups)[(e.mean > 0) if e.resolved else 2]].append(f'{name} ({signed(e)})')
+        said = [f'{word} {", ".join(of)}' for word, of in groups.items() if of]
+        lines += [f'{what}, reading {longest} instead of {T} tokens {"; ".join(said)}.'] if said else []
     lines += [f'{name} cannot read more than {max(curves)} tokens.' for name, curves in found.items()
               if name not in able]
     best, second, *_ = sorted(able, key=lambda name: fmean(map(fmean, able[name][longest])))
@@ -205,19 +207,18 @@ LIMITS = [
 ]
 
 
-def write_numbers(path, found):
+def write_numbers(path, found, seeds):
     """A row for each way, length, seed and bin of positions."""
     with open(path, 'w', newline='') as f:
         writer = csv.writer(f)
-        writer.writerow(['positions', 'length', 'run', 'from', 'to', 'loss'])
-        for name, length, n, curve in ((name, length, n, curve) for name, by_length in found.items()
-                                       for length, curves in by_length.items()
-                                       for n, curve in enumerate(curves)):
-            writer.writerows([name, length, n, a, b, f'{loss:.4f}'] for a, b, loss in binned(curve))
+        writer.writerow(['positions', 'length', 'seed', 'from', 'to', 'loss'])
+        for name, length, curves in ((way, *item) for way in found for item in found[way].items()):
+            for seed, curve in zip(seeds, curves):
+                writer.writerows([name, length, seed, a, b, f'{loss:.4f}'] for a, b, loss in binned(curve))
 
 
 def binned(curve):
-    """[(first position, last one, mean)] of positions from 1 on, in two bins that end with each power of 2."""
+    """[(first position, last one, mean)], positions counted from 1, in two bins up to each power of 2."""
     ends = {0, len(curve)} | {round(2 ** (n / 2)) for n in range(2 * len(curve).bit_length())}
     return [(a + 1, b, fmean(curve[a:b])) for a, b in pairwise(sorted(n for n in ends if n <= len(curve)))]
 
