@@ -27,8 +27,8 @@ from nanoblocks.experiments.sweep import make_plan, runs_of, sweep
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, sizes
 
-SMALL = ['--n_embd=64', '--n_head=2', '--block_size=64', '--max_iters=300', '--warmup_iters=100',
-         '--learning_rate=2e-3', '--log_interval=10', '--eval_tokens=65536']
+SMALL = ['--n_embd=64', '--n_head=2', '--block_size=64', '--max_iters=600', '--warmup_iters=200',
+         '--learning_rate=1e-3', '--log_interval=10', '--eval_tokens=65536']
 PRE, *OTHERS = NORM_AT      # the reference, and what is compared with it
 VARY = '--vary=' + '; '.join(f'{name}: norm_at={name}' for name in OTHERS)
 FIXED = ('norm_at', 'n_layer', 'objective', 'bad_step_limit')
@@ -64,9 +64,13 @@ def words_of(argv, layers, device, folder):
     # a run whose gradients are not finite must come to its end, and be counted
     words = [*SIZE, *SMALL, VARY, '--seeds=3', '--evals=2', '--jobs=2', f'--device={device}',
              '--bad_step_limit=1000000000', *words]
-    return {(depth, warmup): [*words, f'--n_layer={depth}', *['--warmup_iters=0'] * (not warmup),
-                              f'--out_dir={folder / name_of(depth, warmup).replace(" ", "_")}']
-            for depth in sizes('layers', layers, 4, 24) for warmup in (False, True)}
+    found = {}
+    for depth in sizes('layers', layers, 4, 12):
+        for warmup in (False, True):
+            name = name_of(depth, warmup).replace(',', '').replace(' ', '_')
+            found[depth, warmup] = [*words, f'--n_layer={depth}', *['--warmup_iters=0'] * (not warmup),
+                                    f'--out_dir={folder / name}']
+    return found
 
 
 def name_of(depth, warmup):
@@ -153,14 +157,15 @@ def failures(runs, unigram):
 
 def tables_of(found, slopes, unigram):
     """{caption: (heads, rows)}: losses, what warmup changes, and gradients at the start."""
-    heads, losses, warmups, norms = ['', *NORM_AT], [], [], []
+    names, losses, warmups, norms = list(next(iter(found.values()))), [], [], []
     for cell, runs in found.items():
-        losses.append([name_of(*cell), *(loss_cell(runs[name], runs[PRE], unigram) for name in NORM_AT)])
+        losses.append([name_of(*cell), *(loss_cell(runs[name], runs[PRE], unigram) for name in names)])
     for depth, norm in slopes.items():
         without, with_ = found[depth, False], found[depth, True]
-        warmups.append([f'{depth} layers', *(told(against(with_[name], without[name])) for name in NORM_AT)])
-        norms += [[f'{depth} layers, {text}', *(f'{norm[name][i]:.3g}' for name in NORM_AT)]
+        warmups.append([f'{depth} layers', *(told(against(with_[name], without[name])) for name in names)])
+        norms += [[f'{depth} layers, {text}', *(f'{norm[name][i]:.3g}' for name in names)]
                   for i, text in ((0, 'first'), (-1, 'last'))]
+    heads = ['', *names]
     return {'Final validation loss (nats per token), in brackets its difference to pre': (heads, losses),
             'Loss with warmup minus loss without it': (heads, warmups),
             'Norm of the gradient of a block before the first step': (heads, norms)}
@@ -182,7 +187,7 @@ def verdict_of(found, unigram, size):
     lines = []
     for cell, runs in found.items():
         said = [f'{name} ' + (failures(runs[name], unigram) or told(against(runs[name], runs[PRE])))
-                for name in OTHERS]
+                for name in runs if name != PRE]
         pre = failures(runs[PRE], unigram) or f'loss {mean_loss(runs[PRE])}'
         lines.append(f'{name_of(*cell)}, against pre ({pre}): {"; ".join(said)}.')
     return [*lines, f'({size}; intervals of 95 % over seeds.)']
@@ -219,21 +224,21 @@ def numbers(found, unigram):
 def draw(found, slopes, unigram, folder):
     """A row for each depth: loss curves without and with warmup, and gradients at the start."""
     fig, axes = panels(13.5, 3.8 * len(slopes), rows=len(slopes), columns=3)
-    highest = max(loss for runs in found.values() for by_seed in runs.values()
-                  for _, curve in by_seed.values() for _, loss in curve[1:2])
-    lowest = min(loss for runs in found.values() for by_seed in runs.values()
-                 for _, curve in by_seed.values() for _, loss in curve)
+    curves = [curve for runs in found.values() for by_seed in runs.values() for _, curve in by_seed.values()]
+    # without the first steps, and without what lies far above a unigram model
+    shown = [min(loss, unigram + 1) for curve in curves for _, loss in curve[1:]] or [unigram]
     for (depth, norms), row in zip(slopes.items(), zip(*[iter(axes)] * 3)):
         for ax, warmup in zip(row, (False, True)):
-            for name, color in zip(NORM_AT, COLORS):
+            for name, color in zip(norms, COLORS):
                 for n, (_, curve) in enumerate(found[depth, warmup][name].values()):
-                    ax.plot(*zip(*curve), color=color, linewidth=1, alpha=0.8, label=name if n == 0 else None)
+                    steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
+                    ax.plot(steps, losses, color=color, linewidth=1, alpha=0.8, label=name if n == 0 else None)
             ax.axhline(unigram, color='black', linewidth=0.8, linestyle='--')
-            ax.set_ylim(lowest - 0.1, highest + 0.1)
+            ax.set_ylim(min(shown) - 0.1, max(*shown, unigram) + 0.1)
             ax.set_xlabel('training step (dashed: a unigram model)')
             ax.set_ylabel('training loss (nats per token)')
             title(ax, f'{name_of(depth, warmup)}: a line is a seed')
-        for name, color in zip(NORM_AT, COLORS):
+        for name, color in zip(norms, COLORS):
             row[2].plot(range(1, depth + 1), norms[name], 'o-', color=color, markersize=3)
         row[2].set_yscale('log')
         row[2].set_xlabel('block')
