@@ -232,7 +232,7 @@ def draw(found, slopes, unigram, folder):
             for name, color in zip(norms, COLORS):
                 for n, (_, curve) in enumerate(found[depth, warmup][name].values()):
                     steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
-                    ax.plot(steps, losses, color=color, linewidth=1, alpha=0.8, label=name if n == 0 else None)
+                    ax.plot(steps, losses, color=color, linewidth=1, label='' if n else name)
             ax.axhline(unigram, color='black', linewidth=0.8, linestyle='--')
             ax.set_ylim(min(shown) - 0.1, max(*shown, unigram) + 0.1)
             ax.set_xlabel('training step (dashed: a unigram model)')
