@@ -227,6 +227,7 @@ def draw(found, slopes, unigram, folder):
     curves = [curve for runs in found.values() for by_seed in runs.values() for _, curve in by_seed.values()]
     # without the first steps, and without what lies far above a unigram model
     shown = [min(loss, unigram + 1) for curve in curves for _, loss in curve[1:]] or [unigram]
+    steep = [x for norms in slopes.values() for of in norms.values() for x in of if x > 0] or [1.0]
     for (depth, norms), row in zip(slopes.items(), zip(*[iter(axes)] * 3)):
         for ax, warmup in zip(row, (False, True)):
             for name, color in zip(norms, COLORS):
@@ -241,6 +242,8 @@ def draw(found, slopes, unigram, folder):
         for name, color in zip(norms, COLORS):
             row[2].plot(range(1, depth + 1), norms[name], 'o-', color=color, markersize=3)
         row[2].set_yscale('log')
+        row[2].set_ylim(min(steep) / 1.3, max(steep) * 1.3)
+        row[2].xaxis.get_major_locator().set_params(integer=True)
         row[2].set_xlabel('block')
         row[2].set_ylabel('norm of its gradient')
         title(row[2], f'{depth} layers, before the first step')
