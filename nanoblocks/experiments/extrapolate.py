@@ -29,9 +29,10 @@ from nanoblocks.experiments.topics import each, sizes
 from nanoblocks.training import checkpoint
 
 ROPE = 'RoPE 10K'   # the reference: config/llama_small.py as it is
+# sines have an amplitude of one, beside which the embedding would drown if it were not scaled
 VARY = ('--vary=RoPE 100K: rope_theta=100000.0; ALiBi: pos=alibi; relative: pos=relative; '
-        'NoPE: pos=none; sinusoidal: pos=sinusoidal; learned: pos=learned')
-FIXED = ('pos', 'rope_theta', 'rope_scaling', 'rope_factor', 'objective')
+        'NoPE: pos=none; sinusoidal: pos=sinusoidal+embed_scale=True; learned: pos=learned')
+FIXED = ('pos', 'embed_scale', 'rope_theta', 'rope_scaling', 'rope_factor', 'objective')
 # longrope needs divisors that are searched for one model
 SCALINGS = [word for word in ROPE_SCALING if word not in ('none', 'longrope')]
 ROWS = 8            # windows of the largest length that are read at once
