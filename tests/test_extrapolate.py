@@ -18,31 +18,39 @@ def text_of(rows=5, length=32):
     return [(x[:3, :-1], x[:3, 1:]), (x[3:, :-1], x[3:, 1:])]
 
 
-def test_a_loss_stands_at_its_position():
+def test_a_loss_stands_at_its_place():
     model, text = GPT(GPTConfig(**TOY, pos='alibi')).eval(), text_of()
-    found = extrapolate.by_position(model, text, 16)
-    wanted = np.zeros(16)
+    found = extrapolate.by_place(model, text, 16)
+    wanted = np.zeros(32)
     for idx, targets in text:
         for row, following in zip(idx, targets):
             for start in (0, 16):
                 logits = model(row[None, start:start + 16])[0][0].double()
                 for i in range(16):
-                    wanted[i] -= logits[i].log_softmax(-1)[following[start + i]].item() / (5 * 2)
+                    wanted[start + i] -= logits[i].log_softmax(-1)[following[start + i]].item() / 5
     assert found == pytest.approx(list(wanted), rel=1e-5)
+    assert extrapolate.by_position(found, 16) == pytest.approx(list((wanted[:16] + wanted[16:]) / 2))
+    assert extrapolate.quarter(found, 16) == pytest.approx(np.mean([wanted[12:16], wanted[28:]]))
     # and their mean is the loss of train.py's evaluations
     whole = [torch.cat(x) for x in zip(*text)]
-    mean = np.mean(extrapolate.by_position(model, text, 32))
+    mean = np.mean(extrapolate.by_place(model, text, 32))
     assert mean == pytest.approx(model(*whole)[1].item(), rel=1e-5)
 
 
-def test_positions_are_binned_by_their_logarithm():
-    curve = [float(n) for n in range(1, 65)]    # the loss is the position
-    found = extrapolate.binned(curve)
-    assert [(a, b) for a, b, _ in found][-2:] == [(33, 45), (46, 64)] and found[0] == (1, 1, 1.0)
-    assert [b + 1 for _, b, _ in found[:-1]] == [a for a, _, _ in found[1:]], 'no position is left out'
-    assert all(mean == pytest.approx((a + b) / 2) for a, b, mean in found)
-    assert extrapolate.binned([1.0] * 50)[-1][:2] == (46, 50)
-    assert extrapolate.quarter(curve) == pytest.approx((49 + 64) / 2)
+def test_loss_by_position_does_not_depend_on_where_the_text_is_hard():
+    # a loss that falls with the position up to 8, and then rises by a tenth for each window of 8
+    positions = np.arange(1, 33)
+    near = 5 - 0.1 * np.tile(np.arange(1, 9), 4)
+    far = np.where(positions <= 8, 5 - 0.1 * positions, np.mean(near) + 0.1 * ((positions - 1) // 8))
+    for hard in (np.zeros(32), np.random.default_rng(0).normal(size=32)):
+        found = extrapolate.curve(list(far + hard), list(near + hard), 8, 32)
+        assert [(a, b) for a, b, _ in found] == [
+            (1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 16), (17, 24), (25, 32)]
+        losses = [loss - np.mean(hard) for _, _, loss in found]
+        assert losses[6:] == pytest.approx([np.mean(near) + x for x in (0.1, 0.2, 0.3)])
+        easy = extrapolate.by_position(list(hard), 8)
+        assert losses[5] == pytest.approx(5 - 0.75 + np.mean(easy[6:8]) - np.mean(hard))
+    assert [x[:2] for x in extrapolate.curve([1.0] * 12, [1.0] * 12, 6, 12)][-3:] == [(4, 4), (5, 6), (7, 12)]
 
 
 def test_ways_to_read_are_those_of_the_flags():
@@ -78,8 +86,8 @@ def test_lengths_begin_with_the_trained_one():
     assert extrapolate.lengths_of('16,32', 8) == [8, 16, 32]
 
 
-def curves(*means, length=4):
-    return {n: [[mean] * n for mean in by_seed] for n, by_seed in zip((length, 2 * length), means)}
+def curves(*means):
+    return {n: [[mean] * 8 for mean in by_seed] for n, by_seed in zip((4, 8), means)}
 
 
 def test_a_verdict_names_who_gains_who_loses_and_who_cannot():
@@ -117,7 +125,7 @@ def test_extrapolate_reads_what_it_trained_and_reads_it_once(tmp_path, monkeypat
     assert any(row.startswith('"RoPE 10K, yarn",128,1337,') for row in rows)
     assert all(0 < float(row.rpartition(',')[2]) < math.log(257) + 1 for row in rows[1:])
     # the same command reads nothing again
-    monkeypatch.setattr(extrapolate, 'by_position', lambda *args: pytest.fail('read again'))
+    monkeypatch.setattr(extrapolate, 'by_place', lambda *args: pytest.fail('read again'))
     monkeypatch.setattr(extrapolate, 'sweep', lambda words: None)   # one process locks a folder once
     extrapolate.extrapolate(['--seeds=1'], '', 'cpu', tmp_path)
     assert (tmp_path / 'extrapolate' / 'README.md').read_text() == page

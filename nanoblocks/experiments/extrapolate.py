@@ -56,7 +56,7 @@ def extrapolate(argv, tokens, device, figures):
         print(f'\n{caption}')
         print_table(heads, rows)
     print(*verdict, sep='\n')
-    write_numbers(folder / 'extrapolate.csv', found, plan['seeds'])
+    write_numbers(folder / 'extrapolate.csv', found, T, plan['seeds'])
     draw(found, lengths, folder)
     write_page(folder, 'Beyond the trained length', argv, [about(T, lengths, text)], verdict, tables, LIMITS)
 
@@ -83,14 +83,14 @@ def text_of(flags, longest):
 
 
 @torch.no_grad()
-def by_position(model, text, length, device='cpu'):
-    """The mean loss at each position of windows of `length` tokens, which the rows of `text` are cut into."""
-    total, windows = torch.zeros(length, dtype=torch.float64), 0
-    for idx, targets in text:
-        idx, targets = (x.reshape(-1, length).to(device) for x in (idx, targets))
+def by_place(model, text, length, device='cpu'):
+    """The mean loss at each place of the rows of `text`, which are cut into windows of `length` tokens."""
+    total, rows = 0.0, 0
+    for row in text:
+        idx, targets = (x.reshape(-1, length).to(device) for x in row)
         losses = F.cross_entropy(model(idx)[0].float().transpose(1, 2), targets, reduction='none')
-        total, windows = total + losses.double().sum(0).cpu(), windows + len(losses)
-    return (total / windows).tolist()
+        total, rows = total + losses.double().view(row[0].shape).sum(0).cpu(), rows + len(row[0])
+    return (total / rows).tolist()
 
 
 def ways(arm, flags, T, length):
@@ -109,13 +109,13 @@ def ways(arm, flags, T, length):
 
 def read_all(plan, folder, text, T, lengths, device):
     """
-    {name: {length: [the losses by position of each seed's run]}}; at T, a scaled run is the run as it is.
+    {name: {length: [the losses by place of each seed's run]}}; at T, a scaled run is the run as it is.
     They are kept beside each run.
     """
     found = {}
     for run in each(runs_of(plan), lambda run: f'reading with {run["path"]}'):
         arm, path = run['arm'].replace(plan['reference'], ROPE), folder / run['path'] / 'ckpt.pt'
-        kept = path.with_name('by_position.json')
+        kept = path.with_name('by_place.json')
         known = json.loads(kept.read_text()) if kept.exists() else {}
         held = checkpoint.load(path)
         for length in lengths:
@@ -123,7 +123,7 @@ def read_all(plan, folder, text, T, lengths, device):
                 key = f'{name}, {length} of {text[0][0].shape[1]}, {sum(len(x) for x, _ in text)} rows'
                 if key not in known:
                     model = checkpoint.build(held, str(path), flags).to(device).eval()
-                    known[key] = can(model, length) and by_position(model, text, length, device)
+                    known[key] = can(model, length) and by_place(model, text, length, device)
                 if known[key]:
                     found.setdefault(name, {}).setdefault(length, []).append(known[key])
         kept.write_text(json.dumps(known))
@@ -141,17 +141,37 @@ def can(model, length):
 # Telling
 
 
-def quarter(curve):
+def by_position(losses, length):
+    """Losses by place, read in windows of `length` -> the mean at each position of a window"""
+    return [fmean(losses[i::length]) for i in range(length)]
+
+
+def quarter(losses, length):
     """The mean of the last quarter of the positions."""
-    return fmean(curve[-max(1, len(curve) // 4):])
+    return fmean(by_position(losses, length)[-max(1, length // 4):])
+
+
+def curve(losses, short, T, length):
+    """
+    [(first position, last one, mean loss)] from losses by place: `losses` in windows of `length`, `short` of
+    the same run in windows of T; two bins up to each power of 2, beyond T one for each T.
+
+    Every text is harder in some places than in others, and few tokens stand at each. So the mean is that of
+    all windows of T, and added to it is what the longer windows change for the very tokens of the bin.
+    """
+    near = by_position(short, T)
+    ends = {0, T} | {round(2 ** (n / 2)) for n in range(2 * T.bit_length())}
+    bins = [*pairwise(sorted(n for n in ends if n <= T)), *pairwise(range(T, length + 1, T))]
+    return [(a + 1, b, fmean(near[a:b] or near) + fmean(losses[a:b]) - fmean(short[a:b])) for a, b in bins]
 
 
 def tables_of(found, lengths):
     """{caption: (heads, rows)}: the mean at each length, and that of the last quarter of positions."""
     heads, tables = ['positions', *(f'{length} tokens' for length in lengths)], {}
-    for caption, of in (('Mean loss (nats per token) of the same text in windows of each length', fmean),
-                        ('Mean loss of the last quarter of the positions', quarter)):
-        tables[caption] = heads, [[name, *(cell(curves.get(length), of) for length in lengths)]
+    for caption, of in (
+            ('Mean loss (nats per token) of the same text in windows of each length', lambda x, _: fmean(x)),
+            ('Mean loss of the last quarter of the positions', quarter)):
+        tables[caption] = heads, [[name, *(cell(curves.get(length), length, of) for length in lengths)]
                                   for name, curves in found.items()]
     gains = [[name, signed(change(curves, lengths, lengths[-1]))] for name, curves in found.items()
              if lengths[-1] in curves]
@@ -160,8 +180,8 @@ def tables_of(found, lengths):
     return tables
 
 
-def cell(curves, of):
-    return f'{fmean(map(of, curves)):.4f}' if curves else 'cannot'
+def cell(runs, length, of):
+    return f'{fmean(of(losses, length) for losses in runs):.4f}' if runs else 'cannot'
 
 
 def change(curves, lengths, length):
@@ -195,7 +215,8 @@ def about(T, lengths, text):
     rows, longest = sum(len(x) for x, _ in text), text[0][0].shape[1]
     return (f'Trained at {T} tokens; {rows * longest:,} tokens of validation text, read in windows of '
             f'{", ".join(map(str, lengths))}. linear, ntk, yarn and llama3 have the factor length / {T}, '
-            f'dynamic 2; window attends to all tokens in training, and to {T} in reading.')
+            f'dynamic 2; window attends to all tokens in training, and to {T} in reading. In the figure, '
+            f'a loss beyond {T} is the mean at {T} and what the longer window changes for the same tokens.')
 
 
 LIMITS = [
@@ -208,20 +229,17 @@ LIMITS = [
 ]
 
 
-def write_numbers(path, found, seeds):
-    """A row for each way, length, seed and bin of positions."""
+def write_numbers(path, found, T, seeds):
+    """A row for each way, length and seed, and for each of its bins of positions at the largest length."""
     with open(path, 'w', newline='') as f:
         writer = csv.writer(f)
         writer.writerow(['positions', 'length', 'seed', 'from', 'to', 'loss'])
-        for name, length, curves in ((way, *item) for way in found for item in found[way].items()):
-            for seed, curve in zip(seeds, curves):
-                writer.writerows([name, length, seed, a, b, f'{loss:.4f}'] for a, b, loss in binned(curve))
-
-
-def binned(curve):
-    """[(first position, last one, mean)], positions counted from 1, in two bins up to each power of 2."""
-    ends = {0, len(curve)} | {round(2 ** (n / 2)) for n in range(2 * len(curve).bit_length())}
-    return [(a + 1, b, fmean(curve[a:b])) for a, b in pairwise(sorted(n for n in ends if n <= len(curve)))]
+        for name, by_length in found.items():
+            for length, runs in by_length.items():
+                for seed, losses, short in zip(seeds, runs, by_length[T]):
+                    bins = [(1, length, fmean(losses))]
+                    bins += curve(losses, short, T, length) if length == max(by_length) else []
+                    writer.writerows([name, length, seed, a, b, f'{loss:.4f}'] for a, b, loss in bins)
 
 
 def draw(found, lengths, folder):
@@ -232,7 +250,8 @@ def draw(found, lengths, folder):
     fig, (left, middle, right) = panels(15, 5, columns=3)
     for ax, names, text in ((left, plain, 'as trained'), (middle, scaled, f'{ROPE}: ways to read on')):
         for name, color in zip(names, COLORS):
-            curves = [binned(curve) for curve in found[name][max(found[name])]]
+            length = max(found[name])
+            curves = [curve(*both, T, length) for both in zip(found[name][length], found[name][T])]
             places = [math.sqrt(a * b) for a, b, _ in curves[0]]
             ax.plot(places, [fmean(x[2] for x in column) for column in zip(*curves)], color=color, label=name,
                     linewidth=1.5)
