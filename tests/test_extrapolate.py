@@ -45,12 +45,12 @@ def test_loss_by_position_does_not_depend_on_where_the_text_is_hard():
     for hard in (np.zeros(32), np.random.default_rng(0).normal(size=32)):
         found = extrapolate.curve(list(far + hard), list(near + hard), 8, 32)
         assert [(a, b) for a, b, _ in found] == [
-            (1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 16), (17, 24), (25, 32)]
+            (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 24), (25, 32)]
         losses = [loss - np.mean(hard) for _, _, loss in found]
-        assert losses[6:] == pytest.approx([np.mean(near) + x for x in (0.1, 0.2, 0.3)])
+        assert losses[4:] == pytest.approx([np.mean(near) + x for x in (0.1, 0.2, 0.3)])
         easy = extrapolate.by_position(list(hard), 8)
-        assert losses[5] == pytest.approx(5 - 0.75 + np.mean(easy[6:8]) - np.mean(hard))
-    assert [x[:2] for x in extrapolate.curve([1.0] * 12, [1.0] * 12, 6, 12)][-3:] == [(4, 4), (5, 6), (7, 12)]
+        assert losses[3] == pytest.approx(5 - 0.65 + np.mean(easy[4:8]) - np.mean(hard))
+    assert [x[:2] for x in extrapolate.curve([1.0] * 12, [1.0] * 12, 6, 12)][-3:] == [(3, 4), (5, 6), (7, 12)]
 
 
 def test_ways_to_read_are_those_of_the_flags():
@@ -97,8 +97,9 @@ def test_a_verdict_names_who_gains_who_loses_and_who_cannot():
     assert 'lowers the loss of a (-0.497' in lines[0] and 'raises the loss of b (+1.003' in lines[0]
     assert 'is not resolved for c (' in lines[0] and lines[1] == 'd cannot read more than 4 tokens.'
     assert 'is that of a;' in lines[2] and 'the next, c, is -0.530 ±' in lines[2] and 'resolved.' in lines[2]
-    (_, rows), *_ = extrapolate.tables_of(found, [4, 8]).values()
-    assert rows[3] == ['d', '3.1000', 'cannot']
+    (_, rows), = extrapolate.tables_of(found, [4, 8]).values()
+    assert rows[3] == ['d', '3.1000', 'cannot', '-', '-']
+    assert rows[0][:4] == ['a', '3.1000', '2.6033', '2.6033'] and rows[0][4].startswith('-0.497 ± ')
 
 
 @pytest.mark.parametrize('flag', ['pos=alibi', 'rope_scaling=yarn', 'rope_theta=500'])

@@ -154,34 +154,30 @@ def quarter(losses, length):
 def curve(losses, short, T, length):
     """
     [(first position, last one, mean loss)] from losses by place: `losses` in windows of `length`, `short` of
-    the same run in windows of T; two bins up to each power of 2, beyond T one for each T.
+    the same run in windows of T; one bin up to each power of 2, beyond T one for each T.
 
     Every text is harder in some places than in others, and few tokens stand at each. So the mean is that of
     all windows of T, and added to it is what the longer windows change for the very tokens of the bin.
     """
     near = by_position(short, T)
-    ends = {0, T} | {round(2 ** (n / 2)) for n in range(2 * T.bit_length())}
+    ends = {0, T} | {2 ** n for n in range(T.bit_length())}
     bins = [*pairwise(sorted(n for n in ends if n <= T)), *pairwise(range(T, length + 1, T))]
     return [(a + 1, b, fmean(near[a:b] or near) + fmean(losses[a:b]) - fmean(short[a:b])) for a, b in bins]
 
 
 def tables_of(found, lengths):
-    """{caption: (heads, rows)}: the mean at each length, and that of the last quarter of positions."""
-    heads, tables = ['positions', *(f'{length} tokens' for length in lengths)], {}
-    for caption, of in (
-            ('Mean loss (nats per token) of the same text in windows of each length', lambda x, _: fmean(x)),
-            ('Mean loss of the last quarter of the positions', quarter)):
-        tables[caption] = heads, [[name, *(cell(curves.get(length), length, of) for length in lengths)]
-                                  for name, curves in found.items()]
-    gains = [[name, signed(change(curves, lengths, lengths[-1]))] for name, curves in found.items()
-             if lengths[-1] in curves]
-    tables[f'Mean loss at {lengths[-1]} tokens minus that at {lengths[0]}, ± half of the 95 % interval'] = (
-        ['positions', 'difference'], gains)
-    return tables
-
-
-def cell(runs, length, of):
-    return f'{fmean(of(losses, length) for losses in runs):.4f}' if runs else 'cannot'
+    """{caption: (heads, rows)}: the mean at each length, and how the largest differs from the trained one."""
+    longest = lengths[-1]
+    heads = ['positions', *(f'{length} tokens' for length in lengths), 'last quarter',
+             f'{longest} against {lengths[0]}']
+    rows = []
+    for name, runs in found.items():
+        row = [name, *(f'{fmean(map(fmean, runs[n])):.4f}' if n in runs else 'cannot' for n in lengths)]
+        last = (quarter(losses, longest) for losses in runs.get(longest, ()))
+        beyond = [f'{fmean(last):.4f}', signed(change(runs, lengths, longest))] if longest in runs else '--'
+        rows.append([*row, *beyond])
+    return {'Mean loss (nats per token) of the same text in windows of each length; of the last quarter of '
+            f'{longest} positions; and the difference, with half of its 95 % interval': (heads, rows)}
 
 
 def change(curves, lengths, length):
