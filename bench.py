@@ -50,10 +50,12 @@ from nanoblocks.experiments import (
     attention,
     curves,
     decoding,
+    extrapolate,
     gpu,
     heads,
     limits,
     peers,
+    placement,
     ring,
     scaling,
     specialists,
@@ -73,6 +75,7 @@ rounds: int | None = None           # how often each variant is timed; None: 30,
 tokens = ''                         # lengths, such as 1024,4096; limits, peers: of a step; empty: its own
 models = ''                         # limits, peers, throughput: families, such as gpt2,llama; empty: all
 width = ''                          # ffns, lengths: width of a layer; norms: widths, such as 256,512
+layers = ''                         # placement: depths of its models, such as 4,12
 limit_s = 60.0                      # lengths, throughput: seconds for each layer or model, which end its row
 nanogpt = ''                        # step, peers: folder of a nanoGPT checkout to time as well, same flags
 device = 'cpu'                      # auto, cpu, cuda or mps
@@ -93,7 +96,8 @@ figure = 'curves.png'               # plot: file for the figure
 TOPICS = {
     'step': speed.step, 'window': speed.window, 'optimizers': speed.optimizers, 'families': speed.families,
     'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
-    'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
+    'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns,
+    'extrapolate': extrapolate.extrapolate, 'placement': placement.placement,
     'lengths': throughput.lengths, 'throughput': throughput.throughput, 'router': studies.router,
     'ablations': studies.ablations, 'mixers': studies.mixers, 'kvheads': studies.kvheads,
     'tricks': studies.tricks, 'scaling': scaling.scaling, 'architectures': architectures.architectures,

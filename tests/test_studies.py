@@ -66,7 +66,7 @@ def test_every_topic_takes_nothing_but_settings():
 
 
 @pytest.mark.parametrize('topic, options, words', [
-    ('context', ['--reuse=True'], 'reuse=True must be left out: bench.py context does not read it'),
+    ('router', ['--reuse=True'], 'reuse=True must be left out: bench.py router does not read it'),
     ('ablations', ['--width=3'], 'width=3 must be left out: bench.py ablations does not read it'),
     ('norms', ['--n_layer=2'], 'n_layer=2 must be left out: bench.py norms reads --rounds'),
     ('norms', ['config/tiny.py'], 'config/tiny.py must be left out: bench.py norms takes no config file'),
@@ -76,7 +76,6 @@ def test_every_topic_takes_nothing_but_settings():
     ('rope', ['--pos=learned'], 'pos=learned must be rope: --pos=rope'),
     ('reach', ['--layer_pattern=wa'], 'must be w, a window in every layer: --layer_pattern=w'),
     ('reach', ['--block_size=32'], 'block_size=32 must be above 90, layers x (window - 1): --block_size=91'),
-    ('context', ['--rope_scaling=yarn'], 'bench.py context compares its values'),
     ('router', ['--balance=aux'], 'bench.py router compares its values'),
     ('norms', ['--tokens=1,2'], 'tokens=1,2 must be one number here: --tokens=2048'),
     ('norms', ['--width=x'], 'must be whole numbers above 0, separated by commas: --width=256,512'),

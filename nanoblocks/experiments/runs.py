@@ -87,14 +87,19 @@ def read_run(folder, max_iters):
     if not path.exists():
         return None
     lines = read_lines(path)
-    evaluations = [line for line in lines if line.get('val_loss') is not None]
+    evaluations = [line for line in lines if 'val_loss' in line]
     rates = [line['tokens_per_s'] for line in lines if line.get('tokens_per_s')]
     memory = [1e9 * line['memory_gb'] for line in lines if line.get('memory_gb')]
     steps = evaluations[-1]['step'] if evaluations else 0
-    return Run(steps, steps == max_iters, [(line['step'], line['val_loss']) for line in evaluations],
-               evaluations[-1].get('val_bpb', math.nan) if evaluations else math.nan,
+    return Run(steps, steps == max_iters, [(line['step'], or_nan(line['val_loss'])) for line in evaluations],
+               or_nan(evaluations[-1].get('val_bpb')) if evaluations else math.nan,
                statistics.median(rates) if rates else math.nan, max(memory, default=math.nan),
                lines[-1]['seconds'] if lines else 0.0)
+
+
+def or_nan(number):
+    """A number of metrics.jsonl, where null stands for one that was not finite."""
+    return math.nan if number is None else number
 
 
 def progress(folder):
@@ -103,7 +108,7 @@ def progress(folder):
     if path.exists():
         for line in read_lines(path):
             if 'val_loss' in line:
-                last = line['step'], line['val_loss']
+                last = line['step'], or_nan(line['val_loss'])
     return last
 
 

@@ -3,7 +3,6 @@ Questions of the literature that need no sweep, each answered with a table and a
 Every number is measured here, by the code of this repository; where a study trains, train.py does it.
 """
 import os
-import re
 import shlex
 import statistics
 from functools import partial
@@ -16,7 +15,7 @@ from configurator import split_arguments
 from model import NORMS, GPTConfig, dense
 from nanoblocks.experiments import comparisons, sweep
 from nanoblocks.experiments.arms import files_and_flags, read_flags
-from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, log_axis, panels, save_and_say, title
+from nanoblocks.experiments.figures import COLORS, log2_axis, log_axis, panels, save_and_say, title
 from nanoblocks.experiments.memory import saved_bytes
 from nanoblocks.experiments.runs import read_lines, recorded, run_script
 from nanoblocks.experiments.timing import print_table, ratio, times
@@ -281,41 +280,7 @@ def ffn_costs(rounds, tokens, width, device, figures):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Beyond the trained context
-
-SCALINGS = 'none', 'linear', 'ntk', 'yarn'
-
-
-def context(argv, tokens, device, figures):
-    """RoPE at two bases, evaluated at up to four times the trained length; takes train.py's settings."""
-    words, given = trained_flags('context', argv, ('device', 'tokens', 'figures'), ('rope_scaling',))
-    bases = {'10K': 10000.0} | {format_quantity(base).replace('k', 'K'): base
-                                for base in [float(given.get('rope_theta', 100000.0))]}
-    losses = {}
-    for base in each(bases.values(), 'a run with base {:.0f}'.format):
-        folder, _ = train(figures, f'base{base:.0f}', *words, f'--rope_theta={base}', f'--device={device}')
-        length = recorded(folder)[0]['block_size']
-        lengths = sizes('tokens', tokens, length, 2 * length, 4 * length)
-        short = {T: evaluate(folder, T) for T in lengths if T <= length}
-        jobs = [(scaling, T) for scaling in SCALINGS for T in lengths if T > length]
-        losses |= {(base, scaling, T): loss for scaling in SCALINGS for T, loss in short.items()}
-        for scaling, T in each(jobs, lambda job: f'base {base:.0f}: {job[0]}, {job[1]} tokens'):
-            factor = [] if scaling == 'none' else [f'--rope_scaling={scaling}', f'--rope_factor={T / length}']
-            losses[base, scaling, T] = evaluate(folder, T, *factor)
-    print_table(['base, scaling', *(f'{T} tokens' for T in lengths)],
-                [[f'{name}, {scaling}', *(f'{losses[base, scaling, T]:.4f}' for T in lengths)]
-                 for name, base in bases.items() for scaling in SCALINGS])
-    fig, axes = panels(10, 4, columns=len(bases), sharey=True)
-    for ax, (name, base) in zip(axes, bases.items()):
-        for i, scaling in enumerate(SCALINGS):
-            values = [losses[base, scaling, T] for T in lengths]
-            ax.plot(lengths, values, 'o-', color=COLORS[i], label=scaling)
-        log2_axis(ax, lengths)
-        ax.set_xlabel('context in evaluation (tokens)')
-        title(ax, f'base {name}, trained at {length} tokens')
-    axes[0].set_ylabel(LOSS)
-    axes[0].legend(frameon=False, fontsize=9, title='rope_scaling', title_fontsize=9)
-    save_and_say(fig, figures, 'context')
+# Runs of train.py
 
 
 def trained_flags(topic, argv, own, fixed):
@@ -341,13 +306,6 @@ def train(out, name, *flags):
     elif done.read_text() != shlex.join(flags):
         raise ValueError(f'{folder} holds a run with other flags: remove it, or choose another --figures')
     return folder, read_lines(os.path.join(folder, 'metrics.jsonl'))
-
-
-def evaluate(folder, T, *flags):
-    """The validation loss of a run at a context of T tokens."""
-    printed = run_script('train.py', '--init_from=resume', '--eval_only=True', f'--out_dir={folder}',
-                         f'--block_size={T}', *flags)
-    return float(re.search(r'val loss ([\d.]+)', printed).group(1))
 
 
 # ----------------------------------------------------------------------------------------------------------
