@@ -52,6 +52,7 @@ from nanoblocks.experiments import (
     gpu,
     limits,
     peers,
+    recall,
     ring,
     speed,
     studies,
@@ -92,7 +93,7 @@ TOPICS = {
     'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations,
     'mixers': studies.mixers, 'architectures': architectures.architectures, 'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
-    'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring,
+    'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring, 'recall': recall.recall,
 }
 ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
 
