@@ -91,8 +91,9 @@ def trained(argv, device):
 # The rows
 
 
-def texts_of_row(draw, n, slots):
-    """(a source with n pairs at random places among `slots`, the same pairs in another order)"""
+def texts_of_row(draw, n, most):
+    """(a source with n pairs at random places among n to `most`, the same pairs in another order)"""
+    slots = draw.randint(n, most)
     pairs = [key + draw.choice(VALUES) for key in draw.sample(KEYS, n)]
     at = dict(zip(draw.sample(range(slots), n), pairs))
     return ''.join(at.get(slot, 2 * BLANK) for slot in range(slots)), ''.join(draw.sample(pairs, n))
@@ -210,8 +211,8 @@ PAGE = """# Recall
 
 {about}
 
-{seeds} seeds of {arms} models, {flags[max_iters]} steps of {flags[batch_size]} rows of {flags[block_size]} tokens,
-width {flags[n_embd]}; {machine}.
+{seeds} seeds of {arms} models, width {flags[n_embd]}, {flags[max_iters]} steps of {flags[batch_size]} rows of
+{flags[block_size]} tokens; {machine}.
 
 ```
 python bench.py recall --figures={figures}
@@ -219,8 +220,8 @@ python bench.py recall --figures={figures}
 
 ![values named by pairs, by distance and by bytes](recall.png)
 
-The share of the values named, mean and 95 % interval over seeds. Bytes are of what one row leaves behind: states
-in 32 bit, caches in 16. [All counts](recall.csv)
+The share of the values named, mean and 95 % interval over seeds. Bytes are of what one row leaves behind:
+states in 32 bit, caches in 16. [All counts](recall.csv)
 
 {table}
 
@@ -230,17 +231,17 @@ in 32 bit, caches in 16. [All counts](recall.csv)
 
 ## What this does not show
 
-All models have one width, as many steps and one learning rate: what a family does not learn here, it may learn
-with more of them. Parameters are not matched; within a family, arms differ by the projections of keys alone. The
-rows are random, and no text.
+All models have one width, as many steps and one learning rate: what a family does not learn here, it may
+learn with more of them. Parameters are not matched; within a family, arms differ by the projections of keys
+alone. The rows are random, and no text.
 """
 
 
 def page(plan, figures, heads, rows, said):
     """A page in Markdown of what was found."""
     table = [f'| {" | ".join(map(str, cells))} |' for cells in (heads, ['---'] * len(heads), *rows)]
-    return PAGE.format(about=__doc__.strip(), seeds=len(plan['seeds']), arms=len(plan['arms']), figures=figures,
-                       flags=plan['arms'][plan['reference']], machine=plan['machine'],
+    return PAGE.format(about=__doc__.strip(), seeds=len(plan['seeds']), arms=len(plan['arms']),
+                       flags=plan['arms'][plan['reference']], machine=plan['machine'], figures=figures,
                        table='\n'.join(table), said='\n'.join(f'- {sentence}' for sentence in said))
 
 
