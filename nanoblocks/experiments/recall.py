@@ -32,8 +32,8 @@ from nanoblocks.formats import format_quantity
 from nanoblocks.training import checkpoint
 
 SIZE = ['config/study.py', '--n_layer=2', '--n_embd=64', '--n_head=2', '--norm=rmsnorm', '--ffn_pattern=-',
-        '--bias=False', '--layer_pattern=sa', '--pos=rope', '--batch_size=64', '--max_iters=600',
-        '--optimizer=muon', '--muon_lr=0.02', '--weight_decay=0.0', '--warmup_iters=20',
+        '--bias=False', '--layer_pattern=sa', '--pos=rope', '--batch_size=64', '--max_iters=1000',
+        '--optimizer=muon', '--muon_lr=0.01', '--weight_decay=0.0', '--warmup_iters=20',
         '--eval_tokens=16384']
 ALONE = 'pos=none'
 KEYS_OF = 'rnn_value_dim=32+rnn_key_dim='
