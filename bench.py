@@ -56,6 +56,7 @@ from nanoblocks.experiments import (
     limits,
     peers,
     placement,
+    recall,
     ring,
     scaling,
     specialists,
@@ -104,7 +105,7 @@ TOPICS = {
     'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
     'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring,
-    'heads': heads.heads, 'specialists': specialists.specialists,
+    'heads': heads.heads, 'specialists': specialists.specialists, 'recall': recall.recall,
 }
 ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
 

@@ -48,7 +48,7 @@ class Sources:
             if other.get('pairs') != meta.get('pairs'):
                 raise ValueError(f'dataset={self.dataset} must be texts alone, or pairs of the same lengths, '
                                  f'unlike {first} and {name}: prepare pairs with the same --source_tokens= '
-                                 'and --target_tokens=')
+                                 'and --target_tokens=, and the same --every=')
         shared = {key: meta[key] for key in ('tokenizer', 'vocab_size', 'pairs', 'prompt') if key in meta}
         sums = {key: sum(x[key] for x in metas.values()) for key in ('train_tokens', 'val_tokens')}
         parts = [{key: x[key] for key in x if key != 'tokenizer'} for x in metas.values()]

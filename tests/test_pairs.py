@@ -111,6 +111,7 @@ def test_what_is_no_objective_and_no_length_of_pairs_is_refused(folder):
 @pytest.mark.parametrize('change, words', [
     (dict(source=0), 'give source and target a number of tokens above 0'),
     (dict(target='x'), 'give source and target a number'), (dict(eot=257), 'name an eot of the vocabulary'),
+    (dict(every=0), 'give an every above 0'), (dict(every='x'), 'give an every above 0'),
     (dict(source=8), 'hold whole pairs, of 15 tokens'), (None, 'TypeError')])
 def test_a_damaged_description_is_refused(folder, tmp_path, change, words):
     meta = json.loads((folder / 'meta.json').read_text())
@@ -210,6 +211,7 @@ def test_pairs_that_are_too_long_or_have_no_text_are_left_out_and_counted(tmp_pa
     (['--source=from'], "has no column 'from': choose one of source, target with --source="),
     (['--target=to'], "has no column 'to': choose one of source, target with --target="),
     (['--target_tokens=1'], 'target_tokens=1 must be at least 2'),
+    (['--every=0'], 'every=0 must be at least 1'),
     (['--input=THIS/b.txt'], 'b.txt must hold rows with two columns'),
     (['--name=text'], 'name=text must be a plain name that no other dataset has'),
     (['--source_tokens=1'], 'the train split of')])
