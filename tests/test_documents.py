@@ -17,9 +17,10 @@ from conftest import (
 from runs import assert_refused, assert_same_run, dataset, documents, losses, pair, python, resume, train
 from runs import flags as as_flags
 from runs import toy as toy_run
+from test_data import prepare
 
 import model as M
-from data.loader import open_dataset
+from data.loader import open_dataset, read_meta
 from data.objectives import Diffusion, Mask, Next, Packed
 from data.tokenizer import ByteTokenizer
 from data.writer import write_dataset
@@ -432,3 +433,27 @@ def test_what_has_no_documents_is_refused(settings, words, tmp_path):
 def test_one_text_on_several_processes_is_refused(tmp_path):
     done = pair(*toy_run(tmp_path / 'run', doc_mask=True, context_parallel=True))
     assert_refused(done[0], 'doc_mask=True must be False when context_parallel=True')
+
+
+@pytest.mark.parametrize('n, flags', [(12, ['--val_input=held']), (100, []), (20, ['--val_fraction=0.5'])])
+def test_the_remedy_for_documents_that_were_cut_works(n, flags, tmp_path, monkeypatch):
+    """Few documents are cut, and no end follows there; each way that the refusal names keeps them whole."""
+    for name, count in ('texts', n), ('held', 3):
+        (tmp_path / name).mkdir()
+        for i, (_, text) in enumerate(documents(count, seed=3)):
+            (tmp_path / name / f'{i:03}.txt').write_text(text)
+
+    def prepared(name, *more):
+        command = 'text', '--input=texts', f'--out={tmp_path / name}', '--tokenizer=bytes', *more
+        monkeypatch.chdir(tmp_path)
+        assert prepare(monkeypatch, *command) is None
+        return tmp_path / name
+    if n < 100:
+        refusal = python('train.py', *toy_run(tmp_path / 'run', dataset=prepared('cut'), doc_mask=True))
+        assert_refused(refusal, 'doc_mask=True must be False for', '--val_input=, or 10 / val_fraction of them')
+    whole = prepared('whole', *flags)
+    documents_in = [read_meta(whole)[f'{split}_documents'] for split in ('train', 'val')]
+    ends = [int((np.fromfile(whole / f'{split}.bin', '<u2') == 256).sum()) for split in ('train', 'val')]
+    assert ends == documents_in and sum(ends) == n + 3 * (flags == ['--val_input=held'])
+    out, _ = train(dataset=whole, doc_mask=True, max_iters=2, eval_interval=1)
+    assert losses(out, 'val_loss')[-1] == pytest.approx(val_loss(out, whole, True), rel=1e-5)

@@ -179,6 +179,16 @@ def test_tokens_of_llama_3_are_read_with_the_vocabulary_beside_them(tmp_path):
     assert open_dataset(folder, len(ids) - 1, 0).train_batch(0, 1)[0][0].tolist() == ids[:-1]
 
 
+def test_documents_of_others_are_read_alone(ours, tmp_path):
+    """Behind a header too: the files of llm.c give the run that our own give."""
+    runs = {}
+    for name, folder in ('ours', ours), ('theirs', llmc(ours, tmp_path / 'data')):
+        done = python('train.py', *toy(tmp_path / name, dataset=folder, doc_mask=True, **SHORT), env=CACHE)
+        assert done.code == 0, done
+        runs[name] = curve(tmp_path / name)
+    assert runs['ours'] == runs['theirs'] != curve(train(tmp_path / 'plain', dataset=ours, **SHORT)[0])
+
+
 def cut(path):
     os.truncate(path, path.stat().st_size - 1)
 
