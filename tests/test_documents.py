@@ -14,6 +14,7 @@ from conftest import (
     tokens,
     toy,
 )
+from runs import TOY as TOY_RUN
 from runs import (
     assert_refused,
     assert_same_run,
@@ -23,6 +24,7 @@ from runs import (
     losses,
     pair,
     python,
+    real_python,
     resume,
     train,
     train_settings,
@@ -504,3 +506,20 @@ def test_the_remedy_for_documents_that_were_cut_works(n, flags, tmp_path, monkey
     assert ends == documents_in and sum(ends) == n + 3 * (flags == ['--val_input=held'])
     out, _ = train(dataset=whole, doc_mask=True, max_iters=2, eval_interval=1)
     assert losses(out, 'val_loss')[-1] == pytest.approx(val_loss(out, whole, True), rel=1e-5)
+
+
+def test_a_sweep_may_vary_it_or_share_it(short_texts, tmp_path):
+    """--doc_mask=True is for all arms but one that says otherwise; one that cannot have it is refused."""
+    small = {name: x for name, x in TOY_RUN.items() if name not in ('eval_interval', 'lr_decay_iters')}
+    sweep = ['ablate.py', 'config/llama_small.py', *as_flags(
+        **small | dict(n_kv_head=1, max_iters=2, log_interval=1, dataset=short_texts, doc_mask=True, seeds=1,
+                       evals=1, out_dir=tmp_path / 'sweep'))]
+    refused = real_python(*sweep, '--vary=pos=alibi_bf16')
+    assert_refused(refused, 'pos=alibi_bf16: doc_mask=True must be False when pos=alibi_bf16')
+    done = real_python(*sweep, '--vary=doc_mask=False')
+    assert done.code == 0 and 'doc_mask True -> False' in done.out, done
+    for arm, packed in ('llama_small', True), ('doc_mask=False', False):
+        out = tmp_path / 'sweep' / arm / 'seed1337'
+        wanted, other = (val_loss(out, short_texts, flag) for flag in (packed, not packed))
+        found = losses(out, 'val_loss')[-1]
+        assert found == pytest.approx(wanted, rel=1e-6) and found != pytest.approx(other, rel=1e-6)
