@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import ROOT, pair, toy, train
+from runs import ROOT, metrics, pair, toy, train
 from test_data import (  # noqa: F401  some are fixtures
     Killed,
     contents,
@@ -67,6 +67,29 @@ def test_a_text_of_ones_own_is_the_validation_split(n, tmp_path, monkeypatch, ca
     flags = SHORT | {'gradient_accumulation_steps': 2}
     two = pair(*toy(tmp_path / 'two', dataset=tmp_path / 'bytes', **flags))
     assert [done.code for done in two] == [0, 0], two
+
+
+def test_validation_texts_of_ones_own_are_judged_in_one_command(tmp_path, monkeypatch):
+    """Files to token files to bits per byte, with a vocabulary that is learned from the first."""
+    files = {'mine': 'a text to train on and more of it, ', 'wiki': 'a text of another kind: ',
+             'code': 'x += 1\n'}
+    for name, text in files.items():
+        (tmp_path / f'{name}.txt').write_text(''.join(f'{text}{i * i}' for i in range(400)))
+    shared = ['text', f'--input={tmp_path / "mine.txt"}']
+    assert prepare(monkeypatch, *shared, f'--out={tmp_path / "mine"}', '--vocab_size=300') is None
+    for name in 'wiki', 'code':
+        assert prepare(monkeypatch, *shared, f'--val_input={tmp_path / name}.txt', f'--out={tmp_path / name}',
+                       f'--tokenizer={tmp_path / "mine"}') is None
+    sets = f'{tmp_path / "wiki"},{tmp_path / "code"}'
+    run, printed = train(tmp_path / 'run', dataset=tmp_path / 'mine', eval_datasets=sets, **SHORT)
+    last = [line for line in metrics(run) if 'val_loss' in line][-1]
+    for name in files:
+        text, size = (tmp_path / f'{name}.txt').read_bytes(), read_meta(tmp_path / name)['val_tokens']
+        text = text[int(0.9 * len(text)):] if name == 'mine' else text
+        loss, bits = (last[key][str(tmp_path / name)] for key in ('val_losses', 'val_bpbs'))
+        assert bits == pytest.approx(loss / np.log(2) * size / len(text), rel=1e-6)
+        assert f'  {tmp_path / name}: val loss {loss:.4f}, {bits:.4f} bits per byte' in printed
+    assert len(set(last['val_bpbs'].values())) == 3
 
 
 def test_pairs_of_ones_own_are_the_validation_split(tmp_path, monkeypatch):
