@@ -3,6 +3,8 @@ import functools
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import runs  # noqa: E402
 from runs import run_copy  # noqa: E402, F401
+from test_data import VOCABULARIES  # noqa: E402
 
 import configurator  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -227,3 +230,80 @@ def test_context_parallel_is_refused(tmp_path):
     done = runs.python('train.py', *runs.toy(tmp_path / 'run', dry=True, context_parallel=True),
                        env={'WORLD_SIZE': '2', 'RANK': '0'})
     runs.assert_refused(done, 'dry=True', 'context_parallel')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# docs/own_data.md
+
+PAGE = (ROOT / 'docs' / 'own_data.md').read_text(encoding='utf-8')
+UNTIMED = """
+import collections
+from nanoblocks.training import forecast
+forecast.timed_layers = lambda *args: forecast.Times(collections.defaultdict(float), 1.0, 0.0, 'nothing')
+"""
+# at the end of a command they win; a checkpoint keeps the sizes
+SIZES = dict(n_layer=2, n_head=4, n_embd=32, block_size=32, batch_size=2)
+SMALL = dict(gradient_accumulation_steps=8, eval_tokens=128, eval_interval=2, log_interval=1, device='cpu')
+needs_gpt2 = pytest.mark.skipif(not VOCABULARIES.exists(), reason=f'no {VOCABULARIES}')
+
+
+def page_commands(folder):
+    """The commands of the page, their files and folders in `folder`: [(environment, words)]."""
+    places = {'--name=': '--out=', '--dataset=': '--dataset=', '--out_dir=out/': '--out_dir=',
+              '--input=': '--input=', '--val_input=': '--val_input=', '--eval_datasets=': '--eval_datasets='}
+    for block in re.findall(r'^```\n(.*?)^```', PAGE, re.M | re.S):
+        for line in block.splitlines():
+            words = [next((word.replace(old, f'{new}{folder}/') for old, new in places.items()
+                           if word.startswith(old)), word) for word in shlex.split(line)]
+            env = dict(word.split('=') for word in words if word.isupper() or word.startswith('WORLD_SIZE='))
+            yield env, words[len(env):]
+
+
+@needs_gpt2
+def test_the_commands_of_the_page_work_in_its_order_at_toy_size(tmp_path):
+    """Two processes stand for the 8 and the 16 of torchrun; each of those lines starts a run of its own."""
+    (tmp_path / 'my_folder').mkdir()
+    for name in 'my_folder/a.txt', 'my_folder/b.txt', 'wiki.txt':
+        (tmp_path / name).write_text(' '.join(text for _, text in runs.documents(40, seed=len(name))))
+    told, cache = [], {'TIKTOKEN_CACHE_DIR': str(VOCABULARIES)}
+    for env, words in page_commands(tmp_path):
+        script = next(word for word in words if word.endswith('.py'))
+        args = words[words.index(script) + 1:]
+        if any(word.startswith('config/') for word in args):
+            out = [tmp_path / word.split('/')[-1] for word in args if word.startswith('--out_dir=')]
+            if out and '--init_from=auto' not in args:
+                shutil.rmtree(out[0], ignore_errors=True)
+            more = {'ffn_width': 64} if 'config/llama_1b.py' in args else {}
+            args += runs.flags(**SIZES | SMALL | more, max_iters=4 if '--init_from=auto' in args else 2)
+        args += ['--max_new_tokens=3'] * (script == 'sample.py')
+        if words[0] == 'torchrun':
+            done = runs.several(2, *args, before=f'import os; os.environ.update({cache})\n')[0]
+        else:
+            done = runs.python(script, *args, env=cache | env | ({'RANK': '0'} if env else {}))
+        assert done.code == 0, (words, done)
+        told.append(done.out)
+    assert len(told) == 12 and ['  peak ' in out for out in told].count(True) == 2
+    assert 'of a process of 8' in told[2] and 'resuming at step 2' in told[7]
+    assert f'  {tmp_path / "wiki"}: val loss' in told[10]
+    code = re.search(r'^```python\n(.*?)^```', PAGE, re.M | re.S)[1].replace('out/', f'{tmp_path}/')
+    exec(code, {})
+    assert (tmp_path / 'exported' / 'model.safetensors').exists()
+
+
+@needs_gpt2
+@pytest.mark.parametrize('model, which', [('124M, 1', 0), ('1B, 8', 1)])
+def test_the_table_of_the_page_is_what_its_commands_print(model, which, tmp_path):
+    """The two rows that are the page's own commands, without the time on this machine."""
+    row = next(line for line in PAGE.splitlines() if line.startswith(f'| {model} |'))
+    _, flags, tokens, peak, cards, *seconds = [cell.strip() for cell in row.strip('|').split('|')]
+    env, words = [found for found in page_commands(tmp_path) if '--dry=True' in found[1]][which]
+    assert set(flags.strip('`').split()) <= {*words, *(f'{name}={value}' for name, value in env.items())}
+    script, *args = [word for word in words[1:] if not word.startswith('--dataset=')]
+    done = runs.python(script, *args, *runs.flags(dataset=runs.dataset(), vocab_size=50257),
+                       env=env | {'RANK': '0'} if env else {}, before=UNTIMED)
+    assert done.code == 0, done
+    assert f': {tokens} tokens,' in done.out
+    assert float(re.search(r'\n  peak +([\d.]+)', done.out)[1]) == pytest.approx(float(peak), abs=0.051)
+    assert re.search(r' 24 GB: (\w+),.* 80 GB: (\w+)', done.out).groups() == tuple(cards.split(', '))
+    for name, wanted in zip(('A100', 'H100'), map(float, seconds)):
+        assert float(re.search(rf'{name}: ([\d.]+) s', done.out)[1]) == pytest.approx(wanted, rel=0.006)
