@@ -1,6 +1,7 @@
 """What --dry=True tells of a run: memory against what is measured, every family, the command line."""
 import functools
 import json
+import math
 import os
 import re
 import shlex
@@ -160,6 +161,14 @@ def test_a_flag_changes_its_line():
     assert sum(narrow.blocks) < 0.8 * sum(plain.blocks)
 
 
+def test_float16_whose_gradients_are_scaled_has_a_forecast():
+    config, rows, _ = case('llama', n_layer=1)
+    step = step_of(config, dtype='float16', batch_size=rows)
+    plain = ledger.simulated(config, rows, step_of(config, dtype='bfloat16'))
+    assert ledger.simulated(config, rows, step).peak == pytest.approx(plain.peak, rel=0.05)
+    assert forecast.timed_layers(config, step, 'cpu').update > 0
+
+
 def test_shards_are_cut_and_what_is_gathered_is_added():
     config, rows, step = case('gpt2')
     memory, counts = ledger.simulated(config, rows, step), forecast.counted_in(config)
@@ -168,14 +177,24 @@ def test_shards_are_cut_and_what_is_gathered_is_added():
     assert whole - cut == pytest.approx(0.75 * weights - forecast.gathered(counts, step))
 
 
-def test_the_largest_batch_fills_a_card():
-    config, rows, step = case('gemma2')
-    one, eight = (ledger.simulated(config, n, step).peak for n in (1, 8))
-    per_row = (eight - one) / 7
-    most = forecast.largest_batch(1.5, eight, 8, per_row)
-    room = 1.5e9 * (1 - forecast.FREE)
-    assert most > 20 and ledger.simulated(config, most, step).peak == pytest.approx(room, rel=0.03)
-    assert forecast.largest_batch(0.01, eight, 8, per_row) == 0
+# the second is at its peak in the update, where no row counts, until there are many
+@pytest.mark.parametrize('name, rows, card, flags', [('gemma2', 8, 1.5, {}),
+                                                     ('muon', 1, 0.6, {'block_size': 16})])
+def test_the_largest_batch_fills_a_card(name, rows, card, flags, monkeypatch):
+    config, _, _ = case(name, **flags)
+    step = step_of(config, batch_size=rows, **CASES[name][-1])
+    monkeypatch.setattr(forecast, 'CARDS', (0.01, card))
+    told = list(forecast.memory_lines(config, step, forecast.counted_in(config), 1, 'cpu'))[-1]
+    found = re.fullmatch(rf' *0.01 GB: none, {card} GB: (\d+)', told)
+    assert found, told
+    most, room = int(found[1]), card * 1e9 * (1 - forecast.FREE)
+    assert most > 20 and ledger.simulated(config, most, step).peak <= room
+    assert ledger.simulated(config, math.ceil(1.05 * most), step).peak > room
+
+
+def test_no_more_rows_are_told_than_lie_below_the_chord():
+    peaks = [(1, 10e9), (2, 10e9), (102, 110e9)]
+    assert [forecast.largest_batch(card, peaks) for card in (10, 24, 80, 141)] == [0, 14, 65, 102]
 
 
 FAMILIES = sorted(path.stem for path in (ROOT / 'config').glob('*_small.py'))
@@ -224,6 +243,13 @@ def test_one_process_tells_it_for_many(tmp_path):
     assert 'of a process of 8' in told and 'gathered' in told and 'on 8 GPUs' in told
     assert float(re.search(r'parameters +([\d.]+)', told)[1]) < 0.001
     assert peak(WORLD_SIZE='8', RANK='3') == ''
+
+
+@pytest.mark.parametrize('refused', [{'group_lr': 'nonsense=1e-3'}, {'stream_dtype': 'bfloat16'},
+                                     {'compile_mode': 'max-autotune-no-cudagraphs', 'compile': False}])
+def test_what_the_run_would_be_refused_for_is_refused(refused, tmp_path):
+    done = runs.python('train.py', *runs.toy(tmp_path / 'run', dry=True, dtype='float32', **refused))
+    runs.assert_refused(done, *refused)
 
 
 def test_context_parallel_is_refused(tmp_path):
