@@ -162,6 +162,20 @@ def test_a_step_that_is_not_kept_is_refused(tmp_path):
     assert 'resuming at step 20' in resume(tmp_path / 'run', step=20)
 
 
+def test_a_checkpoint_of_two_names_leaves_no_part(tmp_path):
+    """rename() does nothing where both names are those of one file already."""
+    out = str(tmp_path)
+    folder = RunFolder(out)
+    folder.keep_newest = 1
+    checkpoint.save(folder.newest, {'step': 4, 'model': {}})
+    for _ in range(2):
+        folder.keep(4)
+    assert os.path.samefile(folder.newest, folder.name_of(4))
+    folder.asked = 4
+    folder.go_back_to(folder.name_of(4))
+    assert sorted(os.listdir(out)) == ['ckpt.4.pt', 'ckpt.pt']
+
+
 def test_a_new_run_removes_what_was_kept(tmp_path):
     train(tmp_path / 'run', **SMALL, save_interval=4, keep_newest=3)
     (tmp_path / 'run' / 'mine.txt').write_text('stays')
@@ -494,7 +508,8 @@ def test_a_run_goes_on_exactly_with_other_micro_batches(tmp_path, world, more):
 @pytest.mark.parametrize('more, words', [
     (dict(batch_size=2), ['8 rows', 'gradient_accumulation_steps=4']),
     (dict(gradient_accumulation_steps=3), ['8 rows', 'gradient_accumulation_steps=2']),
-    (dict(batch_size=3), ['to divide 8']), (dict(batch_tokens=512), ['batch_tokens=256'])], ids=str)
+    (dict(batch_size=3), ['which needs a batch_size that divides 8']),
+    (dict(batch_tokens=512), ['batch_tokens=256'])], ids=str)
 def test_another_number_of_rows_in_a_step_is_refused(tmp_path, more, words):
     run_dir = shutil.copytree(trained(**SMALL), tmp_path / 'run')
     args = flags(init_from='resume', out_dir=run_dir, max_iters=40, **more)

@@ -83,4 +83,5 @@ def test_what_cannot_be_parted_is_refused(settings, words, tmp_path):
 
 def test_one_process_has_nothing_to_share(tmp_path):
     assert_refused(python('train.py', *toy(tmp_path / 'run', context_parallel=True)),
-                   'context_parallel=True must have several processes to share with: start it with torchrun')
+                   'context_parallel=True must have several processes to share with: start it with torchrun, '
+                   'or set --context_parallel=False')
