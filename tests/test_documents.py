@@ -14,8 +14,8 @@ from conftest import (
     tokens,
     toy,
 )
-from runs import TOY as TOY_RUN
 from runs import (
+    KILL,
     assert_refused,
     assert_same_run,
     at_step,
@@ -29,6 +29,7 @@ from runs import (
     train,
     train_settings,
 )
+from runs import TOY as TOY_RUN
 from runs import flags as as_flags
 from runs import toy as toy_run
 from test_data import prepare
@@ -443,7 +444,7 @@ def test_a_mixture_reads_documents_alone(short_texts, tmp_path):
         assert losses(whole, 'val_losses')[-1][str(folder)] == pytest.approx(wanted, rel=1e-5)
         assert f'  {folder}: val loss {wanted:.4f}' in said
     killed = python('train.py', *toy_run(tmp_path / 'part', **settings),
-                    before=at_step(15, 'os.kill(os.getpid(), 9)'))
+                    before=at_step(15, KILL))
     assert killed.code == -9, killed
     resume(tmp_path / 'part')
     assert_same_run(whole, tmp_path / 'part')

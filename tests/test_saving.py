@@ -11,6 +11,8 @@ import threading
 import pytest
 import torch
 from runs import (
+    EXIT,
+    KILL,
     WRITTEN,
     assert_refused,
     assert_same_run,
@@ -137,7 +139,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_a_step(tmp_path, world, shard):
     shutil.copytree(tmp_path / 'run', tmp_path / 'whole')
     back = flags(init_from='resume', out_dir=tmp_path / 'run', step=8)
     # in the third step after it
-    results = several(world, *back, before=at_step(6 // world, 'os._exit(9)'))
+    results = several(world, *back, before=at_step(6 // world, EXIT))
     assert [done.code for done in results] == [9] * world, results
     assert 'resuming at step 8' in results[0].out, results
     assert 'keeps the checkpoints of the later steps 12, 16, 20 ' in results[0].out, results
@@ -468,7 +470,7 @@ import os, runpy, sys
 sys.path.insert(0, '.')
 sys.argv[0] = 'train.py'
 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':
-    exec({at_step(15, WRITTEN + "        os.kill(os.getpid(), 9)")!r})
+    exec({at_step(15, KILL)!r})
 runpy.run_path('train.py', run_name='__main__')""")
     settings = SMALL | dict(shard=shard, save_interval=4, eval_interval=20)
     torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1')

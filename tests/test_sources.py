@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from runs import (
+    KILL,
     assert_refused,
     assert_same_run,
     at_step,
@@ -335,7 +336,7 @@ def test_a_mixture_survives_a_kill_and_any_number_of_processes(tmp_path):
                  batch_size=5)
     whole, _ = train(tmp_path / 'whole', **flags)
     done = python('train.py', *toy(tmp_path / 'killed', **flags),
-                  before=at_step(73, 'os.kill(os.getpid(), 9)'))
+                  before=at_step(73, KILL))
     assert done.code == -9, done
     resume(tmp_path / 'killed')
     assert_same_run(whole, tmp_path / 'killed')
