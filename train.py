@@ -146,6 +146,8 @@ with errors_as_messages():
                      if k in settings and k not in given and k != 'out_dir'}
         globals().update(settings)
     rules.check_settings(settings, world, resumed['step'] if resumed else 0)
+    if not dry:
+        parallel.check_meeting(world)
     del settings['step']  # it is of this start, and not of the run
     if is_main:
         warn_of_unread(given, rules.unread(settings, world))

@@ -252,6 +252,8 @@ def test_one_process_tells_it_for_many(tmp_path):
     assert 'of a process of 8' in told and 'gathered' in told and 'on 8 GPUs' in told
     assert float(re.search(r'parameters +([\d.]+)', told)[1]) < 0.001
     assert peak(WORLD_SIZE='8', RANK='3') == ''
+    done = runs.python('train.py', *settings, '--dry=False', env={'WORLD_SIZE': '8'})
+    runs.assert_refused(done, 'WORLD_SIZE=8 must', 'RANK and MASTER_ADDR', 'torchrun')
 
 
 @pytest.mark.parametrize('refused', [{'group_lr': 'nonsense=1e-3'}, {'stream_dtype': 'bfloat16'},

@@ -110,12 +110,6 @@ class Ledger(TorchDispatchMode):
         self.alive[place] -= size
         self.total -= size
 
-    def peak_of(self, run):
-        """The most bytes that are alive during run()."""
-        self.peak = self.total
-        run()
-        return self.peak
-
 
 def simulated(config, rows, step):
     """The Memory of a training step with micro-batches of `rows` rows; nothing of it is allocated."""

@@ -23,6 +23,15 @@ def ranks() -> tuple[int, int, int]:
     return int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1)), int(env.get('LOCAL_RANK', 0))
 
 
+def check_meeting(world: int) -> None:
+    """ValueError if one of `world` processes is not told where to meet the others."""
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if world > 1 and missing:
+        raise ValueError(f'WORLD_SIZE={world} must have {" and ".join(missing)} beside it, as torchrun sets '
+                         'them: start it with torchrun, or unset WORLD_SIZE; a forecast needs no other, with '
+                         '--dry=True')
+
+
 def start(device_type: str, backend: str) -> FailureWatch:
     """Meet the processes that torchrun has started. Returns the FailureWatch over them."""
     store, rank, world = next(dist.rendezvous('env://'))
