@@ -254,6 +254,8 @@ def test_one_process_tells_it_for_many(tmp_path):
     assert peak(WORLD_SIZE='8', RANK='3') == ''
     done = runs.python('train.py', *settings, '--dry=False', env={'WORLD_SIZE': '8'})
     runs.assert_refused(done, 'WORLD_SIZE=8 must', 'RANK and MASTER_ADDR', 'torchrun')
+    done = runs.python('train.py', *settings, env={'WORLD_SIZE': 'two'})
+    runs.assert_refused(done, 'WORLD_SIZE=two must be a whole number', 'unset it')
 
 
 @pytest.mark.parametrize('refused', [{'group_lr': 'nonsense=1e-3'}, {'stream_dtype': 'bfloat16'},

@@ -176,6 +176,11 @@ def test_tokens_of_llama_3_are_read_with_the_vocabulary_beside_them(tmp_path):
     data = open_dataset(folder, len(ids) - 1, 0)
     assert data.train_batch(0, 1)[0][0].tolist() == ids[:-1]
     assert from_meta(meta['tokenizer']).decode(ids[1:len(ids) // 9]) == text
+    # the vocabulary alone says which tokens are marks, but not which of them parts documents
+    (folder / 'config.json').unlink()
+    alone = read_meta(folder)
+    assert alone['val_bytes'] == meta['val_bytes'] and from_meta(alone['tokenizer']).eot is None
+    shutil.copy(tmp_path / 'made' / 'config.json', folder)
     # raw files beside such a vocabulary have 32 bits a token too
     for path in folder.glob('*.bin'):
         (folder / path.name.removeprefix('tiny_')).write_bytes(path.read_bytes()[1024:])
