@@ -59,6 +59,7 @@ log_interval = 10                   # steps between log lines
 eval_interval = 2000                # steps between evaluations
 eval_iters = 200                    # batches per evaluation, unless eval_tokens is set
 eval_tokens: int | None = None      # tokens per evaluation at any batch size; None: eval_iters batches
+eval_datasets = ''                  # datasets whose validation splits are judged too: NAME,NAME,...
 eval_tasks = ''                     # files of multiple choice (JSON lines) to score too: FILE,FILE,...
 eval_only = False                   # evaluate once, write nothing and exit
 dry = False                         # tell the memory and time of a step, by line, write nothing and exit
@@ -145,6 +146,8 @@ with errors_as_messages():
                      if k in settings and k not in given and k != 'out_dir'}
         globals().update(settings)
     rules.check_settings(settings, world, resumed['step'] if resumed else 0)
+    if not dry:
+        parallel.check_meeting(world)
     del settings['step']  # it is of this start, and not of the run
     if is_main:
         warn_of_unread(given, rules.unread(settings, world))
@@ -181,7 +184,7 @@ prefetch = prefetch if prefetch is not None else 4 if device_type == 'cuda' else
 # Data and model
 
 with errors_as_messages():
-    sources = Sources(dataset)
+    sources = Sources(dataset, eval_datasets)
     if local_rank == 0:
         sources.ensure_prepared()
     parallel.wait_for_all()

@@ -23,6 +23,7 @@ import pytest
 import torch
 from runs import (
     ENV,
+    KILL,
     ROOT,
     WRITTEN,
     assert_refused,
@@ -405,7 +406,7 @@ def test_a_moved_dataset_is_the_same(tmp_path):
 
 def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path):
     """From step 25 to 46 no file may grow beyond 60 kB, so the checkpoints of step 40 and 45 fail."""
-    before = at_step(25, '''
+    before = at_step(25, WRITTEN + '''
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))''') + at_step(41, WRITTEN) + at_step(
         47, WRITTEN + '''
@@ -935,7 +936,7 @@ print('second', done.returncode, done.stderr)'''
 
 
 def test_a_lock_dies_with_its_process_and_a_run_removes_its_own(tmp_path):
-    kill = at_step(30, WRITTEN + '        os.kill(os.getpid(), 9)')
+    kill = at_step(30, KILL)
     assert python('train.py', *toy(tmp_path / 'run'), before=kill).code == -9
     resume(tmp_path / 'run')
     assert not (tmp_path / 'run' / '.lock').exists()

@@ -11,6 +11,8 @@ import threading
 import pytest
 import torch
 from runs import (
+    EXIT,
+    KILL,
     WRITTEN,
     assert_refused,
     assert_same_run,
@@ -137,7 +139,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_a_step(tmp_path, world, shard):
     shutil.copytree(tmp_path / 'run', tmp_path / 'whole')
     back = flags(init_from='resume', out_dir=tmp_path / 'run', step=8)
     # in the third step after it
-    results = several(world, *back, before=at_step(6 // world, 'os._exit(9)'))
+    results = several(world, *back, before=at_step(6 // world, EXIT))
     assert [done.code for done in results] == [9] * world, results
     assert 'resuming at step 8' in results[0].out, results
     assert 'keeps the checkpoints of the later steps 12, 16, 20 ' in results[0].out, results
@@ -160,6 +162,20 @@ def test_a_step_that_is_not_kept_is_refused(tmp_path):
     # the previous one and the newest are found too
     assert 'resuming at step 16' in resume(tmp_path / 'run', step=16, eval_only=True)
     assert 'resuming at step 20' in resume(tmp_path / 'run', step=20)
+
+
+def test_a_checkpoint_of_two_names_leaves_no_part(tmp_path):
+    """rename() does nothing where both names are those of one file already."""
+    out = str(tmp_path)
+    folder = RunFolder(out)
+    folder.keep_newest = 1
+    checkpoint.save(folder.newest, {'step': 4, 'model': {}})
+    for _ in range(2):
+        folder.keep(4)
+    assert os.path.samefile(folder.newest, folder.name_of(4))
+    folder.asked = 4
+    folder.go_back_to(folder.name_of(4))
+    assert sorted(os.listdir(out)) == ['ckpt.4.pt', 'ckpt.pt']
 
 
 def test_a_new_run_removes_what_was_kept(tmp_path):
@@ -454,7 +470,7 @@ import os, runpy, sys
 sys.path.insert(0, '.')
 sys.argv[0] = 'train.py'
 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':
-    exec({at_step(15, WRITTEN + "        os.kill(os.getpid(), 9)")!r})
+    exec({at_step(15, KILL)!r})
 runpy.run_path('train.py', run_name='__main__')""")
     settings = SMALL | dict(shard=shard, save_interval=4, eval_interval=20)
     torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1')
@@ -494,7 +510,8 @@ def test_a_run_goes_on_exactly_with_other_micro_batches(tmp_path, world, more):
 @pytest.mark.parametrize('more, words', [
     (dict(batch_size=2), ['8 rows', 'gradient_accumulation_steps=4']),
     (dict(gradient_accumulation_steps=3), ['8 rows', 'gradient_accumulation_steps=2']),
-    (dict(batch_size=3), ['to divide 8']), (dict(batch_tokens=512), ['batch_tokens=256'])], ids=str)
+    (dict(batch_size=3), ['which needs a batch_size that divides 8']),
+    (dict(batch_tokens=512), ['batch_tokens=256'])], ids=str)
 def test_another_number_of_rows_in_a_step_is_refused(tmp_path, more, words):
     run_dir = shutil.copytree(trained(**SMALL), tmp_path / 'run')
     args = flags(init_from='resume', out_dir=run_dir, max_iters=40, **more)

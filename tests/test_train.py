@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from runs import (
+    EXIT,
     ROOT,
     WRITTEN,
     assert_refused,
@@ -50,8 +51,6 @@ from nanoblocks.commandline import warn_of_unread
 from nanoblocks.files import ROOT
 from nanoblocks.training import checkpoint, logbook, parallel
 from nanoblocks.training import settings as rules
-
-EXIT = WRITTEN + '        os._exit(9)'    # an action of at_step: end, as a kill does, with all that was saved
 
 # ----------------------------------------------------------------------------------------------------------
 # What a run leaves

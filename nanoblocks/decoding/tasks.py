@@ -66,7 +66,7 @@ def read_tasks(paths, model, tokenizer, setting):
         raise ValueError(f'{setting}={paths} must be left out for a model that is or has an encoder: only a '
                          'decoder says how likely a continuation is')
     limit = min(config.block_size, model.wpe.max_tokens or math.inf)
-    for path in paths.split(','):
+    for path in map(str.strip, paths.split(',')):
         name = os.path.splitext(os.path.basename(path))[0]
         if not os.path.isfile(path):
             raise ValueError(f'{setting}={paths} must name files with commas between them, but {path!r} is '

@@ -147,6 +147,8 @@ class HashedFile:
 
 def link_or_move(path, other):
     """Make a file available as `other`. Where the file system has hard links, path stays valid too."""
+    if os.path.exists(other) and os.path.samefile(path, other):
+        return  # of two names of one file, rename() would leave both
     try:
         os.link(path, f'{other}.part')
         os.replace(f'{other}.part', other)

@@ -9,6 +9,7 @@ rate of the data sheet, times a utilisation that is assumed. Nothing is measured
 import math
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import nn
@@ -18,12 +19,15 @@ from torch.utils._pytree import tree_leaves
 from model import GPT
 from nanoblocks import hardware
 from nanoblocks.formats import counted, format_duration, format_quantity
-from nanoblocks.training import parallel
+from nanoblocks.training import optim, parallel
+from nanoblocks.training import settings as rules
 from nanoblocks.training.ledger import Step, simulated
 
 CARDS = 16, 24, 40, 80, 141     # GB
+PHASES = 'forward_peak', 'backward_peak', 'update_peak'
 FREE = 0.08                     # of a card, for its driver and for holes between tensors: assumed
 STREAMS = 'attnres', 'hyper', 'mhc'      # residuals whose first layer makes the streams
+KEPT = 0.3                      # GB that glibc was seen to keep beside peaks of 0.2 to 0.6 GB, at most
 MFU = 0.40                      # share of a data sheet's rate that a step reaches: assumed
 GPUS = 'RTX 4090', 'A100', 'H100', 'B200'
 MOST_FLOPS, MOST_TOKENS = 1e12, 2048    # of the layers that are timed, in one forward and backward pass
@@ -41,12 +45,20 @@ def tell(config, settings, batch, device, world):
     """
     dtype = settings['dtype']
     dtype = hardware.training_dtype(device, config.n_embd) if dtype == 'auto' else dtype
+    refuse(config, settings, dtype)
     step = Step(batch, dtype, settings, settings['gradient_accumulation_steps'] // world)
     counts = counted_in(config)
     rest = config, step, counts, world, device
     for lines in (model_lines(counts, settings, config), memory_lines(*rest), time_lines(*rest)):
         for line in lines:
             print(line, flush=True)
+
+
+def refuse(config, settings, dtype):
+    """ValueError for settings that the run would be refused for, once it has its model and its dtype."""
+    rules.check_machine(settings, dtype, settings['compile'] is not False)
+    with FakeTensorMode():
+        optim.refuse_unused(optim.parse_rates(settings['group_lr']), GPT(config, seed=None))
 
 
 class Counts(NamedTuple):
@@ -91,23 +103,17 @@ def model_lines(counts, s, config):
 
 def memory_lines(config, step, counts, world, device):
     s, rows = step.settings, step.settings['batch_size']
-    memory, other_rows = simulated(config, rows, step), 1 if rows > 1 else 2
-    other = simulated(config, other_rows, step)
-    cut = world if s['shard'] else 1
+    found = {n: simulated(config, n, step) for n in (rows, 1 if rows > 1 else 2)}
+    memory, cut = found[rows], world if s['shard'] else 1
     yield (f'memory    GB of a process of {world}, batch_size={rows}, {step.dtype} products, plain PyTorch; '
            'what changes it')
     for name, size, flags in rows_of(memory, counts, step, cut):
         yield f'  {name:<34} {size / 1e9:8.3f}   {flags}'.rstrip()
-    peak, peak_of_other = (peak_by(m, counts, step, cut) for m in (memory, other))
     if device == 'cpu':
-        yield from cpu_lines(peak, hardware.memory_gb(device))
+        yield from cpu_lines(peak_by(memory, counts, step, cut), hardware.memory_gb(device))
     if s['compile'] or s['compile'] is None and device != 'cpu':
         yield '  torch.compile and fused kernels keep less than this'
-    per_row = (peak - peak_of_other) / (rows - other_rows)
-    yield (f'cards     largest batch_size, by {per_row / 1e9:.3f} GB a row, and {FREE:.0%} of the card left '
-           'free (assumed):')
-    fits = {card: largest_batch(card, peak, rows, per_row) for card in CARDS}
-    yield '  ' + ', '.join(f'{card} GB: {most or "none"}' for card, most in fits.items())
+    yield from card_lines(config, step, counts, cut, found)
 
 
 def rows_of(memory, counts, step, cut):
@@ -156,13 +162,46 @@ def cpu_lines(peak, resident):
         yield (f'  {"Python and PyTorch, until here":<34} {resident:8.3f}   measured; with the peak '
                f'{resident + peak / 1e9:.3f}')
     if sys.platform == 'linux':
-        yield ('  small models take up to a third more, as glibc keeps freed blocks below 32 MB; not with '
-               'MALLOC_MMAP_THRESHOLD_=131072')
+        yield (f'  glibc keeps freed blocks below 32 MB: up to {KEPT} GB more was measured for small models; '
+               'not with MALLOC_MMAP_THRESHOLD_=131072')
 
 
-def largest_batch(card, peak, rows, per_row):
-    """The largest batch_size for a card of so many GB, on the line through two of them; 0: none."""
-    return max(0, math.floor(rows + (card * 1e9 * (1 - FREE) - peak) / per_row))
+def card_lines(config, step, counts, cut, found):
+    """found: {rows: Memory} of two numbers of rows, the smaller of which is 1"""
+    many = rows_that_fill(max(CARDS), {n: memory.activations for n, memory in found.items()})
+    found = found | {many: simulated(config, many, step)}
+    phases = [[(n, peak_by(found[n], counts, step, cut, phase)) for n in sorted(found)] for phase in PHASES]
+    per_row = max((after - before) / (high - low) for *_, (low, before), (high, after) in phases)
+    yield (f'cards     largest batch_size, by {per_row / 1e9:.3f} GB a row, and {FREE:.0%} of the card left '
+           'free (assumed):')
+    fits = {card: min(largest_batch(card, peaks) for peaks in phases) for card in CARDS}
+    yield '  ' + ', '.join(f'{card} GB: {most or "none"}' for card, most in fits.items())
+
+
+def room_of(card):
+    """Bytes of a card of so many GB that a run may take."""
+    return card * 1e9 * (1 - FREE)
+
+
+def rows_that_fill(card, sizes):
+    """How many rows fill a card, of which two numbers take `sizes`, {rows: bytes}, on a straight line."""
+    (few, less), (more, most) = sorted(sizes.items())
+    return math.ceil(more + max(0, room_of(card) - most) * (more - few) / (most - less))
+
+
+def largest_batch(card, peaks):
+    """
+    The largest batch_size of which a phase of a step fits a card of so many GB; 0: none. peaks: of that
+    phase, (rows, bytes), from one row on. It is the largest of several lines, one for each moment, so between
+    two points it lies below their chord: no more rows are told than fit.
+    """
+    room, most = room_of(card), 0
+    for (low, before), (high, after) in pairwise(peaks):
+        if after <= room:
+            most = high
+        elif before <= room:
+            most = low + math.floor((high - low) * (room - before) / (after - before))
+    return most
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -110,12 +110,6 @@ class Ledger(TorchDispatchMode):
         self.alive[place] -= size
         self.total -= size
 
-    def peak_of(self, run):
-        """The most bytes that are alive during run()."""
-        self.peak = self.total
-        run()
-        return self.peak
-
 
 def simulated(config, rows, step):
     """The Memory of a training step with micro-batches of `rows` rows; nothing of it is allocated."""
@@ -139,6 +133,7 @@ def update(model, step, ledger):
         p.grad = torch.empty_like(p)
     found = {'gradients': ledger.alive['gradients'], 'average': ledger.alive['average']}
     ledger.place, ledger.peak = 'moments', ledger.total
+    optimizers.scaled(torch.zeros(()), 1.0)     # float16 scales gradients from the first loss on
     optimizers.step(0)
     found['moments'] = {type(opt).__name__: sum(x.nbytes for state in opt.state.values()
                                                 for x in state.values()) for opt in optimizers.each}
