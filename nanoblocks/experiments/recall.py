@@ -40,7 +40,7 @@ KEYS_OF = 'rnn_value_dim=32+rnn_key_dim='
 # {family: {arm: the flags in which it differs from attention}}, from the smallest state on
 FAMILIES = {
     'attention': {'attention': ''},
-    'window': {f'window of {n}': f'layer_pattern=sw+window={n}' for n in (8, 16, 32)},
+    'window': {f'window of {n}': f'layer_pattern=sw+window={n}' for n in (8, 32)},
     'RetNet': {f'RetNet, keys of {n}': f'layer_pattern=sr+{ALONE}+{RETNET}+{KEYS_OF}{n}' for n in (4, 8, 32)},
     'Mamba-2': {f'Mamba-2, N of {n}': f'layer_pattern=sm+{ALONE}+ssm_state={n}' for n in (4, 8, 32)},
     'gated DeltaNet': {f'gated DeltaNet, keys of {n}': f'layer_pattern=sr+{ALONE}+{KEYS_OF}{n}'
