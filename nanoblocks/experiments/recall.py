@@ -27,8 +27,8 @@ from nanoblocks.experiments.statistics import effect
 from nanoblocks.experiments.studies import RETNET
 from nanoblocks.experiments.sweep import make_plan, runs_of, sweep
 from nanoblocks.experiments.timing import print_table
-from nanoblocks.experiments.topics import each
-from nanoblocks.formats import format_quantity
+from nanoblocks.experiments.topics import each, in_short
+from nanoblocks.formats import counted, format_quantity
 from nanoblocks.training import checkpoint
 
 SIZE = ['config/study.py', '--n_layer=2', '--n_embd=64', '--n_head=2', '--norm=rmsnorm', '--ffn_pattern=-',
@@ -40,7 +40,7 @@ KEYS_OF = 'rnn_value_dim=32+rnn_key_dim='
 # {family: {arm: the flags in which it differs from attention}}, from the smallest state on
 FAMILIES = {
     'attention': {'attention': ''},
-    'window': {f'window of {n}': f'layer_pattern=sw+window={n}' for n in (8, 16, 32)},
+    'window': {f'window of {n}': f'layer_pattern=sw+window={n}' for n in (8, 32)},
     'RetNet': {f'RetNet, keys of {n}': f'layer_pattern=sr+{ALONE}+{RETNET}+{KEYS_OF}{n}' for n in (4, 8, 32)},
     'Mamba-2': {f'Mamba-2, N of {n}': f'layer_pattern=sm+{ALONE}+ssm_state={n}' for n in (4, 8, 32)},
     'gated DeltaNet': {f'gated DeltaNet, keys of {n}': f'layer_pattern=sr+{ALONE}+{KEYS_OF}{n}'
@@ -66,7 +66,7 @@ def recall(argv, device, figures):
     folder.mkdir(parents=True, exist_ok=True)
     heads, rows = table(found)
     said = verdicts(found)
-    print(f'\nshare of the values named, mean of {len(plan["seeds"])} seeds and its 95 % interval')
+    print(f'\nshare of the values named, mean of {counted(len(plan["seeds"]), "seed")} and its 95 % interval')
     print_table(heads, rows)
     print('\n'.join(['', *said]))
     with open(folder / 'recall.csv', 'w', newline='') as file:
@@ -202,8 +202,8 @@ def lines_of_csv(found, seeds):
     """The counts of every run, below a line of heads."""
     yield ['layers', 'bytes', 'seed', 'by', 'at_most', 'asked', 'right']
     for name, arm in found.items():
-        for seed, counted in zip(seeds, arm['seeds']):
-            for (by, bound), numbers in counted.items():
+        for seed, found_by in zip(seeds, arm['seeds']):
+            for (by, bound), numbers in found_by.items():
                 yield [name, arm['bytes'], seed, by, bound, *numbers]
 
 
@@ -211,7 +211,7 @@ PAGE = """# Recall
 
 {about}
 
-{seeds} seeds of {arms} models, width {flags[n_embd]}, {flags[max_iters]} steps of {flags[batch_size]} rows of
+{seeds} of {arms} models, width {flags[n_embd]}, {flags[max_iters]} steps of {flags[batch_size]} rows of
 {flags[block_size]} tokens; {machine}.
 
 ```
@@ -240,14 +240,15 @@ alone. The rows are random, and no text.
 def page(plan, figures, heads, rows, said):
     """A page in Markdown of what was found."""
     table = [f'| {" | ".join(map(str, cells))} |' for cells in (heads, ['---'] * len(heads), *rows)]
-    return PAGE.format(about=__doc__.strip(), seeds=len(plan['seeds']), arms=len(plan['arms']),
+    return PAGE.format(about=__doc__.strip(), arms=len(plan['arms']),
+                       seeds=counted(len(plan['seeds']), 'seed'),
                        flags=plan['arms'][plan['reference']], machine=plan['machine'], figures=figures,
                        table='\n'.join(table), said='\n'.join(f'- {sentence}' for sentence in said))
 
 
 def draw(found, folder):
     """The share of the values named by pairs, by distance, and with the most pairs by bytes of state."""
-    fig, (left, middle, right) = panels(13.5, 4.4, columns=3)
+    fig, (left, middle, right) = panels(13.5, 4.8, columns=3)
     for color, (family, arms) in zip(COLORS, FAMILIES.items()):
         name = list(arms)[-1]
         for ax, by, bounds in (left, 'pairs', PAIRS), (middle, 'distance', DISTANCES):
@@ -257,15 +258,20 @@ def draw(found, folder):
     left.plot(list(PAIRS), [1 / n for n in PAIRS], '--', color='black', linewidth=0.8)
     log2_axis(left, list(PAIRS))
     log2_axis(middle, DISTANCES)
-    right.set_xscale('log')
-    for ax, text, about in ((left, 'pairs in the row', 'dashed: any of the values that were read'),
+    powers = [2**i for i in range(9, 20)]
+    log2_axis(right, powers, list(map(in_short, powers)))
+    sizes = [arm['bytes'] for arm in found.values()]
+    right.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
+    for ax, text, about in ((left, 'pairs in the row', 'dashed: a guess among the values that were read'),
                             (middle, 'tokens back to the pair, at most', f'rows of {max(PAIRS)} pairs'),
-                            (right, 'state or cache of a row (bytes)', f'rows of {max(PAIRS)} pairs')):
+                            (right, 'state and cache of a row (bytes)',
+                             f'rows of {max(PAIRS)} pairs, smaller and larger states')):
         ax.set_xlabel(text)
         ax.set_ylim(-0.03, 1.06)
         title(ax, about)
     left.set_ylabel('share of the values named')
-    left.legend(frameon=False, fontsize=8, loc='lower left')
+    fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False,
+               fontsize=9)
     save_and_say(fig, folder, 'recall')
 
 
