@@ -275,6 +275,16 @@ plant()
 '''
 
 
+# an action of at_step: wait until the thread has written every checkpoint it was given
+WRITTEN = '''
+        import gc
+        from nanoblocks.training.saving import Saver
+        for saver in gc.get_objects():
+            if isinstance(saver, Saver) and saver.thread:
+                saver.thread.submit(int).result()
+'''
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Several processes
 

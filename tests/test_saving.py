@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from runs import (
+    WRITTEN,
     assert_refused,
     assert_same_run,
     at_step,
@@ -350,7 +351,7 @@ def test_a_disk_that_is_full_for_one_process_is_told_and_tried_again(tmp_path):
     """The second process may not write more than 20 kB at step 10, and has room again at the end."""
     before = '''
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))''' + at_step(16, '''
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))''' + at_step(16, WRITTEN + '''
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))''')
     settings = SMALL | dict(shard=True)
@@ -368,7 +369,7 @@ import os, runpy, sys
 sys.path.insert(0, '.')
 sys.argv[0] = 'train.py'
 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':
-    exec({at_step(15, "os.kill(os.getpid(), 9)")!r})
+    exec({at_step(15, WRITTEN + "        os.kill(os.getpid(), 9)")!r})
 runpy.run_path('train.py', run_name='__main__')""")
     settings = SMALL | dict(shard=shard, save_interval=4, eval_interval=20)
     torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1')
