@@ -6,6 +6,7 @@ Write text with a trained model, or say how likely a text is.
     python sample.py --init_from=gpt2 --start="The meaning of life"    # or a folder in Hugging Face format
     python sample.py --out_dir=out/llama_small --prompts=prompts.txt --out=samples.jsonl
     python sample.py --out_dir=out/llama_small --score=FILE:text.txt
+    python sample.py --out_dir=out/llama_small --tasks=data/hellaswag/hellaswag.jsonl    # multiple choice
     python sample.py --out_dir=out/llama_small --draft=out/tiny        # speculative decoding
 
 In Python: nanoblocks/decoding/session.py.
@@ -39,11 +40,12 @@ from nanoblocks.training.stopping import answer_out_of_memory
 init_from = 'resume'                # resume: the run in out_dir; else a checkpoint's folder, file or hub id
 out_dir = 'out'                     # folder of the run to sample from
 ckpt = 'best.pt'                    # file of the run: best.pt (lowest validation loss) or ckpt.pt (newest)
-# what to do: at most one of these four
+# what to do: at most one of these five
 start = ''                          # prompt, or FILE:path; empty: the usual prompt of the run's dataset
 prompts = ''                        # file of prompts: one per line, or .jsonl with a "prompt" per line
 interactive = False                 # continue each line that is typed
 score = ''                          # print how likely this text is; FILE:path for the text of a file
+tasks = ''                          # score these files of multiple choice (JSON lines): FILE,FILE,...
 # what may be drawn
 num_samples = 3                     # samples of each prompt
 max_new_tokens = 500                # longest sample; shorter where the document or learned positions end
@@ -55,7 +57,7 @@ repetition_penalty = 1.0            # above 1: tokens that are already in the te
 stop = ''                           # text or special token that ends a sample, or a JSON list of them
 seed = 1337                         # seed of the random draws: the same seed gives the same samples
 # how
-batch_size = 16                     # prompts that run together; the samples do not depend on it
+batch_size = 16                     # prompts or choices that run together; results do not depend on it
 chunk = 2048                        # prompt tokens per forward pass
 draft = ''                          # a smaller model that drafts (speculative decoding): a run or checkpoint
 ahead = 4                           # tokens that the draft proposes in each round
@@ -80,7 +82,8 @@ with errors_as_messages():
     check_counts(1, num_samples=num_samples, max_new_tokens=max_new_tokens, ahead=ahead,
                  batch_size=batch_size, chunk=chunk)
     check_kind(quant, pick_device(device))
-    modes = {'start': start, 'prompts': prompts, 'interactive': interactive, 'score': score}
+    modes = {'start': start, 'prompts': prompts, 'interactive': interactive, 'score': score,
+             'tasks': tasks}
     if sum(map(bool, modes.values())) > 1:
         given = ' and '.join(name for name in modes if modes[name])
         raise ValueError(f'{given} must not be set together: each says what to do')
@@ -89,10 +92,13 @@ with errors_as_messages():
         (init_from != 'resume', f'with init_from={init_from}', ['out_dir'] + ['ckpt'] * (not draft)),
         (score, 'with score', ['num_samples', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p',
                                'repetition_penalty', 'stop', 'draft']),
+        (tasks, 'with tasks', ['num_samples', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p',
+                               'repetition_penalty', 'stop', 'draft']),
         (draft, 'with a draft', ['bandwidth']), (not draft, 'without a draft', ['ahead'])])
 
     # read before the model is loaded, so that a wrong path is refused at once
-    refuse_to_overwrite(out, prompts, *(text for text in (start, score) if text.startswith('FILE:')))
+    refuse_to_overwrite(out, prompts, *tasks.split(','),
+                         *(text for text in (start, score) if text.startswith('FILE:')))
     text = text_or_file(score or start)
     texts = read_prompts(prompts) if prompts else []
     session = Session.load(
@@ -105,6 +111,8 @@ with errors_as_messages():
 
     if score:
         shown.score(text)
+    elif tasks:
+        shown.tasks(tasks)
     elif interactive:
         shown.interactive()
     elif prompts:

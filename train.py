@@ -34,8 +34,10 @@ from kernels import use_attention, use_head_dtype, use_kernels
 from model import GPT, GPTConfig
 from nanoblocks import hardware, pretrained
 from nanoblocks.commandline import refuse_words, warn_of_unread
+from nanoblocks.decoding import tasks
 from nanoblocks.decoding.preview import sample_texts
-from nanoblocks.training import checkpoint, debug, optim, parallel
+from nanoblocks.tokenizer import from_meta
+from nanoblocks.training import checkpoint, debug, forecast, optim, parallel
 from nanoblocks.training import settings as rules
 from nanoblocks.training.logbook import Logbook, describe_run
 from nanoblocks.training.meters import Progress
@@ -57,7 +59,10 @@ log_interval = 10                   # steps between log lines
 eval_interval = 2000                # steps between evaluations
 eval_iters = 200                    # batches per evaluation, unless eval_tokens is set
 eval_tokens: int | None = None      # tokens per evaluation at any batch size; None: eval_iters batches
+eval_datasets = ''                  # datasets whose validation splits are judged too: NAME,NAME,...
+eval_tasks = ''                     # files of multiple choice (JSON lines) to score too: FILE,FILE,...
 eval_only = False                   # evaluate once, write nothing and exit
+dry = False                         # tell the memory and time of a step, by line, write nothing and exit
 always_save_checkpoint = True       # write ckpt.pt at every evaluation; False: only if the loss is a new best
 save_interval: int | None = None    # steps between checkpoints, which are then not written at evaluations
 save_minutes: float | None = None   # minutes between checkpoints, beside save_interval or instead
@@ -130,6 +135,8 @@ rank, world, local_rank = parallel.ranks()
 is_main = rank == 0
 hardware.warn_of_torch_version()
 writes = is_main and not eval_only
+if dry and not is_main:
+    sys.exit(0)  # the main process tells it for all
 folder, resumed, ckpt_path, digest, loaded = RunFolder(out_dir), None, None, None, None
 with errors_as_messages():
     if init_from == 'resume' or init_from == 'auto' and folder.resumable():
@@ -139,6 +146,8 @@ with errors_as_messages():
                      if k in settings and k not in given and k != 'out_dir'}
         globals().update(settings)
     rules.check_settings(settings, world, resumed['step'] if resumed else 0)
+    if not dry:
+        parallel.check_meeting(world)
     del settings['step']  # it is of this start, and not of the run
     if is_main:
         warn_of_unread(given, rules.unread(settings, world))
@@ -150,7 +159,7 @@ with errors_as_messages():
         # training may not have the memory for the context of a published model
         shorter = min(GPTConfig.block_size, loaded.config.block_size)
         loaded.config.block_size = model_args.get('block_size', shorter)
-    if not (resumed or eval_only or overwrite or init_from == 'auto'):
+    if not (resumed or eval_only or dry or overwrite or init_from == 'auto'):
         folder.refuse_existing()
 
 # ----------------------------------------------------------------------------------------------------------
@@ -165,7 +174,7 @@ with errors_as_messages():
     use_head_dtype(head_dtype)
 if device_type == 'cuda':
     torch.cuda.set_device(device)
-failure_watch = parallel.start(device_type, backend) if world > 1 else None
+failure_watch = parallel.start(device_type, backend) if world > 1 and not dry else None
 torch.set_float32_matmul_precision('high')
 checkpoint.seed_generators(seed)
 pin = device_type == 'cuda'  # batches in pinned memory, which a GPU copies while it computes
@@ -175,7 +184,7 @@ prefetch = prefetch if prefetch is not None else 4 if device_type == 'cuda' else
 # Data and model
 
 with errors_as_messages():
-    sources = Sources(dataset)
+    sources = Sources(dataset, eval_datasets)
     if local_rank == 0:
         sources.ensure_prepared()
     parallel.wait_for_all()
@@ -206,10 +215,16 @@ with errors_as_messages():
         rules.refuse_contradictions(resumed, ckpt_path, model_args, settings, given, meta)
         resumed['micro_done'] = rules.keep_rows(resumed, settings, T)
         eval_tokens = settings['eval_tokens']
-    else:
+    if dry:
+        forecast.tell(config, settings, dict(zip(task.names, data.train_batch(0, 1))), device, share[1])
+        sys.exit(0)
+    if not resumed:
         model = loaded or GPT(config, seed=seed)
     parallel.refuse_differences(checkpoint.loaded_by(resumed, digest, loaded, meta, settings, config))
     optim.refuse_unused(rates, model)
+    questions = []
+    if eval_tasks:
+        questions = tasks.read_tasks(eval_tasks, model, from_meta(meta['tokenizer']), 'eval_tasks')
     if check_data is not False and local_rank == 0:
         sources.check_hashes(None if check_data else 4e9)
     if loaded and is_main:
@@ -323,6 +338,23 @@ def evaluate(data):
     return loss / count
 
 
+def score_tasks():
+    """Print and return the accuracy on each file of eval_tasks: {'NAME/acc': ..., 'NAME/acc_norm': ...}"""
+    def tell(part):
+        log.evaluating(part)
+        signals.poll()
+
+    found = {}
+    for file in questions:
+        with (progress.paused(), optimizers.averaged(), signals.interruptible(),
+              torch.compiler.set_stance('force_eager'), autocast):
+            result = tasks.accuracy(file, raw_model, batch_size, (rank, world),
+                                    lambda sums: parallel.summed(sums, device_type), tell)
+        log.print(f'step {step}: {result}')
+        found |= {f'{result.name}/acc': result.acc, f'{result.name}/acc_norm': result.acc_norm}
+    return found
+
+
 def record(**numbers):
     """Add a line to metrics.jsonl and to Weights & Biases."""
     log.record({'step': step, 'tokens': micro_done * batch_size * T,
@@ -330,25 +362,24 @@ def record(**numbers):
                 'seconds': round(progress.seconds(), 3)} | numbers)
 
 
-def save(path, last=False, say=False, **more):
-    """Write a checkpoint, without `more` one for sampling only; see Saver.save. False if that failed."""
-    state = checkpoint.contents(raw_model, settings=settings, meta=meta, step=step, **more)
-    return saver.save(path, state, last or step == max_iters, say)
-
-
-def save_newest(**how):
-    """Write a checkpoint to resume from, or none if eval_only. Returns False if that failed."""
+def save(newest=True, best_loss=None, last=False, say=False):
+    """
+    Write ckpt.pt, to resume from, and with `best_loss` best.pt, for sampling: the same weights, or their
+    average if there is one. Nothing if eval_only. See Saver.save; False if it failed.
+    """
+    if eval_only:
+        return True
     with progress.paused():
-        return eval_only or save(
-            folder.newest, **how, best_val_loss=saver.best_loss, micro_done=micro_done, evaluated=evaluated,
-            wandb_id=wandb_id, compiled=compile, generators=checkpoint.generator_states(),
-            **optimizers.state(), **progress.state())
-
-
-def save_best(val_loss):
-    """Write best.pt, with the averaged weights if there are any."""
-    with progress.paused(), optimizers.averaged():
-        save(folder.best, best_val_loss=val_loss)
+        states, learnt = {}, optimizers.state()
+        common = checkpoint.contents(raw_model, settings=settings, meta=meta, step=step)
+        if best_loss is not None:
+            weights = checkpoint.averaged(common['model'], learnt['ema'])
+            states[folder.best] = common | {'model': weights, 'best_val_loss': best_loss}
+        if newest:
+            states[folder.newest] = common | dict(
+                best_val_loss=saver.best_loss, micro_done=micro_done, evaluated=evaluated, wandb_id=wandb_id,
+                compiled=compile, generators=checkpoint.generator_states(), **learnt, **progress.state())
+        return saver.save(states, last or step == max_iters, say)
 
 
 def preview():
@@ -371,17 +402,15 @@ try:
         # evaluate, first as a base line; save the best weights and the newest
         if eval_only or step > evaluated and (step % eval_interval == 0 or step == max_iters):
             val_loss, bits, each = data.judged([evaluate(part) for part in data.parts])
-            record(**log.evaluated(step, task, val_loss, bits, each))
+            record(**log.evaluated(step, task, val_loss, bits, each), **score_tasks())
             if eval_only:
                 break
             saver.collect(wait=True)
             evaluated, improved = step, step > 0 and val_loss < saver.best_loss
-            if improved:
-                save_best(val_loss)
             if wandb_log and wandb_samples:
                 log.samples(step, preview())
-            if saver.with_evaluation(step, improved) and step and math.isfinite(val_loss):
-                save_newest()
+            save(newest=saver.with_evaluation(step, improved) and step and math.isfinite(val_loss),
+                 best_loss=val_loss if improved else None)
         if step >= max_iters:
             break
 
@@ -421,9 +450,9 @@ try:
             signals.request_save()
         if signals.save_requested or saver.due(step) or is_log_step and saver.unsaved:
             signals.save_requested = False
-            save_newest(say=True)
+            save(say=True)
 except stopping.Stop:
-    saved = save_newest(last=True)
+    saved = save(last=True)
     exit_code = stopping.STOPPED if saved else stopping.NOT_SAVED
     log.stopped(signals.number, step, saved)
 

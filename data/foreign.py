@@ -57,7 +57,7 @@ def described(folder, stamp):
     lengths = bytes_of_tokens(tokenizer)
     n_bytes = sum(text_bytes(path, kind, lengths) for path in files['val'])
     # where no token begins a document, a line end does
-    begins = tokenizer.eot is not None or '\n' not in tokenizer.chars
+    begins = tokenizer.eot is not None or '\n' not in getattr(tokenizer, 'chars', '\n')
     return {'source': f'token files of {kind.name}, read as {named}, {kind.dtype}',
             'prompt': '' if begins else '\n', 'tokenizer': tokenizer.meta(),
             'vocab_size': tokenizer.vocab_size, 'dtype': kind.dtype, 'header': kind.header,
@@ -150,7 +150,7 @@ def text_bytes(path, kind, lengths):
 
 
 def bytes_of_tokens(tokenizer):
-    """How many bytes of text each token stands for, none where it begins or ends one: (vocab_size,)."""
-    marks = {*tokenizer.ends, tokenizer.bos}
+    """How many bytes of text each token stands for, none where it is a mark in it: (vocab_size,)."""
+    marks = {*tokenizer.ends, tokenizer.bos, *tokenizer.special}
     return np.array([0 if i in marks else len(tokenizer.decode_bytes([i]))
                      for i in range(tokenizer.vocab_size)], np.int64)

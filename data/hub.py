@@ -82,6 +82,9 @@ def prepare(folder, train, *, repo, config, revision, column, input, max_documen
     if val_split and input:
         raise ValueError(f'val_split={val_split} must be left out beside input={input}: name other files '
                          'with --val_input=')
+    if val_split == 'train':
+        raise ValueError('val_split=train must be another split than train, which is trained on: name that '
+                         'for validation, or leave it out')
     with preparation(out or folder, overwrite, resumes=True) as out:
         tokenizer = make_tokenizer(tokenizer, [], vocab_size=None)
         rows = open_files(input) if input else open_repo(repo, config, revision)

@@ -19,45 +19,71 @@ BITS = 30       # of a share, so that products with the numbers of rows are exac
 
 
 class Sources:
-    """The folders that the setting `dataset` names: a name in data/ or a path, or several with weights."""
+    """
+    The folders of a run, each named by its name in data/ or by its path: those of the setting `dataset`, one
+    or several with weights, and those of eval_datasets, NAME,NAME, of which only the validation splits count.
+    """
 
-    def __init__(self, dataset):
-        self.dataset, self.weights = dataset, weights_of(dataset)
-        self.folders = {name: Path(name) if os.path.dirname(name) else HERE / name for name in self.weights}
+    def __init__(self, dataset, eval_datasets=''):
+        self.dataset, self.weights, self.eval_datasets = dataset, weights_of(dataset), eval_datasets
+        self.folders = {name: folder_of(name) for name in self.weights}
+        others = [name.strip() for name in eval_datasets.split(',') if eval_datasets]
+        self.others = {name: folder_of(name) for name in others}
         if len({folder.resolve() for folder in self.folders.values()}) < len(self.folders):
             raise ValueError(f'dataset={dataset} must name each dataset once: add up its weights')
+        if '' in others or len({folder.resolve() for folder in self.all()}) < len(self.folders) + len(others):
+            raise ValueError(f'eval_datasets={eval_datasets} must be names with commas between them, each of '
+                             f'another dataset than dataset={dataset}, which is evaluated anyway: leave out '
+                             'what is there twice')
+
+    def all(self):
+        return [*self.folders.values(), *self.others.values()]
 
     def ensure_prepared(self):
-        for folder in self.folders.values():
+        for folder in self.all():
             ensure_prepared(folder)
 
     def check_hashes(self, most_bytes=None):
-        for folder in self.folders.values():
+        for folder in self.all():
             check_hashes(folder, most_bytes)
 
     def read_meta(self):
         """What meta.json holds; of several, what they share, sums of their sizes, and the rest of each."""
         metas = {name: read_meta(folder) for name, folder in self.folders.items()}
-        (first, meta), *others = metas.items()
-        if not others:
+        meta = metas[next(iter(metas))]
+        for name, other in metas.items():
+            self.check_same('dataset', meta, name, other)
+        for name, folder in self.others.items():
+            self.check_same('eval_datasets', meta, name, read_meta(folder))
+        if len(metas) == 1:
             return meta
-        for name, other in others:
-            if any(other[key] != meta[key] for key in ('tokenizer', 'vocab_size')):
-                raise ValueError(f'dataset={self.dataset} must have one tokenizer, and {first} and {name} '
-                                 f'have two: prepare {name} again with --tokenizer={self.folders[first]}')
-            if other.get('pairs') != meta.get('pairs'):
-                raise ValueError(f'dataset={self.dataset} must be texts alone, or pairs of the same lengths, '
-                                 f'unlike {first} and {name}: prepare pairs with the same --source_tokens= '
-                                 'and --target_tokens=')
         shared = {key: meta[key] for key in ('tokenizer', 'vocab_size', 'pairs', 'prompt') if key in meta}
         sums = {key: sum(x[key] for x in metas.values()) for key in ('train_tokens', 'val_tokens')}
         parts = [{key: x[key] for key in x if key != 'tokenizer'} for x in metas.values()]
         return shared | sums | {'weights': list(self.weights.values()), 'parts': parts}
 
+    def check_same(self, setting, meta, name, other):
+        """ValueError unless the dataset `name` of a setting is read as the first one is, which has `meta`."""
+        first = next(iter(self.folders))
+        if any(other[key] != meta[key] for key in ('tokenizer', 'vocab_size')):
+            raise ValueError(f'{setting}={getattr(self, setting)} must have one tokenizer, and {first} and '
+                             f'{name} have two: prepare {name} again with --tokenizer={self.folders[first]}')
+        if other.get('pairs') != meta.get('pairs'):
+            raise ValueError(f'{setting}={getattr(self, setting)} must be texts alone, or pairs of the same '
+                             f'lengths, unlike {first} and {name}: prepare pairs with the same '
+                             '--source_tokens= and --target_tokens=')
+
     def open(self, block_size, seed, objective=None):
         """The `Dataset` of these, for rows of `block_size` tokens; see open_dataset."""
-        parts = [open_dataset(folder, block_size, seed, objective) for folder in self.folders.values()]
-        return Mixture(self.read_meta(), dict(zip(self.weights, parts))) if parts[1:] else parts[0]
+        trained, others = ({name: open_dataset(folder, block_size, seed, objective)
+                            for name, folder in folders.items()} for folders in (self.folders, self.others))
+        if len(trained) == 1 and not others:
+            return next(iter(trained.values()))
+        return Mixture(self.read_meta(), list(self.weights.values()), trained, others)
+
+
+def folder_of(name):
+    return Path(name) if os.path.dirname(name) else HERE / name
 
 
 def weights_of(dataset):
@@ -81,16 +107,20 @@ def weights_of(dataset):
 
 
 class Mixture(Dataset):
-    """Several datasets as one. `named` are the Datasets, {name: Dataset}, and meta has their weights."""
+    """
+    Several datasets as one: those to train on, {name: Dataset}, with their weights, and others, which are
+    only evaluated.
+    """
 
-    def __init__(self, meta, named):
-        self.meta, self.named, self.parts = meta, named, list(named.values())
+    def __init__(self, meta, weights, trained, others):
+        self.meta, self.weights, self.trained = meta, weights, list(trained.values())
+        self.names, self.parts = [*trained, *others], [*self.trained, *others.values()]
         self.objective = self.parts[0].objective
-        self.shares = shares_of(meta['weights'])
+        self.shares = shares_of(weights)
 
     def train_rows(self, numbers):
         which, own = deal(numbers, self.shares)
-        found = [(which == i, *part.train_rows(own[which == i])) for i, part in enumerate(self.parts)]
+        found = [(which == i, *part.train_rows(own[which == i])) for i, part in enumerate(self.trained)]
         rows = np.empty((len(numbers), found[0][1].shape[1]), np.int64)
         keys = np.empty(len(numbers), np.uint64)
         for at, *of_part in found:
@@ -102,11 +132,13 @@ class Mixture(Dataset):
         return self.parts[0].eval_batches(*args, **kwargs)
 
     def judged(self, losses):
-        """The means by weight of the losses of `parts` and of their bits per byte, and those of each part."""
-        each = {name: (loss, part.judged([loss])[1])
-                for (name, part), loss in zip(self.named.items(), losses)}
-        means = (math.fsum(w * x for w, x in zip(self.meta['weights'], xs)) for xs in zip(*each.values()))
-        return *means, each
+        """
+        The means by weight of the losses of what is trained on and of their bits per byte, and both of each
+        of `parts`, by name.
+        """
+        each = [(loss, part.judged([loss])[1]) for part, loss in zip(self.parts, losses)]
+        means = (math.fsum(w * x for w, x in zip(self.weights, xs)) for xs in zip(*each[:len(self.weights)]))
+        return *means, dict(zip(self.names, each))
 
 
 def shares_of(weights):

@@ -251,11 +251,12 @@ def packed(task, folders):
     end = from_meta(next(iter(metas.values()))['tokenizer']).eot
 
     def parted(folder, meta):
-        tokens = Tokens(folder, meta['files']['train'], DTYPES[meta['dtype']])
+        tokens = Tokens(folder, meta['files']['train'], DTYPES[meta['dtype']], meta.get('header', 0))
         return (tokens.rows(np.zeros(1, np.int64), min(len(tokens), SEARCHED)) == end).any()
     if end is None or not any(parted(*item) for item in metas.items()):
         names = ', '.join(map(str, folders))
         raise ValueError(f'doc_mask=True must be False for {names}, where no end-of-text token parts '
-                         'documents: leave it out, or prepare 100 documents or more, or any with '
-                         '--val_input=, by data/text/prepare.py and a --tokenizer other than chars')
+                         'documents: leave it out, or prepare by data/text/prepare.py, with a --tokenizer '
+                         'other than chars, documents that are not cut: with --val_input=, or 10 / '
+                         'val_fraction of them or more, 100 by default')
     return Packed(task, end)

@@ -71,6 +71,7 @@ class Vocabulary:
     """What the tokenizers share: the same token begins and ends a document."""
 
     eot = None
+    special = frozenset()   # ids that stand for no text: marks of documents, of a chat
 
     @property
     def ends(self):
@@ -283,6 +284,8 @@ class HFTokenizer(Vocabulary):
             raise ValueError(f'tokenizer.json is not understood ({error}): fetch it again') from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.special = frozenset(i for i, token in self.tokenizer.get_added_tokens_decoder().items()
+                                 if token.special)
         # ids may have gaps
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         # a token spells its bytes in GPT-2's alphabet, or as text in which <0x0A> stands for a byte; decoders

@@ -283,6 +283,9 @@ WRITTEN = '''
             if isinstance(saver, Saver) and saver.thread:
                 saver.thread.submit(int).result()
 '''
+# the same, and then an end as that of a kill
+EXIT = WRITTEN + '        os._exit(9)'
+KILL = WRITTEN + '        os.kill(os.getpid(), 9)'
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import (
     ENV,
+    EXIT,
     ROOT,
     assert_refused,
     assert_same_run,
@@ -59,7 +60,7 @@ def test_two_processes_killed_and_resumed_are_bit_exact(tmp_path):
                     eval_interval=10, dropout=0.2)
     for done in pair(*toy(tmp_path / 'whole', **settings)):
         assert done.code == 0, done
-    for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(15, 'os._exit(9)')):
+    for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(15, EXIT)):
         assert done.code == 9, done
     assert load(tmp_path / 'parts')['step'] == 10
     for done in pair(*flags(init_from='resume', out_dir=tmp_path / 'parts')):
@@ -146,7 +147,7 @@ def test_a_run_of_two_processes_resumes_with_four_and_then_with_one(tmp_path, sh
 def test_two_shards_killed_and_resumed_are_bit_exact(tmp_path):
     settings = SMALL | dict(shard=True, dropout=0.2, optimizer='muon', log_interval=5)
     succeed(pair(*toy(tmp_path / 'whole', **settings)))
-    for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(2 * 9, 'os._exit(9)')):
+    for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(2 * 9, EXIT)):
         assert done.code == 9, done
     assert load(tmp_path / 'parts')['step'] == 6
     succeed(pair(*flags(init_from='resume', out_dir=tmp_path / 'parts')))

@@ -14,12 +14,29 @@ from conftest import (
     tokens,
     toy,
 )
-from runs import assert_refused, assert_same_run, dataset, documents, losses, pair, python, resume, train
+from runs import (
+    KILL,
+    assert_refused,
+    assert_same_run,
+    at_step,
+    dataset,
+    documents,
+    losses,
+    pair,
+    python,
+    real_python,
+    resume,
+    train,
+    train_settings,
+)
+from runs import TOY as TOY_RUN
 from runs import flags as as_flags
 from runs import toy as toy_run
+from test_data import prepare
+from test_sources import dealt_by_definition
 
 import model as M
-from data.loader import open_dataset
+from data.loader import open_dataset, read_meta
 from data.objectives import Diffusion, Mask, Next, Packed
 from data.tokenizer import ByteTokenizer
 from data.writer import write_dataset
@@ -30,6 +47,7 @@ from model import GPT, GPTConfig, ops
 T = 24
 # of each row; one document has one token, one begins with the last token of a row
 LENGTHS = [[3, 1, 7, 9, 4], [1, 1, 12, 5, 5], [23, 1], [24]]
+SEED = train_settings()['seed']
 
 
 def starts_of(lengths=LENGTHS):
@@ -368,14 +386,19 @@ def val_loss(out_dir, folder, packed):
     state = torch.load(out_dir / 'ckpt.pt', weights_only=True)
     model = GPT(GPTConfig(**state['config'])).eval()
     model.load_state_dict(state['model'])
+    return mean_loss(model, open_dataset(folder, 32, 1).eval_batches(8, 2048), packed)
+
+
+@torch.no_grad()
+def mean_loss(model, batches, packed):
+    """The same for a model and batches of rows of 32 bytes, idx and targets (B,32)."""
     total, count = 0.0, 0
-    for x, y in open_dataset(folder, 32, 1).eval_batches(8, 2048):
+    for x, y in batches:
         for row, named in zip(x, y):
             cuts = (row == 256).nonzero().flatten().tolist() if packed else []
             cuts = [0, *(cut for cut in cuts if cut), 32]
             for a, b in zip(cuts, cuts[1:]):
-                with torch.no_grad():
-                    total += model(row[None, a:b], named[None, a:b])[1].item() * (b - a)
+                total += model(row[None, a:b], named[None, a:b])[1].item() * (b - a)
                 count += b - a
     return total / count
 
@@ -401,6 +424,34 @@ def test_resumed_and_shared_runs_are_the_same(short_texts, tmp_path):
     resumed = pair(*as_flags(init_from='resume', out_dir=tmp_path / 'two', max_iters=80, lr_decay_iters=80))
     assert all(done.code == 0 for done in resumed), resumed
     assert len(losses(tmp_path / 'two', 'val_loss')) > len(losses(whole, 'val_loss'))
+
+
+def test_a_mixture_reads_documents_alone(short_texts, tmp_path):
+    """The first step of training, the evaluations of both datasets, a resume after a kill, two processes."""
+    other = dataset('other')
+    settings = dict(dataset=f'{short_texts}:0.7,{other}:0.3', doc_mask=True, gradient_accumulation_steps=2,
+                    batch_size=4, log_interval=1, eval_interval=5, max_iters=10)
+    whole, said = train(tmp_path / 'whole', **settings)
+    state = torch.load(whole / 'ckpt.pt', weights_only=True)
+    rows = [open_dataset(folder, 32, SEED) for folder in (short_texts, other)]
+    batches = [rows[which].train_batch(own, 1) for which, own in dealt_by_definition((0.7, 0.3), 8)]
+    assert {which for which, _ in dealt_by_definition((0.7, 0.3), 8)} == {0, 1}
+    untrained = GPT(GPTConfig(**state['config']), seed=SEED)
+    assert losses(whole)[0] == pytest.approx(mean_loss(untrained, batches, True), rel=1e-5)
+    assert losses(whole)[0] != pytest.approx(mean_loss(untrained, batches, False), rel=1e-5)
+    for folder in short_texts, other:
+        wanted = val_loss(whole, folder, True)
+        assert losses(whole, 'val_losses')[-1][str(folder)] == pytest.approx(wanted, rel=1e-5)
+        assert f'  {folder}: val loss {wanted:.4f}' in said
+    killed = python('train.py', *toy_run(tmp_path / 'part', **settings),
+                    before=at_step(15, KILL))
+    assert killed.code == -9, killed
+    resume(tmp_path / 'part')
+    assert_same_run(whole, tmp_path / 'part')
+    two = pair(*toy_run(tmp_path / 'two', **settings))
+    assert all(done.code == 0 for done in two), two
+    for key in 'train_loss', 'val_loss':
+        assert np.allclose(losses(tmp_path / 'two', key), losses(whole, key), rtol=1e-4)
 
 
 def test_a_run_keeps_its_doc_mask(short_texts, tmp_path):
@@ -432,3 +483,44 @@ def test_what_has_no_documents_is_refused(settings, words, tmp_path):
 def test_one_text_on_several_processes_is_refused(tmp_path):
     done = pair(*toy_run(tmp_path / 'run', doc_mask=True, context_parallel=True))
     assert_refused(done[0], 'doc_mask=True must be False when context_parallel=True')
+
+
+@pytest.mark.parametrize('n, flags', [(12, ['--val_input=held']), (100, []), (20, ['--val_fraction=0.5'])])
+def test_the_remedy_for_documents_that_were_cut_works(n, flags, tmp_path, monkeypatch):
+    """Few documents are cut, and no end follows there; each way that the refusal names keeps them whole."""
+    for name, count in ('texts', n), ('held', 3):
+        (tmp_path / name).mkdir()
+        for i, (_, text) in enumerate(documents(count, seed=3)):
+            (tmp_path / name / f'{i:03}.txt').write_text(text)
+
+    def prepared(name, *more):
+        command = 'text', '--input=texts', f'--out={tmp_path / name}', '--tokenizer=bytes', *more
+        monkeypatch.chdir(tmp_path)
+        assert prepare(monkeypatch, *command) is None
+        return tmp_path / name
+    if n < 100:
+        refusal = python('train.py', *toy_run(tmp_path / 'run', dataset=prepared('cut'), doc_mask=True))
+        assert_refused(refusal, 'doc_mask=True must be False for', '--val_input=, or 10 / val_fraction of')
+    whole = prepared('whole', *flags)
+    documents_in = [read_meta(whole)[f'{split}_documents'] for split in ('train', 'val')]
+    ends = [int((np.fromfile(whole / f'{split}.bin', '<u2') == 256).sum()) for split in ('train', 'val')]
+    assert ends == documents_in and sum(ends) == n + 3 * (flags == ['--val_input=held'])
+    out, _ = train(dataset=whole, doc_mask=True, max_iters=2, eval_interval=1)
+    assert losses(out, 'val_loss')[-1] == pytest.approx(val_loss(out, whole, True), rel=1e-5)
+
+
+def test_a_sweep_may_vary_it_or_share_it(short_texts, tmp_path):
+    """--doc_mask=True is for all arms but one that says otherwise; one that cannot have it is refused."""
+    small = {name: x for name, x in TOY_RUN.items() if name not in ('eval_interval', 'lr_decay_iters')}
+    sweep = ['ablate.py', 'config/llama_small.py', *as_flags(
+        **small | dict(n_kv_head=1, max_iters=2, log_interval=1, dataset=short_texts, doc_mask=True, seeds=1,
+                       evals=1, out_dir=tmp_path / 'sweep'))]
+    refused = real_python(*sweep, '--vary=pos=alibi_bf16')
+    assert_refused(refused, 'pos=alibi_bf16: doc_mask=True must be False when pos=alibi_bf16')
+    done = real_python(*sweep, '--vary=doc_mask=False')
+    assert done.code == 0 and 'doc_mask True -> False' in done.out, done
+    for arm, packed in ('llama_small', True), ('doc_mask=False', False):
+        out = tmp_path / 'sweep' / arm / 'seed1337'
+        wanted, other = (val_loss(out, short_texts, flag) for flag in (packed, not packed))
+        found = losses(out, 'val_loss')[-1]
+        assert found == pytest.approx(wanted, rel=1e-6) and found != pytest.approx(other, rel=1e-6)

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import ROOT, pair, toy, train
+from runs import ROOT, assert_refused, metrics, pair, python, real_python, toy, train
 from test_data import (  # noqa: F401  some are fixtures
     Killed,
     contents,
@@ -67,6 +67,29 @@ def test_a_text_of_ones_own_is_the_validation_split(n, tmp_path, monkeypatch, ca
     flags = SHORT | {'gradient_accumulation_steps': 2}
     two = pair(*toy(tmp_path / 'two', dataset=tmp_path / 'bytes', **flags))
     assert [done.code for done in two] == [0, 0], two
+
+
+def test_validation_texts_of_ones_own_are_judged_in_one_command(tmp_path, monkeypatch):
+    """Files to token files to bits per byte, with a vocabulary that is learned from the first."""
+    files = {'mine': 'a text to train on and more of it, ', 'wiki': 'a text of another kind: ',
+             'code': 'x += 1\n'}
+    for name, text in files.items():
+        (tmp_path / f'{name}.txt').write_text(''.join(f'{text}{i * i}' for i in range(400)))
+    shared = ['text', f'--input={tmp_path / "mine.txt"}']
+    assert prepare(monkeypatch, *shared, f'--out={tmp_path / "mine"}', '--vocab_size=300') is None
+    for name in 'wiki', 'code':
+        assert prepare(monkeypatch, *shared, f'--val_input={tmp_path / name}.txt', f'--out={tmp_path / name}',
+                       f'--tokenizer={tmp_path / "mine"}') is None
+    sets = f'{tmp_path / "wiki"},{tmp_path / "code"}'
+    run, printed = train(tmp_path / 'run', dataset=tmp_path / 'mine', eval_datasets=sets, **SHORT)
+    last = [line for line in metrics(run) if 'val_loss' in line][-1]
+    for name in files:
+        text, size = (tmp_path / f'{name}.txt').read_bytes(), read_meta(tmp_path / name)['val_tokens']
+        text = text[int(0.9 * len(text)):] if name == 'mine' else text
+        loss, bits = (last[key][str(tmp_path / name)] for key in ('val_losses', 'val_bpbs'))
+        assert bits == pytest.approx(loss / np.log(2) * size / len(text), rel=1e-6)
+        assert f'  {tmp_path / name}: val loss {loss:.4f}, {bits:.4f} bits per byte' in printed
+    assert len(set(last['val_bpbs'].values())) == 3
 
 
 def test_pairs_of_ones_own_are_the_validation_split(tmp_path, monkeypatch):
@@ -146,6 +169,77 @@ def test_web_corpora_take_a_split_of_their_own(tmp_path, monkeypatch):
                         ([flags[0], '--processes=0'], 'processes=0 must be at least 1')):
         stop = prepare(monkeypatch, 'fineweb_edu', *more)
         assert words in stop and '\n' not in stop, stop
+
+
+@pytest.fixture(scope='module', params=['parquet', 'jsonl', 'named'])
+def repository(request, tmp_path_factory):
+    """
+    (flags, {split: texts}) of a folder as the hub has datasets, which the package `datasets` opens by its
+    path as it opens one of the hub by its name. named: with parts, of which a README says the files.
+    """
+    import pyarrow.parquet
+    folder = tmp_path_factory.mktemp('hub')
+    texts = {'train': random_texts(400, seed=3), 'validation': random_texts(90, seed=4)}
+    part = 'small' if request.param == 'named' else 'data'
+    (folder / part).mkdir()
+    for split, found in texts.items():
+        path = folder / part / f'{split}-00000-of-00001.parquet'
+        if request.param == 'jsonl':
+            lines(folder / f'{split}.jsonl', found)
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pydict({'text': found}), path, row_group_size=50)
+    if request.param == 'named':
+        files = ''.join(f'  - split: {split}\n    path: small/{split}-*\n' for split in texts)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pydict({'text': ['other']}), folder / 'other.parquet')
+        other = '- config_name: other\n  data_files: other.parquet\n'
+        (folder / 'README.md').write_text(
+            f'---\nconfigs:\n{other}- config_name: small\n  data_files:\n{files}---\n')
+    return [f'--repo={folder}', *['--config=small'] * (request.param == 'named')], texts
+
+
+def test_an_official_split_is_for_validation(repository, tmp_path):
+    """As a user runs it, in one process and in two, with a kill in each split."""
+    flags, texts = repository
+    whole = None
+    for processes in 1, 2:
+        out = tmp_path / f'out{processes}'
+        command = ['data/openwebtext/prepare.py', *flags, '--val_split=validation', '--tokenizer=bytes',
+                   f'--out={out}', '--save_every=500', f'--processes={processes}']
+        if processes == 1:
+            for after in 150, 300:
+                dying = python(command[0], *command[1:], before=DYING.format(after=after))
+                assert dying.code == -9 and not (out / 'meta.json').exists(), dying
+        done = real_python(*command)
+        assert done.code == 0 and ('resuming in' in done.out) == (processes == 1), done
+        meta = read_meta(out)
+        assert (meta['train_documents'], meta['val_documents']) == tuple(
+            sum(map(bool, found)) for found in texts.values())
+        for split, found in zip(('train', 'val'), texts.values()):
+            assert texts_of(out, split) == [text for text in found if text]
+        assert whole in (None, contents(out))
+        whole = contents(out)
+
+
+# ends the process with SIGKILL while it writes the tokens of so many documents
+DYING = '''
+import os, data.writer
+add, calls = data.writer.SplitWriter.add_part, []
+def add_part(self, *args):
+    calls.append(args)
+    if len(calls) == {after}:
+        os.kill(os.getpid(), 9)
+    return add(self, *args)
+data.writer.SplitWriter.add_part = add_part
+'''
+
+
+def test_a_split_that_cannot_be_held_out_is_refused(repository, tmp_path):
+    flags, _ = repository
+    for split, words in (('test', "['train', 'validation']"), ('train', 'another split than train'),
+                         ('train[:10%]', 'must be a split of')):
+        done = python('data/openwebtext/prepare.py', *flags, f'--val_split={split}', '--tokenizer=bytes',
+                      f'--out={tmp_path / "out"}')
+        assert_refused(done, f'val_split={split} must be', words)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import pytest
 import torch
 from runs import (
     ENV,
+    KILL,
     ROOT,
     WRITTEN,
     assert_refused,
@@ -108,10 +109,10 @@ def test_a_kill_in_the_middle_of_writing_a_checkpoint_changes_nothing(tmp_path, 
     settings = dict(log_interval=1)
     size = (trained(**settings) / 'ckpt.pt').stat().st_size
     byte = random.Random(seed).randrange(50_000, size)
-    done = python('train.py', *toy(tmp_path / 'run', **settings), before=at_step(25, f'''
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before=at_step(25, WRITTEN + f'''
         import resource, signal
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({byte}, {byte}))'''))
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({byte}, {byte}))''') + at_step(41, WRITTEN))
     assert done.code == -signal.SIGXFSZ
     part, = (tmp_path / 'run').glob('*.part')
     assert part.stat().st_size <= byte and load(tmp_path / 'run')['step'] == 20
@@ -206,7 +207,7 @@ def test_what_a_checkpoint_needs_is_on_the_disk_before_it_has_its_name(monkeypat
     saver = Saver(folder, log, train_settings())
     for step in (1, 2):
         log.record({'step': step})
-        assert saver.save(folder.newest, {'step': step})
+        assert saver.save({folder.newest: {'step': step}})
         saver.collect(wait=True)
     first = ['fsync metrics.jsonl', 'fsync ckpt.pt.part', 'name ckpt.pt', 'fsync run']
     assert done == [*first, *first[:2], 'name ckpt.prev.pt', *first[2:]]
@@ -405,7 +406,7 @@ def test_a_moved_dataset_is_the_same(tmp_path):
 
 def test_a_full_disk_costs_nothing_but_the_checkpoints_that_it_refused(tmp_path):
     """From step 25 to 46 no file may grow beyond 60 kB, so the checkpoints of step 40 and 45 fail."""
-    before = at_step(25, '''
+    before = at_step(25, WRITTEN + '''
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))''') + at_step(41, WRITTEN) + at_step(
         47, WRITTEN + '''
@@ -430,7 +431,7 @@ def test_a_small_disk_that_is_really_full(tmp_path):
         pytest.skip('this user may not mount a tmpfs')
     try:
         fill, empty = (at_step(step, action) for step, action in (
-            (25, f'''
+            (25, WRITTEN + f'''
         with open('{disk}/other', 'wb', buffering=0) as f:
             while True:
                 try:
@@ -545,13 +546,18 @@ def test_a_signal_in_a_compilation_saves_and_leaves_at_once(tmp_path):
 def test_a_signal_while_saving_waits_for_it_and_a_second_one_does_not(tmp_path):
     """After one signal the checkpoint is complete; after two, the one before it is still there."""
     while_saving = '''
-import os, time, torch
+import gc, os, time, torch
+from nanoblocks.training.stopping import Signals
 save = torch.save
-hits = [15] * {}
+hits = [15] * {0}
 def hit(state, f):
     while hits:
         os.kill(os.getpid(), hits.pop())
-        time.sleep(0.5)  # in the thread, while the main one answers
+        # in the thread, while the main one answers, which a second signal ends
+        while not any(isinstance(found, Signals) and found.number for found in gc.get_objects()):
+            time.sleep(0.1)
+        if not hits and {0} == 2:
+            time.sleep(60)
     save(state, f)
 torch.save = hit'''
     done = python('train.py', *toy(tmp_path / 'run'), before=while_saving.format(1))
@@ -805,7 +811,8 @@ Saver.waits = (0.1, 0.1)'''
 ], ids=['full', 'gone'])
 def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tmp_path, fault):
     run = str(tmp_path / 'run')
-    done = python('train.py', *toy(run), before=IMPATIENT + at_step(45, fault.format(run=run)))
+    done = python('train.py', *toy(run), before=IMPATIENT + at_step(
+        45, WRITTEN + ' ' * 8 + fault.format(run=run)))
     assert done.code == stopping.NOT_SAVED and 'done ' not in done.out, done
     assert 'tried again' in done.out and 'step 60: not saved' in done.out and '--init_from=resume' in done.out
     if fault[:2] == 'os':
@@ -929,7 +936,7 @@ print('second', done.returncode, done.stderr)'''
 
 
 def test_a_lock_dies_with_its_process_and_a_run_removes_its_own(tmp_path):
-    kill = at_step(30, 'os.kill(os.getpid(), 9)')
+    kill = at_step(30, KILL)
     assert python('train.py', *toy(tmp_path / 'run'), before=kill).code == -9
     resume(tmp_path / 'run')
     assert not (tmp_path / 'run' / '.lock').exists()
@@ -1047,7 +1054,7 @@ def test_the_line_of_an_evaluation_is_not_doubled(tmp_path):
     kill = '''
 import os
 from nanoblocks.training import checkpoint
-checkpoint.save = lambda *args, **kwargs: os.kill(os.getpid(), 9)'''
+checkpoint.save = lambda *args, **kwargs: os.kill(os.getpid(), 9)''' + at_step(1, WRITTEN)
     done = python('train.py', *flags(init_from='resume', out_dir=tmp_path / 'run'), before=kill)
     assert done.code == -9 and metrics(tmp_path / 'run')[-1]['step'] == 40
     resume(tmp_path / 'run')

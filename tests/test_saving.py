@@ -7,17 +7,19 @@ import pickle
 import re
 import shutil
 import threading
-import time
 
 import pytest
 import torch
 from runs import (
+    EXIT,
+    KILL,
     WRITTEN,
     assert_refused,
     assert_same_run,
     at_step,
     curve,
     dataset,
+    differences,
     flags,
     load,
     losses,
@@ -36,6 +38,7 @@ from runs import (
 from soak_kill import kills_while_saving
 
 from data.loader import open_dataset
+from model import GPT, GPTConfig
 from nanoblocks.training import checkpoint, shards
 from nanoblocks.training.logbook import Logbook
 from nanoblocks.training.run_folder import RunFolder
@@ -136,7 +139,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_a_step(tmp_path, world, shard):
     shutil.copytree(tmp_path / 'run', tmp_path / 'whole')
     back = flags(init_from='resume', out_dir=tmp_path / 'run', step=8)
     # in the third step after it
-    results = several(world, *back, before=at_step(6 // world, 'os._exit(9)'))
+    results = several(world, *back, before=at_step(6 // world, EXIT))
     assert [done.code for done in results] == [9] * world, results
     assert 'resuming at step 8' in results[0].out, results
     assert 'keeps the checkpoints of the later steps 12, 16, 20 ' in results[0].out, results
@@ -161,6 +164,20 @@ def test_a_step_that_is_not_kept_is_refused(tmp_path):
     assert 'resuming at step 20' in resume(tmp_path / 'run', step=20)
 
 
+def test_a_checkpoint_of_two_names_leaves_no_part(tmp_path):
+    """rename() does nothing where both names are those of one file already."""
+    out = str(tmp_path)
+    folder = RunFolder(out)
+    folder.keep_newest = 1
+    checkpoint.save(folder.newest, {'step': 4, 'model': {}})
+    for _ in range(2):
+        folder.keep(4)
+    assert os.path.samefile(folder.newest, folder.name_of(4))
+    folder.asked = 4
+    folder.go_back_to(folder.name_of(4))
+    assert sorted(os.listdir(out)) == ['ckpt.4.pt', 'ckpt.pt']
+
+
 def test_a_new_run_removes_what_was_kept(tmp_path):
     train(tmp_path / 'run', **SMALL, save_interval=4, keep_newest=3)
     (tmp_path / 'run' / 'mine.txt').write_text('stays')
@@ -181,30 +198,114 @@ def slow_saver(folder, monkeypatch, **settings):
     return Saver(folder, Logbook(folder, True, 0, 10), train_settings(**settings)), go
 
 
-def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path, monkeypatch):
+def small_model():
+    """A model, and what could be an average of its weights."""
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=50))
+    return model, {name: p.detach() + 1 for name, p in model.named_parameters()}
+
+
+def states_of(folder, model, average=None):
+    """What a run saves of a model in one step, as it does."""
+    state = checkpoint.contents(model, settings={}, meta={}, step=1)
+    best = {'model': checkpoint.averaged(state['model'], average), 'best_val_loss': 2.0}
+    newest = {'best_val_loss': 2.0, 'ema': average, 'seen': [1]}
+    return {folder.best: state | best, folder.newest: state | newest}
+
+
+@pytest.mark.parametrize('ema', [False, True], ids=['weights', 'average'])
+def test_checkpoints_hold_what_was_when_they_were_asked_for(tmp_path, monkeypatch, ema):
+    """Those of one step, whose weights change before a byte is written: the files of a run without thread."""
+    model, average = small_model()
+    tensors = [*model.parameters(), *average.values()]
+    average = average if ema else None
+    plain = Saver(RunFolder(tmp_path / 'plain'), Logbook(RunFolder(tmp_path / 'plain'), True, 0, 10),
+                  train_settings(save_thread=False))
+    plain.folder.create()
+    assert plain.save(states_of(plain.folder, model, average))
     saver, go = slow_saver(tmp_path / 'run', monkeypatch)
-    weight = torch.zeros(3)
-    state = {'model': {'a': weight, 'b': weight}, 'step': 1, 'seen': [1]}
-    assert saver.save(saver.folder.newest, state)
-    weight.fill_(7)
-    state['seen'].append(2)
+    states = states_of(saver.folder, model, average)
+    assert saver.save(states)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.fill_(7)
+    states[saver.folder.newest]['seen'].append(2)
+    assert not any(job.done() for _, _, job in saver.running.values())
     go.set()
     saver.collect(wait=True)
-    found = load(tmp_path / 'run')
-    assert not found['model']['a'].any() and found['seen'] == [1]
-    assert found['model']['a'].data_ptr() == found['model']['b'].data_ptr(), 'tied weights are saved once'
+    for name in ('best.pt', 'ckpt.pt'):
+        assert (tmp_path / 'run' / name).read_bytes() == (tmp_path / 'plain' / name).read_bytes(), name
+    best, newest = load(tmp_path / 'run', 'best.pt')['model'], load(tmp_path / 'run')
+    assert newest['seen'] == [1]
+    assert not any((w == 7).all() for w in (*best.values(), *newest['model'].values()))
+    assert not differences({name: best[name] for name in newest['ema'] or ()}, newest['ema'] or {})
+    for weights in (best, newest['model']):
+        assert weights['wte.weight'].data_ptr() == weights['lm_head.weight'].data_ptr(), 'tied: saved once'
+
+
+def test_what_two_checkpoints_share_is_copied_once(tmp_path, monkeypatch):
+    model, average = small_model()
+    saver, written = slow_saver(tmp_path / 'run', monkeypatch)[0], []
+    monkeypatch.setattr(Saver, 'write', lambda self, path, state, *rest: written.append(state))
+    for ema, times in ((None, 1), (average, 2)):
+        assert saver.save(states_of(saver.folder, model, ema))
+        saver.collect(wait=True)
+        held = {w.data_ptr() for state in written for part in (state['model'], state.get('ema') or {})
+                for w in part.values()}
+        assert len(held) == times * len(average)
+        assert held.isdisjoint(p.data_ptr() for p in (*model.parameters(), *average.values()))
+        written.clear()
+
+
+SLOW = '''
+import shutil, time, data.loader
+from nanoblocks.training.run_folder import RunFolder
+from nanoblocks.training.saving import Saver
+get, write, write_file, begun, held = data.loader.Dataset.train_batch, Saver.write, RunFolder.write, [], []
+def train_batch(self, *args):
+    begun.append(args)
+    return get(self, *args)
+def write_late(self, path, state, *args):
+    wanted = len(begun) + 3
+    while self.thread and state['step'] < self.max_iters and len(begun) < wanted:
+        time.sleep(0.001)
+    held.append({id(w) for key in ('model', 'ema') if key in state for w in state[key].values()})
+    if self.thread and path == self.folder.newest and state['step'] < self.max_iters:
+        print('best.pt has no tensor of its own:', held[-2] <= held[-1])
+    return write(self, path, state, *args)
+def write_and_keep(self, path, state):
+    write_file(self, path, state)
+    shutil.copy(path, path[:-3] + f'.{state["step"]}.pt')
+data.loader.Dataset.train_batch, Saver.write, RunFolder.write = train_batch, write_late, write_and_keep'''
+
+
+@WORLDS
+def test_training_goes_on_before_a_checkpoint_is_written(tmp_path, world, shard):
+    """A step at least before the first byte of best.pt, and one more before that of ckpt.pt."""
+    settings = SMALL | dict(shard=shard, ema=0.9)
+    for name in ('run', 'plain'):
+        out = run(world, *toy(tmp_path / name, **settings, save_thread=name == 'run'), before=SLOW)
+        assert ('best.pt has no tensor of its own: True' in out) == (name == 'run'), out
+    for name in ('best.10.pt', 'ckpt.10.pt'):
+        found, wanted = load(tmp_path / 'run', name), load(tmp_path / 'plain', name)
+        for key in ('settings', 'seconds'):
+            found.pop(key, None), wanted.pop(key, None)
+        assert found['step'] == 10 and not differences(found, wanted)
+    assert_same_run(tmp_path / 'run', tmp_path / 'plain')
 
 
 def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
     saver, go = slow_saver(tmp_path / 'run', monkeypatch)
-    saver.save(saver.folder.best, {'step': 1, 'best_val_loss': 2.0})
-    saver.save(saver.folder.newest, {'step': 1})    # another file: the run need not wait
+    saver.save({saver.folder.best: {'step': 1, 'best_val_loss': 2.0}})
+    saver.save({saver.folder.newest: {'step': 1}})    # another file: the run need not wait
     saver.collect()
     assert len(saver.running) == 2 and not os.path.exists(saver.folder.newest)
-    threading.Timer(0.3, go.set).start()
-    began = time.monotonic()
-    saver.save(saver.folder.newest, {'step': 2})
-    assert time.monotonic() - began > 0.2 and saver.best_loss == 2.0
+    second = threading.Thread(target=saver.save, args=[{saver.folder.newest: {'step': 2}}])
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    go.set()
+    second.join()
+    assert saver.best_loss == 2.0
     saver.collect(wait=True)
     assert load(tmp_path / 'run')['step'] == 2 and load(tmp_path / 'run', 'ckpt.prev.pt')['step'] == 1
     assert load(tmp_path / 'run')['best_val_loss'] == 2.0
@@ -221,8 +322,8 @@ def test_a_best_that_failed_is_not_what_the_newest_remembers(tmp_path, monkeypat
         save(path, *args, **kwargs)
     monkeypatch.setattr(checkpoint, 'save', full)
     saver.best_loss = 3.0
-    saver.save(saver.folder.best, {'step': 1, 'best_val_loss': 2.0})
-    saver.save(saver.folder.newest, {'step': 1, 'best_val_loss': 3.0}, say=True)
+    saver.save({saver.folder.best: {'step': 1, 'best_val_loss': 2.0}})
+    saver.save({saver.folder.newest: {'step': 1, 'best_val_loss': 3.0}}, say=True)
     saver.collect(wait=True)
     assert saver.best_loss == load(tmp_path / 'run')['best_val_loss'] == 3.0 and not saver.unsaved
     out = capsys.readouterr().out
@@ -369,7 +470,7 @@ import os, runpy, sys
 sys.path.insert(0, '.')
 sys.argv[0] = 'train.py'
 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':
-    exec({at_step(15, WRITTEN + "        os.kill(os.getpid(), 9)")!r})
+    exec({at_step(15, KILL)!r})
 runpy.run_path('train.py', run_name='__main__')""")
     settings = SMALL | dict(shard=shard, save_interval=4, eval_interval=20)
     torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1')
@@ -409,7 +510,8 @@ def test_a_run_goes_on_exactly_with_other_micro_batches(tmp_path, world, more):
 @pytest.mark.parametrize('more, words', [
     (dict(batch_size=2), ['8 rows', 'gradient_accumulation_steps=4']),
     (dict(gradient_accumulation_steps=3), ['8 rows', 'gradient_accumulation_steps=2']),
-    (dict(batch_size=3), ['to divide 8']), (dict(batch_tokens=512), ['batch_tokens=256'])], ids=str)
+    (dict(batch_size=3), ['which needs a batch_size that divides 8']),
+    (dict(batch_tokens=512), ['batch_tokens=256'])], ids=str)
 def test_another_number_of_rows_in_a_step_is_refused(tmp_path, more, words):
     run_dir = shutil.copytree(trained(**SMALL), tmp_path / 'run')
     args = flags(init_from='resume', out_dir=run_dir, max_iters=40, **more)

@@ -4,6 +4,7 @@ import torch
 from conftest import assert_close
 from parts_of_a_text import CASES, model_and_batch
 from runs import (
+    EXIT,
     Forks,
     assert_refused,
     assert_same_run,
@@ -61,7 +62,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     settings = SETTINGS | dict(context_parallel=True)
     for done in pair(*toy(tmp_path / 'whole', **settings)):
         assert done.code == 0, done
-    for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(25, 'os._exit(9)')):
+    for done in pair(*toy(tmp_path / 'parts', **settings), before=at_step(25, EXIT)):
         assert done.code == 9, done
     for done in pair(*flags(init_from='resume', out_dir=tmp_path / 'parts')):
         assert done.code == 0, done
@@ -83,4 +84,5 @@ def test_what_cannot_be_parted_is_refused(settings, words, tmp_path):
 
 def test_one_process_has_nothing_to_share(tmp_path):
     assert_refused(python('train.py', *toy(tmp_path / 'run', context_parallel=True)),
-                   'context_parallel=True must have several processes to share with: start it with torchrun')
+                   'context_parallel=True must have several processes to share with: start it with torchrun, '
+                   'or set --context_parallel=False')

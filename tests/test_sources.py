@@ -5,11 +5,13 @@ import pickle
 import shutil
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from runs import (
+    KILL,
     assert_refused,
     assert_same_run,
     at_step,
@@ -25,6 +27,7 @@ from runs import (
     train,
 )
 from test_data import VOCABULARIES, gpt2  # noqa: F401  a fixture
+from test_logging import OFFLINE, history, wandb_files
 
 from data.foreign import read_foreign
 from data.loader import check_hashes, open_dataset, read_meta
@@ -32,6 +35,7 @@ from data.mixture import Sources, deal, shares_of, weights_of
 from data.objectives import objective_of
 from data.tokenizer import ByteTokenizer, CharTokenizer, from_meta
 from data.writer import write_dataset
+from model import GPT, GPTConfig
 
 CACHE = {'TIKTOKEN_CACHE_DIR': str(VOCABULARIES)}
 SPLITS = 'train', 'val'
@@ -172,11 +176,26 @@ def test_tokens_of_llama_3_are_read_with_the_vocabulary_beside_them(tmp_path):
     data = open_dataset(folder, len(ids) - 1, 0)
     assert data.train_batch(0, 1)[0][0].tolist() == ids[:-1]
     assert from_meta(meta['tokenizer']).decode(ids[1:len(ids) // 9]) == text
+    # the vocabulary alone says which tokens are marks, but not which of them parts documents
+    (folder / 'config.json').unlink()
+    alone = read_meta(folder)
+    assert alone['val_bytes'] == meta['val_bytes'] and from_meta(alone['tokenizer']).eot is None
+    shutil.copy(tmp_path / 'made' / 'config.json', folder)
     # raw files beside such a vocabulary have 32 bits a token too
     for path in folder.glob('*.bin'):
         (folder / path.name.removeprefix('tiny_')).write_bytes(path.read_bytes()[1024:])
         path.unlink()
     assert open_dataset(folder, len(ids) - 1, 0).train_batch(0, 1)[0][0].tolist() == ids[:-1]
+
+
+def test_documents_of_others_are_read_alone(ours, tmp_path):
+    """Behind a header too: the files of llm.c give the run that our own give."""
+    runs = {}
+    for name, folder in ('ours', ours), ('theirs', llmc(ours, tmp_path / 'data')):
+        done = python('train.py', *toy(tmp_path / name, dataset=folder, doc_mask=True, **SHORT), env=CACHE)
+        assert done.code == 0, done
+        runs[name] = curve(tmp_path / name)
+    assert runs['ours'] == runs['theirs'] != curve(train(tmp_path / 'plain', dataset=ours, **SHORT)[0])
 
 
 def cut(path):
@@ -322,7 +341,7 @@ def test_a_mixture_survives_a_kill_and_any_number_of_processes(tmp_path):
                  batch_size=5)
     whole, _ = train(tmp_path / 'whole', **flags)
     done = python('train.py', *toy(tmp_path / 'killed', **flags),
-                  before=at_step(73, 'os.kill(os.getpid(), 9)'))
+                  before=at_step(73, KILL))
     assert done.code == -9, done
     resume(tmp_path / 'killed')
     assert_same_run(whole, tmp_path / 'killed')
@@ -365,3 +384,107 @@ def test_a_second_dataset_is_prepared_with_the_tokenizer_of_the_first(tmp_path, 
                        f'--tokenizer={name}') is None
         assert Sources(f'{more}:1,{theirs}:1').read_meta()['tokenizer'] == CharTokenizer(chars).meta()
     train(tmp_path / 'both', dataset=f'{more}:1,{theirs}:1', **SHORT)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several validation sets
+
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory):
+    """Bytes of texts whose characters have three bytes, so that its tokens stand for other bytes."""
+    folder = tmp_path_factory.mktemp('wide') / 'held'
+    write_dataset(folder, [(split, text.translate({ord('a'): '\u3042', ord('b'): '\u3044'}))
+                           for split, text in documents(60, seed=4)], ByteTokenizer(), 'toy')
+    return folder
+
+
+def by_definition(out, folder, name='ckpt.pt'):
+    """(loss, bits per byte) of every validation window of a folder, one after the other."""
+    state = torch.load(out / name, weights_only=True)
+    model = GPT(GPTConfig(**state['config'])).eval()
+    model.load_state_dict(state['model'])
+    tokens, sums = np.fromfile(folder / 'val.bin', '<u2').astype(np.int64), []
+    for i in range(0, len(tokens) - 32, 32):
+        row = torch.from_numpy(tokens[None, i:i + 33])
+        with torch.no_grad():
+            sums.append(model(row[:, :-1], row[:, 1:])[1].item())
+    text = ByteTokenizer().decode([int(token) for token in tokens if token != 256])
+    return np.mean(sums), np.mean(sums) * len(tokens) / len(text.encode()) / np.log(2)
+
+
+EVERY = dict(eval_tokens=10**6, max_iters=6, eval_interval=3, log_interval=1)
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_several_validation_sets_are_judged_each_with_its_bits_per_byte(several, wide, tmp_path):
+    trained = mixed(0.7, 0.3) if several else dataset()
+    held = dataset('third') if several else dataset('other')
+    settings = EVERY | dict(dataset=trained, gradient_accumulation_steps=2, batch_size=4)
+    out, printed = train(tmp_path / 'run', **settings, eval_datasets=f'{held}, {wide}')
+    plain, _ = train(tmp_path / 'plain', **settings)
+    assert_same_run(out, plain)     # nothing of it is felt by the run
+    names = [str(dataset(name)) for name in (('bytes', 'other') if several else ('bytes',))]
+    lines = [line for line in metrics(out) if 'val_loss' in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert list(line['val_losses']) == list(line['val_bpbs']) == [*names, str(held), str(wide)]
+        for mean, each in ('val_loss', 'val_losses'), ('val_bpb', 'val_bpbs'):
+            weights = (0.7, 0.3) if several else (1.0,)
+            assert line[mean] == pytest.approx(np.dot(weights, list(line[each].values())[:len(weights)]))
+    for folder in (*names, held, wide):
+        loss, bits = by_definition(out, Path(folder))
+        assert lines[-1]['val_losses'][str(folder)] == pytest.approx(loss, rel=1e-5)
+        assert lines[-1]['val_bpbs'][str(folder)] == pytest.approx(bits, rel=1e-5)
+        assert f'  {folder}: val loss {loss:.4f}, {bits:.4f} bits per byte' in printed
+    two = pair(*toy(tmp_path / 'two', **settings, eval_datasets=f'{held},{wide}'))
+    assert [done.code for done in two] == [0, 0], two
+    for one, other in zip(lines, (line for line in metrics(tmp_path / 'two') if 'val_loss' in line)):
+        for key in 'val_losses', 'val_bpbs':
+            assert other[key] == pytest.approx(one[key], rel=1e-4)
+
+
+def test_a_resumed_run_keeps_its_validation_sets_or_takes_others(wide, tmp_path):
+    out, _ = train(tmp_path / 'run', **EVERY, eval_datasets=dataset('other'), gradient_accumulation_steps=2,
+                   batch_size=4)
+    names = [str(dataset()), str(dataset('other')), str(wide)]
+    printed = resume(out, max_iters=9)
+    assert list(metrics(out)[-1]['val_losses']) == names[:2] and f'  {names[1]}: val loss' in printed
+    printed = resume(out, max_iters=12, eval_datasets=wide)
+    assert f'changed   eval_datasets: was {names[1]}, now {wide}' in printed
+    assert list(metrics(out)[-1]['val_losses']) == [names[0], names[2]]
+    # one command for a trained run, on one process and on two
+    before = (out / 'metrics.jsonl').read_bytes()
+    command = [f'--out_dir={out}', '--init_from=resume', '--eval_only=True']
+    command += [f'--eval_datasets={names[1]},{wide}']
+    results = python('train.py', *command), pair(*command)[0]
+    for folder in map(Path, names):
+        loss, bits = by_definition(out, folder)
+        for done in results:
+            assert done.code == 0, done
+            assert f'  {folder}: val loss {loss:.4f}, {bits:.4f} bits per byte' in done.out
+    assert (out / 'metrics.jsonl').read_bytes() == before
+
+
+def test_validation_sets_reach_wandb(wide, tmp_path):
+    done = python('train.py', *toy(tmp_path / 'run', **EVERY, eval_datasets=wide, wandb_log=True,
+                                   wandb_samples=0), env=OFFLINE)
+    assert done.code == 0, done
+    rows = [row for path in wandb_files(tmp_path / 'run') for row in history(path) if 'val_loss' in row]
+    lines = [line for line in metrics(tmp_path / 'run') if 'val_loss' in line]
+    assert len(rows) == len(lines) == 3
+    for row, line in zip(rows, lines):
+        for key in 'val_losses', 'val_bpbs':
+            assert row[f'{key}.{wide}'] == line[key][str(wide)]
+
+
+def test_validation_sets_that_cannot_be_are_refused(tmp_path):
+    a, other, chars = dataset(), dataset('other'), dataset('chars')
+    for value, words in ((f'{other},{other}', f'eval_datasets={other},{other} must be names with commas'),
+                         (f'{other},', 'must be names with commas between them'),
+                         (f'{a}/', f'each of another dataset than dataset={a}, which is evaluated anyway'),
+                         (chars, f'eval_datasets={chars} must have one tokenizer, and {a} and {chars} have '
+                          f'two: prepare {chars} again with --tokenizer={a}'),
+                         (tmp_path / 'none', 'does not exist')):
+        assert_refused(python('train.py', *toy(tmp_path / 'run', eval_datasets=value)), words)
+        assert not (tmp_path / 'run').exists()

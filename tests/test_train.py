@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from runs import (
+    EXIT,
     ROOT,
+    WRITTEN,
     assert_refused,
     assert_same_run,
     at_step,
@@ -258,7 +260,7 @@ def test_resume_is_bit_exact_twice(settings):
 def test_resume_between_log_lines_leaves_the_curve_as_it_was(tmp_path):
     """Log lines are means over the steps since the last: those before the checkpoint count too."""
     settings = dict(log_interval=7, eval_interval=10, max_iters=30)
-    done = python('train.py', *toy(tmp_path / 'run', **settings), before=at_step(25, 'os._exit(9)'))
+    done = python('train.py', *toy(tmp_path / 'run', **settings), before=at_step(25, EXIT))
     assert done.code == 9 and load(tmp_path / 'run')['step'] == 20
     resume(tmp_path / 'run')
     assert_same_run(tmp_path / 'run', trained(**settings))
@@ -267,7 +269,7 @@ def test_resume_between_log_lines_leaves_the_curve_as_it_was(tmp_path):
 def test_resume_keeps_the_best(tmp_path):
     """A run that gets worse: after a resume, worse than the best is no improvement."""
     best = load(trained(**EXPLODING), 'best.pt')['step']
-    before = at_step(best + 12, 'os._exit(9)')
+    before = at_step(best + 12, EXIT)
     assert python('train.py', *toy(tmp_path / 'run', **EXPLODING), before=before).code == 9
     assert load(tmp_path / 'run')['step'] > best
     resume(tmp_path / 'run')
@@ -683,7 +685,7 @@ def test_a_resumed_run_compiles_if_the_run_did(tmp_path):
     done = python('train.py', *toy(tmp_path / 'whole', **settings), before=long)
     assert ', compiled\n' in done.out and 'compile   compiled, which takes' in done.out, done
     part = toy(tmp_path / 'part', **settings)
-    done = python('train.py', *part, before=long + at_step(15, 'os._exit(9)'))
+    done = python('train.py', *part, before=long + at_step(15, EXIT))
     assert done.code == 9, done
     again = dict(init_from='resume', out_dir=tmp_path / 'part')
     done = python('train.py', *flags(**again), before=FAKE_COMPILER)

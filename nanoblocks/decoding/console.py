@@ -4,6 +4,7 @@ import json
 from contextlib import contextmanager, nullcontext
 
 from nanoblocks.decoding.session import Prompt
+from nanoblocks.decoding.tasks import accuracy, read_tasks
 from nanoblocks.formats import counted
 from nanoblocks.hardware import bytes_per_step, read_bandwidth, synchronized_time
 
@@ -73,6 +74,19 @@ class Console:
                   f'{kind}log-likelihood {score.nats:.3f} nats, perplexity {score.perplexity:.3f} per token, '
                   f'{score.bits_per_byte:.4f} bits per byte')
             self.write(text=text, tokens=tokens, logprobs=score.logprobs, bits_per_byte=score.bits_per_byte)
+
+    def tasks(self, paths):
+        """Print how many questions of files of multiple choice are answered right."""
+        session = self.session
+        found = read_tasks(paths, session.model, session.tokenizer, 'tasks')
+        width = max(len('task'), *(len(task.name) for task in found))
+        with self.running():
+            print(f'{"task":{width}}  questions     acc  +- error  acc_norm  +- error')
+            for task in found:
+                result = accuracy(task, session.model, session.batch_size, on_answer=self.write)
+                print(f'{task.name:{width}}  {result.count:9,}  {result.acc:6.4f}  '
+                      f'{result.error(result.acc):8.4f}  {result.acc_norm:8.4f}  '
+                      f'{result.error(result.acc_norm):8.4f}', flush=True)
 
     @contextmanager
     def running(self, tokens=None):

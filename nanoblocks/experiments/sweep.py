@@ -38,7 +38,7 @@ from nanoblocks.formats import counted, format_duration
 from nanoblocks.hardware import synchronized_time
 from nanoblocks.training import checkpoint
 from nanoblocks.training.run_folder import RunFolder
-from nanoblocks.training.settings import check_objective
+from nanoblocks.training.settings import check_documents, check_objective
 
 try:
     import fcntl
@@ -74,6 +74,10 @@ def make_plan(argv):
             check_objective(arm_flags, config_of(arm_flags))
         except ValueError as error:
             raise ValueError(f'{arm}: {error}; all arms of a sweep are trained for one objective') from None
+        try:
+            check_documents(arm_flags, config_of(arm_flags))
+        except ValueError as error:
+            raise ValueError(f'{arm}: {error}') from None
     notes = {}
     if own['match'] != 'none':
         arms, notes = match_budgets(arms, reference, own['match'])

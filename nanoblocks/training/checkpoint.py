@@ -147,6 +147,8 @@ class HashedFile:
 
 def link_or_move(path, other):
     """Make a file available as `other`. Where the file system has hard links, path stays valid too."""
+    if os.path.exists(other) and os.path.samefile(path, other):
+        return  # of two names of one file, rename() would leave both
     try:
         os.link(path, f'{other}.part')
         os.replace(f'{other}.part', other)
@@ -232,6 +234,12 @@ def contents(model: GPT, **rest) -> dict:
     detached = {id(tensor): tensor.detach() for tensor in named.values()}
     weights = {name: detached[id(tensor)] for name, tensor in named.items()}
     return {'model': weights, 'config': asdict(model.config), **rest}
+
+
+def averaged(weights: dict, average: dict | None) -> dict:
+    """The weights of `contents`, those of them replaced that have an average, by name; tied ones too."""
+    found = {id(weights[name]): tensor for name, tensor in (average or {}).items()}
+    return {name: found.get(id(tensor), tensor) for name, tensor in weights.items()}
 
 
 def copied(value, known=None):

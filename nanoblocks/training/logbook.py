@@ -72,9 +72,9 @@ class Logbook:
 
     def evaluated(self, step, task, loss, bits, each):
         """
-        Print the loss and the bits per byte of an evaluation, which are means by weight where `each` has
-        those of several datasets: {name: (loss, bits)}. task: the objective, which words them. Returns what
-        metrics.jsonl holds of them.
+        Print the loss and the bits per byte of an evaluation, and where there are several datasets those of
+        `each`, {name: (loss, bits)}. task: the objective, which words them. Returns what metrics.jsonl holds
+        of them.
         """
         self.print(f'step {step}: val loss {loss:.4f}{task.told.format(bits=bits)}')
         for name, (own, own_bits) in each.items():

@@ -19,8 +19,25 @@ def ranks() -> tuple[int, int, int]:
     (rank, number of processes, rank on this machine) from the environment that torchrun sets; (0, 1, 0) for a
     single process.
     """
-    env = os.environ
-    return int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1)), int(env.get('LOCAL_RANK', 0))
+    return environment('RANK', 0), environment('WORLD_SIZE', 1), environment('LOCAL_RANK', 0)
+
+
+def environment(name, default):
+    """A number that torchrun sets."""
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal():
+        raise SystemExit(f'{name}={text} must be a whole number in the environment, as torchrun sets it: '
+                         'unset it')
+    return int(text)
+
+
+def check_meeting(world: int) -> None:
+    """ValueError if one of `world` processes is not told where to meet the others."""
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if world > 1 and missing:
+        raise ValueError(f'WORLD_SIZE={world} must have {" and ".join(missing)} beside it, as torchrun sets '
+                         'them: start it with torchrun, or unset WORLD_SIZE; a forecast needs no other, with '
+                         '--dry=True')
 
 
 def start(device_type: str, backend: str) -> FailureWatch:

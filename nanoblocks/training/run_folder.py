@@ -284,6 +284,8 @@ class RunFolder:
 
 def link_or_copy(path, other):
     """Give a file another name as well. Where the file system has no hard links, the name of a copy."""
+    if os.path.exists(other) and os.path.samefile(path, other):
+        return  # of two names of one file, rename() would leave both
     part = f'{other}.part'
     with suppress(FileNotFoundError):
         os.remove(part)

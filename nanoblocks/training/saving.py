@@ -52,22 +52,26 @@ class Saver:
         self.began = now
         return True
 
-    def save(self, path: str, state: dict, last: bool = False, say: bool = False) -> bool:
+    def save(self, states: dict, last: bool = False, say: bool = False) -> bool:
         """
-        Write a checkpoint, which with `last` ends within this call, and is tried again if it fails; else in
-        the thread, and `collect` tells how it went. False if it is known to have failed. `say`: tell of it
-        when it is saved.
+        Write the checkpoints of one step, {path: state}, in this order; what they share is copied once. With
+        `last` that ends within this call, and is tried again if it fails; else it is done in the thread, and
+        `collect` tells how it went. False if it is known to have failed. `say`: tell of each that is saved.
         """
         if last or not self.thread:
             self.collect(wait=True)
-            return self.write_now(path, state, last, say)
-        if path in self.running:    # no more than one copy of each in memory
+            return all([self.write_now(path, state, last, say) for path, state in states.items()])
+        if states.keys() & self.running.keys():     # no more than one copy of each in memory
             self.collect(wait=True)
-        refused, shards = self.flush_log(), self.new_shards(path, state)
-        job = None
+        # all that training waits for comes before the first write, which would slow it down
+        refused = self.flush_log()
         if self.writes:
-            job = self.thread.submit(self.write, path, checkpoint.copied(state), shards, refused)
-        self.running[path] = state['step'], say, job
+            states = checkpoint.copied(states)
+        for path, state in states.items():
+            shards, job = self.new_shards(path, state), None
+            if self.writes:
+                job = self.thread.submit(self.write, path, state, shards, refused)
+            self.running[path] = state['step'], say, job
         return True
 
     def write_now(self, path, state, last, say):

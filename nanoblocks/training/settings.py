@@ -67,10 +67,12 @@ def check_settings(s, world, done=0):
     must('gradient_accumulation_steps', s['batch_tokens'] or s['gradient_accumulation_steps'] % shares == 0,
          f'be a multiple of {world}, the number of processes')
     for name in ('shard', 'context_parallel'):
-        must(name, world > 1 or not s[name], 'have several processes to share with: start it with torchrun')
+        must(name, world > 1 or not s[name],
+             f'have several processes to share with: start it with torchrun, or set --{name}=False')
     must('dtype', s['dtype'] != 'float16' or not s['shard'],
          'not be used with shard=True: choose --dtype=bfloat16')
     must('cautious_decay', s['optimizer'] == 'muon' or not s['cautious_decay'], 'be used with optimizer=muon')
+    must('dry', not (s['dry'] and s['context_parallel']), 'be left out with context_parallel=True')
     must('wandb_log', not s['wandb_log'] or has_wandb(),
          'find wandb: pip install wandb, or leave it out')
 
@@ -279,7 +281,8 @@ def other_rows(resumed, settings):
     if new * micro != rows:
         length = resumed['config']['block_size']
         needs = (f'batch_tokens={rows * length}' if settings['batch_tokens'] else
-                 f'gradient_accumulation_steps={rows // new}' if rows % new == 0 else f'to divide {rows}')
+                 f'gradient_accumulation_steps={rows // new}' if rows % new == 0 else
+                 f'a batch_size that divides {rows}')
         yield (f'{told} times gradient_accumulation_steps (checkpoint {old_micro}, now {micro}) are not the '
                f'{rows} rows of a step, which needs {needs}')
     elif new != old and (resumed['step'] < settings['batch_warmup_iters']

@@ -50,7 +50,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.distributed = int(os.environ.get('WORLD_SIZE', 1)) > 1
+        self.distributed = os.environ.get('WORLD_SIZE', '1') != '1'
         self.phase = IMPORTING
         self.number = None              # of the signal that stops the run
         self.received_at = 0.0
