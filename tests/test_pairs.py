@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build, toy
-from runs import KILL, assert_refused, assert_same_run, at_step, losses, python, resume, train
+from runs import (
+    assert_refused,
+    assert_survives_a_kill,
+    losses,
+    python,
+    train,
+)
 from runs import toy as arguments
 from test_objectives import SHOWN, shown
 
@@ -238,11 +244,7 @@ def test_a_run_learns_its_pairs_is_killed_and_answers(folder, kind, tmp_path):
     whole, printed = train(tmp_path / 'whole', **flags)
     assert ' of targets' in printed and losses(whole, 'val_loss')[-1] < 0.5
     assert not any('val_bpb' in line for line in (whole / 'metrics.jsonl').read_text().splitlines())
-    done = python('train.py', *arguments(tmp_path / 'killed', **flags),
-                  before=at_step(132, KILL))
-    assert done.code == -9, done
-    resume(tmp_path / 'killed')
-    assert_same_run(whole, tmp_path / 'killed')
+    assert_survives_a_kill(whole, tmp_path / 'killed', 132, arguments(tmp_path / 'killed', **flags))
 
     session = Session.load(out_dir=str(whole), sampling=Sampling(temperature=0))
     asked = [f'{a}{b}{c}' for a, b, c in itertools.product('abc', repeat=3)]
