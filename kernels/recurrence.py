@@ -465,12 +465,14 @@ _fused.register_autograd(_autograd, setup_context=_save)
 
 def ok(q, k, v, g, erase=None, along=None, state=None, before=False):
     # products of fp32 are left to PyTorch, and so is the one step of generation
-    narrow = v.dtype != torch.float32 and fits(q, k, v, g, erase, state) and q.dtype == k.dtype == v.dtype
-    return (narrow and (erase is None or erase.dtype == v.dtype) and g.shape[-1] == 1 and along is None
-            and not before and v.shape[1] > 1 and max(k.shape[-1], v.shape[-1]) <= MAX_WIDTH)
+    narrow = v.dtype != torch.float32 and fits(q, k, v, g, erase, state)
+    return (narrow and g.shape[-1] == 1 and along is None and not before and v.shape[1] > 1
+            and max(k.shape[-1], v.shape[-1]) <= MAX_WIDTH)
 
 
 def fused(q, k, v, g, erase=None, along=None, state=None, before=False):
+    # a model makes keys of length 1 in fp32, and the kernels multiply numbers of one type
+    q, k, erase = (x if x is None else x.to(v.dtype) for x in (q, k, erase))
     return _fused(q, k, v, g, erase, state)[:2]
 
 

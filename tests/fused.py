@@ -222,6 +222,20 @@ def check_eight_bits(dtype):
     return [f'errors {near}'] * (max(near) > 1e-2) + [f'not rounded: {far}'] * (far[1] < 2e-2)
 
 
+def check_wide_keys(op):
+    """Queries, keys and what is erased in fp32 beside values in bf16: the kernel rounds them, bit by bit."""
+    row, found = kernels.OPS[op], []
+    for wide in (False, True):
+        args = arguments(op, 'erased, a state, odd sizes', torch.bfloat16, 'cpu')
+        args = [a.detach().float().requires_grad_() if wide and n in (0, 1, 4) else a
+                for n, a in enumerate(args)]
+        if not row.ok(*args):
+            return ['ok() refuses them']
+        found.append(run(row.fused, args, True))
+    return [f'{name} differs' for name, want in found[0].items()
+            if not torch.equal(want, found[1][name].to(want.dtype))]
+
+
 def check_far_apart(op):
     """Tokens so far apart in memory that 32 bits do not hold the distance: the same results, bit by bit."""
     (T, H, D), found = (3, 2, 8), []

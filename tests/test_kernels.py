@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import conftest  # noqa: F401
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -935,6 +935,43 @@ def test_the_head_in_eight_bits_is_its_definition(eight_bits):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# What a model gives to its kernels
+
+
+def by_design(op, args):
+    """Whether plain PyTorch is meant to run: a decay for each key, or a bias of the logits."""
+    if op == 'recurrence':
+        return args[3].shape[-1] > 1 or len(args) > 5 and args[5] is not None
+    return op == 'linear_cross_entropy' and args[5] is not None
+
+
+@conftest.every_family
+def test_in_16_bits_a_model_leaves_no_kernel_out(flags, monkeypatch):
+    """A kernel that refuses what the model gives it leaves the work to plain PyTorch, in silence."""
+    refused = []
+
+    def asked(op, ok, run):
+        def call(*args, **options):
+            if not ok(*args, **options) and not by_design(op, args):
+                kinds = [(tuple(a.shape), a.dtype) for a in args if isinstance(a, torch.Tensor)]
+                refused.append(f'{op} refuses {kinds}')
+            return run(*args, **options)
+        return call
+    for name in set(kernels.OPS) & set(kernels.__all__) - {'attention', 'decode_attention'}:
+        row = kernels.OPS[name]
+        monkeypatch.setattr(kernels, name, asked(name, row.ok, row.plain))
+    attention, flash = (sys.modules[f'kernels.{name}'] for name in ('attention', 'flash_attention'))
+    monkeypatch.setattr(attention, 'runs_triton', lambda *_: True)
+    monkeypatch.setattr(flash, 'ok', asked('attention', flash.ok, lambda *_, **__: False))
+    monkeypatch.setattr(sys.modules['kernels.decode_attention'], 'ok', lambda *_, **__: False)
+    model, idx = conftest.build(flags).train(), conftest.tokens(flags, 2, flags['block_size'])
+    with torch.autocast('cpu', torch.bfloat16):
+        model(idx, idx)
+    model.to(torch.bfloat16)(idx)   # as sample.py reads a prompt
+    assert not refused, '\n'.join(refused)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Triton: on a CPU by its interpreter, in a process of its own (tests/fused.py), and on a GPU
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -986,6 +1023,13 @@ def test_kernel_is_a_proper_operator_and_part_of_one_graph(job, interpreted):
 @needs_triton
 @every_job([['check_far_apart', op] for op in ('attention', 'decode_attention')])
 def test_tokens_may_be_further_apart_than_32_bits_count(job, interpreted):
+    wrong = interpreted[json.dumps(job)]
+    assert not wrong, '\n'.join(wrong)
+
+
+@needs_triton
+@every_job([['check_wide_keys', 'recurrence']])
+def test_the_kernel_takes_keys_of_unit_length_in_fp32_beside_values_of_bf16(job, interpreted):
     wrong = interpreted[json.dumps(job)]
     assert not wrong, '\n'.join(wrong)
 
