@@ -3,6 +3,7 @@ The pages of trained comparisons, results/<topic>/README.md: command, table, ver
 topic makes from its runs. All numbers are in the report of the sweep, beside it.
 """
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +56,11 @@ to do. Parts that overlap look useless when one is taken out at a time.
 }
 
 
-def write(topic, words):
-    """Write the page of a topic, whose sweep is that of these words of ablate.py, and print its verdict."""
+def write(topic, argv, words):
+    """
+    Write the page of a topic, called with argv, from the sweep of these words of ablate.py, and print its
+    verdict.
+    """
     page, own = PAGES[topic], read_flags(words)[1]
     folder, out = own['out_dir'], own['results'] or own['out_dir']
     plan = report.read_plan(folder)
@@ -67,9 +71,9 @@ def write(topic, words):
     said = [verdict(page.reference, effects), *(f'{second} against {first} {report.verdict(e)}.'
                                                 for first, second, e in further)]
     rows = report.measures(arms, {})
-    text = [f'# {page.title}', '', page.about.strip(), '', '```', f'python bench.py {topic}', '```', '',
-            about(plan, arms), '', *table(page.reference, plan['reference'], rows, found), '', ABOUT_TABLE,
-            '',
+    text = [f'# {page.title}', '', page.about.strip(), '', '```',
+            shlex.join(['python', 'bench.py', topic, *argv]), '```', '', about(plan, arms), '',
+            *table(page.reference, plan['reference'], rows, found), '', ABOUT_TABLE, '',
             *(f'- {line}' for line in said), '',
             *(f'![{name}]({name}.png)\n' for name in ('differences', 'curves', topic)
               if Path(out, f'{name}.png').exists()),

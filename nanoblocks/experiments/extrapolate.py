@@ -23,7 +23,7 @@ from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, panels, save
 from nanoblocks.experiments.pages import signed, size_of, write_page
 from nanoblocks.experiments.statistics import effect
 from nanoblocks.experiments.studies import SIZE, trained_flags
-from nanoblocks.experiments.sweep import make_plan, runs_of, sweep
+from nanoblocks.experiments.sweep import make_plan, runs_of, runs_on, sweep
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, sizes
 from nanoblocks.training import checkpoint
@@ -42,7 +42,7 @@ def extrapolate(argv, tokens, device, figures):
     """Positions of every kind, trained at T and read up to 8 T: loss by position; 25 min. on two cores."""
     folder = Path(figures) / 'extrapolate'
     words, _ = trained_flags('extrapolate', argv, ('device', 'tokens', 'figures'), FIXED)
-    words = [*SIZE, VARY, '--seeds=3', '--evals=6', '--jobs=2', f'--device={device}', *words,
+    words = [*SIZE, VARY, '--seeds=3', '--evals=6', *runs_on(device), *words,
              f'--out_dir={folder / "runs"}']
     plan = make_plan(words)
     reference = plan['arms'][plan['reference']]

@@ -23,7 +23,7 @@ from nanoblocks.experiments.report import write_csv
 from nanoblocks.experiments.runs import read_lines, read_run, recorded
 from nanoblocks.experiments.statistics import effect
 from nanoblocks.experiments.studies import SIZE, trained_flags
-from nanoblocks.experiments.sweep import make_plan, runs_of, sweep
+from nanoblocks.experiments.sweep import make_plan, runs_of, runs_on, sweep
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, sizes
 
@@ -62,7 +62,7 @@ def words_of(argv, layers, device, folder):
     if given.get('warmup_iters') == '0':
         raise ValueError('warmup_iters=0 must be above 0: bench.py placement compares it with none')
     # a run whose gradients are not finite must come to its end, and be counted
-    words = [*SIZE, *SMALL, VARY, '--seeds=3', '--evals=2', '--jobs=2', f'--device={device}',
+    words = [*SIZE, *SMALL, VARY, '--seeds=3', '--evals=2', *runs_on(device),
              '--bad_step_limit=1000000000', *words]
     found = {}
     for depth in sizes('layers', layers, 4, 12):

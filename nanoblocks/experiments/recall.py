@@ -11,7 +11,6 @@ find the pair again, and what it remembers is its state or its cache.
 """
 import csv
 import json
-import os
 import random
 import string
 from pathlib import Path
@@ -25,7 +24,7 @@ from nanoblocks.experiments.figures import COLORS, log2_axis, panels, save_and_s
 from nanoblocks.experiments.runs import run_script
 from nanoblocks.experiments.statistics import effect
 from nanoblocks.experiments.studies import RETNET
-from nanoblocks.experiments.sweep import make_plan, runs_of, sweep
+from nanoblocks.experiments.sweep import make_plan, runs_of, runs_on, sweep
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, in_short
 from nanoblocks.formats import counted, format_quantity
@@ -81,8 +80,7 @@ def trained(argv, device):
     files, flags = files_and_flags(argv, without=('device', 'figures'))
     vary = '; '.join(f'{arm}: {words}' for arms in FAMILIES.values() for arm, words in arms.items() if words)
     words = [*SIZE, *files, f'--vary={vary}', '--seeds=3', '--evals=4', '--objective=prefix',
-             f'--block_size={4 * max(PAIRS) + 1}', f'--jobs={min(2, os.cpu_count() or 1)}',
-             f'--device={device}', '--out_dir=out/ablate/recall', *flags]
+             f'--block_size={4 * max(PAIRS) + 1}', *runs_on(device), '--out_dir=out/ablate/recall', *flags]
     words.append(f'--dataset={dataset(Path(make_plan(words)["folder"]))}')
     sweep(words)
     return make_plan(words)

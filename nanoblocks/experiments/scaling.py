@@ -10,8 +10,6 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from nanoblocks.experiments import figures, report, sweep
 from nanoblocks.experiments.arms import NOT_IDENTIFYING, files_and_flags, read_flags, variants
 from nanoblocks.experiments.figures import BLUE, GREY, RED, panels, save
@@ -27,11 +25,10 @@ SIZES = ('2x64: n_layer=2+n_embd=64+learning_rate=8e-3, 4x128: n_layer=4+n_embd=
 
 def scaling(argv, device):
     """Does a block matter more in a larger model? GPT-2 to Llama at three sizes, 50 minutes on two cores."""
-    jobs = torch.cuda.device_count() if device.startswith('cuda') else min(2, os.cpu_count() or 1)
     files, flags = files_and_flags(argv, without=('device',))
     # one number type, which train.py would choose by the width
     words = [*SIZE, *files, *SWEEPS['ladder'], f'--sizes={SIZES}', '--seeds=3', '--evals=6',
-             '--eval_tokens=32768', '--dtype=float32', f'--jobs={jobs}', f'--device={device}',
+             '--eval_tokens=32768', '--dtype=float32', *sweep.runs_on(device),
              '--out_dir=out/ablate/scaling', '--results=results/scaling', *flags]
     print(f'python ablate.py {shlex.join(words)}', flush=True)
     main(words)

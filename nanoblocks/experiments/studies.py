@@ -93,12 +93,11 @@ def mixers(argv, device):
 
 def run_sweeps(names, argv, device, own=('device',)):
     """Each on five seeds, tricks on four -> the words of the last. own: settings of bench.py, left out."""
-    jobs = torch.cuda.device_count() if device.startswith('cuda') else min(2, os.cpu_count() or 1)
     files, flags = files_and_flags(argv, without=own)
     for name in names:
         start = [*([] if name == 'tricks' else SIZE), *FILES.get(name, []), *files]
         varied = SWEEPS[name](read_flags([*start, *flags])[0]) if callable(SWEEPS[name]) else SWEEPS[name]
-        words = [*start, '--seeds=5', *varied, '--evals=6', f'--jobs={jobs}', f'--device={device}',
+        words = [*start, '--seeds=5', *varied, '--evals=6', *sweep.runs_on(device),
                  f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
         print(f'{name}: python ablate.py {shlex.join(words)}', flush=True)
         sweep.main(words)
@@ -107,12 +106,12 @@ def run_sweeps(names, argv, device, own=('device',)):
 
 def kvheads(argv, device):
     """MHA, GQA and MQA at equal parameters, and at equal parameters and cache: trained, 20 minutes."""
-    comparisons.write('kvheads', run_sweeps(('kvheads',), argv, device))
+    comparisons.write('kvheads', argv, run_sweeps(('kvheads',), argv, device))
 
 
 def tricks(argv, device):
     """The speed-run's blocks, each taken out alone of the whole stack: trained, 40 minutes."""
-    comparisons.write('tricks', run_sweeps(('tricks',), argv, device))
+    comparisons.write('tricks', argv, run_sweeps(('tricks',), argv, device))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ def ffns(argv, rounds, tokens, width, device, figures):
     """GELU, ReLU^2 and SwiGLU at equal and at larger widths: their costs, then a sweep of 20 minutes."""
     ffn_costs(rounds, tokens, width, device, figures)
     own = ('device', 'rounds', 'tokens', 'width', 'figures')
-    comparisons.write('ffns', run_sweeps(('ffns',), argv, device, own))
+    comparisons.write('ffns', argv, run_sweeps(('ffns',), argv, device, own))
 
 
 def ffn_costs(rounds, tokens, width, device, figures):

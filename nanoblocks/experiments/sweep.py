@@ -130,6 +130,13 @@ def machine():
     return f'{card}{os.cpu_count()} cores ({cpu}), torch {torch.__version__}'
 
 
+def runs_on(device):
+    """Words of ablate.py: the device, and how many runs at once: one of study size leaves a GPU idle."""
+    cores = os.cpu_count() or 1
+    jobs = min(8 * torch.cuda.device_count(), cores) if device.startswith('cuda') else min(2, cores)
+    return f'--device={device}', f'--jobs={jobs}'
+
+
 def runs_of(plan):
     """Every run of a plan, seeds outermost: a sweep cut short has compared all arms on some seeds."""
     runs = []

@@ -61,6 +61,9 @@ def costs(works, wanted, limit_s, device, power=2.0):
             for work in works.values():
                 work(min(T, 64))()  # the first call loads libraries
         runs = {name: works[name](T) for name in going}
+        if device.startswith('cuda'):
+            for run in runs.values():
+                run()  # kernels are compiled for each kind of length
         shares = {name: (limit_s - spent[name]) / 8 for name in going}
         for name, cost in in_turns(runs, shares, device).items():
             found[name][T] = cost

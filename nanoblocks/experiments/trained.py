@@ -10,7 +10,7 @@ from data.mixture import Sources
 from model import GPT
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.studies import SIZE, trained_flags
-from nanoblocks.experiments.sweep import machine, make_plan, runs_of, sweep
+from nanoblocks.experiments.sweep import machine, make_plan, runs_of, runs_on, sweep
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.formats import counted
 from nanoblocks.objectives import objective_of
@@ -62,8 +62,8 @@ def train_arms(topic, words, varied, argv, device):
     varied: flags that the topic itself sets.
     """
     given, _ = trained_flags(topic, argv, OWN, varied)
-    words = [words[0], *SIZE[1:], *words[1:], f'--jobs={min(2, os.cpu_count() or 1)}', '--evals=3',
-             f'--device={device}', f'--out_dir=out/ablate/{topic}', *given]
+    words = [words[0], *SIZE[1:], *words[1:], *runs_on(device), '--evals=3',
+             f'--out_dir=out/ablate/{topic}', *given]
     print(f'{topic}: python ablate.py {shlex.join(words)}', flush=True)
     sweep(words)
     plan, found = make_plan(words), {}
