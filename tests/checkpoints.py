@@ -139,6 +139,11 @@ BAILING = dict(**FOUR, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, 
                short_conv_kernel_size=3, layer_group_size=3, first_k_dense_replace=1, num_mtp_layers=0)
 # transformers' cache has room for widths in multiples of 64 only
 XLSTM = dict(hidden_size=64, num_hidden_layers=2, num_heads=4, qk_dim_factor=1.0, norm_eps=EPS)
+NEO = dict(max_position_embeddings=48, window_size=7)
+OPT = dict(max_position_embeddings=48, ffn_dim=51, word_embed_proj_dim=None)
+# transformers makes a table of the angles of so many positions
+GPTJ = dict(n_positions=48, n_head=3, rotary_dim=8)
+CODEGEN = dict(n_positions=48, n_embd=40, n_head=4, rotary_dim=6)
 # as many positions as the texts have tokens, and a few
 LEARNED = dict(max_position_embeddings=48)
 # a bias of the keys moves nothing without rope, and tokens of the second type do not occur
@@ -472,6 +477,32 @@ CASES = {
     'bart-scaled-relu': Case('bart', {**BART, 'scale_embedding': True, 'activation_function': 'relu',
                                       'encoder_layers': 3, 'decoder_layers': 1}, inert='k_proj.bias'),
 
+    # GPT-2's and GPT-J's relatives
+    'gpt_neo': Case('gpt_neo', {**FOUR, **NEO, 'attention_types': [[['global', 'local'], 2]]},
+                    old={'attention_layers': ['global', 'local'] * 2}),
+    'gpt_neo-narrow-untied': Case('gpt_neo', {
+        **NEO, 'attention_types': [[['local'], 1], [['global'], 2]], 'intermediate_size': 51,
+        'activation_function': 'gelu', 'tie_word_embeddings': False}),
+    'gpt_neo-no-windows': Case('gpt_neo', {**NEO, 'attention_types': [[['global'], 3]]}),
+    'opt': Case('opt', OPT, inert='k_proj.bias'),
+    'opt-unbiased-untied': Case('opt', {**OPT, 'enable_bias': False, 'activation_function': 'gelu',
+                                        'tie_word_embeddings': False}),
+    'opt-post-norm': Case('opt', {**OPT, 'do_layer_norm_before': False, 'word_embed_proj_dim': 36},
+                          inert='k_proj.bias'),
+    'gpt_bigcode': Case('gpt_bigcode', {'n_positions': 48}, inert='c_attn.bias'),
+    'gpt_bigcode-all-heads-untied': Case('gpt_bigcode', {
+        'n_positions': 48, 'multi_query': False, 'n_inner': 50, 'activation_function': 'gelu',
+        'tie_word_embeddings': False, 'scale_attn_weights': False}),
+    'gptj': Case('gptj', GPTJ),
+    'gptj-all-rotates-tied': Case('gptj', {**GPTJ, 'rotary_dim': 12, 'n_inner': 51, 'activation_function': 'gelu',
+                                           'tie_word_embeddings': True}),
+    'codegen': Case('codegen', CODEGEN),
+    'codegen-two-heads-a-part': Case('codegen', {**CODEGEN, 'n_embd': 48, 'n_head': 8, 'rotary_dim': 4,
+                                                 'n_inner': 50}),
+    'phi': Case('phi', {**THREE, **HALF}),
+    'phi-all-rotates-tied': Case('phi', {**MHA, **rope('linear', factor=2.0, partial_rotary_factor=1.0),
+                                         'hidden_act': 'gelu', 'tie_word_embeddings': True}),
+
     # combinations at the edge of what a key can say
     'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),
     'mistral-yarn-by-one': Case('mistral', {**WINDOW, **rope('yarn', factor=1.0, mscale=0.7)}),
@@ -518,6 +549,8 @@ RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid',
 ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert', 'nomic_bert')
 # model types with an encoder and a decoder
 BOTH = ('t5', 'mt5', 'umt5', 'bart')
+# decoders that another family may export, as an OPT is a GPT-2 with ReLU
+CLASSIC = ('gpt_neo', 'opt', 'gpt_bigcode', 'gptj', 'codegen', 'phi')
 every_case = pytest.mark.parametrize('name', CASES)
 every_encoder = pytest.mark.parametrize('name', [name for name, case in CASES.items()
                                                  if case.model_type in ENCODERS])

@@ -9,6 +9,7 @@ import torch
 from checkpoints import (
     BOTH,
     CASES,
+    CLASSIC,
     ENCODERS,
     HYBRIDS,
     NEW,
@@ -93,7 +94,7 @@ def test_the_published_config_means_the_same(made, name):
 # Ours against the reference
 
 every_own_family = pytest.mark.parametrize('name', [
-    name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH)])
+    name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH, *CLASSIC)])
 # the exact families that export whatever their size
 EXPORTED = ('gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek_v3', 'mamba2', 'jamba',
             *HYBRIDS, *ENCODERS, *BOTH)
@@ -123,7 +124,7 @@ def test_greedy_tokens_equal_transformers(made, ours, name):
     assert tokens.tolist() == made.tokens.tolist()
 
 
-@pytest.mark.parametrize('name', RECURRENT)
+@pytest.mark.parametrize('name', (*RECURRENT, *CLASSIC))
 @torch.no_grad()
 def test_a_row_behind_padding_equals_transformers(made, ours, name):
     made, pad = made(name), 5
@@ -167,7 +168,7 @@ def test_padding_of_a_source_is_seen_by_none(made, ours, name):
 
 @every_own_family
 @torch.no_grad()
-def test_encoders_export_as_their_own_family(made, ours, name, tmp_path, monkeypatch):
+def test_each_exports_as_its_own_family(made, ours, name, tmp_path, monkeypatch):
     """Also where another family comes first: a RoBERTa may be a BERT."""
     made, model = made(name), ours(name)
     kind = made.case.model_type
@@ -236,6 +237,7 @@ OPTIONAL = """
     routed_scaling_factor rope_interleave decoder_sparse_step mlp_only_layers query_pre_attn_scalar
     attn_logit_softcapping final_logit_softcapping expert_layer_period mamba_expand mamba_conv_bias
     mamba_proj_bias expand conv_kernel use_conv_bias time_step_limit time_step_rank
+    do_layer_norm_before enable_bias window_size
     new_decoder_architecture multi_query parallel_attn alibi num_kv_heads num_ln_in_parallel_attn
     ffn_hidden_size apply_residual_connection_post_layernorm attn_config use_parallel_residual
     no_rope_layers no_rope_layer_interval moe_layers use_qk_norm attn_temperature_tuning floor_scale
@@ -249,7 +251,7 @@ OPTIONAL = """
 """.split()
 
 
-LEARNED = re.compile('position_embeddings|embed_positions')
+LEARNED = re.compile(r'position_embeddings|embed_positions|\.wpe\.')
 
 
 @one_of_each
@@ -281,7 +283,8 @@ def test_absent_keys_mean_what_they_mean_in_transformers(name):
     else:
         assert ours['rope_theta'] == theta or 'rope_parameters' not in plain
     # null stands for these
-    worked_out = {'mlp_only_layers': None, 'rope_parameters': None, 'n_group': None, 'topk_group': None}
+    worked_out = {'mlp_only_layers': None, 'rope_parameters': None, 'n_group': None, 'topk_group': None,
+                  'attention_types': None}
     for key, value in ours.items():
         if key in plain and plain[key] != worked_out.get(key, ...):
             assert plain[key] == value, f'{key}: {value} here and {plain[key]} there'

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints import (
     BOTH,
+    CLASSIC,
     ENCODERS,
     RECURRENT,
     Marker,
@@ -37,7 +38,7 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
-                                  *RECURRENT, *ENCODERS, *BOTH])
+                                  *RECURRENT, *ENCODERS, *BOTH, *CLASSIC])
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)
@@ -120,7 +121,7 @@ def test_published_files_of_encoders_with_decoders_are_read(made, name, change, 
 
 # of minimax, transformers rounds the tables of decays as well
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba', *ENCODERS,
-                                  *BOTH, *(name for name in RECURRENT if name != 'minimax')])
+                                  *BOTH, *CLASSIC, *(name for name in RECURRENT if name != 'minimax')])
 @torch.no_grad()
 def test_sixteen_bit_files_become_fp32(made, name, tmp_path):
     made = made(name)
@@ -217,7 +218,7 @@ def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
-                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS, *BOTH])
+                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS, *BOTH, *CLASSIC])
 @torch.no_grad()
 def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
     made = made(name)
@@ -461,7 +462,7 @@ WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math
 
 @pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
                                   'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT, *ENCODERS,
-                                  *BOTH])
+                                  *BOTH, *CLASSIC])
 def test_any_value_in_any_key_is_answered(made, name, tmp_path):
     """A model, or one sentence, and at once; 13 wrong values for each key."""
     folder = copy_of(made(name), tmp_path)
