@@ -774,7 +774,7 @@ class RopeScalingFlags:
     def rules(c):
         yield ('rope_factor', c.rope_scaling in ('none', *ROPE_BY_LENGTH) or c.rope_factor > 1,
                'be above 1 when rope_scaling is set')
-        yield 'rope_beta_fast', c.rope_beta_fast > c.rope_beta_slow, f'be above {c.rope_beta_slow}'
+        yield 'rope_beta_fast', c.rope_beta_fast >= c.rope_beta_slow, f'be at least {c.rope_beta_slow}'
         yield 'rope_high_freq', c.rope_high_freq > c.rope_low_freq, f'be above {c.rope_low_freq}'
         for name in ('rope_short', 'rope_long') if c.rope_scaling == 'longrope' else ():
             pairs = rope_width(c) // 2

@@ -94,6 +94,11 @@ DEEPSEEK = dict(**MHA, **FOUR, kv_lora_rank=14, q_lora_rank=None, qk_nope_head_d
                 moe_intermediate_size=19, first_k_dense_replace=1, routed_scaling_factor=1.7)
 # transformers' v2 views pairs as complex numbers, which needs even strides
 DEEPSEEK2 = {**DEEPSEEK, 'qk_nope_head_dim': 8}
+# the pairs that keep their speed end where those that slow down begin
+YARN_STEP = rope('yarn', 20.0, factor=4.0, mscale=1.0, mscale_all_dim=1.0, beta_fast=0.4, beta_slow=0.4,
+                 **BEFORE)
+MINICPM = dict(**MHA, kv_lora_rank=14, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9, scale_emb=3,
+               scale_depth=1.1, dim_model_base=24)
 DEEPSEEK3 = dict(**DEEPSEEK, **rope(), n_group=3, topk_group=2)
 JAMBA = dict(**FIVE, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
              num_experts=4, mamba_d_state=7, mamba_d_conv=3, mamba_dt_rank=9)
@@ -494,11 +499,21 @@ CASES = {
         'n_positions': 48, 'multi_query': False, 'n_inner': 50, 'activation_function': 'gelu',
         'tie_word_embeddings': False, 'scale_attn_weights': False}),
     'gptj': Case('gptj', GPTJ),
-    'gptj-all-rotates-tied': Case('gptj', {**GPTJ, 'rotary_dim': 12, 'n_inner': 51, 'activation_function': 'gelu',
-                                           'tie_word_embeddings': True}),
+    'gptj-all-rotates-tied': Case('gptj', {
+        **GPTJ, 'rotary_dim': 12, 'n_inner': 51, 'activation_function': 'gelu', 'tie_word_embeddings': True}),
     'codegen': Case('codegen', CODEGEN),
     'codegen-two-heads-a-part': Case('codegen', {**CODEGEN, 'n_embd': 48, 'n_head': 8, 'rotary_dim': 4,
                                                  'n_inner': 50}),
+    'deepseek_v3-yarn-step': Case('deepseek_v3', {**DEEPSEEK3, **YARN_STEP}),
+    'minicpm3': Case('minicpm3', {**MINICPM, 'q_lora_rank': 11}),
+    'minicpm3-plain-query-yarn': Case('minicpm3', {
+        **MINICPM, **YARN_MSCALE, 'q_lora_rank': None, 'attention_bias': True, 'mlp_bias': True,
+        'tie_word_embeddings': False, 'v_head_dim': None}),
+    'minicpm3-long-unscaled': Case('minicpm3', {
+        **MINICPM, **rope('longrope', short_factor=[1.0, 1.3, 2.5], long_factor=[1.2, 3.0, 7.5],
+                          original_max_position_embeddings=16, factor=4.0),
+        'max_position_embeddings': 64, 'scale_depth': None, 'dim_model_base': None, 'scale_emb': 1,
+        'q_lora_rank': 11}, cache=False),
     'phi': Case('phi', {**THREE, **HALF}),
     'phi-all-rotates-tied': Case('phi', {**MHA, **rope('linear', factor=2.0, partial_rotary_factor=1.0),
                                          'hidden_act': 'gelu', 'tie_word_embeddings': True}),
@@ -550,7 +565,7 @@ ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert'
 # model types with an encoder and a decoder
 BOTH = ('t5', 'mt5', 'umt5', 'bart')
 # decoders that another family may export, as an OPT is a GPT-2 with ReLU
-CLASSIC = ('gpt_neo', 'opt', 'gpt_bigcode', 'gptj', 'codegen', 'phi')
+CLASSIC = ('gpt_neo', 'opt', 'gpt_bigcode', 'gptj', 'codegen', 'phi', 'minicpm3')
 every_case = pytest.mark.parametrize('name', CASES)
 every_encoder = pytest.mark.parametrize('name', [name for name, case in CASES.items()
                                                  if case.model_type in ENCODERS])

@@ -110,7 +110,7 @@ FIELDS = {
     'rope_scaling': Field(('none', 'linear', 'ntk', 'dynamic', 'yarn', 'llama3', 'longrope'), ('', 'YaRN')),
     'rope_factor': Field((4.0, 2.0), (0.5, 0.0)),
     'rope_context': Field((None, 8), (0, -1), same_for_all(8)),
-    'rope_beta_fast': Field((32.0, 2.0), (1.0, 0.5)),
+    'rope_beta_fast': Field((32.0, 2.0), (0.9, 0.5)),
     'rope_beta_slow': Field((1.0, 0.25), (0.0,)),
     'rope_attention_factor': Field((None, 1.5), (-1.0,)),
     'rope_truncate': Field((True, False)),

@@ -42,7 +42,7 @@ from model import GPT, GPTConfig
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)
-    made.model.save_pretrained(tmp_path, max_shard_size='60KB')
+    made.model.save_pretrained(tmp_path, max_shard_size='40KB')
     assert len(list(tmp_path.glob('model-*.safetensors'))) > 2
     # the vendor's own files lie beside them on the hub
     safetensors_torch.save_file({'other': torch.zeros(1)}, tmp_path / 'consolidated.safetensors')
@@ -146,6 +146,8 @@ def test_the_prefix_may_be_missing(made, name, prefix, tmp_path):
                   'gpt_neox.layers.1.attention.masked_bias': (),
                   'gpt_neox.layers.1.attention.rotary_emb.inv_freq': (3,)}),
     ('llama', {'model.layers.2.self_attn.rotary_emb.inv_freq': (5,)}),
+    ('gpt_neo', {'transformer.h.0.attn.attention.bias': (1, 1, 48, 48),
+                 'transformer.h.0.attn.attention.masked_bias': ()}),
     # the layer after the last predicts a second token
     ('deepseek_v3', {'model.layers.4.eh_proj.weight': (36, 72), 'model.layers.4.enorm.weight': (36,),
                      'model.layers.4.shared_head.head.weight': (V, 36),
@@ -224,6 +226,19 @@ def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_pa
     made = made(name)
     made.model.save_pretrained(tmp_path, save_original_format=False)
     assert torch.equal(logits_of(load(tmp_path), made), logits_of(ours(name), made))
+
+
+def test_kimi_k2_is_read_as_deepseek_v3_under_another_name(made, ours, tmp_path):
+    """Its YaRN has no ramp; transformers does not know the name, and what is exported is a deepseek_v3."""
+    def rename(config, tensors):
+        config |= {'model_type': 'kimi_k2', 'auto_map': {'AutoConfig': 'configuration_deepseek.Config'},
+                   'topk_method': 'noaux_tc', 'scoring_func': 'sigmoid', 'ep_size': 1, 'moe_layer_freq': 1}
+    made = made('deepseek_v3-yarn-step')
+    model = load(copy_of(made, tmp_path, rename))
+    assert model.config == ours('deepseek_v3-yarn-step').config
+    assert_logits(model, made, 'kimi_k2')
+    model.save_pretrained(tmp_path / 'again')
+    assert_logits(load_reference(tmp_path / 'again', made.case), made, 'kimi_k2, exported')
 
 
 def test_an_adapter_is_called_one(tmp_path):
@@ -452,6 +467,20 @@ BAD = {
     'bart with norms before': ('bart', setting(normalize_before=True), 'normalize_before'),
     'bart with a last norm': ('bart', setting(add_final_layer_norm=True), 'add_final_layer_norm'),
     'an untied bart': ('bart', setting(tie_word_embeddings=False), 'tie_word_embeddings'),
+    'layers of gpt_neo': ('gpt_neo', setting(attention_types=[[['global', 'local'], 3]]), 'attention_types'),
+    'other words in gpt_neo': ('gpt_neo', setting(attention_types=[[['all'], 4]]), 'attention_types'),
+    'no pairs in attention_types': ('gpt_neo', setting(attention_types=[['global', 'local']]),
+                                    'attention_types'),
+    'a narrow opt': ('opt', setting(word_embed_proj_dim=30), 'word_embed_proj_dim'),
+    'an opt with norms without weights': ('opt', setting(layer_norm_elementwise_affine=False),
+                                          'layer_norm_elementwise_affine'),
+    'an opt without the last norm': ('opt', setting(_remove_final_layer_norm=True),
+                                     '_remove_final_layer_norm'),
+    'an odd rotary_dim': ('gptj', setting(rotary_dim=7), 'rotary_dim'),
+    'more than a head rotates': ('gptj', setting(rotary_dim=14), 'rotary_dim'),
+    'a gptj without rotary_dim': ('gptj', setting(rotary_dim=None), 'rotary_dim'),
+    'heads of codegen': ('codegen', setting(n_head=5), 'n_head'),
+    'a phi with norms of queries': ('phi', setting(qk_layernorm=True), 'qk_layernorm'),
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }

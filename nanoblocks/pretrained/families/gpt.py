@@ -187,7 +187,7 @@ FAMILIES['mpt'] = Family(
 def read_gpt_neo(hf):
     n, words = hf['num_layers'], []
     for group in hf['attention_types']:
-        kinds, times = group if isinstance(group, list) and len(group) == 2 else ((), 0)
+        kinds, times = group if [type(part) for part in group] == [list, int] else ((), 0)
         words += list(kinds) * min(times, n)
     if len(words) != n or not set(words) <= {'global', 'local'}:
         refuse(hf, 'attention_types', f'hold the words global and local with their number, for {n} layers')
