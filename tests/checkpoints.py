@@ -154,6 +154,10 @@ T5 = dict(d_model=36, num_heads=6, d_kv=10, d_ff=51, num_layers=3, num_decoder_l
 GATED = dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)
 # what a head of its own is told to be: the config class always ties it
 UNTIED = ('t5-gated-untied', 't5-scaled-untied', 'mt5', 'umt5-untied')
+# 6 of 12 coordinates rotate
+GLM = dict(head_dim=12, **rope(partial_rotary_factor=0.5))
+# a quarter of 12 coordinates are 3, of 18 are 4
+STABLE = dict(num_attention_heads=2, num_key_value_heads=2, **rope(partial_rotary_factor=0.25))
 OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
 OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
 
@@ -472,6 +476,78 @@ CASES = {
     'bart-scaled-relu': Case('bart', {**BART, 'scale_embedding': True, 'activation_function': 'relu',
                                       'encoder_layers': 3, 'decoder_layers': 1}, inert='k_proj.bias'),
 
+    # dense models
+    'gemma': Case('gemma', old={'hidden_act': 'gelu', 'hidden_activation': None}),
+    'gemma-biased-untied': Case('gemma', {'attention_bias': True, 'tie_word_embeddings': False, **LLAMA3}),
+    'vaultgemma': Case('vaultgemma', {**GEMMA, **FOUR, 'attn_logit_softcapping': 1.5,
+                                      'final_logit_softcapping': 4.0}),
+    'vaultgemma-no-caps': Case('vaultgemma', {**GEMMA, 'attn_logit_softcapping': None,
+                                              'final_logit_softcapping': None, 'attention_bias': True}),
+    'glm': Case('glm', GLM),
+    'glm-unbiased-tied': Case('glm', {**GLM, 'attention_bias': False, 'tie_word_embeddings': True,
+                                      **rope(partial_rotary_factor=1.0)}),
+    'glm-linear': Case('glm', {**GLM, **rope('linear', factor=2.5, partial_rotary_factor=0.2)}),
+    'glm4': Case('glm4', GLM),
+    'glm4-unbiased-tied': Case('glm4', {**GLM, 'attention_bias': False, 'tie_word_embeddings': True,
+                                        **rope(partial_rotary_factor=1.0)}),
+    'cohere2': Case('cohere2', {**WINDOW, **FIVE, 'logit_scale': 0.7}),
+    'cohere2-pattern-untied': Case('cohere2', {
+        **WINDOW, **FOUR, **LLAMA3, 'attention_bias': True, 'tie_word_embeddings': False, 'logit_scale': 0.7,
+        'layer_types': layers('sfsf')}, old={'sliding_window_pattern': 2},
+        inert=r'layers\.[13]\..*k_proj.bias'),
+    'cohere2-all-windows': Case('cohere2', {**WINDOW, 'logit_scale': 1.3, 'layer_types': layers('sss')}),
+    'cohere2-no-windows': Case('cohere2', {'layer_types': layers('fff'), 'logit_scale': 1.3},
+                               old={'sliding_window_pattern': 1}),
+    'olmo': Case('olmo'),
+    'olmo-clipped': Case('olmo', {**YARN, 'clip_qkv': 0.6, 'num_key_value_heads': 6}),
+    'olmo-biased-tied': Case('olmo', {'attention_bias': True, 'tie_word_embeddings': True}),
+    'olmo3': Case('olmo3', {**WINDOW, **FIVE}),
+    'olmo3-yarn-biased': Case('olmo3', {
+        **WINDOW, **FOUR, 'attention_bias': True, 'layer_types': layers('fsfs'), 'rope_parameters': {
+            'full_attention': YARN['rope_parameters'] | {'rope_theta': 5e5},
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 5e5}}}, old={
+                'layer_types': layers('fsfs'), 'rope_local_base_freq': ABSENT}),
+    'olmo3-two-bases': Case('olmo3', {
+        **WINDOW, **FOUR, 'tie_word_embeddings': True, 'rope_parameters': {
+            'full_attention': {'rope_type': 'default', 'rope_theta': 5000.0},
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 500.0}}}, old=None),
+    'olmo3-no-windows': Case('olmo3', {'layer_types': layers('fff')}, old={'layer_types': layers('fff')}),
+    'olmo3-all-windows': Case('olmo3', WINDOW),
+    'exaone4': Case('exaone4', {**WINDOW, **FIVE}),
+    'exaone4-llama3-listed': Case('exaone4', {
+        **WINDOW, **FIVE, **LLAMA3, 'layer_types': layers('sfssf'), 'tie_word_embeddings': True},
+        old={'layer_types': layers('sfssf'), 'sliding_window_pattern': 'LGL'}),
+    'exaone4-no-windows': Case('exaone4', {'sliding_window': None, 'layer_types': layers('fff')},
+                               old={'layer_types': layers('fff'), 'sliding_window_pattern': None}),
+    'stablelm': Case('stablelm', STABLE),
+    'stablelm-parallel-norms': Case('stablelm', {
+        **STABLE, **rope(partial_rotary_factor=0.5), 'use_parallel_residual': True, 'qk_layernorm': True,
+        'num_key_value_heads': 1}),
+    'stablelm-biased-norms': Case('stablelm', {
+        **STABLE, **rope(partial_rotary_factor=1.0), 'use_qkv_bias': True, 'qk_layernorm': True,
+        'num_attention_heads': 6, 'num_key_value_heads': 2, 'tie_word_embeddings': True}),
+    'arcee': Case('arcee'),
+    'arcee-biased-tied-yarn': Case('arcee', {**YARN, 'attention_bias': True, 'mlp_bias': True,
+                                             'tie_word_embeddings': True}),
+    'seed_oss': Case('seed_oss'),
+    'seed_oss-other-biases': Case('seed_oss', {
+        'attention_bias': False, 'attention_out_bias': True, 'mlp_bias': True, 'tie_word_embeddings': True}),
+    'ernie4_5': Case('ernie4_5'),
+    'ernie4_5-biased-untied': Case('ernie4_5', {'use_bias': True, 'tie_word_embeddings': False, **LLAMA3}),
+    'helium': Case('helium', {'head_dim': 6}),
+    'helium-biased-tied': Case('helium', {'head_dim': 6, 'attention_bias': True, 'mlp_bias': True,
+                                          'tie_word_embeddings': True}),
+    'cwm': Case('cwm', {**WINDOW, **FIVE, **LLAMA3}),
+    'cwm-biased-listed': Case('cwm', {**WINDOW, **LLAMA3, 'mlp_bias': True, 'layer_types': layers('sfs'),
+                                      'tie_word_embeddings': True}, old={'layer_types': layers('sfs')}),
+    'ministral': Case('ministral', {**WINDOW, **FOUR, 'layer_types': layers('sffs')},
+                      old={'layer_types': layers('sffs')}),
+    'ministral-all-windows': Case('ministral', {**WINDOW, **YARN}),
+    'nemotron': Case('nemotron', HALF | dict(num_attention_heads=3, num_key_value_heads=1)),
+    'nemotron-biased-tied': Case('nemotron', {
+        **rope(partial_rotary_factor=0.2), 'attention_bias': True, 'mlp_bias': True,
+        'tie_word_embeddings': True}),
+
     # combinations at the edge of what a key can say
     'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),
     'mistral-yarn-by-one': Case('mistral', {**WINDOW, **rope('yarn', factor=1.0, mscale=0.7)}),
@@ -514,6 +590,9 @@ HYBRIDS = ('nemotron_h', 'bamba', 'falcon_h1', 'granitemoehybrid', 'falcon_mamba
            'zamba2')
 RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid', 'kimi_linear', 'minimax',
              'bailing_hybrid', 'xlstm', *HYBRIDS)
+# dense models, those last that an earlier family exports
+DENSE = ('gemma', 'vaultgemma', 'glm', 'glm4', 'cohere2', 'olmo', 'olmo3', 'exaone4', 'stablelm', 'arcee',
+         'nemotron', 'seed_oss', 'ernie4_5', 'helium', 'cwm', 'ministral')
 # model types that fill in masked tokens
 ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert', 'nomic_bert')
 # model types with an encoder and a decoder

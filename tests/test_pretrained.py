@@ -9,6 +9,7 @@ import torch
 from checkpoints import (
     BOTH,
     CASES,
+    DENSE,
     ENCODERS,
     HYBRIDS,
     NEW,
@@ -93,10 +94,10 @@ def test_the_published_config_means_the_same(made, name):
 # Ours against the reference
 
 every_own_family = pytest.mark.parametrize('name', [
-    name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH)])
+    name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH, *DENSE)])
 # the exact families that export whatever their size
 EXPORTED = ('gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek_v3', 'mamba2', 'jamba',
-            *HYBRIDS, *ENCODERS, *BOTH)
+            *HYBRIDS, *ENCODERS, *BOTH, *DENSE)
 FLAGS = [field.name for field in fields(GPTConfig)]
 
 
@@ -123,7 +124,7 @@ def test_greedy_tokens_equal_transformers(made, ours, name):
     assert tokens.tolist() == made.tokens.tolist()
 
 
-@pytest.mark.parametrize('name', RECURRENT)
+@pytest.mark.parametrize('name', [*RECURRENT, *DENSE])
 @torch.no_grad()
 def test_a_row_behind_padding_equals_transformers(made, ours, name):
     made, pad = made(name), 5
@@ -167,7 +168,7 @@ def test_padding_of_a_source_is_seen_by_none(made, ours, name):
 
 @every_own_family
 @torch.no_grad()
-def test_encoders_export_as_their_own_family(made, ours, name, tmp_path, monkeypatch):
+def test_models_export_as_their_own_family(made, ours, name, tmp_path, monkeypatch):
     """Also where another family comes first: a RoBERTa may be a BERT."""
     made, model = made(name), ours(name)
     kind = made.case.model_type
@@ -246,6 +247,7 @@ OPTIONAL = """
     scale_decoder_outputs conv_L_cache conv_bias use_expert_bias mixer_rms_eps time_step_min
     position_embedding_type attention_in_multiplier attention_out_multiplier key_multiplier ssm_in_multiplier
     ssm_out_multiplier lm_head_multiplier ssm_multipliers mlp_multipliers mamba_rms_norm projectors_bias
+    clip_qkv attention_out_bias use_qkv_bias qk_layernorm
 """.split()
 
 

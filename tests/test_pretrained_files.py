@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints import (
     BOTH,
+    DENSE,
     ENCODERS,
     RECURRENT,
     Marker,
@@ -37,7 +38,7 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
-                                  *RECURRENT, *ENCODERS, *BOTH])
+                                  *RECURRENT, *ENCODERS, *BOTH, *DENSE])
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)

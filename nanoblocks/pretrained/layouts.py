@@ -134,15 +134,22 @@ def interleaved_pairs(p, dim=0):
 
 
 def qkv_interleaved(p, c):
-    """Three tensors, queries and keys with interleaved pairs."""
+    """Three tensors, queries and keys with interleaved pairs in the first rows of a head, which rotate."""
     query, key, value = p.split(qkv_rows(c))
-    heads = [(x, x.unflatten(0, (-1, c.head_dim))) for x in (query, key)]
-    return [*(piece(interleaved_pairs(by_head, 1), x.shape) for x, by_head in heads), piece(value)]
+    width = round(c.head_dim * c.rope_fraction)
+    return [*first_rows_interleaved(query, (width, c.head_dim - width)),
+            *first_rows_interleaved(key, (width, c.head_dim - width)), piece(value)]
 
 
 def norm_interleaved(p, c):
     """A norm's weight per head and coordinate, (H,D), with interleaved pairs."""
     return [piece(interleaved_pairs(p, 1), p.shape)]
+
+
+def first_rows_interleaved(p, widths):
+    """Heads of widths[0] rows that rotate, with interleaved pairs, and widths[1] that do not."""
+    rotated, fixed = p.unflatten(0, (-1, sum(widths))).split(widths, dim=1)
+    return interleave(p, (interleaved_pairs(rotated, 1), fixed), widths)
 
 
 def last_rows_interleaved(p, widths):

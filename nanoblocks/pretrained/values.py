@@ -25,7 +25,7 @@ COUNTS = {
     'num_nextn_predict_layers', 'num_shared_experts', 'original_max_position_embeddings', 'q_lora_rank',
     'qk_nope_head_dim', 'qk_rope_head_dim', 'relative_attention_max_distance',
     'relative_attention_num_buckets', 'shared_expert_intermediate_size', 'shared_intermediate_size',
-    'short_conv_kernel_size', 'sliding_window', '_sliding_window_pattern', 'sliding_window_pattern',
+    'short_conv_kernel_size', 'sliding_window', '_sliding_window_pattern',
     'ssm_state_size', 'state_size', 'topk_group', 'type_vocab_size', 'v_head_dim', 'vocab_size'}
 NUMBERS = {
     'alibi_bias_max', 'attention_factor', 'attention_in_multiplier', 'attention_multiplier',
@@ -43,15 +43,18 @@ NUMBERS = {
     'time_step_min', 'v_dim_factor'}
 TRUTHS = {
     'add_bias_linear', 'add_cross_attention', 'add_final_layer_norm', 'add_out_norm', 'alibi',
-    'apply_residual_connection_post_layernorm', 'attention_bias', 'bias', 'block_auto_adjust_ff_dim',
+    'apply_residual_connection_post_layernorm', 'attention_bias',
+    'attention_out_bias', 'bias', 'block_auto_adjust_ff_dim',
     'classifier_bias', 'conv_bias', 'decoder_bias', 'is_decoder', 'is_encoder_decoder', 'kda_safe_gate',
     'linear_allow_neg_eigval', 'mamba_conv_bias', 'mamba_norm_before_gate', 'mamba_proj_bias',
     'mamba_rms_norm', 'mlp_bias', 'moe_renormalize', 'multi_query', 'new_decoder_architecture',
     'norm_bias', 'norm_topk_prob', 'normalize_before', 'parallel_attn', 'prefix_lm', 'projectors_bias',
+    'qk_layernorm',
     'qk_ln', 'qkv_bias', 'rope_interleave', 'scale_attn_by_inverse_layer_idx', 'scale_attn_weights',
     'scale_decoder_outputs', 'scale_embedding', 'slow_but_exact', 'tie_embedding', 'tie_word_embeddings',
     'truncate', 'use_bias', 'use_conv_bias', 'use_expert_bias', 'use_long_context', 'use_mem_rope',
-    'use_parallel_residual', 'use_qk_norm', 'use_shared_attention_adapter', 'use_sliding_window'}
+    'use_parallel_residual', 'use_qk_norm', 'use_qkv_bias',
+    'use_shared_attention_adapter', 'use_sliding_window'}
 WORDS = {
     'activation', 'activation_function', 'classifier_activation', 'feed_forward_proj', 'hidden_act',
     'hidden_activation', 'hybrid_override_pattern', 'mamba_hidden_act', 'mlp_hidden_act', 'model_type',
@@ -79,6 +82,8 @@ RULES = (
     (NUMBERS, is_number, 'be a finite number'),
     (TRUTHS, lambda value: type(value) is bool, 'be true or false'),
     (WORDS, lambda value: type(value) is str, 'be a string'),
+    ({'sliding_window_pattern'}, lambda value: is_count(value) or type(value) is str,
+     'be a whole number or letters'),
     (LISTS_OF_NUMBERS, lambda value: type(value) is list and all(map(is_number, value)),
      'be a list of numbers'),
     (LISTS_OF_WORDS, lambda value: type(value) is list and all(type(x) is str for x in value),
