@@ -72,6 +72,10 @@ def layers(letters):
     return [words[letter] for letter in letters]
 
 
+def without_theta(rope):
+    return {key: value for key, value in rope['rope_parameters'].items() if key != 'rope_theta'}
+
+
 LINEAR = rope('linear', factor=2.5)
 DYNAMIC = {**rope('dynamic', factor=3.0), 'max_position_embeddings': 16}
 BEFORE = dict(original_max_position_embeddings=11)
@@ -506,7 +510,8 @@ CASES = {
         **WINDOW, **FOUR, 'attention_bias': True, 'layer_types': layers('fsfs'), 'rope_parameters': {
             'full_attention': YARN['rope_parameters'] | {'rope_theta': 5e5},
             'sliding_attention': {'rope_type': 'default', 'rope_theta': 5e5}}}, old={
-                'layer_types': layers('fsfs'), 'rope_local_base_freq': ABSENT}),
+                'layer_types': layers('fsfs'), 'rope_local_base_freq': ABSENT,
+                'rope_scaling': without_theta(YARN)}),
     'olmo3-two-bases': Case('olmo3', {
         **WINDOW, **FOUR, 'tie_word_embeddings': True, 'rope_parameters': {
             'full_attention': {'rope_type': 'default', 'rope_theta': 5000.0},
@@ -521,7 +526,7 @@ CASES = {
                                old={'layer_types': layers('fff'), 'sliding_window_pattern': None}),
     'stablelm': Case('stablelm', STABLE),
     'stablelm-parallel-norms': Case('stablelm', {
-        **STABLE, **rope(partial_rotary_factor=0.5), 'use_parallel_residual': True, 'qk_layernorm': True,
+        **STABLE, **rope(partial_rotary_factor=0.35), 'use_parallel_residual': True, 'qk_layernorm': True,
         'num_key_value_heads': 1}),
     'stablelm-biased-norms': Case('stablelm', {
         **STABLE, **rope(partial_rotary_factor=1.0), 'use_qkv_bias': True, 'qk_layernorm': True,
@@ -537,13 +542,14 @@ CASES = {
     'helium': Case('helium', {'head_dim': 6}),
     'helium-biased-tied': Case('helium', {'head_dim': 6, 'attention_bias': True, 'mlp_bias': True,
                                           'tie_word_embeddings': True}),
-    'cwm': Case('cwm', {**WINDOW, **FIVE, **LLAMA3}),
-    'cwm-biased-listed': Case('cwm', {**WINDOW, **LLAMA3, 'mlp_bias': True, 'layer_types': layers('sfs'),
-                                      'tie_word_embeddings': True}, old={'layer_types': layers('sfs')}),
+    'cwm': Case('cwm', {**WINDOW, **FIVE, **LLAMA3, 'bos_token_id': 1}),
+    'cwm-biased-listed': Case('cwm', {
+        **WINDOW, **LLAMA3, 'mlp_bias': True, 'layer_types': layers('sfs'), 'bos_token_id': 1,
+        'tie_word_embeddings': True}, old={'layer_types': layers('sfs')}),
     'ministral': Case('ministral', {**WINDOW, **FOUR, 'layer_types': layers('sffs')},
                       old={'layer_types': layers('sffs')}),
     'ministral-all-windows': Case('ministral', {**WINDOW, **YARN}),
-    'nemotron': Case('nemotron', HALF | dict(num_attention_heads=3, num_key_value_heads=1)),
+    'nemotron': Case('nemotron', GLM),
     'nemotron-biased-tied': Case('nemotron', {
         **rope(partial_rotary_factor=0.2), 'attention_bias': True, 'mlp_bias': True,
         'tie_word_embeddings': True}),

@@ -1,4 +1,5 @@
 """Published families: logits equal to `transformers`, in and out (checkpoints.py makes the checkpoints)."""
+import copy
 import re
 import textwrap
 from dataclasses import MISSING, fields
@@ -309,6 +310,22 @@ def test_null_and_other_words_for_a_key_are_understood(made, ours, tmp_path):
         del config['rope_scaling']['rope_type']
     (tmp_path / 'phi3').mkdir()
     assert load(copy_of(made('phi3-long'), tmp_path / 'phi3', older)).config == ours('phi3-long').config
+
+
+def test_letters_of_a_pattern_are_understood(made, tmp_path):
+    """EXAONE 4 as published: the last layer sees all, whatever its letter."""
+    def change(config, tensors):
+        config |= {'layer_types': None, 'sliding_window_pattern': 'LLLG'}
+    assert load(copy_of(made('exaone4'), tmp_path, change)).config.layer_pattern == 'wwwnn'
+
+
+@torch.no_grad()
+def test_norms_without_weights_are_exported_as_long_as_these_are_ones(ours, tmp_path):
+    model = copy.deepcopy(ours('olmo'))
+    model.h[1].ln_2.weight[3] = 1.1
+    with pytest.raises(ValueError, match=r'h\.1\.ln_2\.weight=trained must be all ones.* olmo') as error:
+        model.save_pretrained(tmp_path)
+    one_sentence(error.value)
 
 
 def test_adding_a_family_is_what_the_docstring_shows(tmp_path, monkeypatch):

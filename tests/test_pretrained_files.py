@@ -452,6 +452,19 @@ BAD = {
     'bart with norms before': ('bart', setting(normalize_before=True), 'normalize_before'),
     'bart with a last norm': ('bart', setting(add_final_layer_norm=True), 'add_final_layer_norm'),
     'an untied bart': ('bart', setting(tie_word_embeddings=False), 'tie_word_embeddings'),
+    'weights in the norms of olmo': ('olmo', tensor('model.norm.weight', torch.ones(36)),
+                                     'model.norm.weight'),
+    'scaled local rope of olmo3': ('olmo3', lambda config, tensors: config['rope_parameters'].update(
+        sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
+    'other letters of exaone4': ('exaone4', setting(sliding_window_pattern='LLX'), 'sliding_window_pattern'),
+    'no letters of exaone4': ('exaone4', setting(sliding_window_pattern=''), 'sliding_window_pattern'),
+    'letters of gemma3': ('gemma3', setting(sliding_window_pattern='LLG', layer_types=None), 'gemma3'),
+    'a bidirectional gemma': ('gemma', setting(use_bidirectional_attention=True),
+                              'use_bidirectional_attention'),
+    'a gate in arcee': ('arcee', setting(hidden_act='silu'), 'hidden_act'),
+    'odd part of a head of glm': ('glm', rope_setting(partial_rotary_factor=0.25), 'partial_rotary_factor'),
+    'a head too few of stablelm': ('stablelm-parallel-norms', tensor(
+        'model.layers.1.self_attn.q_layernorm.norms.1.weight', None), 'q_layernorm.norms.1'),
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }
@@ -462,7 +475,7 @@ WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math
 
 @pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
                                   'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT, *ENCODERS,
-                                  *BOTH])
+                                  *BOTH, *DENSE])
 def test_any_value_in_any_key_is_answered(made, name, tmp_path):
     """A model, or one sentence, and at once; 13 wrong values for each key."""
     folder = copy_of(made(name), tmp_path)

@@ -80,10 +80,13 @@ def read_exaone4(hf):
     if not window:
         return read_rotating(hf, 'a', [True])
 
+    if not every or isinstance(every, str) and set(every) - set('LG'):
+        refuse(hf, 'sliding_window_pattern', 'be a number of layers, or letters L and G')
+
     def letter(i):
-        # a number of layers, or letters that repeat, of which the last layer has no part
         if isinstance(every, int):
-            return 'w' if every and (i + 1) % every else 'a'
+            return 'w' if (i + 1) % every else 'a'
+        # whatever its letter, the last layer sees all
         return 'w' if every[i % len(every)] == 'L' and i + 1 < hf['num_hidden_layers'] else 'a'
     letters = mixer_letters(hf, letter)
     return read_rotating(hf, letters, [letter == 'w' for letter in letters])

@@ -72,13 +72,18 @@ def read_cwm(hf):
     return read_rope(hf, rope_parameters(hf) or CWM_ROPE) | {'layer_pattern': shortest_pattern(letters)}
 
 
+def write_cwm(c):
+    # transformers needs a number, which the tokenizer's replaces
+    return write_windows(c) | {'bos_token_id': 128000}
+
+
 FAMILIES['cwm'] = Family(
     architecture='CwmForCausalLM',
     flags=LLAMA_FLAGS,
     keys=WINDOW_KEYS | {'mlp_bias': 'ffn_bias'},
     defaults={'rms_norm_eps': 1e-5, 'rope_theta': 1e6, 'sliding_window': 8192, 'head_dim': 128},
     tensors=LLAMA_TENSORS,
-    mixers='aw', read=read_cwm, write=write_windows)
+    mixers='aw', read=read_cwm, write=write_cwm)
 
 
 # ----------------------------------------------------------------------------------------------------------
