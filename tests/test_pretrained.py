@@ -11,6 +11,7 @@ from checkpoints import (
     CASES,
     ENCODERS,
     HYBRIDS,
+    MIXTURES,
     NEW,
     RECURRENT,
     TOLERANCE,
@@ -96,7 +97,7 @@ every_own_family = pytest.mark.parametrize('name', [
     name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH)])
 # the exact families that export whatever their size
 EXPORTED = ('gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek_v3', 'mamba2', 'jamba',
-            *HYBRIDS, *ENCODERS, *BOTH)
+            *MIXTURES, *HYBRIDS, *ENCODERS, *BOTH)
 FLAGS = [field.name for field in fields(GPTConfig)]
 
 
@@ -123,7 +124,7 @@ def test_greedy_tokens_equal_transformers(made, ours, name):
     assert tokens.tolist() == made.tokens.tolist()
 
 
-@pytest.mark.parametrize('name', RECURRENT)
+@pytest.mark.parametrize('name', [*RECURRENT, *MIXTURES])
 @torch.no_grad()
 def test_a_row_behind_padding_equals_transformers(made, ours, name):
     made, pad = made(name), 5

@@ -27,6 +27,7 @@ from nanoblocks.pretrained.families import (
     hybrid,
     kimi,
     llama,
+    mixtures,
     no_rope,
     qwen,
     recurrent,
@@ -40,6 +41,7 @@ from nanoblocks.pretrained.families import (
 FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | experts.FAMILIES
             | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES
             | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES | hybrid.FAMILIES
-            | short_conv.FAMILIES | zamba.FAMILIES | bert.FAMILIES | encdec.FAMILIES)
+            | short_conv.FAMILIES | zamba.FAMILIES | bert.FAMILIES | encdec.FAMILIES
+            | mixtures.FAMILIES)
 # {model_type: why it is none of them}
-REFUSED = encdec.REFUSED
+REFUSED = encdec.REFUSED | mixtures.REFUSED
