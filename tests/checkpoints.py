@@ -159,6 +159,7 @@ V3 = dict(n_routed_experts=6, n_shared_experts=2, num_experts_per_tok=2, moe_int
           first_k_dense_replace=1, routed_scaling_factor=1.7)
 GROUPS = dict(n_group=3, topk_group=2)
 M2 = dict(num_local_experts=5, num_experts_per_tok=2, intermediate_size=19)
+HUNYUAN = dict(num_experts=5, moe_topk=2, intermediate_size=19, eod_token_id=None, sep_token_id=None)
 ERNIE = dict(**FIVE, moe_num_experts=5, moe_k=2, moe_intermediate_size=19)
 OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
 OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
@@ -488,13 +489,15 @@ CASES = {
     'granitemoe-biased-tied': Case('granitemoe', {
         **GRANITE, **YARN, 'num_local_experts': 4, 'num_experts_per_tok': 3, 'attention_bias': True,
         'tie_word_embeddings': True, 'num_key_value_heads': 6}),
-    'dots1': Case('dots1', {**FOUR, **V3, **WINDOW, 'max_window_layers': 2, 'norm_topk_prob': True}),
+    'dots1': Case('dots1', {**FOUR, **V3, **WINDOW, 'max_window_layers': 2, 'norm_topk_prob': True,
+                            'num_experts_per_tok': 3}),
     'dots1-null-window-groups': Case('dots1', {
         **V3, **GROUPS, **YARN, 'sliding_window': None, 'n_shared_experts': 1, 'attention_bias': True,
         'tie_word_embeddings': True, 'first_k_dense_replace': 0}),
     'dots1-layer-types': Case('dots1', {**V3, **WINDOW, 'layer_types': layers('sfs')}, old=None),
-    'glm4_moe': Case('glm4_moe', {**V3, 'head_dim': 12, 'use_qk_norm': True},
+    'glm4_moe': Case('glm4_moe', {**V3, 'head_dim': 12},
                      old={'num_mtp_layers': ABSENT, 'num_nextn_predict_layers': 1}),
+    'glm4_moe-qk-norm': Case('glm4_moe', {**V3, 'head_dim': 20, 'use_qk_norm': True}),
     'glm4_moe-biased-groups': Case('glm4_moe', {
         **V3, **GROUPS, **rope(partial_rotary_factor=1.0), 'attention_bias': True, 'norm_topk_prob': False,
         'tie_word_embeddings': True, 'first_k_dense_replace': 0, 'n_shared_experts': 1}),
@@ -505,7 +508,13 @@ CASES = {
     'minimax_m2-tied-yarn': Case('minimax_m2', {
         **M2, **YARN, 'num_key_value_heads': 6, 'num_experts_per_tok': 3, 'tie_word_embeddings': True}),
     'minimax_m2-one-expert': Case('minimax_m2', {**M2, 'num_experts_per_tok': 1}),
-    'ernie4_5_moe': Case('ernie4_5_moe', ERNIE, old={'moe_layer_end_index': ABSENT}),
+    'hunyuan_v1_moe': Case('hunyuan_v1_moe', {**HUNYUAN, 'head_dim': 10},
+                           old={'num_experts': 5, 'num_experts_per_tok': 2, 'moe_topk': [2, 2, 2]}),
+    'hunyuan_v1_moe-alpha': Case('hunyuan_v1_moe', {
+        **HUNYUAN, **rope('dynamic', alpha=7.0, factor=1.0), 'num_key_value_heads': 6, 'attention_bias': True,
+        'tie_word_embeddings': True}),
+    'hunyuan_v1_moe-one-expert-linear': Case('hunyuan_v1_moe', {**HUNYUAN, **LINEAR, 'moe_topk': 1}),
+    'ernie4_5_moe': Case('ernie4_5_moe', {**ERNIE, 'moe_k': 3}, old={'moe_layer_end_index': ABSENT}),
     'ernie4_5_moe-every-other': Case('ernie4_5_moe', {
         **ERNIE, **YARN, 'moe_layer_interval': 2, 'moe_layer_start_index': 1, 'moe_layer_end_index': 3,
         'moe_num_shared_experts': 0, 'tie_word_embeddings': False, 'num_key_value_heads': 6}),
@@ -553,7 +562,7 @@ HYBRIDS = ('nemotron_h', 'bamba', 'falcon_h1', 'granitemoehybrid', 'falcon_mamba
 RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid', 'kimi_linear', 'minimax',
              'bailing_hybrid', 'xlstm', *HYBRIDS)
 # one of each other family with experts and attention alone
-MIXTURES = ('olmoe', 'granitemoe', 'dots1', 'glm4_moe', 'minimax_m2', 'ernie4_5_moe')
+MIXTURES = ('olmoe', 'granitemoe', 'dots1', 'glm4_moe', 'minimax_m2', 'hunyuan_v1_moe', 'ernie4_5_moe')
 # model types that fill in masked tokens
 ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert', 'nomic_bert')
 # model types with an encoder and a decoder

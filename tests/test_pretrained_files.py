@@ -152,7 +152,7 @@ def test_the_prefix_may_be_missing(made, name, prefix, tmp_path):
                      'model.layers.4.embed_tokens.weight': (V, 36),
                      'model.layers.4.self_attn.o_proj.weight': (36, 54)}),
     ('glm4_moe', {'model.layers.3.eh_proj.weight': (36, 72), 'model.layers.3.enorm.weight': (36,)}),
-    ('ernie4_5_moe', {'model.mtp_block.0.mlp.up_proj.weight': (51, 36), 'model.mtp_emb_norm.0.weight': (36,)}),
+    ('ernie4_5_moe', {'model.mtp_block.0.mlp.up_proj.weight': (51, 36), 'model.mtp_emb.weight': (36,)}),
     ('qwen3_next', {'mtp.fc.weight': (36, 72), 'mtp.layers.0.input_layernorm.weight': (36,)}),
 ])
 def test_what_is_not_a_weight_is_ignored(made, name, strays, tmp_path):
@@ -413,6 +413,8 @@ BAD = {
     'experts in no layer at all': ('ernie4_5_moe', setting(moe_layer_interval=0), 'config.json'),
     'groups that do not divide': ('dots1-null-window-groups', setting(n_group=4), 'n_group=4'),
     'more groups than there are': ('glm4_moe-biased-groups', setting(n_group=3, topk_group=9), 'topk_group'),
+    'experts by layer': ('hunyuan_v1_moe', setting(moe_topk=[2, 3, 2]), 'moe_topk.*a list of the same one'),
+    'experts in a word': ('hunyuan_v1_moe', setting(moe_topk=['a', 'a', 'a']), 'moe_topk'),
     'mimo': ('dots1', setting(model_type='mimo_v2_flash'), 'mimo_v2_flash.*twice the key/value heads'),
     'unknown experts': ('kimi_linear', setting(mlp_layer_types=['dense', 'moe', 'moe', 'moe', 'moe']),
                         'mlp_layer_types'),

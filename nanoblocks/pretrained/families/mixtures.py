@@ -1,4 +1,4 @@
-"""More decoders with experts: OLMoE, Granite MoE, dots.llm1, GLM 4.5, MiniMax M2, ERNIE 4.5 MoE."""
+"""More with experts: OLMoE, Granite MoE, dots.llm1, GLM 4.5, MiniMax M2, ERNIE 4.5 MoE, Hunyuan."""
 from nanoblocks.pretrained.families import hybrid, llama
 from nanoblocks.pretrained.families.deepseek import read_groups
 from nanoblocks.pretrained.families.experts import EXPERT_KEYS, MIXTRAL_TENSORS
@@ -7,17 +7,20 @@ from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_FLAGS, LL
 from nanoblocks.pretrained.families.qwen import QWEN_MOE_TENSORS
 from nanoblocks.pretrained.keys import (
     ROUTER_NORM,
+    Key,
     expert_layers,
     mixer_letters,
     pattern_of,
     refuse,
     renamed,
     shortest_pattern,
+    width_of_head,
     without,
     write_layer_types,
 )
 from nanoblocks.pretrained.layouts import gate_up, one_row, qkv_interleaved
-from nanoblocks.pretrained.rope import read_rope, write_rope
+from nanoblocks.pretrained.rope import read_rope, rope_parameters, rope_type, write_rope
+from nanoblocks.pretrained.values import is_count
 
 FAMILIES = {}
 REFUSED = {'mimo_v2_flash': 'its layers with windows have twice the key/value heads of its other layers, and '
@@ -148,6 +151,50 @@ FAMILIES['minimax_m2'] = Family(
     tensors=MIXTRAL_TENSORS | {
         'h.{e}.ffn.choice_bias': 'model.layers.{i}.block_sparse_moe.e_score_correction_bias'},
     read=read_minimax_m2, write=write_rope)
+
+# ----------------------------------------------------------------------------------------------------------
+# Hunyuan: queries and keys are normed after they rotate; a shared expert as wide as one of the others
+
+
+def same_in_all(flag):
+    """A key that holds a number, or a list of one a layer, which must be equal here."""
+    def read(value, hf):
+        values = value if isinstance(value, list) else [value]
+        if len(set(map(str, values))) != 1 or not is_count(values[0]):
+            raise ValueError('be a whole number, or a list of the same one for each layer: layers that '
+                             'differ in it are not supported')
+        return values[0]
+    return Key((flag,), read, lambda c: getattr(c, flag))
+
+
+def read_alpha(hf):
+    """Rotary positions; `alpha` beside rope_type=dynamic is a larger base for texts of any length."""
+    p = rope_parameters(hf)
+    if rope_type(p) != 'dynamic' or not p.get('alpha'):
+        return read_rope(hf)
+    width, theta = width_of_head(hf), p.get('rope_theta') or hf['rope_theta']
+    return {'rope_theta': theta * p['alpha'] ** (width / (width - 2))}
+
+
+def read_hunyuan(hf):
+    return read_alpha(hf) | {'shared_width': hf['intermediate_size']}
+
+
+FAMILIES['hunyuan_v1_moe'] = Family(
+    architecture='HunYuanMoEV1ForCausalLM',
+    flags=LLAMA_FLAGS | {'ffn_pattern': 'e', 'qk_norm': 'after', 'n_shared': 1},
+    keys=LLAMA_KEYS | ATTENTION_BIAS | {
+        'num_experts': 'n_expert', 'moe_topk': same_in_all('n_expert_used'),
+        'intermediate_size': 'expert_width'},
+    aliases={'num_local_experts': 'num_experts', 'num_experts_per_tok': 'moe_topk'},
+    defaults={'rms_norm_eps': 1e-5, 'num_experts': 1, 'moe_topk': 1},
+    tensors=V3_TENSORS | {
+        'h.{a}.mixer.q_norm_after': 'model.layers.{i}.self_attn.query_layernorm',
+        'h.{a}.mixer.k_norm_after': 'model.layers.{i}.self_attn.key_layernorm',
+        'h.{e}.ffn.router': 'model.layers.{i}.mlp.gate.wg',
+        'h.{e}.ffn.shared.c_fc': ('model.layers.{i}.mlp.shared_mlp.{gate,up}_proj', gate_up),
+        'h.{e}.ffn.shared.c_proj': 'model.layers.{i}.mlp.shared_mlp.down_proj'},
+    read=read_hunyuan, write=write_rope)
 
 # ----------------------------------------------------------------------------------------------------------
 # ERNIE 4.5 MoE: interleaved rotary pairs; softmax scores, with a bias on the choice
