@@ -162,6 +162,13 @@ UNTIED = ('t5-gated-untied', 't5-scaled-untied', 'mt5', 'umt5-untied')
 GLM = dict(head_dim=12, **rope(partial_rotary_factor=0.5))
 # a quarter of 12 coordinates are 3, of 18 are 4
 STABLE = dict(num_attention_heads=2, num_key_value_heads=2, **rope(partial_rotary_factor=0.25))
+OLMOE = dict(num_experts=5, num_experts_per_tok=2, intermediate_size=19)
+V3 = dict(n_routed_experts=6, n_shared_experts=2, num_experts_per_tok=2, moe_intermediate_size=19,
+          first_k_dense_replace=1, routed_scaling_factor=1.7)
+GROUPS = dict(n_group=3, topk_group=2)
+M2 = dict(num_local_experts=5, num_experts_per_tok=2, intermediate_size=19)
+HUNYUAN = dict(num_experts=5, moe_topk=2, intermediate_size=19, eod_token_id=None, sep_token_id=None)
+ERNIE = dict(**FIVE, moe_num_experts=5, moe_k=2, moe_intermediate_size=19)
 OSS = dict(**WINDOW, num_local_experts=5, num_experts_per_tok=2, intermediate_size=19, swiglu_limit=1.5)
 OSS_YARN = {'rope_parameters': {**YARN['rope_parameters'], 'truncate': False}}
 
@@ -549,10 +556,52 @@ CASES = {
     'ministral': Case('ministral', {**WINDOW, **FOUR, 'layer_types': layers('sffs')},
                       old={'layer_types': layers('sffs')}),
     'ministral-all-windows': Case('ministral', {**WINDOW, **YARN}),
+    'hunyuan_v1_dense': Case('hunyuan_v1_dense', {'eod_token_id': None}),
+    'hunyuan_v1_dense-alpha-biased': Case('hunyuan_v1_dense', {
+        **rope('dynamic', alpha=30.0, factor=1.0), 'attention_bias': True, 'tie_word_embeddings': True}),
     'nemotron': Case('nemotron', GLM),
     'nemotron-biased-tied': Case('nemotron', {
         **rope(partial_rotary_factor=0.2), 'attention_bias': True, 'mlp_bias': True,
         'tie_word_embeddings': True}),
+    # more decoders with experts
+    'olmoe': Case('olmoe', OLMOE),
+    'olmoe-mha-normed': Case('olmoe', {
+        **OLMOE, **YARN, 'num_key_value_heads': 6, 'norm_topk_prob': True, 'attention_bias': True,
+        'tie_word_embeddings': True}, old={'clip_qkv': None}),
+    'olmoe-one-expert': Case('olmoe', {**OLMOE, 'num_experts_per_tok': 1, 'norm_topk_prob': True}),
+    'granitemoe': Case('granitemoe', {**GRANITE, 'num_local_experts': 5}),
+    'granitemoe-biased-tied': Case('granitemoe', {
+        **GRANITE, **YARN, 'num_local_experts': 4, 'num_experts_per_tok': 3, 'attention_bias': True,
+        'tie_word_embeddings': True, 'num_key_value_heads': 6}),
+    'dots1': Case('dots1', {**FOUR, **V3, **WINDOW, 'max_window_layers': 2, 'norm_topk_prob': True,
+                            'num_experts_per_tok': 3}),
+    'dots1-null-window-groups': Case('dots1', {
+        **V3, **GROUPS, **YARN, 'sliding_window': None, 'n_shared_experts': 1, 'attention_bias': True,
+        'tie_word_embeddings': True, 'first_k_dense_replace': 0}),
+    'dots1-layer-types': Case('dots1', {**V3, **WINDOW, 'layer_types': layers('sfs')}, old=None),
+    'glm4_moe': Case('glm4_moe', {**V3, 'head_dim': 12},
+                     old={'num_mtp_layers': ABSENT, 'num_nextn_predict_layers': 1}),
+    'glm4_moe-qk-norm': Case('glm4_moe', {**V3, 'head_dim': 20, 'use_qk_norm': True}),
+    'glm4_moe-biased-groups': Case('glm4_moe', {
+        **V3, **GROUPS, **rope(partial_rotary_factor=1.0), 'attention_bias': True, 'norm_topk_prob': False,
+        'tie_word_embeddings': True, 'first_k_dense_replace': 0, 'n_shared_experts': 1}),
+    'glm4_moe-yarn': Case('glm4_moe', {
+        **V3, 'head_dim': 20, **rope('yarn', 20.0, factor=4.0, partial_rotary_factor=0.5, **BENT)}),
+    'minimax_m2': Case('minimax_m2', {**M2, **rope(partial_rotary_factor=0.6)},
+                       old={'partial_rotary_factor': ABSENT, 'rotary_dim': 6}),
+    'minimax_m2-tied-yarn': Case('minimax_m2', {
+        **M2, **YARN, 'num_key_value_heads': 6, 'num_experts_per_tok': 3, 'tie_word_embeddings': True}),
+    'minimax_m2-one-expert': Case('minimax_m2', {**M2, 'num_experts_per_tok': 1}),
+    'hunyuan_v1_moe': Case('hunyuan_v1_moe', {**HUNYUAN, 'head_dim': 10},
+                           old={'num_experts': 5, 'num_experts_per_tok': 2, 'moe_topk': [2, 2, 2]}),
+    'hunyuan_v1_moe-alpha': Case('hunyuan_v1_moe', {
+        **HUNYUAN, **rope('dynamic', alpha=7.0, factor=1.0), 'num_key_value_heads': 6, 'attention_bias': True,
+        'tie_word_embeddings': True}),
+    'hunyuan_v1_moe-one-expert-linear': Case('hunyuan_v1_moe', {**HUNYUAN, **LINEAR, 'moe_topk': 1}),
+    'ernie4_5_moe': Case('ernie4_5_moe', {**ERNIE, 'moe_k': 3}, old={'moe_layer_end_index': ABSENT}),
+    'ernie4_5_moe-every-other': Case('ernie4_5_moe', {
+        **ERNIE, **YARN, 'moe_layer_interval': 2, 'moe_layer_start_index': 1, 'moe_layer_end_index': 3,
+        'moe_num_shared_experts': 0, 'tie_word_embeddings': False, 'num_key_value_heads': 6}),
 
     # combinations at the edge of what a key can say
     'llama-linear-by-one': Case('llama', rope('linear', factor=1.0)),
@@ -598,7 +647,9 @@ RECURRENT = ('lara_mini', 'qwen3_next', 'qwen3_5', 'qwen3_5_moe', 'olmo_hybrid',
              'bailing_hybrid', 'xlstm', *HYBRIDS)
 # dense models, those last that an earlier family exports
 DENSE = ('gemma', 'vaultgemma', 'glm', 'glm4', 'cohere2', 'olmo', 'olmo3', 'exaone4', 'stablelm', 'arcee',
-         'nemotron', 'seed_oss', 'ernie4_5', 'helium', 'cwm', 'ministral')
+         'nemotron', 'hunyuan_v1_dense', 'seed_oss', 'ernie4_5', 'helium', 'cwm', 'ministral')
+# one of each other family with experts and attention alone
+MIXTURES = ('olmoe', 'granitemoe', 'dots1', 'glm4_moe', 'minimax_m2', 'hunyuan_v1_moe', 'ernie4_5_moe')
 # model types that fill in masked tokens
 ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert', 'nomic_bert')
 # model types with an encoder and a decoder
@@ -644,7 +695,7 @@ def redraw(model, seed=0):
         if name.endswith('A_log') and 'attn' in name:
             # slow: what is forgotten at once leaves norms next to nothing, of which rounding is a large part
             p.copy_(0.5 * noise - 2)
-        elif p.dim() == 1 or name.endswith('A_log'):
+        elif p.dim() == 1 or name.endswith(('A_log', 'e_score_correction_bias')):
             p.add_((0.1 if 'bias' in name else 0.25) * noise)
         elif p.shape[0] == V:
             p.copy_((small if tied else 0.6 if 'embed' in name else 0.2) * noise)

@@ -13,6 +13,7 @@ from checkpoints import (
     DENSE,
     ENCODERS,
     HYBRIDS,
+    MIXTURES,
     NEW,
     RECURRENT,
     TOLERANCE,
@@ -98,7 +99,7 @@ every_own_family = pytest.mark.parametrize('name', [
     name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH, *DENSE)])
 # the exact families that export whatever their size
 EXPORTED = ('gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek_v3', 'mamba2', 'jamba',
-            *HYBRIDS, *ENCODERS, *BOTH, *DENSE)
+            *HYBRIDS, *ENCODERS, *BOTH, *DENSE, *MIXTURES)
 FLAGS = [field.name for field in fields(GPTConfig)]
 
 
@@ -125,7 +126,7 @@ def test_greedy_tokens_equal_transformers(made, ours, name):
     assert tokens.tolist() == made.tokens.tolist()
 
 
-@pytest.mark.parametrize('name', [*RECURRENT, *DENSE])
+@pytest.mark.parametrize('name', [*RECURRENT, *DENSE, *MIXTURES])
 @torch.no_grad()
 def test_a_row_behind_padding_equals_transformers(made, ours, name):
     made, pad = made(name), 5

@@ -16,6 +16,7 @@ from checkpoints import (
     BOTH,
     DENSE,
     ENCODERS,
+    MIXTURES,
     RECURRENT,
     Marker,
     V,
@@ -38,7 +39,7 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
-                                  *RECURRENT, *ENCODERS, *BOTH, *DENSE])
+                                  *RECURRENT, *ENCODERS, *BOTH, *DENSE, *MIXTURES])
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)
@@ -151,6 +152,8 @@ def test_the_prefix_may_be_missing(made, name, prefix, tmp_path):
                      'model.layers.4.shared_head.head.weight': (V, 36),
                      'model.layers.4.embed_tokens.weight': (V, 36),
                      'model.layers.4.self_attn.o_proj.weight': (36, 54)}),
+    ('glm4_moe', {'model.layers.3.eh_proj.weight': (36, 72), 'model.layers.3.enorm.weight': (36,)}),
+    ('ernie4_5_moe', {'model.mtp_block.0.mlp.up_proj.weight': (51, 36), 'model.mtp_emb.weight': (36,)}),
     ('qwen3_next', {'mtp.fc.weight': (36, 72), 'mtp.layers.0.input_layernorm.weight': (36,)}),
 ])
 def test_what_is_not_a_weight_is_ignored(made, name, strays, tmp_path):
@@ -218,7 +221,7 @@ def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
-                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS, *BOTH])
+                                  'gpt_neox', 'gpt_oss', 'llama4', *MIXTURES, *RECURRENT, *ENCODERS, *BOTH])
 @torch.no_grad()
 def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
     made = made(name)
@@ -405,6 +408,15 @@ BAD = {
     'biases of bailing': ('bailing_hybrid', setting(attention_bias=True), 'attention_bias'),
     'activation of a recurrence': ('qwen3_5', setting(hidden_act='gelu'), 'hidden_act'),
     'windows in qwen3_next': ('qwen3_next', setting(layer_types=layers('rrsf')), 'layer_types'),
+    'clipped olmoe': ('olmoe', setting(clip_qkv=8.0), 'clip_qkv'),
+    'biases of ernie': ('ernie4_5_moe', setting(use_bias=True), 'use_bias.*head has a bias'),
+    'a floor under the sum of weights': ('ernie4_5_moe', setting(moe_norm_min=0.1), 'moe_norm_min'),
+    'experts in no layer at all': ('ernie4_5_moe', setting(moe_layer_interval=0), 'config.json'),
+    'groups that do not divide': ('dots1-null-window-groups', setting(n_group=4), 'n_group=4'),
+    'more groups than there are': ('glm4_moe-biased-groups', setting(n_group=3, topk_group=9), 'topk_group'),
+    'experts by layer': ('hunyuan_v1_moe', setting(moe_topk=[2, 3, 2]), 'moe_topk.*a list of the same one'),
+    'experts in a word': ('hunyuan_v1_moe', setting(moe_topk=['a', 'a', 'a']), 'moe_topk'),
+    'mimo': ('dots1', setting(model_type='mimo_v2_flash'), 'mimo_v2_flash.*twice the key/value heads'),
     'unknown experts': ('kimi_linear', setting(mlp_layer_types=['dense', 'moe', 'moe', 'moe', 'moe']),
                         'mlp_layer_types'),
     'multimodal qwen3_5': ('qwen3_5', lambda config, tensors: config.update(
@@ -458,6 +470,8 @@ BAD = {
         sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
     'other letters of exaone4': ('exaone4', setting(sliding_window_pattern='LLX'), 'sliding_window_pattern'),
     'no letters of exaone4': ('exaone4', setting(sliding_window_pattern=''), 'sliding_window_pattern'),
+    'ministral3': ('ministral', setting(model_type='ministral3'), 'ministral3.*queries grow'),
+    'apertus': ('arcee', setting(model_type='apertus'), 'apertus.*xIELU'),
     'letters of gemma3': ('gemma3', setting(sliding_window_pattern='LLG', layer_types=None), 'gemma3'),
     'a bidirectional gemma': ('gemma', setting(use_bidirectional_attention=True),
                               'use_bidirectional_attention'),
@@ -475,7 +489,7 @@ WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math
 
 @pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
                                   'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT, *ENCODERS,
-                                  *BOTH, *DENSE])
+                                  *BOTH, *DENSE, *MIXTURES])
 def test_any_value_in_any_key_is_answered(made, name, tmp_path):
     """A model, or one sentence, and at once; 13 wrong values for each key."""
     folder = copy_of(made(name), tmp_path)

@@ -63,6 +63,11 @@ def rows(p, c):
     return [piece(row) for row in p]
 
 
+def one_row(p, c):
+    """A vector is stored as (1,n)."""
+    return [piece(p, (1, len(p)))]
+
+
 def halves(p, c):
     """Two tensors: the rows of both lie below each other."""
     return [piece(half) for half in p.chunk(2)]

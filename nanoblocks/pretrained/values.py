@@ -16,6 +16,7 @@ COUNTS = {
     'mamba_d_conv', 'mamba_d_ssm', 'mamba_d_state', 'mamba_head_dim', 'mamba_headdim', 'mamba_n_groups',
     'mamba_n_heads', 'mamba_ngroups', 'mamba_num_heads', 'max_position_embeddings', 'max_seq_len',
     'max_window_layers', 'model_max_length', 'moe_intermediate_size',
+    'moe_k', 'moe_layer_interval', 'moe_layer_start_index', 'moe_num_experts', 'moe_num_shared_experts',
     'moe_shared_expert_intermediate_size', 'n_ctx', 'n_embd', 'n_embed', 'n_group', 'n_groups', 'n_head',
     'n_heads', 'n_inner', 'n_layer', 'n_layers', 'n_mamba_heads', 'n_positions', 'n_routed_experts',
     'n_shared_experts', 'no_rope_layer_interval', 'num_attention_heads', 'num_blocks',
@@ -24,9 +25,10 @@ COUNTS = {
     'num_layers', 'num_ln_in_parallel_attn', 'num_local_experts', 'num_mem_blocks', 'num_mtp_layers',
     'num_nextn_predict_layers', 'num_shared_experts', 'original_max_position_embeddings', 'q_lora_rank',
     'qk_nope_head_dim', 'qk_rope_head_dim', 'relative_attention_max_distance',
-    'relative_attention_num_buckets', 'shared_expert_intermediate_size', 'shared_intermediate_size',
-    'short_conv_kernel_size', 'sliding_window', '_sliding_window_pattern',
-    'ssm_state_size', 'state_size', 'topk_group', 'type_vocab_size', 'v_head_dim', 'vocab_size'}
+    'relative_attention_num_buckets', 'rotary_dim', 'shared_expert_intermediate_size',
+    'shared_intermediate_size', 'short_conv_kernel_size', 'sliding_window', '_sliding_window_pattern',
+    'ssm_state_size', 'state_size', 'topk_group', 'type_vocab_size', 'v_head_dim',
+    'vocab_size'}
 NUMBERS = {
     'alibi_bias_max', 'attention_factor', 'attention_in_multiplier', 'attention_multiplier',
     'attention_out_multiplier', 'attn_logit_softcapping', 'attn_scale', 'beta_fast', 'beta_slow',
@@ -35,9 +37,10 @@ NUMBERS = {
     'full_attn_beta_factor', 'gate_soft_cap', 'global_rope_theta', 'high_freq_factor', 'kda_lower_bound',
     'key_multiplier', 'layer_norm_eps', 'layer_norm_epsilon', 'linear_attn_alpha_factor',
     'linear_attn_beta_factor', 'lm_head_multiplier', 'local_rope_theta', 'logits_scaling',
-    'low_freq_factor', 'mamba_expand', 'mixer_rms_eps', 'mlp_alpha_factor', 'mlp_beta_factor', 'mscale',
-    'mscale_all_dim', 'norm_eps', 'norm_epsilon', 'output_logit_soft_cap', 'partial_rotary_factor',
-    'qk_dim_factor', 'query_pre_attn_scalar', 'residual_multiplier', 'rms_norm_eps',
+    'low_freq_factor', 'mamba_expand', 'mixer_rms_eps', 'mlp_alpha_factor', 'mlp_beta_factor',
+    'moe_layer_end_index', 'moe_norm_min', 'mscale', 'mscale_all_dim', 'norm_eps', 'norm_epsilon',
+    'output_logit_soft_cap', 'partial_rotary_factor', 'qk_dim_factor', 'query_pre_attn_scalar',
+    'residual_multiplier', 'rms_norm_eps',
     'rope_local_base_freq', 'rope_theta', 'rotary_emb_base', 'rotary_pct', 'routed_scaling_factor',
     'softmax_scale', 'ssm_in_multiplier', 'ssm_out_multiplier', 'swiglu_alpha', 'swiglu_limit',
     'time_step_min', 'v_dim_factor'}

@@ -28,6 +28,7 @@ from nanoblocks.pretrained.families import (
     interleaved,
     kimi,
     llama,
+    mixtures,
     no_rope,
     olmo,
     qwen,
@@ -44,6 +45,7 @@ FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | 
             | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES
             | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES | hybrid.FAMILIES
             | short_conv.FAMILIES | zamba.FAMILIES | bert.FAMILIES | encdec.FAMILIES
-            | relatives.FAMILIES | interleaved.FAMILIES | olmo.FAMILIES)
+            | relatives.FAMILIES | interleaved.FAMILIES | olmo.FAMILIES
+            | mixtures.FAMILIES)
 # {model_type: why it is none of them}
-REFUSED = encdec.REFUSED
+REFUSED = encdec.REFUSED | mixtures.REFUSED | relatives.REFUSED

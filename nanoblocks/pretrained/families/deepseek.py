@@ -55,6 +55,8 @@ def read_deepseek(hf):
 def read_groups(hf, top):
     """Routing that is limited to the best groups, where the limit is below their number."""
     n, used = hf['n_group'], hf['topk_group']
+    if not 1 <= used <= n:
+        refuse(hf, 'topk_group', f'be from 1 to n_group={n}')
     return {'n_group': n, 'n_group_used': used, 'group_top': top} if used < n else {}
 
 

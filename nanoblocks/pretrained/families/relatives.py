@@ -1,21 +1,25 @@
 """
-Dense models that change a detail of Llama, later than those in llama.py: Seed-OSS, Arcee, Ministral, CWM;
-and with LayerNorm StableLM and Nemotron.
+Dense models that change a detail of Llama, later than those in llama.py: Seed-OSS, Arcee, Ministral, CWM,
+Hunyuan; and with LayerNorm StableLM and Nemotron.
 """
 from nanoblocks.pretrained.families.family import LAYERNORM, Family
 from nanoblocks.pretrained.families.interleaved import read_partial, write_partial
 from nanoblocks.pretrained.families.llama import (
+    ATTENTION_BIAS,
     BIAS_KEYS,
     LLAMA_FLAGS,
     LLAMA_KEYS,
     LLAMA_TENSORS,
     WINDOW_KEYS,
 )
+from nanoblocks.pretrained.families.mixtures import NORMS_AFTER, read_alpha
 from nanoblocks.pretrained.keys import mixer_letters, renamed, shortest_pattern, without, write_layer_types
 from nanoblocks.pretrained.layouts import plus_one, rows
 from nanoblocks.pretrained.rope import read_rope, rope_parameters, write_rope
 
 FAMILIES = {}
+REFUSED = {'ministral3': 'its queries grow with their position in layers that rotate',
+           'apertus': 'its activation, xIELU, is none that --ffn knows'}
 
 # three keys for biases
 FAMILIES['seed_oss'] = Family(
@@ -84,6 +88,18 @@ FAMILIES['cwm'] = Family(
     defaults={'rms_norm_eps': 1e-5, 'rope_theta': 1e6, 'sliding_window': 8192, 'head_dim': 128},
     tensors=LLAMA_TENSORS,
     mixers='aw', read=read_cwm, write=write_cwm)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Hunyuan: queries and keys are normed after they rotate
+
+FAMILIES['hunyuan_v1_dense'] = Family(
+    architecture='HunYuanDenseV1ForCausalLM',
+    flags=LLAMA_FLAGS | {'qk_norm': 'after'},
+    keys=LLAMA_KEYS | ATTENTION_BIAS,
+    defaults={'rms_norm_eps': 1e-5},
+    tensors=LLAMA_TENSORS | NORMS_AFTER,
+    read=read_alpha, write=write_rope)
 
 
 # ----------------------------------------------------------------------------------------------------------
