@@ -827,8 +827,8 @@ class AttentionExtraFlags:
         yield 'value_embed', c.attn != 'diff' or not c.value_embed, 'be False when attn=diff'
         for name in ('n_head', 'n_kv_head') if c.attn == 'diff' else ():
             yield name, getattr(c, name) % 2 == 0, 'be even when attn=diff, which takes heads in pairs'
-        yield ('qk_norm', c.qk_norm != 'unit' or c.pos == 'rope',
-               f'be True, full, heads or False when pos={c.pos}, as unit norms only what rotates')
+        yield ('qk_norm', c.qk_norm not in ('unit', 'after') or c.pos == 'rope',
+               f'be True, full, heads or False when pos={c.pos}, as {c.qk_norm} norms what has rotated')
 
 class WidthNorm(RMSNorm):
     """RMS norm over all heads together (OLMo 2). x (B,T,H,D)"""
@@ -854,12 +854,17 @@ QK_NORM = {
     'full': lambda c, n: WidthNorm(n * c.head_dim, c),
     'heads': lambda c, n: HeadsNorm(n, c),
     'unit': lambda c, n: nn.Identity(),  # after they rotate: unit_norm
+    'after': lambda c, n: nn.Identity(),  # after they rotate: norm_after
 }
 
 def unit_norm(attention, q, k, v, ctx, eps):
     """RMS norm without a weight, after the rotation (Llama 4)."""
     q, k = (F.rms_norm(x, x.shape[-1:], eps=eps) for x in (q, k))
     return q, k, v
+
+def norm_after(attention, q, k, v, ctx):
+    """RMS norm of each head with weights, after the rotation (Hunyuan)."""
+    return attention.q_norm_after(q), attention.k_norm_after(k), v
 
 def temperature(attention, q, k, v, ctx, scale, floor):
     """Queries grow by the log of their position, in steps of temp_floor tokens (Llama 4)."""
@@ -874,6 +879,9 @@ def attention_extras(attention, c):
     """The functions above that a layer applies, (attention, q, k, v, ctx) -> (q, k, v)."""
     if c.qk_norm == 'unit' and attention.rotary:
         yield partial(unit_norm, eps=c.norm_eps)
+    if c.qk_norm == 'after':
+        attention.q_norm_after, attention.k_norm_after = (RMSNorm(c.head_dim, c) for _ in 'qk')
+        yield norm_after
     if c.temp_scale is not None and not attention.rotary:
         yield partial(temperature, scale=c.temp_scale, floor=c.temp_floor)
     if c.value_embed:

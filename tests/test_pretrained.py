@@ -1,4 +1,5 @@
 """Published families: logits equal to `transformers`, in and out (checkpoints.py makes the checkpoints)."""
+import copy
 import re
 import textwrap
 from dataclasses import MISSING, fields
@@ -10,8 +11,10 @@ from checkpoints import (
     BOTH,
     CASES,
     CLASSIC,
+    DENSE,
     ENCODERS,
     HYBRIDS,
+    MIXTURES,
     NEW,
     RECURRENT,
     TOLERANCE,
@@ -94,10 +97,10 @@ def test_the_published_config_means_the_same(made, name):
 # Ours against the reference
 
 every_own_family = pytest.mark.parametrize('name', [
-    name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH, *CLASSIC)])
+    name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH, *CLASSIC, *DENSE)])
 # the exact families that export whatever their size
 EXPORTED = ('gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek_v3', 'mamba2', 'jamba',
-            *HYBRIDS, *ENCODERS, *BOTH)
+            *HYBRIDS, *ENCODERS, *BOTH, *CLASSIC, *DENSE, *MIXTURES)
 FLAGS = [field.name for field in fields(GPTConfig)]
 
 
@@ -124,7 +127,7 @@ def test_greedy_tokens_equal_transformers(made, ours, name):
     assert tokens.tolist() == made.tokens.tolist()
 
 
-@pytest.mark.parametrize('name', (*RECURRENT, *CLASSIC))
+@pytest.mark.parametrize('name', [*RECURRENT, *CLASSIC, *DENSE, *MIXTURES])
 @torch.no_grad()
 def test_a_row_behind_padding_equals_transformers(made, ours, name):
     made, pad = made(name), 5
@@ -168,7 +171,7 @@ def test_padding_of_a_source_is_seen_by_none(made, ours, name):
 
 @every_own_family
 @torch.no_grad()
-def test_each_exports_as_its_own_family(made, ours, name, tmp_path, monkeypatch):
+def test_models_export_as_their_own_family(made, ours, name, tmp_path, monkeypatch):
     """Also where another family comes first: a RoBERTa may be a BERT."""
     made, model = made(name), ours(name)
     kind = made.case.model_type
@@ -248,6 +251,7 @@ OPTIONAL = """
     scale_decoder_outputs conv_L_cache conv_bias use_expert_bias mixer_rms_eps time_step_min
     position_embedding_type attention_in_multiplier attention_out_multiplier key_multiplier ssm_in_multiplier
     ssm_out_multiplier lm_head_multiplier ssm_multipliers mlp_multipliers mamba_rms_norm projectors_bias
+    clip_qkv attention_out_bias use_qkv_bias qk_layernorm
 """.split()
 
 
@@ -310,6 +314,22 @@ def test_null_and_other_words_for_a_key_are_understood(made, ours, tmp_path):
         del config['rope_scaling']['rope_type']
     (tmp_path / 'phi3').mkdir()
     assert load(copy_of(made('phi3-long'), tmp_path / 'phi3', older)).config == ours('phi3-long').config
+
+
+def test_letters_of_a_pattern_are_understood(made, tmp_path):
+    """EXAONE 4 as published: the last layer sees all, whatever its letter."""
+    def change(config, tensors):
+        config |= {'layer_types': None, 'sliding_window_pattern': 'LLLG'}
+    assert load(copy_of(made('exaone4'), tmp_path, change)).config.layer_pattern == 'wwwnn'
+
+
+@torch.no_grad()
+def test_norms_without_weights_are_exported_as_long_as_these_are_ones(ours, tmp_path):
+    model = copy.deepcopy(ours('olmo'))
+    model.h[1].ln_2.weight[3] = 1.1
+    with pytest.raises(ValueError, match=r'h\.1\.ln_2\.weight=trained must be all ones.* olmo') as error:
+        model.save_pretrained(tmp_path)
+    one_sentence(error.value)
 
 
 def test_adding_a_family_is_what_the_docstring_shows(tmp_path, monkeypatch):

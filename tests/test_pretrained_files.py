@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from checkpoints import (
     BOTH,
     CLASSIC,
+    DENSE,
     ENCODERS,
+    MIXTURES,
     RECURRENT,
     Marker,
     V,
@@ -38,7 +40,7 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
-                                  *RECURRENT, *ENCODERS, *BOTH, *CLASSIC])
+                                  *RECURRENT, *ENCODERS, *BOTH, *CLASSIC, *DENSE, *MIXTURES])
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)
@@ -153,6 +155,8 @@ def test_the_prefix_may_be_missing(made, name, prefix, tmp_path):
                      'model.layers.4.shared_head.head.weight': (V, 36),
                      'model.layers.4.embed_tokens.weight': (V, 36),
                      'model.layers.4.self_attn.o_proj.weight': (36, 54)}),
+    ('glm4_moe', {'model.layers.3.eh_proj.weight': (36, 72), 'model.layers.3.enorm.weight': (36,)}),
+    ('ernie4_5_moe', {'model.mtp_block.0.mlp.up_proj.weight': (51, 36), 'model.mtp_emb.weight': (36,)}),
     ('qwen3_next', {'mtp.fc.weight': (36, 72), 'mtp.layers.0.input_layernorm.weight': (36,)}),
 ])
 def test_what_is_not_a_weight_is_ignored(made, name, strays, tmp_path):
@@ -220,7 +224,7 @@ def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
-                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS, *BOTH, *CLASSIC])
+                                  'gpt_neox', 'gpt_oss', 'llama4', *MIXTURES, *RECURRENT, *ENCODERS, *BOTH])
 @torch.no_grad()
 def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
     made = made(name)
@@ -420,6 +424,15 @@ BAD = {
     'biases of bailing': ('bailing_hybrid', setting(attention_bias=True), 'attention_bias'),
     'activation of a recurrence': ('qwen3_5', setting(hidden_act='gelu'), 'hidden_act'),
     'windows in qwen3_next': ('qwen3_next', setting(layer_types=layers('rrsf')), 'layer_types'),
+    'clipped olmoe': ('olmoe', setting(clip_qkv=8.0), 'clip_qkv'),
+    'biases of ernie': ('ernie4_5_moe', setting(use_bias=True), 'use_bias.*head has a bias'),
+    'a floor under the sum of weights': ('ernie4_5_moe', setting(moe_norm_min=0.1), 'moe_norm_min'),
+    'experts in no layer at all': ('ernie4_5_moe', setting(moe_layer_interval=0), 'config.json'),
+    'groups that do not divide': ('dots1-null-window-groups', setting(n_group=4), 'n_group=4'),
+    'more groups than there are': ('glm4_moe-biased-groups', setting(n_group=3, topk_group=9), 'topk_group'),
+    'experts by layer': ('hunyuan_v1_moe', setting(moe_topk=[2, 3, 2]), 'moe_topk.*a list of the same one'),
+    'experts in a word': ('hunyuan_v1_moe', setting(moe_topk=['a', 'a', 'a']), 'moe_topk'),
+    'mimo': ('dots1', setting(model_type='mimo_v2_flash'), 'mimo_v2_flash.*twice the key/value heads'),
     'unknown experts': ('kimi_linear', setting(mlp_layer_types=['dense', 'moe', 'moe', 'moe', 'moe']),
                         'mlp_layer_types'),
     'multimodal qwen3_5': ('qwen3_5', lambda config, tensors: config.update(
@@ -481,6 +494,21 @@ BAD = {
     'a gptj without rotary_dim': ('gptj', setting(rotary_dim=None), 'rotary_dim'),
     'heads of codegen': ('codegen', setting(n_head=5), 'n_head'),
     'a phi with norms of queries': ('phi', setting(qk_layernorm=True), 'qk_layernorm'),
+    'weights in the norms of olmo': ('olmo', tensor('model.norm.weight', torch.ones(36)),
+                                     'model.norm.weight'),
+    'scaled local rope of olmo3': ('olmo3', lambda config, tensors: config['rope_parameters'].update(
+        sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
+    'other letters of exaone4': ('exaone4', setting(sliding_window_pattern='LLX'), 'sliding_window_pattern'),
+    'no letters of exaone4': ('exaone4', setting(sliding_window_pattern=''), 'sliding_window_pattern'),
+    'ministral3': ('ministral', setting(model_type='ministral3'), 'ministral3.*queries grow'),
+    'apertus': ('arcee', setting(model_type='apertus'), 'apertus.*xIELU'),
+    'letters of gemma3': ('gemma3', setting(sliding_window_pattern='LLG', layer_types=None), 'gemma3'),
+    'a bidirectional gemma': ('gemma', setting(use_bidirectional_attention=True),
+                              'use_bidirectional_attention'),
+    'a gate in arcee': ('arcee', setting(hidden_act='silu'), 'hidden_act'),
+    'odd part of a head of glm': ('glm', rope_setting(partial_rotary_factor=0.25), 'partial_rotary_factor'),
+    'a head too few of stablelm': ('stablelm-parallel-norms', tensor(
+        'model.layers.1.self_attn.q_layernorm.norms.1.weight', None), 'q_layernorm.norms.1'),
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }
@@ -491,7 +519,7 @@ WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math
 
 @pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
                                   'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT, *ENCODERS,
-                                  *BOTH, *CLASSIC])
+                                  *BOTH, *CLASSIC, *DENSE, *MIXTURES])
 def test_any_value_in_any_key_is_answered(made, name, tmp_path):
     """A model, or one sentence, and at once; 13 wrong values for each key."""
     folder = copy_of(made(name), tmp_path)

@@ -63,6 +63,11 @@ def rows(p, c):
     return [piece(row) for row in p]
 
 
+def one_row(p, c):
+    """A vector is stored as (1,n)."""
+    return [piece(p, (1, len(p)))]
+
+
 def halves(p, c):
     """Two tensors: the rows of both lie below each other."""
     return [piece(half) for half in p.chunk(2)]
@@ -150,7 +155,7 @@ def rotating_rows(heads, c, dim, of_heads):
 
 
 def qkv_interleaved(p, c):
-    """Three tensors, queries and keys with interleaved pairs."""
+    """Three tensors, queries and keys with interleaved pairs in the first rows of a head, which rotate."""
     def by_head(x):
         return x.unflatten(0, (-1, c.head_dim))
     query, key, value = p.split(qkv_rows(c))

@@ -64,6 +64,8 @@ def read_latent_positions(hf):
 def read_groups(hf, top):
     """Routing that is limited to the best groups, where the limit is below their number."""
     n, used = hf['n_group'], hf['topk_group']
+    if not 1 <= used <= n:
+        refuse(hf, 'topk_group', f'be from 1 to n_group={n}')
     return {'n_group': n, 'n_group_used': used, 'group_top': top} if used < n else {}
 
 
@@ -106,8 +108,9 @@ FAMILIES['deepseek_v3'] = Family(
     read=read_deepseek_v3, write=write_deepseek)
 
 
-# Kimi K2 is a V3 whose files have another model_type; YaRN has no ramp in it, both betas being 1
-FAMILIES['kimi_k2'] = replace(FAMILIES['deepseek_v3'])
+# Kimi K2 is a V3 under another name, which transformers does not know; its YaRN has no ramp
+FAMILIES['kimi_k2'] = replace(
+    FAMILIES['deepseek_v3'], write=lambda c: write_deepseek(c) | {'model_type': 'deepseek_v3'})
 
 
 # ----------------------------------------------------------------------------------------------------------

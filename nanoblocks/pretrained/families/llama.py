@@ -96,14 +96,16 @@ FAMILIES['phi3'] = Family(
 # ----------------------------------------------------------------------------------------------------------
 # OLMo 2: norms after the branches; queries and keys normed over all heads at once
 
+OUTPUT_NORMS = {
+    'h.{i}.ln_1_out': 'model.layers.{i}.post_attention_layernorm',
+    'h.{i}.ln_2_out': 'model.layers.{i}.post_feedforward_layernorm'}
+
 FAMILIES['olmo2'] = Family(
     architecture='Olmo2ForCausalLM',
     flags=LLAMA_FLAGS | {'norm_at': 'output', 'qk_norm': 'full'},
     keys=LLAMA_KEYS | ATTENTION_BIAS,
     defaults={'rms_norm_eps': 1e-5},
-    tensors=LLAMA_TENSORS | {
-        'h.{i}.ln_1_out': 'model.layers.{i}.post_attention_layernorm',
-        'h.{i}.ln_2_out': 'model.layers.{i}.post_feedforward_layernorm'},
+    tensors=LLAMA_TENSORS | OUTPUT_NORMS,
     read=read_rope, write=write_rope)
 
 
