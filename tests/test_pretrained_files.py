@@ -33,6 +33,7 @@ from checkpoints import (
     ours,
     safetensors_torch,
     shard,
+    transformers,
 )
 from conftest import ROOT
 
@@ -645,6 +646,85 @@ def nanogpt_logits(weights, idx, n_head=3):
         hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
         x = x + linear(hidden, at + 'mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ weights['lm_head.weight'].T
+
+
+NANOCHAT = dict(sequence_len=32, vocab_size=61, n_layer=2, n_head=3, n_kv_head=1, n_embd=36)
+
+
+def nanochat_weights():
+    """Tensors of a nanochat, with three rows more than tokens."""
+    shapes = {'transformer.wte.weight': (64, 36), 'lm_head.weight': (64, 36)}
+    for i in range(2):
+        h = f'transformer.h.{i}.'
+        shapes |= {h + 'attn.c_q.weight': (36, 36), h + 'attn.c_k.weight': (12, 36),
+                   h + 'attn.c_v.weight': (12, 36), h + 'attn.c_proj.weight': (36, 36),
+                   h + 'mlp.c_fc.weight': (144, 36), h + 'mlp.c_proj.weight': (36, 144)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def nanochat_logits(w, idx):
+    """What nanochat computes, one head after the other."""
+    def norm(x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+
+    def rotated(x):
+        angle = torch.arange(len(x)).double()[:, None] / 10000 ** (torch.arange(6).double() / 6)
+        a, b = x.split(6, -1)
+        return norm(torch.cat((a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()), -1))
+    w, T = {name: p.double() for name, p in w.items()}, len(idx)
+    x = norm(w['transformer.wte.weight'][idx])
+    for i in range(2):
+        q, k, v, proj = (w[f'transformer.h.{i}.attn.c_{part}.weight'] for part in ('q', 'k', 'v', 'proj'))
+        n = norm(x)
+        key = rotated(n @ k.T)
+        scores = [rotated(n @ head.T) @ key.T / 12 ** 0.5 for head in q.split(12)]
+        seen = torch.ones(T, T).tril() > 0
+        y = [s.masked_fill(~seen, -torch.inf).softmax(-1) @ (n @ v.T) for s in scores]
+        x = x + torch.cat(y, -1) @ proj.T
+        hidden = norm(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T
+        x = x + hidden.relu() ** 2 @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T
+    logits = norm(x) @ w['lm_head.weight'].T
+    return (15 * torch.tanh(logits / 15))[:, :61].float()
+
+
+def write_nanochat(folder, step=7, weights=None, **changed):
+    torch.save(nanochat_weights() if weights is None else weights, folder / f'model_{step:06d}.pt')
+    meta = {'step': step, 'val_bpb': 0.9, 'model_config': NANOCHAT | changed, 'user_config': {'depth': 2}}
+    (folder / f'meta_{step:06d}.json').write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize('file', ['', 'model_000007.pt'])
+@torch.no_grad()
+def test_nanochats_own_checkpoints_load(file, tmp_path):
+    write_nanochat(tmp_path, step=3, weights={'of an earlier step': torch.ones(1)})
+    write_nanochat(tmp_path, weights={'_orig_mod.' + name: p for name, p in nanochat_weights().items()})
+    model = GPT.from_pretrained(tmp_path / file if file else tmp_path)
+    idx = torch.randint(61, (21,), generator=torch.Generator().manual_seed(0))
+    error = (model(idx[None])[0][0] - nanochat_logits(nanochat_weights(), idx)).abs().max()
+    assert error < 1e-4, error
+    model.save_pretrained(tmp_path / 'exported')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
+    assert theirs.config.model_type == 'nanochat'
+    assert (theirs(idx[None]).logits[0] - nanochat_logits(nanochat_weights(), idx)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('change, word', [
+    (dict(weights=nanochat_weights() | {'resid_lambdas': torch.ones(2)}), 'resid_lambdas'),
+    (dict(weights={}), 'n_layer'), (dict(n_head=0), 'n_head=0'), (dict(n_kv_head=2), 'n_kv_head'),
+    (dict(n_embd=48), 'transformer.wte.weight'), (dict(vocab_size='x'), 'vocab_size=x'),
+    (dict(n_layer=10 ** 9), 'n_layer')])
+def test_a_strange_checkpoint_of_nanochat_is_refused(change, word, tmp_path):
+    with pytest.raises(ValueError, match=word) as error:
+        GPT.from_pretrained(write_nanochat(tmp_path, **change))
+    one_sentence(error.value)
+
+
+def test_a_checkpoint_of_nanochat_without_settings_is_refused(tmp_path):
+    (write_nanochat(tmp_path) / 'meta_000007.json').unlink()
+    with pytest.raises(FileNotFoundError, match='meta_000007.json'):
+        GPT.from_pretrained(tmp_path / 'model_000007.pt')
 
 
 @pytest.mark.parametrize('bias', [True, False])
