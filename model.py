@@ -828,7 +828,7 @@ class AttentionExtraFlags:
         for name in ('n_head', 'n_kv_head') if c.attn == 'diff' else ():
             yield name, getattr(c, name) % 2 == 0, 'be even when attn=diff, which takes heads in pairs'
         yield ('qk_norm', c.qk_norm not in ('unit', 'after') or c.pos == 'rope',
-               f'be True, full, heads or False when pos={c.pos}, as {c.qk_norm} norms what has rotated')
+               f'be True, full, heads, layer or False if pos={c.pos}, as {c.qk_norm} norms what has rotated')
 
 class WidthNorm(RMSNorm):
     """RMS norm over all heads together (OLMo 2). x (B,T,H,D)"""
@@ -853,6 +853,7 @@ QK_NORM = {
     True: lambda c, n: RMSNorm(c.head_dim, c),
     'full': lambda c, n: WidthNorm(n * c.head_dim, c),
     'heads': lambda c, n: HeadsNorm(n, c),
+    'layer': lambda c, n: LayerNorm(c.head_dim, c),     # with the bias that norm_bias gives it
     'unit': lambda c, n: nn.Identity(),  # after they rotate: unit_norm
     'after': lambda c, n: nn.Identity(),  # after they rotate: norm_after
 }
@@ -3113,7 +3114,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
     # serial, parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM), attnres (Kimi), hyper, mhc
     residual: str = flag('serial', RESIDUAL)
     attn: str = flag('standard', ATTN, layer_pattern='awcnvhz')     # standard, mla (DeepSeek), diff, gau
-    # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), unit (Llama 4)
+    # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), layer (Phi), unit (Llama 4)
     qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnvhz')
     ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation; words with glu and clip are gated
     bias: bool = True               # biases of linear layers and layer norms; default of the *_bias flags

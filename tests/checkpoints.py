@@ -533,6 +533,11 @@ CASES = {
     'nanochat-biased-uncapped': Case('nanochat', {
         **MHA, **LINEAR, 'attention_bias': True, 'final_logit_softcapping': None,
         'tie_word_embeddings': True}),
+    'persimmon': Case('persimmon', {**NEOX, **HALF}),
+    'persimmon-plain-tied': Case('persimmon', {
+        **rope('linear', factor=2.0, partial_rotary_factor=1.0), 'qk_layernorm': False,
+        'tie_word_embeddings': True}),
+    'phi-qk-norm': Case('phi', {**THREE, **HALF, 'qk_layernorm': True}),
     'phi': Case('phi', {**THREE, **HALF}),
     'phi-all-rotates-tied': Case('phi', {**MHA, **rope('linear', factor=2.0, partial_rotary_factor=1.0),
                                          'hidden_act': 'gelu', 'tie_word_embeddings': True}),
@@ -704,7 +709,8 @@ ENCODERS = ('eurobert', 'bert', 'roberta', 'electra', 'distilbert', 'modernbert'
 # model types with an encoder and a decoder
 BOTH = ('t5', 'mt5', 'umt5', 'bart')
 # decoders that another family may export, as an OPT is a GPT-2 with ReLU
-CLASSIC = ('gpt_neo', 'opt', 'gpt_bigcode', 'gptj', 'codegen', 'phi', 'minicpm3', 'nanochat')
+CLASSIC = ('gpt_neo', 'opt', 'gpt_bigcode', 'gptj', 'codegen', 'phi', 'minicpm3', 'nanochat',
+           'persimmon')
 every_case = pytest.mark.parametrize('name', CASES)
 every_encoder = pytest.mark.parametrize('name', [name for name, case in CASES.items()
                                                  if case.model_type in ENCODERS])

@@ -62,7 +62,7 @@ FIELDS = {
     'norm_at': Field(('pre', 'post', 'output', 'sandwich'), ('before',)),
     'rnn_norm_at': Field((None, 'pre', 'output', 'sandwich'), ('before',)),
     'norm_eps': Field((1e-5, 1e-2), (0.0, -1e-5)),
-    'qk_norm': Field((False, True, 'full', 'heads', 'unit', 'after'), ('all',)),
+    'qk_norm': Field((False, True, 'full', 'heads', 'layer', 'unit', 'after'), ('all',)),
     'ffn': Field(('gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu', 'geglu', 'geglu_erf', 'reglu',
                   'glu', 'bilinear', 'swiglu_clip'), ('GELU', 'silu')),
     'ffn_limit': Field((7.0, 0.02), (0.0,)),

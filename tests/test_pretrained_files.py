@@ -494,7 +494,7 @@ BAD = {
     'more than a head rotates': ('gptj', setting(rotary_dim=14), 'rotary_dim'),
     'a gptj without rotary_dim': ('gptj', setting(rotary_dim=None), 'rotary_dim'),
     'heads of codegen': ('codegen', setting(n_head=5), 'n_head'),
-    'a phi with norms of queries': ('phi', setting(qk_layernorm=True), 'qk_layernorm'),
+    'norms of queries that a phi lacks': ('phi', setting(qk_layernorm=True), 'q_layernorm'),
     'weights in the norms of olmo': ('olmo', tensor('model.norm.weight', torch.ones(36)),
                                      'model.norm.weight'),
     'scaled local rope of olmo3': ('olmo3', lambda config, tensors: config['rope_parameters'].update(

@@ -1,11 +1,12 @@
 """
 GPT-J and models with its block, both branches from one LayerNorm and a bias of the logits: CodeGen, Phi.
+Persimmon, which shares Phi's LayerNorm of queries and keys.
 """
 from nanoblocks.pretrained.families.family import ALL_BIASES, LAYERNORM, Family
 from nanoblocks.pretrained.families.gpt import GPT2_KEYS, GPT2_TENSORS, read_neox
 from nanoblocks.pretrained.families.llama import LLAMA_KEYS, LLAMA_TENSORS
-from nanoblocks.pretrained.keys import UNGATED_FFN, refuse, without
-from nanoblocks.pretrained.layouts import qkv_interleaved, qvk_in_quarters
+from nanoblocks.pretrained.keys import UNGATED_FFN, refuse, renamed, without
+from nanoblocks.pretrained.layouts import qkv_by_group, qkv_interleaved, qvk_in_quarters
 from nanoblocks.pretrained.rope import rope_parameters_of
 
 FAMILIES = {}
@@ -67,14 +68,36 @@ def write_part(c):
     return {'rope_parameters': rope_parameters_of(c) | {'partial_rotary_factor': c.rope_fraction}}
 
 
+QK_LAYERNORM = renamed('qk_norm', {True: 'layer', False: False})
+QK_TENSORS = {'h.{a}.mixer.q_norm': 'model.layers.{i}.self_attn.q_layernorm',
+              'h.{a}.mixer.k_norm': 'model.layers.{i}.self_attn.k_layernorm'}
+
 FAMILIES['phi'] = Family(
     architecture='PhiForCausalLM',
     flags=LAYERNORM | ALL_BIASES | {'pos': 'rope', 'residual': 'shared', 'head_bias': True},
     keys=without(LLAMA_KEYS, 'head_dim', 'rms_norm_eps') | {
-        'layer_norm_eps': 'norm_eps', 'hidden_act': UNGATED_FFN},
-    defaults={'hidden_act': 'gelu_new', 'partial_rotary_factor': 0.5},
-    only={'qk_layernorm': False},
-    tensors=LLAMA_TENSORS | {
+        'layer_norm_eps': 'norm_eps', 'hidden_act': UNGATED_FFN, 'qk_layernorm': QK_LAYERNORM},
+    defaults={'hidden_act': 'gelu_new', 'partial_rotary_factor': 0.5, 'qk_layernorm': False},
+    tensors=LLAMA_TENSORS | QK_TENSORS | {
         'ln_f': 'model.final_layernorm', 'h.{a}.mixer.c_proj': 'model.layers.{i}.self_attn.dense',
         'h.{f}.ffn.c_fc': 'model.layers.{i}.mlp.fc1', 'h.{f}.ffn.c_proj': 'model.layers.{i}.mlp.fc2'},
+    read=read_neox, write=write_part)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Persimmon: one branch after the other, a squared ReLU, and a norm of queries and keys
+
+FAMILIES['persimmon'] = Family(
+    architecture='PersimmonForCausalLM',
+    flags=LAYERNORM | ALL_BIASES | {'pos': 'rope', 'bias': False},
+    keys=without(LLAMA_KEYS, 'num_key_value_heads', 'head_dim', 'rms_norm_eps') | {
+        'layer_norm_eps': 'norm_eps', 'hidden_act': renamed('ffn', {'relu2': 'relu2'}),
+        'qk_layernorm': QK_LAYERNORM},
+    defaults={'hidden_act': 'relu2', 'partial_rotary_factor': 0.5, 'qk_layernorm': True},
+    tensors=LLAMA_TENSORS | QK_TENSORS | {
+        'ln_f': 'model.final_layernorm',
+        'h.{a}.mixer.c_attn': ('model.layers.{i}.self_attn.query_key_value', qkv_by_group),
+        'h.{a}.mixer.c_proj': 'model.layers.{i}.self_attn.dense',
+        'h.{f}.ffn.c_fc': 'model.layers.{i}.mlp.dense_h_to_4h',
+        'h.{f}.ffn.c_proj': 'model.layers.{i}.mlp.dense_4h_to_h'},
     read=read_neox, write=write_part)
