@@ -237,6 +237,7 @@ ONE_EXPERT = {'ffn_pattern': 'e', 'n_expert': 4, 'n_expert_used': 1}
     ({'pos': 'learned', 'rope_theta': 100.0}, 'rope_theta', 'pos=rope'),
     ({'qk_norm': 'unit'}, 'qk_norm', 'pos=learned'),
     ({'qk_norm': 'unit', 'pos': 'none'}, 'qk_norm', 'pos=none'),
+    ({'qk_norm': 'after', 'pos': 'none'}, 'qk_norm', 'after norms what has rotated'),
     (W_ALONE | {'rope_theta': 500.0}, 'rope_theta', 'be 10000.0 .* rope_local_theta'),
     (W_ALONE | {'rope_scaling': 'linear', 'rope_factor': 2.0}, 'rope_scaling', 'be none .* rope_local_theta'),
     ({'layer_pattern': 'ra', 'norm_at': 'post', 'rnn_norm_at': 'pre'}, 'rnn_norm_at', 'be post'),

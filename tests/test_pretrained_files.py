@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from checkpoints import (
     BOTH,
+    CLASSIC,
+    DENSE,
     ENCODERS,
+    MIXTURES,
     RECURRENT,
     Marker,
     V,
@@ -30,6 +33,7 @@ from checkpoints import (
     ours,
     safetensors_torch,
     shard,
+    transformers,
 )
 from conftest import ROOT
 
@@ -37,11 +41,11 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
-                                  *RECURRENT, *ENCODERS, *BOTH])
+                                  *RECURRENT, *ENCODERS, *BOTH, *CLASSIC, *DENSE, *MIXTURES])
 @torch.no_grad()
 def test_shards_read_as_one_file(made, ours, name, tmp_path):
     made = made(name)
-    made.model.save_pretrained(tmp_path, max_shard_size='60KB')
+    made.model.save_pretrained(tmp_path, max_shard_size='40KB')
     assert len(list(tmp_path.glob('model-*.safetensors'))) > 2
     # the vendor's own files lie beside them on the hub
     safetensors_torch.save_file({'other': torch.zeros(1)}, tmp_path / 'consolidated.safetensors')
@@ -120,7 +124,7 @@ def test_published_files_of_encoders_with_decoders_are_read(made, name, change, 
 
 # of minimax, transformers rounds the tables of decays as well
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'gpt_oss', 'deepseek_v3', 'mamba2', 'jamba', *ENCODERS,
-                                  *BOTH, *(name for name in RECURRENT if name != 'minimax')])
+                                  *BOTH, *CLASSIC, *(name for name in RECURRENT if name != 'minimax')])
 @torch.no_grad()
 def test_sixteen_bit_files_become_fp32(made, name, tmp_path):
     made = made(name)
@@ -145,11 +149,15 @@ def test_the_prefix_may_be_missing(made, name, prefix, tmp_path):
                   'gpt_neox.layers.1.attention.masked_bias': (),
                   'gpt_neox.layers.1.attention.rotary_emb.inv_freq': (3,)}),
     ('llama', {'model.layers.2.self_attn.rotary_emb.inv_freq': (5,)}),
+    ('gpt_neo', {'transformer.h.0.attn.attention.bias': (1, 1, 48, 48),
+                 'transformer.h.0.attn.attention.masked_bias': ()}),
     # the layer after the last predicts a second token
     ('deepseek_v3', {'model.layers.4.eh_proj.weight': (36, 72), 'model.layers.4.enorm.weight': (36,),
                      'model.layers.4.shared_head.head.weight': (V, 36),
                      'model.layers.4.embed_tokens.weight': (V, 36),
                      'model.layers.4.self_attn.o_proj.weight': (36, 54)}),
+    ('glm4_moe', {'model.layers.3.eh_proj.weight': (36, 72), 'model.layers.3.enorm.weight': (36,)}),
+    ('ernie4_5_moe', {'model.mtp_block.0.mlp.up_proj.weight': (51, 36), 'model.mtp_emb.weight': (36,)}),
     ('qwen3_next', {'mtp.fc.weight': (36, 72), 'mtp.layers.0.input_layernorm.weight': (36,)}),
 ])
 def test_what_is_not_a_weight_is_ignored(made, name, strays, tmp_path):
@@ -217,12 +225,25 @@ def test_pickled_shards_and_their_index_are_read(made, legacy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'jamba',
-                                  'gpt_neox', 'gpt_oss', 'llama4', *RECURRENT, *ENCODERS, *BOTH])
+                                  'gpt_neox', 'gpt_oss', 'llama4', *MIXTURES, *RECURRENT, *ENCODERS, *BOTH])
 @torch.no_grad()
 def test_names_that_transformers_has_in_memory_are_read(made, ours, name, tmp_path):
     made = made(name)
     made.model.save_pretrained(tmp_path, save_original_format=False)
     assert torch.equal(logits_of(load(tmp_path), made), logits_of(ours(name), made))
+
+
+def test_kimi_k2_is_read_as_deepseek_v3_under_another_name(made, ours, tmp_path):
+    """Its YaRN has no ramp; transformers does not know the name, and what is exported is a deepseek_v3."""
+    def rename(config, tensors):
+        config |= {'model_type': 'kimi_k2', 'auto_map': {'AutoConfig': 'configuration_deepseek.Config'},
+                   'topk_method': 'noaux_tc', 'scoring_func': 'sigmoid', 'ep_size': 1, 'moe_layer_freq': 1}
+    made = made('deepseek_v3-yarn-step')
+    model = load(copy_of(made, tmp_path, rename))
+    assert model.config == ours('deepseek_v3-yarn-step').config
+    assert_logits(model, made, 'kimi_k2')
+    model.save_pretrained(tmp_path / 'again')
+    assert_logits(load_reference(tmp_path / 'again', made.case), made, 'kimi_k2, exported')
 
 
 def test_an_adapter_is_called_one(tmp_path):
@@ -404,6 +425,15 @@ BAD = {
     'biases of bailing': ('bailing_hybrid', setting(attention_bias=True), 'attention_bias'),
     'activation of a recurrence': ('qwen3_5', setting(hidden_act='gelu'), 'hidden_act'),
     'windows in qwen3_next': ('qwen3_next', setting(layer_types=layers('rrsf')), 'layer_types'),
+    'clipped olmoe': ('olmoe', setting(clip_qkv=8.0), 'clip_qkv'),
+    'biases of ernie': ('ernie4_5_moe', setting(use_bias=True), 'use_bias.*head has a bias'),
+    'a floor under the sum of weights': ('ernie4_5_moe', setting(moe_norm_min=0.1), 'moe_norm_min'),
+    'experts in no layer at all': ('ernie4_5_moe', setting(moe_layer_interval=0), 'config.json'),
+    'groups that do not divide': ('dots1-null-window-groups', setting(n_group=4), 'n_group=4'),
+    'more groups than there are': ('glm4_moe-biased-groups', setting(n_group=3, topk_group=9), 'topk_group'),
+    'experts by layer': ('hunyuan_v1_moe', setting(moe_topk=[2, 3, 2]), 'moe_topk.*a list of the same one'),
+    'experts in a word': ('hunyuan_v1_moe', setting(moe_topk=['a', 'a', 'a']), 'moe_topk'),
+    'mimo': ('dots1', setting(model_type='mimo_v2_flash'), 'mimo_v2_flash.*twice the key/value heads'),
     'unknown experts': ('kimi_linear', setting(mlp_layer_types=['dense', 'moe', 'moe', 'moe', 'moe']),
                         'mlp_layer_types'),
     'multimodal qwen3_5': ('qwen3_5', lambda config, tensors: config.update(
@@ -451,6 +481,35 @@ BAD = {
     'bart with norms before': ('bart', setting(normalize_before=True), 'normalize_before'),
     'bart with a last norm': ('bart', setting(add_final_layer_norm=True), 'add_final_layer_norm'),
     'an untied bart': ('bart', setting(tie_word_embeddings=False), 'tie_word_embeddings'),
+    'layers of gpt_neo': ('gpt_neo', setting(attention_types=[[['global', 'local'], 3]]), 'attention_types'),
+    'other words in gpt_neo': ('gpt_neo', setting(attention_types=[[['all'], 4]]), 'attention_types'),
+    'no pairs in attention_types': ('gpt_neo', setting(attention_types=[['global', 'local']]),
+                                    'attention_types'),
+    'a narrow opt': ('opt', setting(word_embed_proj_dim=30), 'word_embed_proj_dim'),
+    'an opt with norms without weights': ('opt', setting(layer_norm_elementwise_affine=False),
+                                          'layer_norm_elementwise_affine'),
+    'an opt without the last norm': ('opt', setting(_remove_final_layer_norm=True),
+                                     '_remove_final_layer_norm'),
+    'an odd rotary_dim': ('gptj', setting(rotary_dim=7), 'rotary_dim'),
+    'more than a head rotates': ('gptj', setting(rotary_dim=14), 'rotary_dim'),
+    'a gptj without rotary_dim': ('gptj', setting(rotary_dim=None), 'rotary_dim'),
+    'heads of codegen': ('codegen', setting(n_head=5), 'n_head'),
+    'norms of queries that a phi lacks': ('phi', setting(qk_layernorm=True), 'q_layernorm'),
+    'weights in the norms of olmo': ('olmo', tensor('model.norm.weight', torch.ones(36)),
+                                     'model.norm.weight'),
+    'scaled local rope of olmo3': ('olmo3', lambda config, tensors: config['rope_parameters'].update(
+        sliding_attention={'rope_type': 'linear', 'rope_theta': 100.0, 'factor': 2.0}), 'sliding_attention'),
+    'other letters of exaone4': ('exaone4', setting(sliding_window_pattern='LLX'), 'sliding_window_pattern'),
+    'no letters of exaone4': ('exaone4', setting(sliding_window_pattern=''), 'sliding_window_pattern'),
+    'ministral3': ('ministral', setting(model_type='ministral3'), 'ministral3.*queries grow'),
+    'apertus': ('arcee', setting(model_type='apertus'), 'apertus.*xIELU'),
+    'letters of gemma3': ('gemma3', setting(sliding_window_pattern='LLG', layer_types=None), 'gemma3'),
+    'a bidirectional gemma': ('gemma', setting(use_bidirectional_attention=True),
+                              'use_bidirectional_attention'),
+    'a gate in arcee': ('arcee', setting(hidden_act='silu'), 'hidden_act'),
+    'odd part of a head of glm': ('glm', rope_setting(partial_rotary_factor=0.25), 'partial_rotary_factor'),
+    'a head too few of stablelm': ('stablelm-parallel-norms', tensor(
+        'model.layers.1.self_attn.q_layernorm.norms.1.weight', None), 'q_layernorm.norms.1'),
     'no norm of experts': ('qwen3_moe', setting(num_experts_per_tok=9, num_local_experts=5),
                            'num_experts_per_tok'),
 }
@@ -461,7 +520,7 @@ WRONG = ['x', 1.5, 10 ** 9, 10 ** 30, -1, 0, True, [], {}, ['x'], {'a': 1}, math
 
 @pytest.mark.parametrize('name', ['llama-yarn', 'gpt2', 'mixtral', 'gemma3', 'deepseek_v3', 'llama4',
                                   'mamba2', 'jamba', 'falcon-new', 'mpt', 'phi3-long', *RECURRENT, *ENCODERS,
-                                  *BOTH])
+                                  *BOTH, *CLASSIC, *DENSE, *MIXTURES])
 def test_any_value_in_any_key_is_answered(made, name, tmp_path):
     """A model, or one sentence, and at once; 13 wrong values for each key."""
     folder = copy_of(made(name), tmp_path)
@@ -587,6 +646,85 @@ def nanogpt_logits(weights, idx, n_head=3):
         hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
         x = x + linear(hidden, at + 'mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ weights['lm_head.weight'].T
+
+
+NANOCHAT = dict(sequence_len=32, vocab_size=61, n_layer=2, n_head=3, n_kv_head=1, n_embd=36)
+
+
+def nanochat_weights():
+    """Tensors of a nanochat, with three rows more than tokens."""
+    shapes = {'transformer.wte.weight': (64, 36), 'lm_head.weight': (64, 36)}
+    for i in range(2):
+        h = f'transformer.h.{i}.'
+        shapes |= {h + 'attn.c_q.weight': (36, 36), h + 'attn.c_k.weight': (12, 36),
+                   h + 'attn.c_v.weight': (12, 36), h + 'attn.c_proj.weight': (36, 36),
+                   h + 'mlp.c_fc.weight': (144, 36), h + 'mlp.c_proj.weight': (36, 144)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def nanochat_logits(w, idx):
+    """What nanochat computes, one head after the other."""
+    def norm(x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+
+    def rotated(x):
+        angle = torch.arange(len(x)).double()[:, None] / 10000 ** (torch.arange(6).double() / 6)
+        a, b = x.split(6, -1)
+        return norm(torch.cat((a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()), -1))
+    w, T = {name: p.double() for name, p in w.items()}, len(idx)
+    x = norm(w['transformer.wte.weight'][idx])
+    for i in range(2):
+        q, k, v, proj = (w[f'transformer.h.{i}.attn.c_{part}.weight'] for part in ('q', 'k', 'v', 'proj'))
+        n = norm(x)
+        key = rotated(n @ k.T)
+        scores = [rotated(n @ head.T) @ key.T / 12 ** 0.5 for head in q.split(12)]
+        seen = torch.ones(T, T).tril() > 0
+        y = [s.masked_fill(~seen, -torch.inf).softmax(-1) @ (n @ v.T) for s in scores]
+        x = x + torch.cat(y, -1) @ proj.T
+        hidden = norm(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T
+        x = x + hidden.relu() ** 2 @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T
+    logits = norm(x) @ w['lm_head.weight'].T
+    return (15 * torch.tanh(logits / 15))[:, :61].float()
+
+
+def write_nanochat(folder, step=7, weights=None, **changed):
+    torch.save(nanochat_weights() if weights is None else weights, folder / f'model_{step:06d}.pt')
+    meta = {'step': step, 'val_bpb': 0.9, 'model_config': NANOCHAT | changed, 'user_config': {'depth': 2}}
+    (folder / f'meta_{step:06d}.json').write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize('file', ['', 'model_000007.pt'])
+@torch.no_grad()
+def test_nanochats_own_checkpoints_load(file, tmp_path):
+    write_nanochat(tmp_path, step=3, weights={'of an earlier step': torch.ones(1)})
+    write_nanochat(tmp_path, weights={'_orig_mod.' + name: p for name, p in nanochat_weights().items()})
+    model = GPT.from_pretrained(tmp_path / file if file else tmp_path)
+    idx = torch.randint(61, (21,), generator=torch.Generator().manual_seed(0))
+    error = (model(idx[None])[0][0] - nanochat_logits(nanochat_weights(), idx)).abs().max()
+    assert error < 1e-4, error
+    model.save_pretrained(tmp_path / 'exported')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
+    assert theirs.config.model_type == 'nanochat'
+    assert (theirs(idx[None]).logits[0] - nanochat_logits(nanochat_weights(), idx)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('change, word', [
+    (dict(weights=nanochat_weights() | {'resid_lambdas': torch.ones(2)}), 'resid_lambdas'),
+    (dict(weights={}), 'n_layer'), (dict(n_head=0), 'n_head=0'), (dict(n_kv_head=2), 'n_kv_head'),
+    (dict(n_embd=48), 'transformer.wte.weight'), (dict(vocab_size='x'), 'vocab_size=x'),
+    (dict(n_layer=10 ** 9), 'n_layer')])
+def test_a_strange_checkpoint_of_nanochat_is_refused(change, word, tmp_path):
+    with pytest.raises(ValueError, match=word) as error:
+        GPT.from_pretrained(write_nanochat(tmp_path, **change))
+    one_sentence(error.value)
+
+
+def test_a_checkpoint_of_nanochat_without_settings_is_refused(tmp_path):
+    (write_nanochat(tmp_path) / 'meta_000007.json').unlink()
+    with pytest.raises(FileNotFoundError, match='meta_000007.json'):
+        GPT.from_pretrained(tmp_path / 'model_000007.pt')
 
 
 @pytest.mark.parametrize('bias', [True, False])

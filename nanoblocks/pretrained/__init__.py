@@ -4,6 +4,7 @@ Published checkpoints, in and out: GPT.from_pretrained, model.save_pretrained, a
     files.py     finds or downloads a folder and reads its tensors
     convert.py   a folder in Hugging Face format to a model, and back
     nanogpt.py   checkpoints of one file: nanoGPT's, and ours
+    nanochat.py  nanochat's, a file of tensors beside one of settings
     surgery.py   changes flags of a loaded model
     families/    what each published family is, one entry each, and how to add one
     keys.py, rope.py, layouts.py    what entries are made of: keys of config.json, layouts of tensors

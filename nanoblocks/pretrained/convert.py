@@ -57,7 +57,8 @@ def save_folder(model, folder):
     for name, names, layout in matches(rules, model.config, ours):
         pieces = layout(ours[name].detach().float().cpu(), model.config)
         for theirs, piece in zip(names, pieces, strict=True):
-            tensors[theirs] = piece.save(tensors.get(theirs))
+            if not re.search(FAMILIES[kind].ones, theirs):
+                tensors[theirs] = piece.save(tensors.get(theirs))
     if model.config.tie and FAMILIES[kind].head_stored:
         embedding, head = (rules[name][0] + '.weight' for name in ('wte', 'lm_head'))
         tensors[head] = tensors[embedding].clone()
@@ -78,7 +79,7 @@ def save_folder(model, folder):
 UNSUPPORTED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_config')
 # keys whose null means none, such as no window; the null of any other key stands for its default
 NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping',
-                   'rope_theta')
+                   'rope_theta', 'rotary_dim', 'scale_depth', 'dim_model_base')
 # flags whose key a file must have
 SIZES = ('vocab_size', 'n_embd', 'n_layer')
 
@@ -291,6 +292,9 @@ def copy_tensors(model, rules, hf, files, theirs):
             if name not in theirs and re.search(FAMILIES[kind].zeros, name):
                 ours[mine].zero_()
                 continue
+            if re.search(FAMILIES[kind].ones, name):
+                ours[mine].fill_(1.0)
+                continue
             if name not in theirs:
                 raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs')
             tensor = files.get(theirs[name])
@@ -332,8 +336,12 @@ def family_for(model):
             differing = differences(c, config_of(complete(hf, family), family))
         except ValueError:  # flags that this family cannot express
             continue
+        rules = list(matches(rules_of(family, c, hf), c, ours))
+        trained = [name for name, names, _ in rules
+                   if re.search(family.ones, names[0]) and not (ours[name] == 1).all()]
+        differing |= dict.fromkeys(trained[:1], ('trained', 'all ones'))
         # the blocks of multi-token prediction, further.*, stay here
-        covered = {name for name, _, _ in matches(rules_of(family, c, hf), c, ours)}
+        covered = {name for name, _, _ in rules}
         if not differing and all(name in covered or name.startswith('further.') for name in ours):
             return kind, hf
         others.append((0, len(differing), kind, differing))

@@ -52,6 +52,10 @@ def whole_number(flag):
 # router_norm='fixed' is a True beside one expert per token
 ROUTER_NORM = Key(('router_norm',), lambda value, hf: value, lambda c: bool(c.router_norm))
 
+# a factor on the token embedding; one is none
+EMBED_SCALE = Key(('embed_scale',), lambda value, hf: value != 1 and float(value), lambda c: (
+    math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0))
+
 
 def width_of_head(hf):
     return hf.get('head_dim') or hf['hidden_size'] // hf['num_attention_heads']
