@@ -393,6 +393,14 @@ BAD = {
     'shortened context': ('llama', rope_setting(rope_type='yarn', factor=0.5), 'factor'),
     'sharpened unscaled': ('llama', rope_setting(rope_type='yarn', factor=1.0, attention_factor=1.2),
                            'attention_factor'),
+    'a factor of zero': ('llama', rope_setting(rope_type='yarn', factor=0), 'factor=0'),
+    'a context of nothing': ('llama', rope_setting(
+        rope_type='yarn', factor=2.0, original_max_position_embeddings=0), 'original_max_position_emb.*=0'),
+    'a base of zero': ('llama', rope_setting(rope_theta=0), 'rope_theta'),
+    'a window of nothing': ('mistral', setting(sliding_window=0), 'sliding_window'),
+    'a window of nothing in dots1': ('dots1', setting(layer_types=None, sliding_window=0), 'sliding_window'),
+    'no part of a head': ('phi3', rope_setting(partial_rotary_factor=0), 'partial_rotary_factor=0'),
+    'limits in a table': ('mamba2', setting(time_step_limit={'0': 0.1, '1': 1.0}), 'time_step_limit'),
     'odd part of a head': ('phi3', lambda config, tensors: (
         config.update(partial_rotary_factor=0.5, num_attention_heads=6),
         config['rope_parameters'].update(partial_rotary_factor=0.5)), 'partial_rotary_factor'),
