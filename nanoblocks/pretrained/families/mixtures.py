@@ -177,6 +177,9 @@ def read_alpha(hf):
 
 
 def read_hunyuan(hf):
+    used = hf['moe_topk'][0] if isinstance(hf['moe_topk'], list) else hf['moe_topk']
+    if hf.get('num_experts_per_tok', used) != used:
+        refuse(hf, 'num_experts_per_tok', f'equal moe_topk={used}, another name of it')
     return read_alpha(hf) | {'shared_width': hf['intermediate_size']}
 
 
