@@ -36,6 +36,7 @@ THEIRS = {
     'gpt_oss': 'experts_per_token|num_experts_per_tok=absent|original_max_position_embeddings=1000000000|'
                'rope_scaling.factor=absent',
     'falcon': 'alibi=True',     # its eager attention adds alibi twice
+    'zamba2': 'time_step_min=-',    # no lower limit, as in nemotron_h
 }
 
 
