@@ -315,6 +315,16 @@ def test_null_and_other_words_for_a_key_are_understood(made, ours, tmp_path):
     (tmp_path / 'phi3').mkdir()
     assert load(copy_of(made('phi3-long'), tmp_path / 'phi3', older)).config == ours('phi3-long').config
 
+    def null_is_no(config, tensors):
+        config['rope_parameters']['truncate'] = None
+    (tmp_path / 'yarn').mkdir()
+    folder = copy_of(made('llama-yarn'), tmp_path / 'yarn', null_is_no)
+    model = load(folder)
+    assert model.config.rope_truncate is False
+    with torch.no_grad():
+        want = load_reference(folder, CASES['llama-yarn'])(made('llama-yarn').idx).logits
+        assert_logits(model, SimpleNamespace(idx=made('llama-yarn').idx, logits=want), 'null truncate')
+
 
 def test_letters_of_a_pattern_are_understood(made, tmp_path):
     """EXAONE 4 as published: the last layer sees all, whatever its letter."""

@@ -390,6 +390,9 @@ BAD = {
     'unknown router': ('deepseek_v2', setting(topk_method='noaux_tc'), 'topk_method'),
     'missing key': ('llama', lambda config, tensors: config.pop('hidden_size'), 'hidden_size'),
     'missing layers': ('mamba', lambda config, tensors: config.pop('num_hidden_layers'), 'num_hidden_layers'),
+    'no number of heads': ('llama-mha-tied', lambda config, tensors: (
+        config.pop('num_attention_heads'), config.pop('head_dim')), 'num_attention_heads'),
+    'no number of chosen experts': ('dots1', setting(num_experts_per_tok=None), 'num_experts_per_tok'),
     'null size': ('llama', setting(hidden_size=None), 'hidden_size'),
     'heads of another type': ('granite', setting(num_attention_heads='six'), 'config.json'),
     'unknown layer type': ('qwen3', setting(layer_types=['full_attention', 'linear_attention',
@@ -411,6 +414,14 @@ BAD = {
     'shortened context': ('llama', rope_setting(rope_type='yarn', factor=0.5), 'factor'),
     'sharpened unscaled': ('llama', rope_setting(rope_type='yarn', factor=1.0, attention_factor=1.2),
                            'attention_factor'),
+    'a factor of zero': ('llama', rope_setting(rope_type='yarn', factor=0), 'factor=0'),
+    'a context of nothing': ('llama', rope_setting(
+        rope_type='yarn', factor=2.0, original_max_position_embeddings=0), 'original_max_position_emb.*=0'),
+    'a base of zero': ('llama', rope_setting(rope_theta=0), 'rope_theta'),
+    'a window of nothing': ('mistral', setting(sliding_window=0), 'sliding_window'),
+    'a window of nothing in dots1': ('dots1', setting(layer_types=None, sliding_window=0), 'sliding_window'),
+    'no part of a head': ('phi3', rope_setting(partial_rotary_factor=0), 'partial_rotary_factor=0'),
+    'limits in a table': ('mamba2', setting(time_step_limit={'0': 0.1, '1': 1.0}), 'time_step_limit'),
     'odd part of a head': ('phi3', lambda config, tensors: (
         config.update(partial_rotary_factor=0.5, num_attention_heads=6),
         config['rope_parameters'].update(partial_rotary_factor=0.5)), 'partial_rotary_factor'),
@@ -432,6 +443,7 @@ BAD = {
     'groups that do not divide': ('dots1-null-window-groups', setting(n_group=4), 'n_group=4'),
     'more groups than there are': ('glm4_moe-biased-groups', setting(n_group=3, topk_group=9), 'topk_group'),
     'experts by layer': ('hunyuan_v1_moe', setting(moe_topk=[2, 3, 2]), 'moe_topk.*a list of the same one'),
+    'two numbers of experts': ('hunyuan_v1_moe', setting(num_experts_per_tok=3), 'num_experts_per_tok=3'),
     'experts in a word': ('hunyuan_v1_moe', setting(moe_topk=['a', 'a', 'a']), 'moe_topk'),
     'mimo': ('dots1', setting(model_type='mimo_v2_flash'), 'mimo_v2_flash.*twice the key/value heads'),
     'unknown experts': ('kimi_linear', setting(mlp_layer_types=['dense', 'moe', 'moe', 'moe', 'moe']),

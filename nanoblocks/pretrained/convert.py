@@ -79,9 +79,9 @@ def save_folder(model, folder):
 UNSUPPORTED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_config')
 # keys whose null means none, such as no window; the null of any other key stands for its default
 NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping',
-                   'rope_theta', 'rotary_dim', 'scale_depth', 'dim_model_base')
+                   'rope_theta', 'rotary_dim', 'scale_depth', 'dim_model_base', 'partial_rotary_factor')
 # flags whose key a file must have
-SIZES = ('vocab_size', 'n_embd', 'n_layer')
+SIZES = ('vocab_size', 'n_embd', 'n_layer', 'n_head', 'n_expert_used', 'n_shared')
 
 
 def read_config(folder):

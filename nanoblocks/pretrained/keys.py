@@ -127,7 +127,7 @@ def write_layer_types(c):
 
 def read_window(hf):
     """Where sliding_window is set, every layer has the window."""
-    return {'layer_pattern': 'w' if hf.get('sliding_window') else 'a'}
+    return {'layer_pattern': 'w' if hf.get('sliding_window') is not None else 'a'}
 
 
 def expert_layers(c):

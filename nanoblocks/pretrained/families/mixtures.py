@@ -86,7 +86,7 @@ def write_v3_router(c):
 
 def read_dots(hf):
     window, first = hf.get('sliding_window'), hf['max_window_layers']
-    letters = mixer_letters(hf, lambda i: 'w' if window and i >= first else 'a')
+    letters = mixer_letters(hf, lambda i: 'w' if window is not None and i >= first else 'a')
     return read_rope(hf) | read_v3_router(hf) | {'layer_pattern': shortest_pattern(letters)}
 
 
@@ -172,11 +172,14 @@ def read_alpha(hf):
     p = rope_parameters(hf)
     if rope_type(p) != 'dynamic' or not p.get('alpha'):
         return read_rope(hf)
-    width, theta = width_of_head(hf), p.get('rope_theta') or hf['rope_theta']
+    width, theta = width_of_head(hf), read_rope(hf, p | {'rope_type': 'default'})['rope_theta']
     return {'rope_theta': theta * p['alpha'] ** (width / (width - 2))}
 
 
 def read_hunyuan(hf):
+    used = hf['moe_topk'][0] if isinstance(hf['moe_topk'], list) else hf['moe_topk']
+    if hf.get('num_experts_per_tok', used) != used:
+        refuse(hf, 'num_experts_per_tok', f'equal moe_topk={used}, another name of it')
     return read_alpha(hf) | {'shared_width': hf['intermediate_size']}
 
 

@@ -53,7 +53,7 @@ def write_rotating(c):
 
 def read_smollm3(hf):
     rotates = rotating_layers(hf)
-    use = hf['use_sliding_window'] and hf.get('sliding_window')
+    use = hf['use_sliding_window'] and hf.get('sliding_window') is not None
     letters = mixer_letters(hf, lambda i: 'w' if use and not rotates[i] else 'a')
     return read_rotating(hf, letters, rotates)
 

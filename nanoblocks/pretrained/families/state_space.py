@@ -61,7 +61,10 @@ FAMILIES['falcon_mamba'] = Family(
 
 def read_limits(hf):
     """The limits of the step size, where transformers writes infinity as {"__float__": "Infinity"}."""
-    low, high = (float(x['__float__'] if isinstance(x, dict) else x) for x in hf['time_step_limit'])
+    limits = hf['time_step_limit']
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
+        refuse(hf, 'time_step_limit', 'hold two numbers')
+    low, high = (float(x['__float__'] if isinstance(x, dict) else x) for x in limits)
     return {'ssm_dt_min': low, 'ssm_dt_max': None if math.isinf(high) else high}
 
 
