@@ -1,5 +1,6 @@
 """Published families: logits equal to `transformers`, in and out (checkpoints.py makes the checkpoints)."""
 import copy
+import json
 import re
 import textwrap
 from dataclasses import MISSING, fields
@@ -324,6 +325,12 @@ def test_null_and_other_words_for_a_key_are_understood(made, ours, tmp_path):
     with torch.no_grad():
         want = load_reference(folder, CASES['llama-yarn'])(made('llama-yarn').idx).logits
         assert_logits(model, SimpleNamespace(idx=made('llama-yarn').idx, logits=want), 'null truncate')
+
+
+@pytest.mark.parametrize('name', DENSE[:12])
+def test_what_no_other_family_can_be_is_exported_as_it_was(ours, name, tmp_path):
+    ours(name).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_type'] == CASES[name].model_type
 
 
 def test_letters_of_a_pattern_are_understood(made, tmp_path):

@@ -75,19 +75,6 @@ FAMILIES['gemma2'] = Family(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# VaultGemma: Gemma 2 without norms after the branches
-
-FAMILIES['vaultgemma'] = Family(
-    architecture='VaultGemmaForCausalLM',
-    flags=LLAMA_FLAGS | {'embed_scale': True},
-    keys=FAMILIES['gemma2'].keys,
-    aliases=FAMILIES['gemma2'].aliases,
-    defaults=FAMILIES['gemma2'].defaults,
-    tensors=GEMMA_TENSORS,
-    mixers='aw', read=read_alternating, write=write_alternating)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # Gemma: full attention, no caps. The first files say gelu, and mean the tanh approximation
 
 FAMILIES['gemma'] = Family(
@@ -99,6 +86,19 @@ FAMILIES['gemma'] = Family(
     only={'use_bidirectional_attention': False},
     tensors=GEMMA_TENSORS | {'h.{i}.ln_2': ('model.layers.{i}.post_attention_layernorm', plus_one)},
     read=read_rope, write=write_rope)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# VaultGemma: Gemma 2 without norms after the branches
+
+FAMILIES['vaultgemma'] = Family(
+    architecture='VaultGemmaForCausalLM',
+    flags=LLAMA_FLAGS | {'embed_scale': True},
+    keys=FAMILIES['gemma2'].keys,
+    aliases=FAMILIES['gemma2'].aliases,
+    defaults=FAMILIES['gemma2'].defaults,
+    tensors=GEMMA_TENSORS,
+    mixers='aw', read=read_alternating, write=write_alternating)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ FAMILIES['glm4'] = Family(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# ERNIE 4.5 and Helium: Llama's flags, so both are exported as a Llama
+# ERNIE 4.5 and Helium, a Llama but for their rotary pairs
 
 FAMILIES['ernie4_5'] = Family(
     architecture='Ernie4_5ForCausalLM',
