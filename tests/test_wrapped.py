@@ -33,7 +33,6 @@ from checkpoints import (
 from model import GPT
 from nanoblocks.pretrained import convert, texts
 from nanoblocks.pretrained.families import FAMILIES
-from nanoblocks.pretrained.wrapped import WRAPPED
 
 EYE = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=16,
            patch_size=8)
@@ -53,10 +52,12 @@ class Whole(NamedTuple):
     more: dict
 
 
+# of the text part alone, transformers caps the logits too; no Gemma 3 was published with a cap
+SCALED = Case('gemma3_text', {**CASES['gemma3-scaled'].flags, 'final_logit_softcapping': None})
 WHOLES = {
     'gemma3': Whole('gemma3', Case('gemma3_text', {**GEMMA, 'num_hidden_layers': 7}), EYE,
                     {'mm_tokens_per_image': 4, **TIED}),
-    'gemma3-scaled': Whole('gemma3', CASES['gemma3-scaled'], EYE, {'mm_tokens_per_image': 4, **TIED}),
+    'gemma3-scaled': Whole('gemma3', SCALED, EYE, {'mm_tokens_per_image': 4, **TIED}),
     'mistral3': Whole('mistral3', CASES['mistral-full'], EYE, UNTIED),
     'mistral3-tied': Whole('mistral3', Case('mistral', WINDOW), EYE, TIED),
     'llama4': Whole('llama4', CASES['llama4'], LLAMA_EYE, UNTIED),
@@ -83,13 +84,19 @@ def make(folder, name):
     if config_class().tie_word_embeddings == config['tie_word_embeddings']:
         del config['tie_word_embeddings']
     path.write_text(json.dumps(config))
-    made.model = transformers.AutoModelForImageTextToText.from_pretrained(
-        made.folder, dtype=torch.float32, attn_implementation='eager', experts_implementation='eager').eval()
+    made.model = load_whole(made.folder)
     for seed in range(40):
         made.idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(seed))
         if greedy(made):
             return made
     raise AssertionError(f'{name}: no prompt leads to a clear choice of all {NEW} tokens')
+
+
+def load_whole(folder):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation='eager', experts_implementation='eager').eval()
+    # in transformers 5.24 the whole Llama 4 fails without an image; its text part is a model with a head
+    return model.language_model if model.config.model_type == 'llama4' else model
 
 
 @pytest.fixture(scope='module')
@@ -118,9 +125,7 @@ def test_the_text_part_equals_transformers(made, name, capsys):
 @torch.no_grad()
 def test_the_published_config_means_the_same(made, name):
     made = made(name)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        made.old_folder, dtype=torch.float32, attn_implementation='eager', experts_implementation='eager')
-    assert torch.equal(logits_of(model.eval(), made), made.logits)
+    assert torch.equal(logits_of(load_whole(made.old_folder), made), made.logits)
 
 
 @every_whole
@@ -130,7 +135,7 @@ def test_the_export_is_the_text_family(made, name, tmp_path):
     model = load(made.old_folder)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
-    assert config['model_type'] in WRAPPED[WHOLES[name].model_type].texts or 'mistral' in name
+    assert 'text_config' not in config and config['architectures'][0].endswith('ForCausalLM')
     theirs, info = load_reference(tmp_path, made.case, output_loading_info=True)
     assert not any(info.values()), f'{name}: {info}'
     assert_logits(theirs, made, f'{name}, exported')
@@ -166,7 +171,7 @@ def test_sizes_that_a_text_part_leaves_out_are_those_of_transformers(tmp_path):
     (lambda config: config['text_config'].update(model_type='llama'), 'model_type=llama of text_config'),
     (lambda config: config['text_config'].update(model_type=['x']), 'model_type'),
     (lambda config: config['text_config'].update(hidden_size='x'), 'hidden_size'),
-    (lambda config: config.update(model_type='llava'), 'text_config')])
+    (lambda config: config.update(model_type='llava'), 'vision_config')])
 def test_a_text_part_that_is_not_read_is_refused(made, change, word, tmp_path):
     folder = made('gemma3').folder
     config = json.loads((folder / 'config.json').read_text())
@@ -194,8 +199,9 @@ def test_a_tensor_of_no_known_part_is_refused(made, tmp_path):
 def of_authors(folder, name, reference, **change):
     """The weights of a mamba or mamba2 of transformers in the files of its authors."""
     c = reference.config
-    ssm = {'layer': 'Mamba2', 'headdim': c.head_dim, 'ngroups': c.n_groups} if name.startswith('mamba2') else {}
-    ssm |= {'d_state': c.state_size, 'd_conv': c.conv_kernel}
+    ssm = {'d_state': c.state_size, 'd_conv': c.conv_kernel}
+    if name.startswith('mamba2'):
+        ssm |= {'layer': 'Mamba2', 'headdim': c.head_dim, 'ngroups': c.n_groups}
     config = {'d_model': c.hidden_size, 'n_layer': c.num_hidden_layers, 'vocab_size': V - 4, 'ssm_cfg': ssm,
               'rms_norm': True, 'residual_in_fp32': True, 'fused_add_norm': True,
               'pad_vocab_size_multiple': 16}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from nanoblocks.formats import first_line
+from nanoblocks.pretrained.files import refuse_want_of_memory
 
 
 class Method(NamedTuple):
@@ -63,14 +64,15 @@ class Quantised:
         """The tensor, to be copied and dropped."""
         if name not in self.parts:
             tensor = self.files.get(name)
-            if tensor.is_floating_point() and tensor.element_size() == 1:
-                raise ValueError(f'{name} in {self.folder} must have {name}{self.method.parts[1]} beside it: '
-                                 'download it again')
+            if tensor.element_size() == 1:
+                beside = name.removesuffix(self.method.weight) + self.method.parts[1]
+                raise ValueError(f'{name} in {self.folder} must have {beside} beside it: download it again')
             return tensor
         parts = [self.files.get(part) if part in self.files.where else None for part in self.parts[name]]
         try:
             return self.method.read(self.settings, *parts)
-        except (RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:
+        except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            refuse_want_of_memory(error, self.folder)
             raise ValueError(f'{name} in {self.folder} must have parts that fit together and the '
                              f'quantization_config of config.json ({first_line(error)}): download it '
                              'again') from None
