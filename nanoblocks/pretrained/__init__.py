@@ -3,6 +3,8 @@ Published checkpoints, in and out: GPT.from_pretrained, model.save_pretrained, a
 
     files.py     finds or downloads a folder and reads its tensors
     convert.py   a folder in Hugging Face format to a model, and back
+    quantised.py the weights that quantised tensors stand for
+    wrapped.py   the text part of models of images and text
     nanogpt.py   checkpoints of one file: nanoGPT's, and ours
     surgery.py   changes flags of a loaded model
     families/    what each published family is, one entry each, and how to add one
