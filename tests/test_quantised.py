@@ -118,17 +118,19 @@ def four_bits(name, shape, generator, nested=False, kind='nf4'):
         values[numbers[i * width + j]].item() * largest[(i * width + j) // 64]))
 
 
-def gptq(name, shape, generator, bits=4, minus=1, ordered=True):
+def gptq(name, shape, generator, bits=4, minus=1, ordered=True, size=16, index=True):
     out, inputs = shape
+    size = inputs if size == -1 else size
     numbers = whole((inputs, out), 2 ** bits, generator)
     # zeros minus one, where 0 becomes the largest
-    zeros = whole((inputs // 16, out), 2 ** bits, generator)
+    zeros = whole((inputs // size, out), 2 ** bits, generator)
     scales = ((0.5 + random(zeros.shape, generator)) / 2 ** bits * 4 / math.sqrt(inputs)).half()
-    group = torch.arange(inputs) // 16
+    group = torch.arange(inputs) // size
     group = group if ordered else group[torch.randperm(inputs, generator=generator)]
     base = name.removesuffix('weight')
     stored = {f'{base}qweight': packed(numbers.t(), bits).t().contiguous(), f'{base}scales': scales,
-              f'{base}qzeros': packed((zeros - minus) % 2 ** bits, bits), f'{base}g_idx': group.int()}
+              f'{base}qzeros': packed((zeros - minus) % 2 ** bits, bits),
+              **({f'{base}g_idx': group.int()} if index else {})}
     return stored, by_element(shape, lambda i, j: scales[group[j], i].item() * (
         numbers[j, i].item() - zeros[group[j], i].item()))
 
@@ -161,6 +163,9 @@ FILES = {
     'gptq-8': (LLAMA, functools.partial(gptq, bits=8), {'quant_method': 'gptq', **GROUPS, 'bits': 8}),
     'gptq-any-order': (LLAMA, functools.partial(gptq, ordered=False),
                        {'quant_method': 'gptq', **GROUPS, 'desc_act': True}),
+    'gptq-no-index': (LLAMA, functools.partial(gptq, index=False), {'quant_method': 'gptq', **GROUPS}),
+    'gptq-one-group': (LLAMA, functools.partial(gptq, index=False, size=-1),
+                       {'quant_method': 'gptq', **GROUPS, 'group_size': -1}),
     'gptq-v2': (LLAMA, functools.partial(gptq, minus=0),
                 {'quant_method': 'gptq', **GROUPS, 'checkpoint_format': 'gptq_v2'}),
     'awq': (LLAMA, awq, {'quant_method': 'awq', **GROUPS, 'version': 'gemm', 'zero_point': True}),
