@@ -201,7 +201,8 @@ def of_authors(folder, name, reference, **change):
     c = reference.config
     ssm = {'d_state': c.state_size, 'd_conv': c.conv_kernel}
     if name.startswith('mamba2'):
-        ssm |= {'layer': 'Mamba2', 'headdim': c.head_dim} | ({'ngroups': c.n_groups} if c.n_groups > 1 else {})
+        ssm |= {'layer': 'Mamba2', 'headdim': c.head_dim}
+        ssm |= {'ngroups': c.n_groups} if c.n_groups > 1 else {}
     config = {'d_model': c.hidden_size, 'n_layer': c.num_hidden_layers, 'vocab_size': V - 4, 'ssm_cfg': ssm,
               'rms_norm': True, 'residual_in_fp32': True, 'fused_add_norm': True,
               'pad_vocab_size_multiple': 16}
