@@ -331,6 +331,7 @@ def after(change):
 
 UP = 'model.layers.1.mlp.up_proj.weight'
 BAD = {
+    'no text part': ('gemma3', setting(model_type='gemma3'), 'text_config'),
     'no config': ('llama', after(lambda folder: (folder / 'config.json').unlink()), 'config.json'),
     'config not json': ('llama', after(lambda folder: (folder / 'config.json').write_text('{"a":')),
                         'config.json'),
@@ -373,13 +374,9 @@ BAD = {
                    'model.layers.0.mlp.up_proj.bias'),
     'extra layer': ('llama', setting(num_hidden_layers=2), r'model.layers.2.'),
     'extra expert': ('mixtral', setting(num_local_experts=4), r'block_sparse_moe'),
-    'quantised': ('llama', setting(quantization_config={'quant_method': 'fp8'}), 'quantization_config'),
-    'quantised mxfp4': ('gpt_oss', setting(quantization_config={'quant_method': 'mxfp4'}),
-                        'quantization_config'),
-    'multimodal gemma3': ('gemma3', lambda config, tensors: config.update(
-        {'model_type': 'gemma3', 'text_config': dict(config)}), 'gemma3|text_config'),
-    'multimodal llama4': ('llama4', lambda config, tensors: config.update(
-        {'model_type': 'llama4', 'text_config': dict(config)}), 'llama4|text_config'),
+    'quantised': ('llama', setting(quantization_config={'quant_method': 'hqq'}), 'quant_method=hqq'),
+    'multimodal llava': ('llama', lambda config, tensors: config.update(
+        {'model_type': 'llava', 'text_config': dict(config)}), 'text_config.*llava'),
     'unknown activation': ('llama', setting(hidden_act='mish'), 'hidden_act'),
     'unknown activation of gpt2': ('gpt2', setting(activation_function='mish'), 'activation_function'),
     'unknown rope': ('llama', rope_setting(rope_type='spiral'), 'spiral|rope_type'),
@@ -448,8 +445,6 @@ BAD = {
     'mimo': ('dots1', setting(model_type='mimo_v2_flash'), 'mimo_v2_flash.*twice the key/value heads'),
     'unknown experts': ('kimi_linear', setting(mlp_layer_types=['dense', 'moe', 'moe', 'moe', 'moe']),
                         'mlp_layer_types'),
-    'multimodal qwen3_5': ('qwen3_5', lambda config, tensors: config.update(
-        {'model_type': 'qwen3_5', 'text_config': dict(config)}), 'qwen3_5|text_config'),
     **{f'{key} of {kind}': (kind, setting(**{key: value}), key)
        for kind in ('bert', 'roberta', 'electra', 'nomic_bert')
        for key, value in {'position_embedding_type': 'relative_key', 'is_decoder': True,

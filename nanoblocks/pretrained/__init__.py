@@ -3,6 +3,8 @@ Published checkpoints, in and out: GPT.from_pretrained, model.save_pretrained, a
 
     files.py     finds or downloads a folder and reads its tensors
     convert.py   a folder in Hugging Face format to a model, and back
+    quantised.py the weights that quantised tensors stand for
+    wrapped.py   the text part of models of images and text
     nanogpt.py   checkpoints of one file: nanoGPT's, and ours
     nanochat.py  nanochat's, a file of tensors beside one of settings
     surgery.py   changes flags of a loaded model

@@ -15,12 +15,14 @@ import torch
 from configurator import nearest
 from model import GPT, GPTConfig, ssm_inner, with_fixed_norm
 from nanoblocks.pretrained import texts
-from nanoblocks.pretrained.families import FAMILIES, REFUSED
+from nanoblocks.pretrained.families import FAMILIES, REFUSED, state_space
 from nanoblocks.pretrained.families.family import DEFAULTS
 from nanoblocks.pretrained.files import TensorFiles, refuse_adapter
 from nanoblocks.pretrained.keys import shortest_pattern, without
 from nanoblocks.pretrained.layouts import by_expert, gate_up_by_expert, same
+from nanoblocks.pretrained.quantised import dequantised
 from nanoblocks.pretrained.values import check_values
+from nanoblocks.pretrained.wrapped import text_part, text_tensors
 from nanoblocks.tokenizer import read_json
 
 FIELDS = {f.name for f in fields(GPTConfig)}
@@ -29,7 +31,7 @@ FIELDS = {f.name for f in fields(GPTConfig)}
 def load_folder(folder):
     """The model of a folder, in fp32."""
     hf = read_config(folder)
-    family, files = FAMILIES[hf['model_type']], TensorFiles(folder)
+    family, files = FAMILIES[hf['model_type']], text_tensors(dequantised(TensorFiles(folder), hf), hf)
     check_layers(hf, family, files)
     config = config_of(hf, family)
     check_size(config, files)
@@ -76,7 +78,7 @@ def save_folder(model, folder):
 # ----------------------------------------------------------------------------------------------------------
 # config.json -> flags
 
-UNSUPPORTED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_config')
+UNSUPPORTED = ('is_encoder_decoder', 'vision_config', 'text_config')
 # keys whose null means none, such as no window; the null of any other key stands for its default
 NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping',
                    'rope_theta', 'rotary_dim', 'scale_depth', 'dim_model_base', 'partial_rotary_factor')
@@ -92,6 +94,7 @@ def read_config(folder):
         raise FileNotFoundError(f'{folder} must hold config.json')
     hf = read_json(path)
     check_values(hf, path)
+    hf = text_part(state_space.with_model_type(hf, path), path)
     kind = hf.get('model_type')
     if kind in REFUSED:
         raise ValueError(f'model_type={kind} in {path} must be another family: {REFUSED[kind]}')
@@ -131,9 +134,9 @@ def check_size(config, files):
             weights = sum(p.numel() for p in GPT(config, seed=None).parameters())
     except (RuntimeError, TypeError, OverflowError):  # sizes whose product is no 64-bit number
         weights = math.inf
-    if weights > files.bytes():
-        raise ValueError(f'config.json in {files.folder} must describe a model of at most {files.bytes()} '
-                         f'weights, one for each byte of its files, not {weights}: correct its sizes or '
+    if weights > files.most():
+        raise ValueError(f'config.json in {files.folder} must describe a model of at most {files.most()} '
+                         f'weights, as many as its files can hold, not {weights}: correct its sizes or '
                          'fetch the files again')
 
 

@@ -31,7 +31,11 @@ def of_folder(folder):
             with open(path, 'rb') as f:
                 files[name] = f.read()
     config = read_json(os.path.join(folder, 'config.json'))
-    return Texts(files, {key: config[key] for key in IDS if config.get(key) is not None})
+    # a model of images and text says it in either place
+    text = config.get('text_config')
+    known = [config, text if isinstance(text, dict) else {}]
+    return Texts(files, {key: table[key] for table in reversed(known) for key in IDS
+                         if table.get(key) is not None})
 
 
 def save(texts, folder):

@@ -24,7 +24,8 @@ COUNTS = {
     'num_experts', 'num_experts_per_tok', 'num_experts_per_token', 'num_heads', 'num_hidden_layers',
     'num_key_value_heads', 'num_kv_heads', 'num_layers', 'num_ln_in_parallel_attn', 'num_local_experts',
     'num_mem_blocks', 'num_mtp_layers', 'num_nextn_predict_layers', 'num_shared_experts',
-    'original_max_position_embeddings', 'q_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim',
+    'original_max_position_embeddings', 'pad_vocab_size_multiple', 'q_lora_rank', 'qk_nope_head_dim',
+    'qk_rope_head_dim',
     'relative_attention_max_distance', 'relative_attention_num_buckets', 'rotary_dim',
     'shared_expert_intermediate_size', 'shared_intermediate_size', 'short_conv_kernel_size',
     'sliding_window', '_sliding_window_pattern', 'ssm_state_size', 'state_size', 'topk_group',
@@ -54,7 +55,8 @@ TRUTHS = {
     'norm_bias', 'norm_topk_prob', 'normalize_before', 'parallel_attn', 'prefix_lm', 'projectors_bias',
     'qk_layernorm', 'qk_ln', 'qkv_bias', '_remove_final_layer_norm', 'rope_interleave',
     'scale_attn_by_inverse_layer_idx', 'scale_attn_weights', 'scale_decoder_outputs', 'scale_embedding',
-    'slow_but_exact', 'tie_embedding', 'tie_word_embeddings', 'truncate', 'use_bias', 'use_conv_bias',
+    'slow_but_exact', 'tie_embedding', 'tie_embeddings', 'tie_word_embeddings', 'truncate', 'use_bias',
+    'use_conv_bias',
     'use_expert_bias', 'use_long_context', 'use_mem_rope', 'use_parallel_residual', 'use_qk_norm',
     'use_qkv_bias', 'use_shared_attention_adapter', 'use_sliding_window'}
 WORDS = {
