@@ -3314,13 +3314,13 @@ class GPT(nn.Module):
     # -- in nanoblocks/, imported on use
 
     @classmethod
-    def from_pretrained(cls, name: str, **overrides) -> 'GPT':
+    def from_pretrained(cls, name: str, dtype='float32', **overrides) -> 'GPT':
         """
-        The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint, in fp32 or
-        dtype=. overrides: flags to change; weights that still fit are kept.
+        The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint.
+        overrides: flags to change; weights that still fit are kept.
         """
         from nanoblocks import pretrained
-        return pretrained.from_pretrained(name, **overrides)
+        return pretrained.from_pretrained(name, dtype, **overrides)
 
     def save_pretrained(self, folder: str, **options):
         """Write a folder for transformers. Options: dtype=, max_shard_size= of nanoblocks.pretrained's."""

@@ -22,7 +22,7 @@ from nanoblocks.tokenizer import from_folder, from_meta
 
 
 @torch.no_grad()
-def from_pretrained(name: str | os.PathLike, dtype: str | torch.dtype = torch.float32, **overrides) -> GPT:
+def from_pretrained(name: str | os.PathLike, dtype: str | torch.dtype = 'float32', **overrides) -> GPT:
     """
     The model of a folder or hub repository in Hugging Face format, or of a checkpoint of nanoGPT or of ours.
     dtype: of its weights, float32, bfloat16 or float16. A folder is read tensor by tensor, so that memory
