@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from configurator import nearest
 from model import GPT, GPTConfig, ssm_inner, with_fixed_norm
@@ -110,7 +111,7 @@ def check_layers(hf, family, files):
 def check_size(config, files):
     """ValueError for a model that is larger than its files, before memory is allocated for it."""
     try:
-        with torch.device('meta'):
+        with Imagined():
             weights = sum(p.numel() for p in GPT(config, seed=None).parameters())
     except (RuntimeError, TypeError, OverflowError):  # sizes whose product is no 64-bit number
         weights = math.inf
@@ -118,6 +119,13 @@ def check_size(config, files):
         raise ValueError(f'config.json in {files.folder} must describe a model of at most {files.bytes()} '
                          f'weights, one for each byte of its files, not {weights}: correct its sizes or '
                          'fetch the files again')
+
+
+class Imagined(TorchFunctionMode):
+    """Where it is active, torch.empty takes no memory. On the device meta, arange would import sympy: 4 s."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}) | ({'device': 'meta'} if func is torch.empty else {}))
 
 
 def config_of(hf, family):
