@@ -14,8 +14,6 @@ from nanoblocks.pretrained.families import FAMILIES, REFUSED
 from nanoblocks.tokenizer import read_json
 
 DEFAULTS = {field.name: field.default for field in fields(GPTConfig)}
-# a key that so many families read as the same flag is told once, above the table
-SHARED = 12
 
 
 def recipes(folders):
@@ -97,13 +95,13 @@ def row(kind, family):
 
 
 def shared_keys():
-    """{(key, flags)} of what many families read alike."""
+    """[(key, flags)] of what at least half of the families read alike: told once, above the table."""
     count = Counter((name, key.flags) for family in FAMILIES.values() for name, key in family.keys.items())
-    return [pair for pair, n in count.items() if n >= SHARED]
+    return [pair for pair, n in count.items() if n >= len(FAMILIES) / 2]
 
 
 def shared_in_words():
-    return 'In most families: ' + ', '.join(in_words(*pair) for pair in shared_keys()) + '.'
+    return 'In at least half of the families: ' + ', '.join(in_words(*pair) for pair in shared_keys()) + '.'
 
 
 def in_words(name, flags):
