@@ -33,10 +33,14 @@ def recipe_of(folder):
     kind, flags, refused = flags_of_folder(folder)
     yield f'{folder} is a {kind}' + (', but for what is refused' if refused and flags else '') + ':'
     if flags is not None:
-        given = (f'--{flag}={shlex.quote(str(value))}' for flag, value in flags.items())
-        yield ' '.join(['python train.py', *given])
+        yield ' '.join(['python train.py', *(as_flag(*item) for item in flags.items())])
     for sentence in refused:
         yield f'refused: {sentence}'
+
+
+def as_flag(name, value):
+    value = tuple(value) if isinstance(value, list) else value
+    return f'--{name}={shlex.quote(str(value))}'
 
 
 def flags_of_folder(folder):
