@@ -24,7 +24,7 @@ def write(folder, **changes):
 
 
 def test_a_folder_is_a_command_line_of_train(tmp_path):
-    """Its flags, read as train.py reads them, are the model's, and none can be left out."""
+    """Its flags, read as train.py reads them, are the model's."""
     skip, read = settings_of(ROOT / 'train.py'), 0
     for name, case in CASES.items():
         config = json.loads(config_of(case).to_json_string(use_diff=False))
@@ -41,7 +41,7 @@ def test_a_folder_is_a_command_line_of_train(tmp_path):
         assert (program, script) == ('python', 'train.py') and f' is a {hf["model_type"]}:' in title
         flags = configure({}, GPTConfig, given, skip=skip)
         assert GPTConfig(**flags) == want, name
-        assert len(given) == len(flags) < 40, name
+        assert len(given) == len(flags), name
         read += 1
     assert read > 0.8 * len(CASES)
 
