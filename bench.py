@@ -12,6 +12,7 @@ Measurements. Each topic prints a table; variants that are compared run interlea
     python bench.py cache config/llama_1b.py --tokens=2048,32768
     python bench.py rope --rope_theta=5e5
     python bench.py plot out/* --figure=curves.png
+    python bench.py recipes path/to/checkpoint
 
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
 whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
@@ -52,6 +53,7 @@ from nanoblocks.experiments import (
     gpu,
     limits,
     peers,
+    recipes,
     ring,
     speed,
     studies,
@@ -92,7 +94,7 @@ TOPICS = {
     'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations,
     'mixers': studies.mixers, 'architectures': architectures.architectures, 'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
-    'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring,
+    'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring, 'recipes': recipes.recipes,
 }
 ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
 
@@ -155,7 +157,7 @@ def main(name, argv):
     if name not in TOPICS:
         remedy = nearest(name, TOPICS, remedy=f'choose one of {", ".join(TOPICS)}')
         raise SystemExit(f'{name or "the first argument"} must be a topic: {remedy}')
-    folders, options = files_and_flags(argv) if name == 'plot' else ([], argv)
+    folders, options = files_and_flags(argv) if name in ('plot', 'recipes') else ([], argv)
     # a config file is train.py's as well: pass over the settings that are only train.py's
     flags = configure(globals(), GPTConfig, options, skip=settings_of(ROOT / 'train.py'))
     with errors_as_messages():

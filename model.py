@@ -3323,18 +3323,18 @@ class GPT(nn.Module):
     # -- in nanoblocks/, imported on use
 
     @classmethod
-    def from_pretrained(cls, name: str, **overrides) -> 'GPT':
+    def from_pretrained(cls, name: str, dtype='float32', **overrides) -> 'GPT':
         """
-        The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint, in fp32.
+        The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint.
         overrides: flags to change; weights that still fit are kept.
         """
         from nanoblocks import pretrained
-        return pretrained.from_pretrained(name, **overrides)
+        return pretrained.from_pretrained(name, dtype, **overrides)
 
-    def save_pretrained(self, folder: str):
-        """Write config.json and model.safetensors for transformers, if a published family fits the flags."""
+    def save_pretrained(self, folder: str, **options):
+        """Write a folder for transformers. Options: dtype=, max_shard_size= of nanoblocks.pretrained's."""
         from nanoblocks import pretrained
-        pretrained.save_pretrained(self, folder)
+        pretrained.save_pretrained(self, folder, **options)
 
     def generate(self, idx, max_new_tokens: int, *args, **options) -> torch.Tensor:
         """Continue idx (B,T) int64 -> (B,T+new) int64. Options: nanoblocks.decoding.decode.stream."""

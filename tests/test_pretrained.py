@@ -205,6 +205,7 @@ def test_round_trip(made, ours, name, tmp_path):
     # tables that transformers works out where a file has none
     info['missing_keys'] = {key for key in info['missing_keys'] if not NOT_WEIGHTS.search(key)}
     assert not any(info.values()), f'{name}: {info}'
+    assert theirs.config.model_type == made.model.config.model_type, 'it must stay in its family'
     assert_logits(theirs, made, f'{name}, exported')
     again = load(tmp_path)
     assert again.config == model.config

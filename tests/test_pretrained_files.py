@@ -38,6 +38,7 @@ from checkpoints import (
 from conftest import ROOT
 
 from model import GPT, GPTConfig
+from nanoblocks.pretrained.files import TensorFiles
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'mixtral', 'llama4', 'falcon-new', 'mamba2-groups',
@@ -280,32 +281,43 @@ def test_what_a_config_became_can_be_given_again():
 
 
 MEMORY = """
-import resource, sys
+import re, sys
 import safetensors.torch, torch
 from model import GPT
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    # not ru_maxrss, which begins with what the parent had
+    return 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
 before = peak()
-model = GPT.from_pretrained(sys.argv[1])
-print(peak() - before, sum(p.numel() for p in model.parameters()))
+model = GPT.from_pretrained(sys.argv[1], sys.argv[2])
+loaded = peak()
+model.save_pretrained(sys.argv[1] + '/again', dtype=sys.argv[3])
+print(loaded - before, peak() - loaded)
 """
 
 
-@pytest.mark.parametrize('shards', [1, 3])
-def test_loading_holds_the_weights_once(tmp_path, shards):
-    sizes = dict(n_layer=4, n_embd=512, n_head=8, vocab_size=16000, tie=False, block_size=64)
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='counts memory as Linux does')
+@pytest.mark.parametrize('shards, dtype, other', [
+    (1, 'float32', 'float32'), (3, 'float32', 'float32'), (1, 'bfloat16', 'bfloat16'),
+    (3, 'bfloat16', 'float32')])
+def test_loading_and_exporting_hold_the_model_and_one_tensor(tmp_path, shards, dtype, other):
+    sizes = dict(n_layer=6, n_embd=512, n_head=8, vocab_size=16000, tie=False, block_size=64)
     model = GPT(GPTConfig(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, **sizes), seed=None)
     for p in model.parameters():
         p.data.fill_(0.5)
     model.save_pretrained(tmp_path)
     if shards > 1:
         shard(tmp_path, shards)
-    done = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path), dtype, other], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    more, count = map(int, done.stdout.split())
-    assert count == sum(p.numel() for p in model.parameters()) > 20e6
-    assert more < 1.35 * 4 * count, f'{more / 4 / count:.2f} times the weights'
+    loading, exporting = (n / 2 ** 20 for n in map(int, done.stdout.split()))
+    weights = sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize / 2 ** 20
+    # MiB: the largest tensor, in the fp32 of the files, and what was read before they were opened anew
+    largest, pages, rest = 16000 * 512 * 4 / 2 ** 20, TensorFiles.REOPEN / 2 ** 20, 8
+    assert weights > 60 and loading < weights + largest + pages + rest, (loading, weights)
+    # its copy in the other dtype
+    largest *= 1 if other == 'float32' else 1.5
+    assert exporting < largest + rest, (exporting, weights)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -18,20 +18,25 @@ class Piece(NamedTuple):
     times: float | torch.Tensor | None = None   # or theirs times this, a number or one for each row
 
     def load(self, theirs):
-        """Copy their tensor into the views of ours."""
+        """Copy their tensor into the views of ours. What is computed is fp32, and rounded once."""
         for ours, part in self.parts:
-            ours.copy_(part(theirs).view(ours.shape))
+            value = part(theirs).view(ours.shape)
             if self.times is not None:
-                ours.mul_(self.times)
+                value = value.float() * self.times
             if self.plus:
-                ours.add_(self.plus)
+                value = value.float() + self.plus
+            ours.copy_(value)
 
     def save(self, theirs=None):
         """Their tensor, in fp32, made from the views of ours, or what other pieces made with these added."""
         theirs = torch.empty(self.shape) if theirs is None else theirs
         for ours, part in self.parts:
-            ours = ours - self.plus
-            part(theirs).view(ours.shape).copy_(ours if self.times is None else ours / self.times)
+            value = ours
+            if self.plus:
+                value = value.float() - self.plus
+            if self.times is not None:
+                value = value.float().cpu() / self.times
+            part(theirs).view(ours.shape).copy_(value)
         return theirs
 
 

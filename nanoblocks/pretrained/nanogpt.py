@@ -36,6 +36,7 @@ def load(path):
         model = checkpoint.build(checkpoint.load(path), path).eval()
     else:
         model = load_nanogpt(state, path)
+        model.family = 'gpt2'
     meta = meta_of(state)
     model.texts = Texts(meta=meta) if meta else Texts()
     return model

@@ -61,7 +61,12 @@ def save(texts, folder):
     if tokenizer is not None:
         eot, *others = [*tokenizer.ends] or [None]
         found = {'bos_token_id': bos_of(tokenizer), 'eos_token_id': [eot, *others] if others else eot}
-    return found | texts.ids
+    found |= texts.ids
+    told = {key: value for key, value in found.items() if value is not None}
+    if told and 'generation_config.json' not in files:
+        with open(os.path.join(folder, 'generation_config.json'), 'w') as f:
+            json.dump(told, f, indent=1)
+    return found
 
 
 def bos_of(tokenizer):

@@ -14,7 +14,8 @@ end of llama.py, would do for Arcee's AFM, a Llama whose feed-forward has no gat
         read=read_rope, write=write_rope)
 
 Then add cases to tests/checkpoints.py: small random checkpoints made by `transformers`, with which our logits
-must agree. The facts here are taken from published checkpoints and from `transformers`.
+must agree; `python -m nanoblocks.experiments.tables` adds the row to docs/recipes.md. The facts here are
+taken from published checkpoints and from `transformers`.
 """
 from nanoblocks.pretrained.families import (
     bert,
