@@ -537,8 +537,8 @@ CASES = {
     'persimmon-plain-tied': Case('persimmon', {
         **rope('linear', factor=2.0, partial_rotary_factor=1.0), 'qk_layernorm': False,
         'tie_word_embeddings': True}),
-    'phi-qk-norm': Case('phi', {**THREE, **HALF, 'qk_layernorm': True}),
     'phi': Case('phi', {**THREE, **HALF}),
+    'phi-qk-norm': Case('phi', {**THREE, **HALF, 'qk_layernorm': True}),
     'phi-all-rotates-tied': Case('phi', {**MHA, **rope('linear', factor=2.0, partial_rotary_factor=1.0),
                                          'hidden_act': 'gelu', 'tie_word_embeddings': True}),
     # dense models
