@@ -432,7 +432,7 @@ def test_an_encoder_and_a_decoder_trained_here_export(family, flags, tmp_path):
     (dict(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, value_embed=True), 'value_embed'),
     (dict(embed_skip=True), 'embed_skip'),
     (dict(pos='sinusoidal'), 'pos'),
-    (dict(norm_at='post'), 'norm_at'),
+    (dict(norm_at='sandwich'), 'norm_at'),
     (dict(ffn='relu2'), 'ffn'),
     (dict(layer_pattern='am', ssm_head_dim=8), 'norm'),     # to be a bamba
 ])
