@@ -13,6 +13,7 @@ Measurements. Each topic prints a table; variants that are compared run interlea
     python bench.py rope --rope_theta=5e5
     python bench.py plot out/* --figure=curves.png
     python bench.py recipes path/to/checkpoint
+    python bench.py heads out/run               # and specialists, of a mixture of experts
 
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
 whose bodies are in nanoblocks/experiments. A topic refuses the flags that it does not read.
@@ -50,13 +51,20 @@ from nanoblocks.experiments import (
     attention,
     curves,
     decoding,
+    extrapolate,
     gpu,
+    heads,
     limits,
     peers,
+    placement,
+    recall,
     recipes,
     ring,
+    scaling,
+    specialists,
     speed,
     studies,
+    throughput,
 )
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.files import ROOT
@@ -68,9 +76,10 @@ from nanoblocks.hardware import check_device, pick_device
 batch_size = 12                     # step, families: sequences in a training step
 rounds: int | None = None           # how often each variant is timed; None: 30, in limits and peers 3
 tokens = ''                         # lengths, such as 1024,4096; limits, peers: of a step; empty: its own
-models = ''                         # limits, peers: families, such as gpt2,llama; empty: all of them
+models = ''                         # limits, peers, throughput: families, such as gpt2,llama; empty: all
 width = ''                          # ffns, lengths: width of a layer; norms: widths, such as 256,512
-limit_s = 60.0                      # lengths: seconds for each kind of layer, which decide how far it goes
+layers = ''                         # placement: depths of its models, such as 4,12
+limit_s = 60.0                      # lengths, throughput: seconds for each layer or model, which end its row
 nanogpt = ''                        # step, peers: folder of a nanoGPT checkout to time as well, same flags
 device = 'cpu'                      # auto, cpu, cuda or mps
 aot = False                         # kernels: compile for GPUs that this machine lacks, instead of timing
@@ -90,11 +99,15 @@ figure = 'curves.png'               # plot: file for the figure
 TOPICS = {
     'step': speed.step, 'window': speed.window, 'optimizers': speed.optimizers, 'families': speed.families,
     'decode': decoding.decode, 'cache': attention.cache, 'gqa': attention.gqa, 'rope': attention.rope,
-    'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns, 'context': studies.context,
-    'lengths': studies.lengths, 'router': studies.router, 'ablations': studies.ablations,
-    'mixers': studies.mixers, 'architectures': architectures.architectures, 'plot': curves.plot,
+    'reach': attention.reach, 'norms': studies.norms, 'ffns': studies.ffns,
+    'extrapolate': extrapolate.extrapolate, 'placement': placement.placement,
+    'lengths': throughput.lengths, 'throughput': throughput.throughput, 'router': studies.router,
+    'ablations': studies.ablations, 'mixers': studies.mixers, 'kvheads': studies.kvheads,
+    'tricks': studies.tricks, 'scaling': scaling.scaling, 'architectures': architectures.architectures,
+    'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
     'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring, 'recipes': recipes.recipes,
+    'heads': heads.heads, 'specialists': specialists.specialists, 'recall': recall.recall,
 }
 ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
 
@@ -151,6 +164,15 @@ def check_settings(name):
             raise ValueError(f'{setting}={globals()[setting]} must {rule}')
 
 
+def folders_of(name, argv):
+    """(folders of runs, all other arguments): a topic that reads runs takes words that are no config file."""
+    words, flags = files_and_flags(argv)
+    if 'folders' not in signature(TOPICS[name]).parameters or {'--help', '-h'} & set(argv):
+        return [], argv
+    files = [word for word in words if word.endswith('.py')]
+    return [word for word in words if word not in files], files + flags
+
+
 def main(name, argv):
     if name in ('--help', '-h'):
         configure(globals() | {'__doc__': f'{__doc__}\ntopics:\n\n{topics()}'}, GPTConfig, ['--help'])
@@ -158,6 +180,7 @@ def main(name, argv):
         remedy = nearest(name, TOPICS, remedy=f'choose one of {", ".join(TOPICS)}')
         raise SystemExit(f'{name or "the first argument"} must be a topic: {remedy}')
     folders, options = files_and_flags(argv) if name in ('plot', 'recipes') else ([], argv)
+    folders, options = folders_of(name, argv)
     # a config file is train.py's as well: pass over the settings that are only train.py's
     flags = configure(globals(), GPTConfig, options, skip=settings_of(ROOT / 'train.py'))
     with errors_as_messages():
@@ -169,7 +192,7 @@ def main(name, argv):
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {card}')
-        run(TOPICS[name], plain_settings(globals()) | {'flags': flags, 'argv': argv, 'folders': folders})
+        run(TOPICS[name], plain_settings(globals()) | {'flags': flags, 'argv': options, 'folders': folders})
 
 
 if __name__ == '__main__':

@@ -995,9 +995,11 @@ class DiffAttention(Attention):
         """q (B,T,H,D), k and v (B,S,K,D) -> (B,T,H/2,2D)"""
         v = v.unflatten(2, (-1, 2)).flatten(-2)                                     # (B,S,K/2,2D)
         first, second = (self.scores(q[:, :, i::2], k[:, :, i::2], v, ctx, key_pos) for i in (0, 1))
+        return self.head_norm(first - self.lambda_().to(first.dtype) * second) * (1 - self.lambda_init)
+
+    def lambda_(self):
         q1, k1, q2, k2 = ops.at_least_fp32(self.lambdas)
-        lambda_ = (q1 @ k1).exp() - (q2 @ k2).exp() + self.lambda_init
-        return self.head_norm(first - lambda_.to(first.dtype) * second) * (1 - self.lambda_init)
+        return (q1 @ k1).exp() - (q2 @ k2).exp() + self.lambda_init
 
 
 # ----------------------------------------------------------------------------------------------------------

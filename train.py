@@ -367,7 +367,7 @@ def save(newest=True, best_loss=None, last=False, say=False):
     Write ckpt.pt, to resume from, and with `best_loss` best.pt, for sampling: the same weights, or their
     average if there is one. Nothing if eval_only. See Saver.save; False if it failed.
     """
-    if eval_only:
+    if eval_only or not newest and best_loss is None:
         return True
     with progress.paused():
         states, learnt = {}, optimizers.state()

@@ -131,6 +131,7 @@ def meta_rules(meta):
         pairs = meta['pairs']
         yield ('pairs', all(type(pairs[name]) is int and pairs[name] > 0 for name in ('source', 'target')),
                'give source and target a number of tokens above 0')
+        yield 'pairs', type(every := pairs.get('every', 1)) is int and every > 0, 'give an every above 0'
         yield 'pairs', type(pairs['eot']) is int and 0 <= pairs['eot'] < size, 'name an eot of the vocabulary'
         whole = all(sum(files[split].values()) % row_of_pairs(meta) == 0 for split in ('train', 'val'))
         yield 'files', whole, f'hold whole pairs, of {row_of_pairs(meta)} tokens'

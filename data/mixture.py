@@ -71,7 +71,7 @@ class Sources:
         if other.get('pairs') != meta.get('pairs'):
             raise ValueError(f'{setting}={getattr(self, setting)} must be texts alone, or pairs of the same '
                              f'lengths, unlike {first} and {name}: prepare pairs with the same '
-                             '--source_tokens= and --target_tokens=')
+                             '--source_tokens= and --target_tokens=, and the same --every=')
 
     def open(self, block_size, seed, objective=None):
         """The `Dataset` of these, for rows of `block_size` tokens; see open_dataset."""

@@ -185,13 +185,14 @@ class Pairs(Prefix):
     """
     The target of a pair and the token that ends it, given the source; a decoder begins with that token too,
     and an encoder alone reads it in every place that it names. Rows (n,S+L) hold a source and a target, each
-    filled up with the token (data/pairs/prepare.py).
+    filled up with the token (data/pairs/prepare.py). Where pairs['every'] is n, the loss is of every n-th
+    token of a target alone, and those between are given; an encoder alone does not see them either.
     """
     told = ' of targets'
 
     def __init__(self, vocab_size, pairs):
         super().__init__(vocab_size, None)
-        self.size, self.eot = pairs['source'], pairs['eot']
+        self.size, self.eot, self.every = pairs['source'], pairs['eot'], pairs.get('every', 1)
 
     def __call__(self, rows, keys):
         source, target = rows[:, :self.size], rows[:, self.size:]
@@ -206,7 +207,8 @@ class Pairs(Prefix):
             where = np.select([at < s, (at > s) & (at <= s + t)], [at, at - s - 1 + self.size], -1)
             text = np.take_along_axis(np.concatenate((rows, end), 1), where, 1)
         at = np.arange(1, text.shape[1])
-        targets = np.where((at > s) & (at <= s + t + 1), text[:, 1:], -1)
+        named = (at > s) & (at <= s + t + 1) & ((at - s) % self.every == 0)
+        targets = np.where(named, text[:, 1:], -1)
         text = np.where(np.arange(text.shape[1]) > s, self.eot, text) if self.blind else text
         tensors = text[:, :-1], targets, source
         return tuple(torch.from_numpy(np.ascontiguousarray(x)) for x, _ in zip(tensors, self.names))

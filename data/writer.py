@@ -72,19 +72,20 @@ def write_dataset(folder, documents, tokenizer, source, append_eot=True, shard_t
     return publish(folder, settings, splits)
 
 
-def write_pairs(folder, pairs, tokenizer, source, sizes):
+def write_pairs(folder, pairs, tokenizer, source, sizes, every=1):
     """Write `pairs`, an iterable of ('train' or 'val', tokens, tokens, bytes of both), to `folder`.
 
     A pair is a row of sizes = (S, L) tokens: the first tokens, filled up to S with tokenizer.eot, the second,
-    which the same token ends, filled up to L. Neither may be longer. What sample.py is given by default is
-    the first source of the validation split. Returns what meta.json holds.
+    which the same token ends, filled up to L. Neither may be longer. every: objectives.Pairs. What sample.py
+    is given by default is the first source of the validation split. Returns what meta.json holds.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
     settings = {'source': source, 'prompt': '', 'tokenizer': tokenizer.meta(), 'dtype': dtype,
                 'vocab_size': tokenizer.vocab_size,
-                'pairs': {'source': sizes[0], 'target': sizes[1], 'eot': tokenizer.eot}}
+                'pairs': {'source': sizes[0], 'target': sizes[1], 'eot': tokenizer.eot}
+                | ({'every': every} if every > 1 else {})}
     splits = {name: SplitWriter(folder, name, DTYPES[dtype], None) for name in ('train', 'val')}
     for split, first, second, n_bytes in pairs:
         fill = [size - len(tokens) for size, tokens in zip(sizes, (first, second))]

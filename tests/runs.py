@@ -288,6 +288,14 @@ EXIT = WRITTEN + '        os._exit(9)'
 KILL = WRITTEN + '        os.kill(os.getpid(), 9)'
 
 
+def assert_survives_a_kill(whole, folder, step, arguments):
+    """A run of train.py in a folder, killed at a micro-batch and resumed, is the same as a whole run."""
+    done = python('train.py', *arguments, before=at_step(step, KILL))
+    assert done.code == -9, done
+    resume(folder)
+    assert_same_run(whole, folder)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Several processes
 

@@ -342,7 +342,7 @@ def test_the_report_says_what_the_runs_measured(swept):
             finals[arm, seed] = [line['val_loss'] for line in lines if 'val_loss' in line][-1]
     text = (swept / 'report.md').read_text()
     e = effect([finals['norm=layernorm', seed] - finals['llama_small', seed] for seed in SEEDS])
-    assert f'{e.mean:+.4f} | {report.interval(e)} | 2 |' in text
+    assert f'{e.mean:+.4f} | {report.interval(e)} | ' in text and f' | 2 | {e.p:.4f} | ' in text
     mean = (finals['llama_small', 1337] + finals['llama_small', 1338]) / 2
     assert f'| llama_small | {mean:.4f} |' in text
     # llama with 1 of 2 heads of 16 caches 2 layers x (1 + 1) x 16 numbers of 2 bytes, and int32 positions
@@ -414,8 +414,9 @@ def test_a_figure_of_a_ladder_says_that_each_row_is_compared_with_the_row_above(
 
 def test_a_row_of_the_report_names_the_arm_it_is_compared_with():
     _, _, _, pairs, _ = between('gpt2_small', 'llama_small', ('ladder',))
-    table = report.differences_table([(pair, effect([-0.1, -0.2])) for pair in pairs])
-    assert '| norm layernorm -> rmsnorm | ladder2+norm | ladder1+pos | -0.1500 |' in table[4]
+    e = effect([-0.1, -0.2])
+    table = report.differences_table([report.Comparison(pair, e, e.p, None, None) for pair in pairs])
+    assert '| norm layernorm -> rmsnorm | ladder1+pos | -0.1500 |' in table[4]
 
 
 def test_without_matplotlib_the_tables_stand_alone(copy, monkeypatch):

@@ -14,11 +14,11 @@ from conftest import (
     tokens,
     toy,
 )
+from runs import TOY as TOY_RUN
 from runs import (
-    KILL,
     assert_refused,
     assert_same_run,
-    at_step,
+    assert_survives_a_kill,
     dataset,
     documents,
     losses,
@@ -29,7 +29,6 @@ from runs import (
     train,
     train_settings,
 )
-from runs import TOY as TOY_RUN
 from runs import flags as as_flags
 from runs import toy as toy_run
 from test_data import prepare
@@ -443,11 +442,7 @@ def test_a_mixture_reads_documents_alone(short_texts, tmp_path):
         wanted = val_loss(whole, folder, True)
         assert losses(whole, 'val_losses')[-1][str(folder)] == pytest.approx(wanted, rel=1e-5)
         assert f'  {folder}: val loss {wanted:.4f}' in said
-    killed = python('train.py', *toy_run(tmp_path / 'part', **settings),
-                    before=at_step(15, KILL))
-    assert killed.code == -9, killed
-    resume(tmp_path / 'part')
-    assert_same_run(whole, tmp_path / 'part')
+    assert_survives_a_kill(whole, tmp_path / 'part', 15, toy_run(tmp_path / 'part', **settings))
     two = pair(*toy_run(tmp_path / 'two', **settings))
     assert all(done.code == 0 for done in two), two
     for key in 'train_loss', 'val_loss':

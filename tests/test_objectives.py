@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, build, scaled, toy
-from runs import KILL, assert_same_run, at_step, dataset, python, resume, train
+from runs import assert_same_run, assert_survives_a_kill, dataset, python, train
 from runs import toy as arguments
 
 from data.loader import open_dataset
@@ -176,11 +176,8 @@ def test_a_row_is_the_same_in_batches_of_any_size(name, kind):
 @every_run
 def test_a_run_that_is_killed_goes_on_to_the_same_losses(flags, tmp_path):
     whole, _ = train(tmp_path / 'whole', max_iters=45, **flags)
-    done = python('train.py', *arguments(tmp_path / 'killed', max_iters=45, **flags),
-                  before=at_step(32, KILL))
-    assert done.code == -9, done
-    resume(tmp_path / 'killed')
-    assert_same_run(whole, tmp_path / 'killed')
+    killed = tmp_path / 'killed'
+    assert_survives_a_kill(whole, killed, 32, arguments(killed, max_iters=45, **flags))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build, toy
-from runs import KILL, assert_refused, assert_same_run, at_step, losses, python, resume, train
+from runs import (
+    assert_refused,
+    assert_survives_a_kill,
+    losses,
+    python,
+    train,
+)
 from runs import toy as arguments
 from test_objectives import SHOWN, shown
 
@@ -111,6 +117,7 @@ def test_what_is_no_objective_and_no_length_of_pairs_is_refused(folder):
 @pytest.mark.parametrize('change, words', [
     (dict(source=0), 'give source and target a number of tokens above 0'),
     (dict(target='x'), 'give source and target a number'), (dict(eot=257), 'name an eot of the vocabulary'),
+    (dict(every=0), 'give an every above 0'), (dict(every='x'), 'give an every above 0'),
     (dict(source=8), 'hold whole pairs, of 15 tokens'), (None, 'TypeError')])
 def test_a_damaged_description_is_refused(folder, tmp_path, change, words):
     meta = json.loads((folder / 'meta.json').read_text())
@@ -210,6 +217,7 @@ def test_pairs_that_are_too_long_or_have_no_text_are_left_out_and_counted(tmp_pa
     (['--source=from'], "has no column 'from': choose one of source, target with --source="),
     (['--target=to'], "has no column 'to': choose one of source, target with --target="),
     (['--target_tokens=1'], 'target_tokens=1 must be at least 2'),
+    (['--every=0'], 'every=0 must be at least 1'),
     (['--input=THIS/b.txt'], 'b.txt must hold rows with two columns'),
     (['--name=text'], 'name=text must be a plain name that no other dataset has'),
     (['--source_tokens=1'], 'the train split of')])
@@ -236,11 +244,7 @@ def test_a_run_learns_its_pairs_is_killed_and_answers(folder, kind, tmp_path):
     whole, printed = train(tmp_path / 'whole', **flags)
     assert ' of targets' in printed and losses(whole, 'val_loss')[-1] < 0.5
     assert not any('val_bpb' in line for line in (whole / 'metrics.jsonl').read_text().splitlines())
-    done = python('train.py', *arguments(tmp_path / 'killed', **flags),
-                  before=at_step(132, KILL))
-    assert done.code == -9, done
-    resume(tmp_path / 'killed')
-    assert_same_run(whole, tmp_path / 'killed')
+    assert_survives_a_kill(whole, tmp_path / 'killed', 132, arguments(tmp_path / 'killed', **flags))
 
     session = Session.load(out_dir=str(whole), sampling=Sampling(temperature=0))
     asked = [f'{a}{b}{c}' for a, b, c in itertools.product('abc', repeat=3)]

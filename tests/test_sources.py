@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from runs import (
-    KILL,
     assert_refused,
     assert_same_run,
-    at_step,
+    assert_survives_a_kill,
     curve,
     dataset,
     documents,
@@ -340,11 +339,7 @@ def test_a_mixture_survives_a_kill_and_any_number_of_processes(tmp_path):
     flags = dict(dataset=mixed(0.7, 0.3), gradient_accumulation_steps=2,
                  batch_size=5)
     whole, _ = train(tmp_path / 'whole', **flags)
-    done = python('train.py', *toy(tmp_path / 'killed', **flags),
-                  before=at_step(73, KILL))
-    assert done.code == -9, done
-    resume(tmp_path / 'killed')
-    assert_same_run(whole, tmp_path / 'killed')
+    assert_survives_a_kill(whole, tmp_path / 'killed', 73, toy(tmp_path / 'killed', **flags))
     two = pair(*toy(tmp_path / 'two', **flags))
     assert [done.code for done in two] == [0, 0], two
     assert losses(tmp_path / 'two') == pytest.approx(losses(whole), abs=1e-4)

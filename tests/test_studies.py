@@ -16,6 +16,7 @@ from nanoblocks.experiments import (
     memory,
     studies,
     sweep,
+    throughput,
     timing,
     topics,
 )
@@ -65,7 +66,7 @@ def test_every_topic_takes_nothing_but_settings():
 
 
 @pytest.mark.parametrize('topic, options, words', [
-    ('context', ['--reuse=True'], 'reuse=True must be left out: bench.py context does not read it'),
+    ('router', ['--reuse=True'], 'reuse=True must be left out: bench.py router does not read it'),
     ('ablations', ['--width=3'], 'width=3 must be left out: bench.py ablations does not read it'),
     ('norms', ['--n_layer=2'], 'n_layer=2 must be left out: bench.py norms reads --rounds'),
     ('norms', ['config/tiny.py'], 'config/tiny.py must be left out: bench.py norms takes no config file'),
@@ -75,7 +76,6 @@ def test_every_topic_takes_nothing_but_settings():
     ('rope', ['--pos=learned'], 'pos=learned must be rope: --pos=rope'),
     ('reach', ['--layer_pattern=wa'], 'must be w, a window in every layer: --layer_pattern=w'),
     ('reach', ['--block_size=32'], 'block_size=32 must be above 90, layers x (window - 1): --block_size=91'),
-    ('context', ['--rope_scaling=yarn'], 'bench.py context compares its values'),
     ('router', ['--balance=aux'], 'bench.py router compares its values'),
     ('norms', ['--tokens=1,2'], 'tokens=1,2 must be one number here: --tokens=2048'),
     ('norms', ['--width=x'], 'must be whole numbers above 0, separated by commas: --width=256,512'),
@@ -135,7 +135,7 @@ def test_rotary_angles_are_those_of_the_flags(tmp_path, capsys):
 
 
 def test_lengths_and_windows_have_the_sizes_that_are_given(tmp_path, capsys):
-    studies.lengths('64,192', '32', 60.0, 'cpu', tmp_path)
+    throughput.lengths('64,192', '32', 60.0, 'cpu', tmp_path)
     rows = [row for row in lines(capsys) if row and row[0] == 'attention']
     assert len(rows) == 2 and all(len(row) == 3 and '-' not in row for row in rows)
     attention.reach(dict(window=4, n_layer=2, block_size=24), 'cpu', tmp_path)
@@ -144,9 +144,9 @@ def test_lengths_and_windows_have_the_sizes_that_are_given(tmp_path, capsys):
 
 
 def test_a_layer_that_grows_linearly_is_not_expected_to_grow_quadratically():
-    assert studies.expected({1: (1.0, 0)}, 2) == 4.0
-    assert studies.expected({1: (1.0, 0), 2: (2.0, 0)}, 4) == pytest.approx(4.0)
-    assert studies.expected({1: (1.0, 0), 2: (4.0, 0)}, 4) == pytest.approx(16.0)
+    assert throughput.expected({1: 1.0}, 2) == 4.0 and throughput.expected({1: 1.0}, 2, most=1.0) == 2.0
+    assert throughput.expected({1: 1.0, 2: 2.0}, 4) == pytest.approx(4.0)
+    assert throughput.expected({1: 1.0, 2: 4.0}, 4) == pytest.approx(16.0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,9 +166,10 @@ def test_progress_is_a_line_for_each_item(monkeypatch, capsys):
 @pytest.mark.parametrize('call', [
     lambda out: studies.norms(1, '8', '8,16', 'cpu', out),
     lambda out: bench.TOPICS['window'](1, '16,32', 'cpu'),
-    lambda out: studies.lengths('16', '16', 9.0, 'cpu', out),
+    lambda out: throughput.throughput({'n_embd': 16, 'n_head': 2}, 'llama', '8', 9.0, 'cpu', out),
 ])
-def test_topics_say_which_of_how_many_they_are_at(call, tmp_path, capsys):
+def test_topics_say_which_of_how_many_they_are_at(call, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(studies, 'can_compile', lambda device: False)
     call(tmp_path)
     assert '[2/' in capsys.readouterr().err
 
@@ -188,20 +189,23 @@ def figures_drawn(monkeypatch):
     pyplot.close('all')
 
 
-def test_every_axis_of_every_figure_has_a_label(figures_drawn, tmp_path, capsys):
+def test_every_axis_of_every_figure_has_a_label(figures_drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(studies, 'can_compile', lambda device: False)  # which takes seconds
     attention.cache({}, '', tmp_path)
     attention.gqa({}, tmp_path)
     attention.rope({}, '', tmp_path)
     attention.reach({}, 'cpu', tmp_path)
     studies.norms(1, '8', '8,16', 'cpu', tmp_path)
-    studies.ffns(1, '8', '8', 'cpu', tmp_path)
-    studies.lengths('16,32', '16', 9.0, 'cpu', tmp_path)
+    studies.ffn_costs(1, '8', '8', 'cpu', tmp_path)
+    throughput.lengths('16,32', '16', 9.0, 'cpu', tmp_path)
     rows = {name: {column: float(i + n) for n, column in enumerate((*figures.COSTS, 'loss', 'sd'))}
             for i, name in enumerate('ab')}
     figures.plot_cost(rows, {'a': 'a', 'b': '+ b'}, tmp_path / 'cost.png')
     curve = {1: [(10, 2.0), (20, 1.5)]}
     figures.plot_curves({'a': curve, 'b': curve}, 'a', {'a': 'a', 'b': 'b'}, tmp_path / 'curves.png')
-    assert len(figures_drawn) == 9
+    small = {'n_embd': 16, 'n_head': 2, 'n_layer': 1}
+    throughput.throughput(small, 'llama,mistral', '8', 9.0, 'cpu', tmp_path)
+    assert len(figures_drawn) == 10
     for fig in figures_drawn:
         for ax in (ax for ax in fig.axes if ax.get_label() != '<colorbar>'):
             named = [tick.get_text() for tick in ax.get_xticklabels()]
@@ -265,20 +269,28 @@ def test_rotated_scores_depend_on_the_offset_alone(tmp_path, capsys):
 
 
 def test_a_gated_ffn_at_four_times_the_width_has_half_as_many_parameters_more(tmp_path, capsys):
-    studies.ffns(1, '', '', 'cpu', tmp_path)
-    wide = next(row for row in lines(capsys) if row[:2] == ['SwiGLU', '4x'])
-    assert wide[2:6] == ['2048', '3,145,728', 'x', '1.50'] and (tmp_path / 'ffns.png').exists()
+    studies.ffn_costs(1, '', '', 'cpu', tmp_path)
+    rows = {' '.join(row[:2]): row[2:6] for row in lines(capsys) if len(row) > 6}
+    assert rows['SwiGLU 4x'] == ['2048', '3,145,728', 'x', '1.50'] and (tmp_path / 'ffns.png').exists()
+    assert rows['relu2 6x'] == ['3072', '3,145,728', 'x', '1.50'] and rows['relu2 4x'] == rows['GELU 4x']
 
 
-def test_norms_are_timed_and_counted(tmp_path, capsys):
-    studies.norms(1, '', '', 'cpu', tmp_path)
-    rows = [row for row in lines(capsys) if len(row) == 7 and row[1].endswith('norm') and row[0].isdigit()]
-    assert [(row[1], int(row[-1])) for row in rows[:2]] == [('layernorm', 512), ('rmsnorm', 256)]
-    assert len(rows) == 10 and (tmp_path / 'norms.png').exists()
+def test_norms_are_timed_in_every_way(tmp_path, capsys):
+    studies.norms(3, '8', '16,32', 'cpu', tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    codes = ['plain', 'PyTorch', 'model', 'compiled']
+    rows = [line.split() for line in printed if line[:2].isdigit() and line.split()[1] in codes]
+    assert [row[:2] for row in rows] == [[width, code] for width in ('16', '32') for code in codes]
+    # PyTorch keeps more of its RMSNorm than ours of it: x and what x was divided by
+    kept = {tuple(row[:2]): (float(row[-2]), float(row[-1])) for row in rows}
+    assert kept['32', 'PyTorch'][1] > 1.9 > 1.2 > kept['32', 'model'][1]
+    said = [line for line in printed if 'RMSNorm takes' in line]
+    assert len(said) == 8 and all('2 widths, 3 rounds' in line for line in said)
+    assert (tmp_path / 'norms.png').exists()
 
 
 def test_lengths_stop_where_the_budget_of_seconds_does(tmp_path, capsys):
-    studies.lengths('', '', 0.05, 'cpu', tmp_path)
+    throughput.lengths('', '', 0.05, 'cpu', tmp_path)
     rows = [row for row in lines(capsys) if row and row[0] == 'attention']
     assert len(rows) == 2 and all(row[-1] == '-' and float(row[1]) > 0 for row in rows)
     assert (tmp_path / 'lengths.png').exists()

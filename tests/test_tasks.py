@@ -5,15 +5,14 @@ several; what a file may hold; what the prepare.py's write.
 import json
 import math
 import re
-import runpy
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build, every_decoder_alone, scaled
+from conftest import build, every_decoder_alone, scaled
 from conftest import toy as toy_flags
 from runs import assert_refused, assert_same_run, dataset, flags, metrics, pair, python, toy, train, trained
+from test_data import prepare
 from test_logging import OFFLINE, history, wandb_files
 from test_pretrained_texts import TOKENIZERS
 from test_tokenizers import CORPUS, KINDS, written
@@ -341,16 +340,6 @@ ROWS = {
     'piqa': ({'goal': 'Boil an egg', 'sol1': 'in water', 'sol2': 'in é', 'label': 0},
              {'context': 'Question: Boil an egg\nAnswer:', 'choices': ['in water', 'in é'], 'answer': 0})}
 NAMES = {'hellaswag': 'hellaswag', 'arc': 'arc_easy', 'piqa': 'piqa'}
-
-
-def prepare(monkeypatch, name, *flags):
-    """Run data/<name>/prepare.py with these flags; returns the sentence or status it exits with, or None."""
-    script = ROOT / 'data' / name / 'prepare.py'
-    monkeypatch.setattr(sys, 'argv', [str(script), *map(str, flags)])
-    try:
-        runpy.run_path(str(script), run_name='__main__')
-    except SystemExit as stop:
-        return stop.code
 
 
 @pytest.mark.parametrize('name', ROWS)

@@ -41,6 +41,7 @@ source = 'source'                   # column that holds what the model is given
 target = 'target'                   # column that holds what it must say
 source_tokens: int | None = None    # longest source; None: the longest there is, but at most 512
 target_tokens: int | None = None    # longest target, with the token that ends it; None: the same
+every = 1                           # the loss is of every so many-th token of a target, the others are given
 val_input = ''                      # file or folder for validation, an official split; empty: val_fraction
 val_fraction = 0.1                  # share of the pairs for validation, where val_input is empty
 
@@ -77,8 +78,9 @@ def sizes_of(pairs):
 
 def fitting(pairs, sizes, left_out):
     """Those of the pairs that have tokens, and no more than these; left_out[0] counts the others."""
+    least = max(2, every)
     for pair in pairs:
-        if pair[1] and len(pair[2]) > 1 and len(pair[1]) <= sizes[0] and len(pair[2]) <= sizes[1]:
+        if pair[1] and least <= len(pair[2]) <= sizes[1] and len(pair[1]) <= sizes[0]:
             yield pair
         else:
             left_out[0] += 1
@@ -86,7 +88,8 @@ def fitting(pairs, sizes, left_out):
 
 def main():
     check_own(input, name, 'pairs', val_fraction, val_input)
-    for key, size, least in ('source_tokens', source_tokens, 1), ('target_tokens', target_tokens, 2):
+    for key, size, least in (('source_tokens', source_tokens, 1), ('target_tokens', target_tokens, 2),
+                             ('every', every, 1)):
         if size is not None and size < least:
             raise ValueError(f'{key}={size} must be at least {least}')
     left_out, columns = [0], ((source, None, 'source'), (target, None, 'target'))
@@ -117,7 +120,7 @@ def main():
         sizes = sizes_of(in_tokens(splits_of(pairs('measuring pairs'), few), coder))
         rows = in_tokens(splits_of(pairs('writing tokens'), few), coder)
         meta = write_pairs(folder, fitting(rows, sizes, left_out), coder,
-                           halves_in_words(input, val_input, val_fraction), sizes)
+                           halves_in_words(input, val_input, val_fraction), sizes, every)
     nulls = sum(sources.nulls for sources, _ in tables)
     if nulls:
         say(f'passed over: {in_words(nulls, "row")} without a source or a target')

@@ -55,12 +55,13 @@ def flags_of_config(name):
     return configure({}, GPTConfig, [path], skip=settings_of(ROOT / 'train.py'))
 
 
-def read_value(name, text):
-    """The value of a flag or setting from its text, refused as train.py would."""
+def read_value(name, text, source='vary'):
+    """The value of a flag or setting from its text, refused as train.py would. source: where it was given."""
     known = settings_of(ROOT / 'train.py') | MODEL
     if name not in known:
-        raise ValueError(f'vary={name} is no setting of train.py and no model flag; {nearest(name, known)}')
-    return convert(text, known[name], f'vary: {name}', True)
+        raise ValueError(f'{source}={name} is no setting of train.py and no model flag; '
+                         f'{nearest(name, known)}')
+    return convert(text, known[name], f'{source}: {name}', True)
 
 
 def split(flags):
@@ -222,16 +223,17 @@ def arms_of_vary(reference, name, text):
     return arms, comparisons
 
 
-def variants(part):
+def variants(part, source='vary'):
     """One part of --vary (flag=value,value or name: flag=value+flag=value) -> (arm, {flag: value}) ..."""
     title, colon, rest = part.rpartition(':')
     flag, equals, values = rest.partition('=')
     values = [value.strip() for value in values.split(',')]
     if not equals or not all(values) or colon and len(values) > 1:
-        raise ValueError(f'vary={part} must be flag=value,value or name: flag=value; separate further flags '
-                         'with a semicolon')
+        raise ValueError(f'{source}={part} must be flag=value,value or name: flag=value; separate further '
+                         'flags with a semicolon')
     for value in values:
         # a + begins another flag only where a name and = follow, so 1e+3 stays a number
         pieces = re.split(r'\+(?=[a-z_]\w*=)', f'{flag.strip()}={value}')
-        flags = {key: read_value(key, word) for key, word in (piece.split('=', 1) for piece in pieces)}
+        words = (piece.split('=', 1) for piece in pieces)
+        flags = {key: read_value(key, word, source) for key, word in words}
         yield (title.strip() or '+'.join(pieces)).replace(os.sep, '_'), flags

@@ -40,6 +40,13 @@ def log2_axis(ax, ticks, labels=None):
     ax.set_xticks(ticks, labels or ticks)
 
 
+def log_axis(ax, text='{:g}'.format):
+    """A logarithmic y axis that names 1, 2 and 5 of every decade, and so has names within a decade too."""
+    ax.set_yscale('log')
+    for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: text(value) if f'{value:e}'[0] in '125' else '')
+
+
 def even_ticks(ax, most=5):
     """An x axis with evenly spaced ticks, each with as many digits as tell it from the next: 3.30T, 3.35T."""
     from matplotlib.ticker import MaxNLocator
@@ -94,8 +101,9 @@ def plot_differences(comparisons, path):
     ax.grid(visible=False, axis='y')
     ax.set_xlabel('difference in validation loss (nats per token)\nbetter  \u2190      \u2192  worse')
     seeds = max(e.n for _, e in shown)
-    fig.suptitle(f'{heading}; bars: 95 % intervals over {seeds} seed{"s" * (seeds > 1)}; grey: not resolved',
-                 fontsize=10, x=0.01, ha='left')
+    most = 'up to ' * (min(e.n for _, e in shown) < seeds)
+    fig.suptitle(f'{heading}; bars: 95 % intervals over {most}{seeds} seed{"s" * (seeds > 1)}; grey: not '
+                 'resolved', fontsize=10, x=0.01, ha='left')
     save(fig, path)
 
 

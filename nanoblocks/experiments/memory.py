@@ -41,3 +41,12 @@ def peak_bytes(run, device):
     before = read('VmRSS')
     run()
     return read('VmHWM') - before
+
+
+def free_bytes(device):
+    """Bytes of memory that may still be taken; infinite where the system cannot tell."""
+    if device.startswith('cuda'):
+        return torch.cuda.mem_get_info()[0]
+    told = Path('/proc/meminfo')
+    found = re.search(r'MemAvailable:\s+(\d+)', told.read_text()) if told.exists() else None
+    return int(found.group(1)) * 1024 if found else math.inf

@@ -14,7 +14,8 @@ import torch
 from model import GPT, GPTConfig, kv_cache_bytes
 from nanoblocks.experiments import figures
 from nanoblocks.experiments.runs import read_run
-from nanoblocks.experiments.statistics import deviation, effect, seeds_needed
+from nanoblocks.experiments.statistics import Effect, deviation, effect, holm, seeds_needed
+from nanoblocks.experiments.worth import Worth, worths
 from nanoblocks.formats import counted, format_quantity
 
 # ----------------------------------------------------------------------------------------------------------
@@ -80,10 +81,35 @@ def unfinished(runs, folder):
 # Numbers
 
 
+class Comparison(NamedTuple):
+    """Two arms, over the seeds that both have finished."""
+    pair: dict
+    effect: Effect      # of the loss of `with` minus the loss of `without`
+    p: float            # after Holm's correction for all comparisons of the sweep
+    steps: Worth | None
+    seconds: Worth | None
+
+
 def paired_differences(arms, pair):
-    """Loss of `with` minus loss of `without`, for every seed that both arms have finished."""
+    """{seed: loss of `with` minus loss of `without`} for every seed that both arms have finished."""
     first, second = arms[pair['without']].runs, arms[pair['with']].runs
-    return [second[seed].loss - first[seed].loss for seed in sorted(first.keys() & second.keys())]
+    return {seed: second[seed].loss - first[seed].loss for seed in sorted(first.keys() & second.keys())}
+
+
+def compared(plan, arms):
+    """[Comparison] of a sweep."""
+    effects = [effect(list(paired_differences(arms, pair).values())) for pair in plan['comparisons']]
+    found = []
+    for pair, e, p in zip(plan['comparisons'], effects, holm([e.p for e in effects])):
+        first, second = arms[pair['without']], arms[pair['with']]
+        saved = worths(first.runs, second.runs, step_tokens(first)) if e.n else None
+        found.append(Comparison(pair, e, p, *(saved or (None, None))))
+    return found
+
+
+def step_tokens(arm):
+    """The tokens of a training step."""
+    return arm.flags['batch_size'] * arm.flags['gradient_accumulation_steps'] * arm.config.block_size
 
 
 def loss_at(curve, step):
@@ -118,7 +144,7 @@ def measures_of(arm, measured):
     model, T, runs = arm.model(), arm.config.block_size, list(arm.runs.values())
     speed, losses = median(run.rate for run in runs), [run.loss for run in runs]
     steps = arm.flags['max_iters']
-    tokens = steps * arm.flags['batch_size'] * arm.flags['gradient_accumulation_steps'] * T
+    tokens = steps * step_tokens(arm)
     return {'seeds': len(runs), 'loss': fmean(losses), 'sd': deviation(losses),
             'bpb': fmean(run.bpb for run in runs), 'steps': steps, 'tokens': tokens,
             'flops_per_token': model.flops_per_token(T), 'flops': tokens * model.flops_per_token(T),
@@ -160,6 +186,14 @@ def verdict(e):
             + (f'about {needed}' if needed else 'more than 1000') + ' seeds would be needed)')
 
 
+def worth_sentence(c):
+    """What a resolved difference is worth, and whether it is resolved among all: ', worth 31 of 480 steps'"""
+    if not c.effect.resolved:
+        return ''
+    said = f', worth {c.steps} of {c.steps.of:,} steps and {c.seconds} of {c.seconds.of:.3g} s'
+    return said + f'; not resolved after Holm (p = {c.p:.2f})' * (c.p >= 0.05)
+
+
 def summary(effects):
     """All effects of one flag in a word or two."""
     signs = {e.mean < 0 for e in effects if e.resolved}
@@ -188,14 +222,16 @@ def cost_sentence(rows, pair):
 def verdicts(comparisons, rows):
     """A paragraph per flag: its effect in every place it was tried, and what it costs."""
     flags = {}
-    for pair, e in comparisons:
-        flags.setdefault(pair['flag'], []).append((pair, e))
+    for c in comparisons:
+        flags.setdefault(c.pair['flag'], []).append(c)
     lines = []
     for flag, found in flags.items():
-        pair, several = found[0][0], len(found) > 1
+        pair, several = found[0].pair, len(found) > 1
         change = '' if pair['how'] == 'all' else f' ({pair["change"]})'
-        word = f' **{summary([e for _, e in found])}**;' if several else ''
-        said = '; '.join(f'{PLACES[p["how"]].format(**p)} {verdict(e)}'.strip() for p, e in found)
+        word = f' **{summary([c.effect for c in found])}**;' if several else ''
+        places = (PLACES[c.pair['how']].format(**c.pair) for c in found)
+        said = '; '.join(f'{place} {verdict(c.effect)}{worth_sentence(c)}'.strip()
+                         for place, c in zip(places, found))
         lines.append(f'- **{flag}**{change}:{word} {said}. {cost_sentence(rows, pair)}')
     return lines
 
@@ -208,6 +244,10 @@ def number(value, digits=4):
     return '-' if math.isnan(value) else f'{value:,.{digits}f}'
 
 
+def p_text(p):
+    return '< 0.0001' if p < 0.0001 else number(p)
+
+
 def table(heads, rows):
     return ['| ' + ' | '.join(heads) + ' |', '|' + '---|' * len(heads),
             *('| ' + ' | '.join(row) + ' |' for row in rows)]
@@ -215,11 +255,10 @@ def table(heads, rows):
 
 def arms_table(rows):
     """rows {arm: {column: number}} -> lines of Markdown, a row per arm."""
-    budgets, short = next(iter(rows.values())), format_quantity
-    heads = ['arm', 'loss', 'sd', 'bits per byte', f'loss at {short(budgets["flops_budget"])} FLOPs',
-             f'loss at {budgets["seconds_budget"]:.3g} s', 'parameters', 'active', 'FLOPs per token',
+    short = format_quantity
+    heads = ['arm', 'loss', 'sd', 'bits per byte', 'parameters', 'active', 'FLOPs per token',
              'training tokens/s', 'decoding tokens/s', 'cache bytes per token', 'peak memory']
-    body = [[name, *(number(row[key]) for key in ('loss', 'sd', 'bpb', 'loss_at_flops', 'loss_at_seconds')),
+    body = [[name, *(number(row[key]) for key in ('loss', 'sd', 'bpb')),
              *(short(row[key]) for key in ('parameters', 'active', 'flops_per_token', 'tokens_per_s')),
              number(row['decode_tokens_per_s'], 0), number(row['cache_bytes_per_token'], 0),
              f'{short(row["peak_memory"])}B'] for name, row in rows.items()]
@@ -227,11 +266,22 @@ def arms_table(rows):
 
 
 def differences_table(comparisons):
-    """comparisons [(pair, Effect)] -> lines of Markdown, a row per comparison."""
-    body = [[pair['flag'] if pair['how'] == 'all' else pair['change'], pair['with'], pair['without'],
-             '-' if math.isnan(e.mean) else f'{e.mean:+.4f}', interval(e) if e.n > 1 else '-', str(e.n),
-             'resolved' if e.resolved else 'not resolved'] for pair, e in comparisons]
-    return table(['change', 'arm', 'compared with', 'difference in loss', '95 % interval', 'seeds', ''], body)
+    """[Comparison] -> lines of Markdown, a row per comparison."""
+    body = [[named(c.pair), c.pair['without'], '-' if math.isnan(c.effect.mean) else f'{c.effect.mean:+.4f}',
+             interval(c.effect) if c.effect.n > 1 else '-', str(c.steps or '-'), str(c.seconds or '-'),
+             str(c.effect.n), p_text(c.p), judged(c.effect, c.p)] for c in comparisons]
+    return table(['change', 'compared with', 'difference in loss', '95 % interval', 'worth in steps',
+                  'worth in seconds', 'pairs', 'p after Holm', ''], body)
+
+
+def named(pair):
+    """What a row compares: the arm where it has a name of its own, else the flag and its values."""
+    return pair['change'] if pair['how'] in ('alone', 'removed', 'ladder') else pair['flag']
+
+
+def judged(e, p):
+    """A few words: whether a difference is resolved, by itself and among all of its table."""
+    return 'resolved' + ', not after Holm' * (not p < 0.05) if e.resolved else 'not resolved'
 
 
 def rates_section(plan, arms):
@@ -262,19 +312,23 @@ def write_csv(path, rows, key):
 # The page
 
 ABOUT_ARMS = """
-All arms take the same number of steps on the same tokens, and `loss` compares them at the end. The columns
-`loss at` compare them at the FLOPs and at the seconds of the cheapest arm: the others are read off their
-curves earlier, before their learning rate has decayed, so these two columns favour the cheapest arm. A sweep
-with `--match=flops` does not have this bias. Seconds are tokens divided by the median tokens/s, without
+All arms take the same number of steps on the same tokens. Tokens/s are the median over a run, without
 evaluations. The cache is in 16 bit, for one sequence of the full context. Peak memory is the resident memory
 of the training process; on a GPU, the memory of its tensors.
+""".strip()
+
+ABOUT_WORTH = """
+Worth: how much earlier the better of two arms reached the other's final loss, read off its own curve. With a
+plus, the change saves steps or seconds; with a minus, it costs them. In the middle of a run the learning rate
+is still high, so a shorter run with a schedule of its own would save more. The interval in seconds is that of
+the loss and of the runs' speed on this machine.
 """.strip()
 
 
 def about(plan, arms, config):
     """What was trained on which data and machine, and the command."""
     flags = plan['arms'][plan['reference']]
-    tokens = flags['batch_size'] * flags['gradient_accumulation_steps'] * config.block_size
+    tokens = step_tokens(arms[plan['reference']]._replace(config=config))
     at_once = f'{counted(plan["jobs"], "run")} at once'
     seeds = ', '.join(map(str, plan['seeds']))
     minutes = sum(run.seconds for arm in arms.values() for run in arm.runs.values()) / 60
@@ -301,7 +355,8 @@ def markdown(plan, arms, comparisons, rows, missing, drawn):
         return '\n'.join([*lines, '', 'No run is finished yet.', ''])
     lines += ['', '## Verdicts', '', *compared_with(plan), '', *verdicts(comparisons, rows),
               *picture('differences', 'paired differences', drawn),
-              '', '## Paired differences', '', *differences_table(comparisons), *caveats(plan, comparisons),
+              '', '## Paired differences', '', *differences_table(comparisons), '', ABOUT_WORTH,
+              *caveats(plan, comparisons),
               '', '## Arms', '', *arms_table(rows), '', ABOUT_ARMS,
               *picture('cost', 'loss against cost', drawn), *picture('curves', 'loss curves', drawn)]
     if plan['notes']:
@@ -327,10 +382,13 @@ def compared_with(plan):
 
 def caveats(plan, comparisons):
     """What the intervals do not cover."""
-    lines, by_chance = [], round(0.05 * len(comparisons))
-    if by_chance:
-        lines += ['', f'At 95 % each, about {by_chance} of {len(comparisons)} comparisons would look '
-                  'resolved by chance. Intervals over few seeds are wide because they should be.']
+    lines, effects = [], [c.effect for c in comparisons]
+    if len(effects) > 1:
+        lines += ['', 'After Holm: with a probability of 95 %, no row with a p below 0.05 is resolved by '
+                  'chance alone. Before it, one row in twenty would be where nothing differs.']
+    if len({e.n for e in effects}) > 1:
+        lines += ['', 'The arms have not finished the same seeds: each row is over those that both of its '
+                  'arms have, as many as it has pairs.']
     flags = plan['arms'][plan['reference']]
     if flags['eval_tokens']:
         lines += ['', f'All runs are evaluated on the same {flags["eval_tokens"]:,} tokens. The intervals '
@@ -342,7 +400,7 @@ def draw(plan, arms, comparisons, rows, out):
     """The names of the figures drawn; none without matplotlib."""
     if not figures.have_matplotlib() or not rows:
         return []
-    drawn = figures.draw_tables(comparisons, rows, plan['ladder'], out)
+    drawn = figures.draw_tables([(c.pair, c.effect) for c in comparisons], rows, plan['ladder'], out)
     every = [name for name in plan['ladder'] or arms if arms[name].runs]
     if names := every[:len(figures.COLORS)]:
         curves = {name: {seed: run.curve for seed, run in arms[name].runs.items()}
@@ -354,6 +412,15 @@ def draw(plan, arms, comparisons, rows, out):
     return drawn
 
 
+def columns(c):
+    """{column: value} of a Comparison, for differences.csv."""
+    worth = {f'{unit}{end}': getattr(found, key) if found else math.nan
+             for unit, found in (('steps', c.steps), ('seconds', c.seconds))
+             for end, key in (('', 'mean'), ('_low', 'low'), ('_high', 'high'))}
+    return ({key: c.pair[key] for key in ('flag', 'how', 'without', 'with', 'change')} | c.effect._asdict()
+            | {'p': c.effect.p, 'p_holm': c.p} | worth)
+
+
 def write(plan, runs, folder, out):
     """
     Write report.md, report.csv (a row per arm), differences.csv (a row per comparison) and the figures of the
@@ -363,13 +430,12 @@ def write(plan, runs, folder, out):
     arms = {name: read_arm(plan, runs, folder, name) for name in plan['arms']}
     measured = Path(folder) / 'measured.json'
     rows = measures(arms, json.loads(measured.read_text()) if measured.exists() else {})
-    comparisons = [(pair, effect(paired_differences(arms, pair))) for pair in plan['comparisons']]
+    comparisons = compared(plan, arms)
     missing, drawn = unfinished(runs, folder), draw(plan, arms, comparisons, rows, out)
     Path(out, 'report.md').write_text(markdown(plan, arms, comparisons, rows, missing, drawn))
     write_csv(os.path.join(out, 'report.csv'), rows, 'arm')
     write_csv(os.path.join(out, 'differences.csv'), {
-        f'{i}': {key: pair[key] for key in ('flag', 'how', 'without', 'with', 'change')} | e._asdict()
-        for i, (pair, e) in enumerate(comparisons, start=1)}, 'number')
+        f'{i}': columns(c) for i, c in enumerate(comparisons, start=1)}, 'number')
     said = [line.replace('**', '') for line in verdicts(comparisons, rows)] if rows else []
     return '\n'.join([*said, *(line + ', NOT FINISHED' for line in missing),
                       f'the report is {os.path.join(out, "report.md")}'])

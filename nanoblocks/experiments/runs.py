@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from configurator import settings_of
 from model import GPTConfig
 from nanoblocks.experiments import topics
 from nanoblocks.experiments.arms import MODEL, NOT_IDENTIFYING, split
@@ -86,14 +87,19 @@ def read_run(folder, max_iters):
     if not path.exists():
         return None
     lines = read_lines(path)
-    evaluations = [line for line in lines if line.get('val_loss') is not None]
+    evaluations = [line for line in lines if 'val_loss' in line]
     rates = [line['tokens_per_s'] for line in lines if line.get('tokens_per_s')]
     memory = [1e9 * line['memory_gb'] for line in lines if line.get('memory_gb')]
     steps = evaluations[-1]['step'] if evaluations else 0
-    return Run(steps, steps == max_iters, [(line['step'], line['val_loss']) for line in evaluations],
-               evaluations[-1].get('val_bpb', math.nan) if evaluations else math.nan,
+    return Run(steps, steps == max_iters, [(line['step'], or_nan(line['val_loss'])) for line in evaluations],
+               or_nan(evaluations[-1].get('val_bpb')) if evaluations else math.nan,
                statistics.median(rates) if rates else math.nan, max(memory, default=math.nan),
                lines[-1]['seconds'] if lines else 0.0)
+
+
+def or_nan(number):
+    """A number of metrics.jsonl, where null stands for one that was not finite."""
+    return math.nan if number is None else number
 
 
 def progress(folder):
@@ -102,7 +108,7 @@ def progress(folder):
     if path.exists():
         for line in read_lines(path):
             if 'val_loss' in line:
-                last = line['step'], line['val_loss']
+                last = line['step'], or_nan(line['val_loss'])
     return last
 
 
@@ -118,6 +124,18 @@ def recorded(folder):
         raise ValueError(f'{path} is no config of a run: remove that folder and train it again') from None
 
 
+def with_defaults(folder):
+    """
+    (model flags, settings) of a run: as recorded, and those that an earlier version did not know at their
+    defaults, as which it trained.
+    """
+    model, settings = recorded(folder)
+    if MODEL.keys() - model.keys():
+        model = as_recorded(GPTConfig(**model)) | model
+    defaults = {name: setting.default for name, setting in settings_of(ROOT / 'train.py').items()}
+    return model, defaults | settings
+
+
 def as_recorded(config):
     """The flags as a config.json has them, where a tuple is a list."""
     return json.loads(json.dumps(asdict(config)))
@@ -129,7 +147,7 @@ def as_recorded(config):
 
 def check_run(folder, flags):
     """ValueError when the run in a folder was not trained with these flags."""
-    model, settings = recorded(folder)
+    model, settings = with_defaults(folder)
     wanted_model, wanted = split(flags)
     # train.py takes these from the dataset, which is a setting (the second where it holds pairs)
     given = {name: model[name] for name in ('vocab_size', 'block_size') if name in model}
@@ -146,7 +164,7 @@ def check_pair(first, second, names, free=()):
     ValueError unless the runs in two folders differ in all of `names` and in nothing else, apart from values
     that GPTConfig derives from them. `free`: names that --match or --lr_sweep sets, which may differ too.
     """
-    runs = [recorded(folder) for folder in (first, second)]
+    runs = [with_defaults(folder) for folder in (first, second)]
     both = [model | {name: value for name, value in settings.items() if name not in NOT_IDENTIFYING}
             for model, settings in runs]
     differ = [name for name in both[0] | both[1] if both[0].get(name) != both[1].get(name)]

@@ -46,6 +46,15 @@ class Effect(NamedTuple):
         """Whether the interval excludes zero."""
         return self.n > 1 and abs(self.mean) > self.half
 
+    @property
+    def p(self):
+        """How often seeds alone would give such a mean or one further from zero; nan for fewer than two."""
+        if math.isnan(self.half):
+            return math.nan
+        if self.sd == 0:
+            return float(self.mean == 0)
+        return 1 - t_within(abs(self.mean) * math.sqrt(self.n) / self.sd, self.n - 1)
+
 
 def deviation(values):
     """The standard deviation of a sample; nan for fewer than two values, and where a value is nan."""
@@ -71,3 +80,22 @@ def seeds_needed(mean, sd, most=1000):
     def enough(n):
         return (t_quantile(0.975, n - 1) + t_quantile(0.8, n - 1)) * sd / math.sqrt(n) <= abs(mean)
     return bisect_left(range(most + 1), True, lo=2, key=enough) if enough(most) else None
+
+
+def holm(values):
+    """
+    p values of a family of tests -> the values after Holm's correction (1979), in their order: with a
+    probability of 95 %, none of those below 0.05 is there by chance alone. A nan is no test, and stays nan.
+    """
+    order = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=values.__getitem__)
+    corrected, least = list(values), 0.0
+    for rank, i in enumerate(order):
+        # the smallest of m stands for m tests, the next for m - 1; and none falls below the one before it
+        least = corrected[i] = max(least, min(1.0, (len(order) - rank) * values[i]))
+    return corrected
+
+
+def slope(x, y):
+    """The slope of the line of least squares."""
+    middle = fmean(x)
+    return sum((a - middle) * b for a, b in zip(x, y)) / sum((a - middle) ** 2 for a in x)

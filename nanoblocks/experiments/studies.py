@@ -2,26 +2,26 @@
 Questions of the literature that need no sweep, each answered with a table and a figure: topics of bench.py.
 Every number is measured here, by the code of this repository; where a study trains, train.py does it.
 """
-import math
 import os
-import re
 import shlex
 import statistics
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from configurator import split_arguments
-from model import GPT, NORMS, GPTConfig, dense
-from nanoblocks.experiments import sweep
-from nanoblocks.experiments.arms import files_and_flags
-from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, panels, save_and_say, title
-from nanoblocks.experiments.memory import peak_bytes, saved_bytes
+from model import NORMS, GPTConfig, dense
+from nanoblocks.experiments import comparisons, sweep
+from nanoblocks.experiments.arms import files_and_flags, read_flags
+from nanoblocks.experiments.figures import COLORS, log2_axis, log_axis, panels, save_and_say, title
+from nanoblocks.experiments.memory import saved_bytes
 from nanoblocks.experiments.runs import read_lines, recorded, run_script
-from nanoblocks.experiments.timing import medians, print_table, timed
-from nanoblocks.experiments.topics import each, in_short, sizes, tell
-from nanoblocks.formats import format_quantity
+from nanoblocks.experiments.timing import print_table, ratio, times
+from nanoblocks.experiments.topics import each, sizes
+from nanoblocks.formats import counted, format_quantity
+from nanoblocks.hardware import can_compile
 
 SIZE = ['config/llama_small.py', 'config/study.py']  # of every model that is trained here
 
@@ -33,8 +33,32 @@ MAMBA2 = 'ssm_state=64'
 RETNET = 'rnn_decay=retnet+rnn_erase=none+rnn_feature=none+rnn_unit=False+rnn_conv=0+rnn_rope=True'
 KDA = 'rnn_decay=key+rnn_decay_rank=32+rnn_gate=sigmoid+rnn_gate_rank=32'
 
+
+
+def ffn_arms(flags):
+    """Beside SwiGLU of 8/3 the width: what has as many parameters, SwiGLU of 4 times, and as many as that."""
+    four, six = 4 * flags['n_embd'], 6 * flags['n_embd']
+    return [f'--vary=GELU 4x: ffn=gelu; relu2 4x: ffn=relu2; SwiGLU 4x: ffn_width={four}; '
+            f'GELU 6x: ffn=gelu+ffn_width={six}; relu2 6x: ffn=relu2+ffn_width={six}']
+
+
+def kv_arms(flags):
+    """
+    Beside GQA, MHA and MQA with the same query heads, and both with as large a cache: MHA of so few heads,
+    MQA of one key/value head as wide as those of GQA together. All have as many parameters.
+    """
+    H, K = flags['n_head'], flags['n_kv_head']
+    D = flags.get('head_dim') or flags['n_embd'] // H
+    if not 1 < K < H or H % K:
+        raise ValueError(f'n_kv_head={K} must be above 1 and divide n_head={H}, for GQA to stand between MHA '
+                         'and MQA: --n_head=8 --n_kv_head=2')
+    return [f'--vary=MHA: n_kv_head={H}; MQA: n_kv_head=1; MHA same cache: n_head={K}+head_dim={D}; '
+            f'MQA same cache: n_head={H // K}+n_kv_head=1+head_dim={K * D}', '--match=params']
+
+
 # each block from GPT-2 to Llama; other kinds of layers; states in the place of attention: the last two with
-# as many active parameters
+# as many active parameters; feed-forwards; key/value heads; the speed-run without one of its blocks.
+# A function makes the words from the flags of the reference.
 SWEEPS = {
     'ladder': ['--base=config/gpt2_small.py', '--arms=ladder'],
     'blocks': ['--vary=MHA: n_kv_head=4; MQA: n_kv_head=1; MLA: attn=mla+n_kv_head=None; '
@@ -46,7 +70,15 @@ SWEEPS = {
                f'Mamba-2 3:1: layer_pattern=mmma+{MAMBA2}; '
                f'gated DeltaNet 3:1: layer_pattern=rrra; KDA 3:1: layer_pattern=rrra+{KDA}',
                '--match=active'],
+    'ffns': ffn_arms,
+    'kvheads': kv_arms,
+    'tricks': ['--vary=no QK-norm: qk_norm=False; GELU: ffn=gelu; no zero init: zero_init=False; '
+               'no value embedding: value_embed=False; no embedding skip: embed_skip=False; '
+               'tied head: tie=True; no soft-cap: logit_softcap=None; '
+               'no windows: layer_pattern=a+window=None; '
+               'AdamW: optimizer=adamw+group_lr=matrix=1.5e-3; short cooldown: wsd_decay=0.2', '--seeds=4'],
 }
+FILES = {'kvheads': ['--n_head=8', '--n_kv_head=2'], 'tricks': ['config/speedrun.py']}
 
 
 def ablations(argv, device):
@@ -59,15 +91,28 @@ def mixers(argv, device):
     run_sweeps(('mixers',), argv, device)
 
 
-def run_sweeps(names, argv, device):
-    """Each on five seeds."""
+def run_sweeps(names, argv, device, own=('device',)):
+    """Each on five seeds, tricks on four -> the words of the last. own: settings of bench.py, left out."""
     jobs = torch.cuda.device_count() if device.startswith('cuda') else min(2, os.cpu_count() or 1)
-    files, flags = files_and_flags(argv, without=('device',))
+    files, flags = files_and_flags(argv, without=own)
     for name in names:
-        words = [*SIZE, *files, *SWEEPS[name], '--seeds=5', '--evals=6', f'--jobs={jobs}',
-                 f'--device={device}', f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
+        start = [*([] if name == 'tricks' else SIZE), *FILES.get(name, []), *files]
+        varied = SWEEPS[name](read_flags([*start, *flags])[0]) if callable(SWEEPS[name]) else SWEEPS[name]
+        words = [*start, '--seeds=5', *varied, '--evals=6', f'--jobs={jobs}', f'--device={device}',
+                 f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
         print(f'{name}: python ablate.py {shlex.join(words)}', flush=True)
         sweep.main(words)
+    return words
+
+
+def kvheads(argv, device):
+    """MHA, GQA and MQA at equal parameters, and at equal parameters and cache: trained, 20 minutes."""
+    comparisons.write('kvheads', run_sweeps(('kvheads',), argv, device))
+
+
+def tricks(argv, device):
+    """The speed-run's blocks, each taken out alone of the whole stack: trained, 40 minutes."""
+    comparisons.write('tricks', run_sweeps(('tricks',), argv, device))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -75,68 +120,135 @@ def run_sweeps(names, argv, device):
 
 
 def norms(rounds, tokens, width, device, figures):
-    """RMSNorm against LayerNorm: time forward and backward, and memory kept for the backward pass."""
+    """RMSNorm against LayerNorm as plain operations, PyTorch's, the model's and compiled; two minutes."""
     widths, (T,) = sizes('width', width, 256, 512, 1024, 2048, 4096), sizes('tokens', tokens, 2048)
-    times, rows = {name: [] for name in NORMS}, []
+    codes = ['plain', 'PyTorch', 'model'] + ['compiled'] * can_compile(device)
+    found, kept = {}, {}
     for width in each(widths, 'width {}'.format):
         x = torch.randn(T, width, device=device, requires_grad=True)
-        built = {name: norm_of(cls, width).to(device) for name, cls in NORMS.items()}
-        forward = medians({name: partial(run, norm, x) for name, norm in built.items()}, rounds, device)
-        both = medians({name: lambda norm=norm: norm(x).sum().backward() for name, norm in built.items()},
-                       rounds, device)
-        for name, norm in built.items():
-            saved = saved_bytes(lambda norm=norm: norm(x))
-            times[name].append((forward[name], both[name]))
-            rows.append([f'{width} {name}', f'{forward[name]:.3f}', f'{both[name]:.3f}',
-                         f'{2 * x.nbytes / forward[name] / 1e6:.1f}', f'{saved / x.nbytes:.2f}',
-                         sum(p.numel() for p in norm.parameters())])
-    print_table(['width, norm', 'forward ms', 'with backward ms', 'forward GB/s', 'kept / input',
-                 'parameters'], rows)
-    draw_norms(widths, times, T, figures)
+        built = {(code, name): norm_of(code, name, width, device) for code in codes for name in NORMS}
+        forward = times({key: partial(run, norm, x) for key, norm in built.items()}, rounds, device)
+        both = times({key: partial(run_both, norm, x) for key, norm in built.items()}, rounds, device)
+        for key, norm in built.items():
+            found[width, *key] = forward[key], both[key]
+            kept[width, *key] = saved_bytes(partial(norm, x)) / x.nbytes
+    heads = [f'{column}{text}' for column in ('', 'both: ')
+             for text in ('LayerNorm ms', 'RMSNorm ms', 'RMSNorm / LayerNorm')]
+    print(f'{T} tokens in fp32: the forward pass, both passes, and what is kept between them over the input')
+    print_table(['width, code', *heads, 'kept: LayerNorm', 'RMSNorm'],
+                [[f'{width} {code}', *norms_cells(found, width, code),
+                  *(f'{kept[width, code, name]:.2f}' for name in NORMS)]
+                 for width in widths for code in codes])
+    for code in codes:
+        for column, text in enumerate(('forward', 'forward and backward')):
+            e = over_widths(found, widths, code, column)
+            word = 'less time than' if e.high < 1 else 'more time than' if e.low > 1 else 'not resolved from'
+            print(f'{code}, {text}: RMSNorm takes {e} of the time of LayerNorm, {word} it; {T} tokens, '
+                  f'{counted(len(widths), "width")}, {counted(e.n, "round")}')
+    draw_norms(widths, codes, found, T, figures)
 
 
-def draw_norms(widths, times, T, figures):
-    """times {norm: [(ms forward, ms forward and backward) of each width]} -> left the times, right ratios"""
-    fig, (left, right) = panels(10.5, 4, columns=2)
-    for column, (name, style) in enumerate((('forward', 'o-'), ('forward and backward', 's--'))):
-        for color, (norm, found) in zip(COLORS, times.items()):
-            left.plot(widths, [row[column] for row in found], style, color=color, label=f'{norm}, {name}')
-        ratios = [a[column] / b[column] for a, b in zip(times['layernorm'], times['rmsnorm'])]
-        right.plot(widths, ratios, style, color=COLORS[2], label=name)
+def norms_cells(found, width, code):
+    """Cells of the table: for forward and both passes the two medians and their ratio with its interval."""
+    cells = []
+    for column in (0, 1):
+        ms = [found[width, code, name][column] for name in ('layernorm', 'rmsnorm')]
+        cells += [*(f'{statistics.median(times):.3f}' for times in ms), str(ratio(ms[1], ms[0]))]
+    return cells
+
+
+def over_widths(found, widths, code, column):
+    """RMSNorm's times over LayerNorm's, as a geometric mean over the widths of each round -> Ratio"""
+    means = [[statistics.geometric_mean(ms) for ms in zip(*(found[width, code, name][column]
+                                                            for width in widths))]
+             for name in ('rmsnorm', 'layernorm')]
+    return ratio(*means)
+
+
+def draw_norms(widths, codes, found, T, figures):
+    """found {(width, code, norm): (forward ms of each round, both passes)}: left the times, right ratios"""
+    fig, (left, right) = panels(11, 4.2, columns=2)
+    highest = 1.0
+    for color, code in zip(COLORS, codes):
+        for norm, style in (('layernorm', 's--'), ('rmsnorm', 'o-')):
+            ms = [statistics.median(found[width, code, norm][1]) for width in widths]
+            left.plot(widths, ms, style, color=color, label=f'{norm}, {code}', markersize=4)
+        ratios = [ratio(*(found[width, code, norm][1] for norm in ('layernorm', 'rmsnorm')))
+                  for width in widths]
+        middle, low, high = ([getattr(e, name) for e in ratios] for name in ('mean', 'low', 'high'))
+        highest = max(highest, *middle)
+        bars = [[m - end for m, end in zip(middle, low)], [end - m for m, end in zip(middle, high)]]
+        right.errorbar(widths, middle, yerr=bars, fmt='o-', color=color, label=code, capsize=2, markersize=4)
     right.axhline(1, color='black', linewidth=0.8)
     for ax in (left, right):
         log2_axis(ax, widths)
         ax.set_xlabel('width (numbers per token)')
-        ax.set_ylim(0, 1.1 * max(1 if ax is right else 0, ax.dataLim.y1))
-        ax.legend(frameon=False, fontsize=9)
-    left.set_ylabel(f'time for {T} tokens (ms)')
+    left.legend(frameon=False, fontsize=8, ncols=2, loc='upper left')
+    right.legend(frameon=False, fontsize=8, loc='upper left')
+    log_axis(left)
+    left.set_ylim(top=6 * left.dataLim.y1)  # room for the legend
+    right.set_ylim(0, 1.3 * highest)  # an interval of few rounds may end far above
+    left.set_ylabel(f'forward and backward, {T} tokens (ms)')
     right.set_ylabel('time of LayerNorm / time of RMSNorm')
     title(left, f'{T} tokens in fp32')
-    title(right, 'above 1, RMSNorm is faster')
+    title(right, 'above 1, RMSNorm is faster; bars: 95 % intervals over rounds')
     save_and_say(fig, figures, 'norms')
 
 
 @torch.no_grad()
-def run(module, x):
-    return module(x)
+def run(norm, x):
+    return norm(x)
 
 
-def norm_of(cls, width):
-    """A norm of this class and width, its weight one and its bias zero."""
-    norm = cls(width, GPTConfig(n_embd=width, n_head=1))
-    for name, p in norm.named_parameters():
-        p.data.fill_(name == 'weight')
-    return norm
+def run_both(norm, x):
+    norm(x).sum().backward()
+
+
+def layer_norm_by_steps(norm, x):
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    return y if norm.bias is None else y + norm.bias
+
+
+def rms_norm_by_steps(norm, x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+# plain operations, which torch.compile fuses; a function of PyTorch; and what the model runs, which on a GPU
+# is our kernel where it is RMSNorm
+CODES = {
+    'plain': {'layernorm': layer_norm_by_steps, 'rmsnorm': rms_norm_by_steps},
+    'PyTorch': {'layernorm': lambda norm, x: F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps),
+                'rmsnorm': lambda norm, x: F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)},
+    'model': dict.fromkeys(NORMS, lambda norm, x: norm(x)),
+}
+
+
+def norm_of(code, name, width, device):
+    """A function that applies a norm of this width, whose weight is one and its bias zero, by this code."""
+    norm = NORMS[name](width, GPTConfig(n_embd=width, n_head=1)).to(device)
+    for key, p in norm.named_parameters():
+        p.data.fill_(key == 'weight')
+    by = CODES['plain'][name] if code == 'compiled' else CODES[code][name]
+    return partial(torch.compile(by) if code == 'compiled' else by, norm)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Feed-forward
 
 
-def ffns(rounds, tokens, width, device, figures):
-    """SwiGLU of 8/3 and 4 times the width against GELU of 4 times: parameters, time and memory."""
+def ffns(argv, rounds, tokens, width, device, figures):
+    """GELU, ReLU^2 and SwiGLU at equal and at larger widths: their costs, then a sweep of 20 minutes."""
+    ffn_costs(rounds, tokens, width, device, figures)
+    own = ('device', 'rounds', 'tokens', 'width', 'figures')
+    comparisons.write('ffns', run_sweeps(('ffns',), argv, device, own))
+
+
+def ffn_costs(rounds, tokens, width, device, figures):
+    """Parameters, time and memory of one feed-forward of each kind."""
     (width,), (tokens,) = sizes('width', width, 512), sizes('tokens', tokens, 1024)
-    choices = {'GELU 4x': ('gelu', 4 * width), 'SwiGLU 8/3x': ('swiglu', None),
+    choices = {'GELU 4x': ('gelu', 4 * width), 'relu2 4x': ('relu2', 4 * width),
+               'SwiGLU 8/3x': ('swiglu', None), 'relu2 6x': ('relu2', 6 * width),
                'SwiGLU 4x': ('swiglu', 4 * width)}
     x, built = torch.randn(1, tokens, width, device=device, requires_grad=True), {}
     for name, (ffn, hidden) in choices.items():
@@ -144,22 +256,21 @@ def ffns(rounds, tokens, width, device, figures):
         built[name] = dense(config, config.ffn_width).to(device)
         torch.nn.init.normal_(built[name].c_fc.weight, std=0.02)
         torch.nn.init.normal_(built[name].c_proj.weight, std=0.02)
-    times = medians({name: lambda ffn=ffn: ffn(x, None).sum().backward() for name, ffn in built.items()},
-                    rounds, device)
+    found = times({name: lambda ffn=ffn: ffn(x, None).sum().backward() for name, ffn in built.items()},
+                  rounds, device)
     size = {name: sum(p.numel() for p in ffn.parameters()) for name, ffn in built.items()}
     kept = {name: saved_bytes(lambda ffn=ffn: ffn(x, None)) / x.nbytes for name, ffn in built.items()}
-    print(f'width {width}, {tokens} tokens, fp32, forward and backward')
-    print_table(['ffn', 'hidden', 'parameters', 'of GELU', 'ms', 'of GELU', 'kept / input'],
+    median = {name: statistics.median(ms) for name, ms in found.items()}
+    print(f'width {width}, {tokens} tokens, fp32, forward and backward, {counted(rounds, "round")}')
+    print_table(['ffn', 'hidden', 'parameters', 'of GELU', 'ms', 'of GELU, 95 % interval', 'kept / input'],
                 [[name, ffn.c_proj.in_features, f'{size[name]:,}', f'x {size[name] / size["GELU 4x"]:.2f}',
-                  f'{times[name]:.2f}', f'x {times[name] / times["GELU 4x"]:.2f}', f'{kept[name]:.1f}']
+                  f'{median[name]:.2f}', str(ratio(found[name], found['GELU 4x'])), f'{kept[name]:.1f}']
                  for name, ffn in built.items()])
-    print('their losses: python ablate.py config/llama_small.py config/study.py '
-          '--vary="GELU 4x: ffn=gelu; SwiGLU 4x: ffn_width=512"')
-    fig, axes = panels(10.5, 3.8, columns=3)
+    fig, axes = panels(13, 3.8, columns=3)
     texts = {'size': 'parameters', 'time': 'forward and backward (ms)',
              'memory': 'bytes kept for backward / bytes of input'}
-    for ax, values, (about, text) in zip(axes, (size, times, kept), texts.items()):
-        ax.bar(list(values), list(values.values()), color=COLORS[:3])
+    for ax, values, (about, text) in zip(axes, (size, median, kept), texts.items()):
+        ax.bar(list(values), list(values.values()), color=COLORS[:len(values)])
         ax.yaxis.set_major_formatter(lambda value, _: format_quantity(value) if value else '0')
         title(ax, f'{about}, width {width}, {tokens} tokens' if about == 'time' else about)
         ax.set_ylabel(text)
@@ -169,41 +280,7 @@ def ffns(rounds, tokens, width, device, figures):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Beyond the trained context
-
-SCALINGS = 'none', 'linear', 'ntk', 'yarn'
-
-
-def context(argv, tokens, device, figures):
-    """RoPE at two bases, evaluated at up to four times the trained length; takes train.py's settings."""
-    words, given = trained_flags('context', argv, ('device', 'tokens', 'figures'), ('rope_scaling',))
-    bases = {'10K': 10000.0} | {format_quantity(base).replace('k', 'K'): base
-                                for base in [float(given.get('rope_theta', 100000.0))]}
-    losses = {}
-    for base in each(bases.values(), 'a run with base {:.0f}'.format):
-        folder, _ = train(figures, f'base{base:.0f}', *words, f'--rope_theta={base}', f'--device={device}')
-        length = recorded(folder)[0]['block_size']
-        lengths = sizes('tokens', tokens, length, 2 * length, 4 * length)
-        short = {T: evaluate(folder, T) for T in lengths if T <= length}
-        jobs = [(scaling, T) for scaling in SCALINGS for T in lengths if T > length]
-        losses |= {(base, scaling, T): loss for scaling in SCALINGS for T, loss in short.items()}
-        for scaling, T in each(jobs, lambda job: f'base {base:.0f}: {job[0]}, {job[1]} tokens'):
-            factor = [] if scaling == 'none' else [f'--rope_scaling={scaling}', f'--rope_factor={T / length}']
-            losses[base, scaling, T] = evaluate(folder, T, *factor)
-    print_table(['base, scaling', *(f'{T} tokens' for T in lengths)],
-                [[f'{name}, {scaling}', *(f'{losses[base, scaling, T]:.4f}' for T in lengths)]
-                 for name, base in bases.items() for scaling in SCALINGS])
-    fig, axes = panels(10, 4, columns=len(bases), sharey=True)
-    for ax, (name, base) in zip(axes, bases.items()):
-        for i, scaling in enumerate(SCALINGS):
-            values = [losses[base, scaling, T] for T in lengths]
-            ax.plot(lengths, values, 'o-', color=COLORS[i], label=scaling)
-        log2_axis(ax, lengths)
-        ax.set_xlabel('context in evaluation (tokens)')
-        title(ax, f'base {name}, trained at {length} tokens')
-    axes[0].set_ylabel(LOSS)
-    axes[0].legend(frameon=False, fontsize=9, title='rope_scaling', title_fontsize=9)
-    save_and_say(fig, figures, 'context')
+# Runs of train.py
 
 
 def trained_flags(topic, argv, own, fixed):
@@ -229,92 +306,6 @@ def train(out, name, *flags):
     elif done.read_text() != shlex.join(flags):
         raise ValueError(f'{folder} holds a run with other flags: remove it, or choose another --figures')
     return folder, read_lines(os.path.join(folder, 'metrics.jsonl'))
-
-
-def evaluate(folder, T, *flags):
-    """The validation loss of a run at a context of T tokens."""
-    printed = run_script('train.py', '--init_from=resume', '--eval_only=True', f'--out_dir={folder}',
-                         f'--block_size={T}', *flags)
-    return float(re.search(r'val loss ([\d.]+)', printed).group(1))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Long sequences
-
-def lengths(tokens, width, limit_s, device, figures):
-    """Time and memory of one layer: attention, window, Mamba, Mamba-2, gated DeltaNet; 1K to 128K tokens."""
-    wanted, (width,) = sizes('tokens', tokens, *(1024 * 2 ** i for i in range(8))), sizes('width', width, 256)
-    flags = dict(n_embd=width, n_head=heads(width), n_layer=1, bias=False, norm='rmsnorm', ffn_pattern='-',
-                 block_size=wanted[-1], vocab_size=64)
-    choices = {'attention': dict(pos='rope'), 'window 1024': dict(pos='rope', layer_pattern='w', window=1024),
-               'Mamba': dict(pos='none', layer_pattern='m', ssm='mamba1'),
-               'Mamba-2': dict(pos='none', layer_pattern='m', ssm='mamba2',
-                               ssm_head_dim=64 if 2 * width % 64 == 0 else 2 * width),
-               'gated DeltaNet': dict(pos='none', layer_pattern='r')}
-    found = {name: layer_costs(name, GPT(GPTConfig(**flags, **choices[name])).to(device).eval(), wanted,
-                               device, limit_s) for name in each(choices)}
-    print(f'forward pass of one layer of width {width}, one sequence; -: beyond the {limit_s:g} s of a layer '
-          '(--limit_s)')
-    shown = {'seconds': lambda value: f'{value:.4f}', 'peak MB': lambda value: f'{value / 1e6:.0f}'}
-    for i, (heading, text) in enumerate(shown.items()):
-        print_table([heading, *map(in_short, wanted)],
-                    [[name, *(text(costs[T][i]) if T in costs else '-' for T in wanted)]
-                     for name, costs in found.items()])
-    draw_lengths(wanted, found, width, figures)
-
-
-def heads(width):
-    """Heads of 64, or one where the width is no multiple of it."""
-    return width // 64 if width % 64 == 0 else 1
-
-
-def draw_lengths(wanted, found, width, figures):
-    """found {layer: {tokens: (seconds, bytes)}}"""
-    fig, axes = panels(10.5, 4.2, columns=2)
-    for ax, i, scale, text in zip(axes, (0, 1), (1, 1e6), ('forward pass (s)', 'peak memory (MB)')):
-        for color, (name, costs) in zip(COLORS, found.items()):
-            points = [(T, cost[i] / scale) for T, cost in costs.items() if cost[i] > 0]
-            if points:
-                ax.plot(*zip(*points), 'o-', color=color, label=name)
-        log2_axis(ax, wanted, [in_short(T) for T in wanted])
-        ax.set_xlim(wanted[0] / 1.3, wanted[-1] * 1.3)
-        ax.set_yscale('log')
-        ax.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
-        ax.set_xlabel('tokens')
-        ax.set_ylabel(text)
-        title(ax, f'one layer of width {width}, one sequence')
-    axes[0].legend(frameon=False, fontsize=9)
-    save_and_say(fig, figures, 'lengths')
-
-
-@torch.no_grad()
-def layer_costs(name, model, wanted, device, left):
-    """{tokens: (median seconds, peak bytes)} of the model's first mixer, as long as `left` seconds last."""
-    mixer, costs = model.h[0].mixer, {}
-    for T in wanted:
-        if costs and expected(costs, T) > left:
-            tell(f'{name}: {in_short(T)} tokens would take about {expected(costs, T):.0f} s')
-            break
-        tell(f'{name}: {in_short(T)} tokens')
-        x = torch.randn(1, T, model.config.n_embd, device=device)
-        ctx = model.context(torch.zeros(1, T, dtype=torch.int64, device=device), None, None)
-        run = partial(mixer, x, ctx)
-        if not costs:
-            run()  # the first call loads libraries
-        peak = []
-        seconds = [timed(lambda run=run, peak=peak: peak.append(peak_bytes(run, device)), device)() / 1e3]
-        while len(seconds) < 6 and sum(seconds) < left / 8:
-            seconds.append(timed(run, device)() / 1e3)
-        costs[T], left = (statistics.median(seconds[1:] or seconds), peak[0]), left - sum(seconds)
-    return costs
-
-
-def expected(costs, T):
-    """Seconds at T tokens, from the growth between the last two lengths, at least linear; first quadratic."""
-    times = [(length, seconds) for length, (seconds, _) in costs.items()][-2:]
-    (before, old), (last, new) = times[0], times[-1]
-    power = 2.0 if len(times) < 2 else min(2.0, max(1.0, math.log(new / old, last / before)))
-    return new * (T / last) ** power
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ Interleaved timing: variants that are compared run in one process, in rounds, an
 The clock rate of a machine and the load on it drift. Each round runs every variant once, and every other
 round runs them in reverse order, so drift reaches all variants about equally.
 """
+import math
 import statistics
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 
+from nanoblocks.experiments.statistics import effect
 from nanoblocks.experiments.topics import Countdown
 from nanoblocks.hardware import synchronized_time
 
@@ -45,6 +48,36 @@ def times(runs, rounds, device, warmup=3):
 def medians(runs, rounds, device, warmup=3):
     """{name: function} -> {name: median milliseconds}, interleaved."""
     return {name: statistics.median(ms) for name, ms in times(runs, rounds, device, warmup).items()}
+
+
+class Ratio(NamedTuple):
+    """A ratio of times and its 95 % interval, whose ends are nan for a single round."""
+    n: int              # rounds
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f'x {self.mean:.2f} ({self.low:.2f} to {self.high:.2f})'
+
+
+def ratio(first, second):
+    """
+    first / second, times of the same rounds, in the middle of the rounds. From six rounds on it is the median
+    and the interval of a median, which no single slow round moves; below, a geometric mean and its
+    t-interval. It covers the noise of these rounds, not another day or machine.
+    """
+    logs = sorted(math.log(a / b) for a, b in zip(first, second))
+    n = len(logs)
+    # so many rounds are below the interval, and as many above: Binomial(n, 1/2) is as low in 2.5 % of cases
+    below = max((k for k in range(n // 2) if sum(math.comb(n, i) for i in range(k + 1)) <= 0.025 * 2 ** n),
+                default=None)
+    if below is not None:
+        found = statistics.median(logs), logs[below], logs[-1 - below]
+    else:
+        e = effect(logs)
+        found = e.mean, e.mean - e.half, e.mean + e.half
+    return Ratio(n, *map(math.exp, found))
 
 
 def cold_time(run, device, budget=0.15):
