@@ -179,7 +179,6 @@ def main(name, argv):
     if name not in TOPICS:
         remedy = nearest(name, TOPICS, remedy=f'choose one of {", ".join(TOPICS)}')
         raise SystemExit(f'{name or "the first argument"} must be a topic: {remedy}')
-    folders, options = files_and_flags(argv) if name in ('plot', 'recipes') else ([], argv)
     folders, options = folders_of(name, argv)
     # a config file is train.py's as well: pass over the settings that are only train.py's
     flags = configure(globals(), GPTConfig, options, skip=settings_of(ROOT / 'train.py'))

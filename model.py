@@ -3116,7 +3116,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
     # serial, parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM), attnres (Kimi), hyper, mhc
     residual: str = flag('serial', RESIDUAL)
     attn: str = flag('standard', ATTN, layer_pattern='awcnvhz')     # standard, mla (DeepSeek), diff, gau
-    # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), layer (Phi), unit (Llama 4)
+    # norm of q, k: True (per head), full (OLMo 2), heads (Cohere), layer (Persimmon), unit (Llama 4), after
     qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnvhz')
     ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation; words with glu and clip are gated
     bias: bool = True               # biases of linear layers and layer norms; default of the *_bias flags

@@ -12,6 +12,7 @@ from model import GPTConfig
 from nanoblocks.experiments import recipes
 from nanoblocks.pretrained import convert
 from nanoblocks.pretrained.families import FAMILIES, REFUSED
+from nanoblocks.pretrained.wrapped import WRAPPED
 
 
 def write(folder, **changes):
@@ -88,3 +89,14 @@ def test_every_family_has_a_row_with_its_checkpoints():
         assert all(f'{flag}={value}' in rows[kind] for flag, value in FAMILIES[kind].flags.items()
                    if value != recipes.DEFAULTS[flag])
     assert all(why in recipes.refused_table() for why in REFUSED.values())
+
+
+def test_pages_count_the_families_and_name_each():
+    page = (ROOT / 'docs' / 'checkpoints.md').read_text(encoding='utf-8')
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    kinds = {case.model_type for case in CASES.values()}
+    words = ' '.join(page.split())
+    assert f'{len(FAMILIES)} families are read' in words and f'[{len(FAMILIES)} families' in readme
+    assert f'compares {len(CASES)} small checkpoints of {len(kinds)} families' in words
+    assert FAMILIES.keys() - kinds == {'kimi_k2'}
+    assert {kind for kind in [*FAMILIES, *REFUSED, *WRAPPED] if f'`{kind}`' not in page} == set()

@@ -118,9 +118,10 @@ def check_size(config, files):
             weights = sum(p.numel() for p in GPT(config, seed=None).parameters())
     except (RuntimeError, TypeError, OverflowError):  # sizes whose product is no 64-bit number
         weights = math.inf
-    if weights > files.most():
-        raise ValueError(f'config.json in {files.folder} must describe a model of at most {files.most()} '
-                         f'weights, as many as its files can hold, not {weights}: correct its sizes or '
+    most = files.most_weights()
+    if weights > most:
+        raise ValueError(f'config.json in {files.folder} must describe a model of at most {most} weights, '
+                         f' as many as its files can hold, not {weights}: correct its sizes or '
                          'fetch the files again')
 
 

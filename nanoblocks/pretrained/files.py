@@ -66,7 +66,7 @@ class TensorFiles:
                                      'it again')
         return where
 
-    def most(self):
+    def most_weights(self):
         """As many weights as the files can hold: one in a byte."""
         return sum(os.path.getsize(os.path.join(self.folder, file)) for file in set(self.where.values()))
 

@@ -125,6 +125,11 @@ def write_layer_types(c):
     return {'layer_types': [TYPE_OF_LETTER[mixer] for mixer, _ in c.plan()]}
 
 
+def write_window_types(c):
+    """layer_types beside a window, which transformers needs even where no layer has one."""
+    return write_layer_types(c) | ({} if c.window else {'sliding_window': 4096})
+
+
 def read_window(hf):
     """Where sliding_window is set, every layer has the window."""
     return {'layer_pattern': 'w' if hf.get('sliding_window') is not None else 'a'}

@@ -29,7 +29,7 @@ def load(path):
     """The model of a checkpoint."""
     if nanochat.meta_of(path):
         model = nanochat.load(path)
-        model.texts = Texts()
+        model.family, model.texts = 'nanochat', Texts()
         return model
     state = checkpoint.load(path, needed=('model',))
     if 'model_args' not in state:

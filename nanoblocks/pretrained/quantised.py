@@ -56,9 +56,9 @@ class Quantised:
                                      'download it again')
             self.where[name] = files.where[parts[1]]
 
-    def most(self):
+    def most_weights(self):
         """As many weights as the files can hold: two in a byte."""
-        return 2 * self.files.most()
+        return 2 * self.files.most_weights()
 
     def get(self, name):
         """The tensor, to be copied and dropped."""

@@ -104,3 +104,13 @@ def rope_parameters_of(c):
 
 def write_rope(c):
     return {'rope_parameters': rope_parameters_of(c)}
+
+
+def read_partial(hf):
+    """The flags of a family whose models may rotate a part of each head only."""
+    return read_rope(hf, partial=True)
+
+
+def write_partial(c):
+    """For families in which an absent part is not the whole head: the part is written in any case."""
+    return {'rope_parameters': rope_parameters_of(c) | {'partial_rotary_factor': c.rope_fraction}}

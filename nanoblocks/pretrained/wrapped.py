@@ -78,9 +78,9 @@ class TextTensors:
         self.stored = {in_text_model(name): name for name in files.where if name not in others}
         self.where = {name: files.where[stored] for name, stored in self.stored.items()}
 
-    def most(self):
+    def most_weights(self):
         """As many weights as the files can hold."""
-        return self.files.most()
+        return self.files.most_weights()
 
     def get(self, name):
         """The tensor, to be copied and dropped."""

@@ -2,7 +2,7 @@
 from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_KEYS, LLAMA_TENSORS
 from nanoblocks.pretrained.families.no_rope import read_rotating
-from nanoblocks.pretrained.keys import mixer_letters, renamed, without, write_layer_types
+from nanoblocks.pretrained.keys import mixer_letters, renamed, without, write_window_types
 from nanoblocks.pretrained.layouts import norm_interleaved, qkv_interleaved
 from nanoblocks.pretrained.rope import read_rope, write_rope
 
@@ -35,8 +35,7 @@ def read_cohere2(hf):
 
 
 def write_cohere2(c):
-    # transformers needs a window even where no layer has one
-    return write_rope(c) | write_layer_types(c) | ({} if c.window else {'sliding_window': 4096})
+    return write_rope(c) | write_window_types(c)
 
 
 FAMILIES['cohere2'] = Family(

@@ -14,11 +14,13 @@ from nanoblocks.pretrained.rope import mscale, read_rope, rope_parameters, rope_
 FAMILIES = {}
 
 DEEPSEEK_FLAGS = LLAMA_FLAGS | {'attn': 'mla', 'latent_eps': 1e-6}
-DEEPSEEK_KEYS = without(LLAMA_KEYS, 'num_key_value_heads', 'head_dim') | ATTENTION_BIAS | {
+LATENT_KEYS = without(LLAMA_KEYS, 'num_key_value_heads', 'head_dim') | ATTENTION_BIAS | {
     'kv_lora_rank': 'kv_rank', 'q_lora_rank': 'q_rank', 'qk_nope_head_dim': 'head_dim',
-    'qk_rope_head_dim': 'rope_head_dim', 'v_head_dim': 'v_head_dim', 'n_routed_experts': 'n_expert',
-    'num_experts_per_tok': 'n_expert_used', 'moe_intermediate_size': 'expert_width',
-    'n_shared_experts': 'n_shared', 'routed_scaling_factor': 'router_scale'}
+    'qk_rope_head_dim': 'rope_head_dim', 'v_head_dim': 'v_head_dim'}
+DEEPSEEK_KEYS = LATENT_KEYS | {
+    'n_routed_experts': 'n_expert', 'num_experts_per_tok': 'n_expert_used',
+    'moe_intermediate_size': 'expert_width', 'n_shared_experts': 'n_shared',
+    'routed_scaling_factor': 'router_scale'}
 
 
 def deepseek_tensors(c, hf):
@@ -164,7 +166,7 @@ def tensors_of_minicpm3(c, hf):
 FAMILIES['minicpm3'] = Family(
     architecture='MiniCPM3ForCausalLM',
     flags=DEEPSEEK_FLAGS,
-    keys={key: flag for key, flag in DEEPSEEK_KEYS.items() if 'expert' not in key} | {
+    keys=LATENT_KEYS | {
         'mlp_bias': 'ffn_bias', 'scale_emb': EMBED_SCALE},
     defaults=TIED | {'rms_norm_eps': 1e-5, 'kv_lora_rank': 256, 'q_lora_rank': 768, 'qk_nope_head_dim': 64,
                      'qk_rope_head_dim': 32, 'scale_emb': 12, 'scale_depth': 1.4, 'dim_model_base': 256},

@@ -19,7 +19,7 @@ from nanoblocks.pretrained.keys import (
     score_scale,
     shortest_pattern,
     without,
-    write_layer_types,
+    write_window_types,
 )
 from nanoblocks.pretrained.layouts import plus_one
 from nanoblocks.pretrained.rope import read_rope, rope_parameters_of, write_rope
@@ -60,8 +60,7 @@ def read_alternating(hf):
 
 
 def write_alternating(c):
-    # transformers needs a window even where no layer has one
-    return write_rope(c) | write_layer_types(c) | ({} if c.window else {'sliding_window': 4096})
+    return write_rope(c) | write_window_types(c)
 
 
 FAMILIES['gemma2'] = Family(

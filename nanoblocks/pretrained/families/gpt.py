@@ -9,7 +9,7 @@ from nanoblocks.pretrained.families.family import ALL_BIASES, LAYERNORM, TIED, F
 from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_KEYS
 from nanoblocks.pretrained.keys import UNGATED_FFN, Key, refuse, renamed, shortest_pattern, without
 from nanoblocks.pretrained.layouts import qkv, qkv_by_group, transposed
-from nanoblocks.pretrained.rope import read_rope, rope_parameters_of, write_rope
+from nanoblocks.pretrained.rope import read_partial, read_rope, write_partial, write_rope
 
 FAMILIES = {}
 
@@ -54,13 +54,8 @@ FAMILIES['gpt2'] = Family(
 # GPT-NeoX: a part of each head rotates, both branches read the stream
 
 
-def read_neox(hf):
-    return read_rope(hf, partial=True)
-
-
 def write_neox(c):
-    share = {'partial_rotary_factor': c.rope_fraction}
-    return {'rope_parameters': rope_parameters_of(c) | share, 'rotary_pct': c.rope_fraction}
+    return write_partial(c) | {'rotary_pct': c.rope_fraction}
 
 
 FAMILIES['gpt_neox'] = Family(
@@ -80,7 +75,7 @@ FAMILIES['gpt_neox'] = Family(
         'h.{i}.mixer.c_proj': 'gpt_neox.layers.{i}.attention.dense',
         'h.{i}.ffn.c_fc': 'gpt_neox.layers.{i}.mlp.dense_h_to_4h',
         'h.{i}.ffn.c_proj': 'gpt_neox.layers.{i}.mlp.dense_4h_to_h'},
-    read=read_neox, write=write_neox)
+    read=read_partial, write=write_neox)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@ GPT-J and models with its block, both branches from one LayerNorm and a bias of 
 Persimmon, which shares Phi's LayerNorm of queries and keys.
 """
 from nanoblocks.pretrained.families.family import ALL_BIASES, LAYERNORM, Family
-from nanoblocks.pretrained.families.gpt import GPT2_KEYS, GPT2_TENSORS, read_neox
+from nanoblocks.pretrained.families.gpt import GPT2_KEYS, GPT2_TENSORS
 from nanoblocks.pretrained.families.llama import LLAMA_KEYS, LLAMA_TENSORS
 from nanoblocks.pretrained.keys import UNGATED_FFN, refuse, renamed, without
 from nanoblocks.pretrained.layouts import qkv_by_group, qkv_interleaved, qvk_in_quarters
-from nanoblocks.pretrained.rope import rope_parameters_of
+from nanoblocks.pretrained.rope import read_partial, write_partial
 
 FAMILIES = {}
 
@@ -62,12 +62,6 @@ FAMILIES['codegen'] = Family(
 # ----------------------------------------------------------------------------------------------------------
 # Phi 1 to 2: biases everywhere
 
-
-def write_part(c):
-    """The part that rotates is written also where it is all of a head, as the default is half."""
-    return {'rope_parameters': rope_parameters_of(c) | {'partial_rotary_factor': c.rope_fraction}}
-
-
 QK_LAYERNORM = renamed('qk_norm', {True: 'layer', False: False})
 QK_TENSORS = {'h.{a}.mixer.q_norm': 'model.layers.{i}.self_attn.q_layernorm',
               'h.{a}.mixer.k_norm': 'model.layers.{i}.self_attn.k_layernorm'}
@@ -81,7 +75,7 @@ FAMILIES['phi'] = Family(
     tensors=LLAMA_TENSORS | QK_TENSORS | {
         'ln_f': 'model.final_layernorm', 'h.{a}.mixer.c_proj': 'model.layers.{i}.self_attn.dense',
         'h.{f}.ffn.c_fc': 'model.layers.{i}.mlp.fc1', 'h.{f}.ffn.c_proj': 'model.layers.{i}.mlp.fc2'},
-    read=read_neox, write=write_part)
+    read=read_partial, write=write_partial)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -100,4 +94,4 @@ FAMILIES['persimmon'] = Family(
         'h.{a}.mixer.c_proj': 'model.layers.{i}.self_attn.dense',
         'h.{f}.ffn.c_fc': 'model.layers.{i}.mlp.dense_h_to_4h',
         'h.{f}.ffn.c_proj': 'model.layers.{i}.mlp.dense_4h_to_h'},
-    read=read_neox, write=write_part)
+    read=read_partial, write=write_partial)

@@ -2,7 +2,7 @@
 from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.llama import LLAMA_FLAGS, LLAMA_KEYS, LLAMA_TENSORS
 from nanoblocks.pretrained.layouts import qkv_interleaved
-from nanoblocks.pretrained.rope import read_rope, rope_parameters_of, write_rope
+from nanoblocks.pretrained.rope import read_partial, read_rope, write_partial, write_rope
 
 FAMILIES = {}
 TENSORS = LLAMA_TENSORS | {
@@ -11,16 +11,6 @@ TENSORS = LLAMA_TENSORS | {
 
 # ----------------------------------------------------------------------------------------------------------
 # GLM: half of each head rotates, and gate and up projection are one tensor
-
-
-def read_partial(hf):
-    return read_rope(hf, partial=True)
-
-
-def write_partial(c):
-    # where it is absent, it is not 1
-    return {'rope_parameters': rope_parameters_of(c) | {'partial_rotary_factor': c.rope_fraction}}
-
 
 GLM = dict(
     keys=LLAMA_KEYS | {'attention_bias': 'qkv_bias'},

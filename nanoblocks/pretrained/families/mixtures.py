@@ -19,7 +19,14 @@ from nanoblocks.pretrained.keys import (
     write_layer_types,
 )
 from nanoblocks.pretrained.layouts import gate_up, one_row, qkv_interleaved
-from nanoblocks.pretrained.rope import read_rope, rope_parameters, rope_type, write_rope
+from nanoblocks.pretrained.rope import (
+    read_partial,
+    read_rope,
+    rope_parameters,
+    rope_type,
+    write_partial,
+    write_rope,
+)
 from nanoblocks.pretrained.values import is_count
 
 FAMILIES = {}
@@ -109,14 +116,11 @@ FAMILIES['dots1'] = Family(
 
 
 def read_glm(hf):
-    return read_rope(hf, partial=True) | read_v3_router(hf)
+    return read_partial(hf) | read_v3_router(hf)
 
 
 def write_glm(c):
-    # an absent factor is a half
-    rope = write_rope(c)
-    rope['rope_parameters']['partial_rotary_factor'] = c.rope_fraction
-    return rope | write_v3_router(c)
+    return write_partial(c) | write_v3_router(c)
 
 
 FAMILIES['glm4_moe'] = Family(
@@ -139,7 +143,7 @@ FAMILIES['glm4_moe'] = Family(
 def read_minimax_m2(hf):
     if hf.get('rotary_dim') is not None:
         hf = {'partial_rotary_factor': hf['rotary_dim'] / hf['head_dim']} | hf
-    return read_rope(hf, partial=True)
+    return read_partial(hf)
 
 
 FAMILIES['minimax_m2'] = Family(
@@ -207,7 +211,7 @@ FAMILIES['hunyuan_v1_moe'] = Family(
 
 def read_ernie(hf):
     if hf['use_bias']:
-        refuse(hf, 'use_bias', 'be false: with it the head has a bias, which no decoder here has')
+        refuse(hf, 'use_bias', 'be false: with it all linear layers but the experts have a bias')
     if hf['moe_norm_min'] > 1e-6:
         refuse(hf, 'moe_norm_min', "be at most 1e-6: the experts' weights are divided by their sum here")
     step, first, last = (hf[f'moe_layer_{key}'] for key in ('interval', 'start_index', 'end_index'))

@@ -77,7 +77,7 @@ FAMILIES['smollm3'] = Family(
 
 def read_exaone4(hf):
     window, every = hf.get('sliding_window'), hf['sliding_window_pattern']
-    if not window:
+    if window is None:
         return read_rotating(hf, 'a', [True])
 
     if not every or isinstance(every, str) and set(every) - set('LG'):

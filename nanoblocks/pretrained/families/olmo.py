@@ -8,7 +8,7 @@ from nanoblocks.pretrained.families.llama import (
     WINDOW_KEYS,
 )
 from nanoblocks.pretrained.families.llama import FAMILIES as LLAMAS
-from nanoblocks.pretrained.keys import mixer_letters, shortest_pattern, without, write_layer_types
+from nanoblocks.pretrained.keys import mixer_letters, shortest_pattern, without, write_window_types
 from nanoblocks.pretrained.rope import read_rope, rope_type, write_rope
 
 FAMILIES = {}
@@ -42,8 +42,7 @@ def read_olmo3(hf):
 
 
 def write_olmo3(c):
-    # transformers needs a window even where no layer has one
-    return write_two_bases(c) | write_layer_types(c) | ({} if c.window else {'sliding_window': 4096})
+    return write_two_bases(c) | write_window_types(c)
 
 
 FAMILIES['olmo3'] = Family(

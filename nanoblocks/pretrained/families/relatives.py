@@ -3,7 +3,6 @@ Dense models that change a detail of Llama, later than those in llama.py: Seed-O
 Hunyuan; and with LayerNorm StableLM and Nemotron.
 """
 from nanoblocks.pretrained.families.family import LAYERNORM, Family
-from nanoblocks.pretrained.families.interleaved import read_partial, write_partial
 from nanoblocks.pretrained.families.llama import (
     ATTENTION_BIAS,
     BIAS_KEYS,
@@ -13,9 +12,9 @@ from nanoblocks.pretrained.families.llama import (
     WINDOW_KEYS,
 )
 from nanoblocks.pretrained.families.mixtures import NORMS_AFTER, read_alpha
-from nanoblocks.pretrained.keys import mixer_letters, renamed, shortest_pattern, without, write_layer_types
+from nanoblocks.pretrained.keys import mixer_letters, renamed, shortest_pattern, without, write_window_types
 from nanoblocks.pretrained.layouts import plus_one, rows
-from nanoblocks.pretrained.rope import read_rope, rope_parameters, write_rope
+from nanoblocks.pretrained.rope import read_partial, read_rope, rope_parameters, write_partial, write_rope
 
 FAMILIES = {}
 REFUSED = {'ministral3': 'its queries grow with their position in layers that rotate',
@@ -49,13 +48,12 @@ FAMILIES['arcee'] = Family(
 
 
 def read_ministral(hf):
-    letters = mixer_letters(hf, lambda i: 'w' if hf.get('sliding_window') else 'a')
+    letters = mixer_letters(hf, lambda i: 'a' if hf.get('sliding_window') is None else 'w')
     return read_rope(hf) | {'layer_pattern': shortest_pattern(letters)}
 
 
 def write_windows(c):
-    # transformers needs a window even where no layer has one
-    return write_rope(c) | write_layer_types(c) | ({} if c.window else {'sliding_window': 4096})
+    return write_rope(c) | write_window_types(c)
 
 
 FAMILIES['ministral'] = Family(
