@@ -328,6 +328,35 @@ def setting(**keys):
     return lambda config, tensors: config.update(keys)
 
 
+REFUSING = """
+import re, sys
+import safetensors.torch, torch
+from model import GPT
+def peak():
+    return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
+before = peak()
+for folder in sys.argv[1:]:
+    try:
+        GPT.from_pretrained(folder)
+    except ValueError as error:
+        print(error)
+    assert peak() - before < 100, (folder, peak() - before)
+"""
+# a range, buffers of zeros, a list
+HUGE = {'llama': 'head_dim', 'lfm2_moe': 'num_experts', 'minimax': 'num_attention_heads'}
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='counts memory as Linux does')
+def test_a_size_that_no_memory_holds_is_refused_without_taking_any(made, tmp_path):
+    for name, key in HUGE.items():
+        (tmp_path / name).mkdir()
+        copy_of(made(name), tmp_path / name, setting(**{key: 2 * 10 ** 8}))
+    done = subprocess.run([sys.executable, '-c', REFUSING, *(str(tmp_path / name) for name in HUGE)],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('must describe a model of at most') == len(HUGE), done.stdout
+
+
 def rope_setting(**keys):
     return lambda config, tensors: config['rope_parameters'].update(keys)
 

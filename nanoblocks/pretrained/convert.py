@@ -113,23 +113,35 @@ def check_layers(hf, family, files):
 
 def check_size(config, files):
     """ValueError for a model that is larger than its files, before memory is allocated for it."""
+    most = files.most_weights()
     try:
-        with Imagined():
+        if max(config.n_head, config.rnn_heads or 0) > most:    # lists of slopes and decays are not imagined
+            raise OverflowError
+        with Imagined(most):
             weights = sum(p.numel() for p in GPT(config, seed=None).parameters())
     except (RuntimeError, TypeError, OverflowError):  # sizes whose product is no 64-bit number
         weights = math.inf
-    most = files.most_weights()
     if weights > most:
         raise ValueError(f'config.json in {files.folder} must describe a model of at most {most} weights, '
-                         f' as many as its files can hold, not {weights}: correct its sizes or '
+                         f'as many as its files can hold, not {weights}: correct its sizes or '
                          'fetch the files again')
 
 
 class Imagined(TorchFunctionMode):
-    """Where it is active, torch.empty takes no memory. On the device meta, arange would import sympy: 4 s."""
+    """
+    Where it is active, weights and buffers of zeros take no memory, and OverflowError says that a width is
+    above `most`. On the device meta, arange would import sympy: 4 s.
+    """
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}) | ({'device': 'meta'} if func is torch.empty else {}))
+        if func is torch.arange and max(args) > self.most:
+            raise OverflowError
+        unreal = {'device': 'meta'} if func in (torch.empty, torch.zeros) else {}
+        return func(*args, **(kwargs or {}) | unreal)
 
 
 def config_of(hf, family):
