@@ -144,7 +144,8 @@ def refuse_ignored(name, options):
     what = ', '.join(own + ['the model flags'] * ('flags' in reads)) or 'no flags'
     for key, text in split_arguments(options):
         if key is None and 'flags' not in reads:
-            raise ValueError(f'{text} must be left out: bench.py {name} takes no config file, only {what}')
+            raise ValueError(f'{text} must be left out: bench.py {name} takes no config file, and reads '
+                             f'{what}')
         known = key in plain_settings(globals()) or key in model or key in trains
         if known and key not in reads and not (key in model and 'flags' in reads):
             raise ValueError(f'{key}={text} must be left out: bench.py {name} reads {what}')

@@ -171,6 +171,7 @@ def test_generation_is_configured_as_transformers_configures_it(made, tmp_path):
 @pytest.mark.parametrize('options, words', [
     (dict(dtype='int8'), 'dtype=int8 must be one of float32, bfloat16, float16'),
     (dict(dtype='half a byte'), 'dtype=half a byte must be one of'),
+    (dict(dtype=['float32']), 'must be one of float32'),
     (dict(max_shard_size='5 potatoes'), 'max_shard_size=5 potatoes must be a number of bytes, or a text'),
     (dict(max_shard_size=0), 'max_shard_size=0 must be'), (dict(max_shard_size='0GB'), 'max_shard_size=0GB'),
     (dict(max_shard_size=1.5), 'max_shard_size=1.5 must')])

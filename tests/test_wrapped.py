@@ -43,7 +43,6 @@ TIED = {'tie_word_embeddings': True}
 UNTIED = {'tie_word_embeddings': False}
 
 
-
 class Whole(NamedTuple):
     """A model of images and text, of which the text part is a case."""
     model_type: str

@@ -303,7 +303,8 @@ def copy_tensors(model, rules, hf, files, theirs):
                 ours[mine].fill_(1.0)
                 continue
             if name not in theirs:
-                raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs')
+                raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs: fetch '
+                                 'config.json and the weights again, from one place')
             tensor = files.get(theirs[name])
             if tuple(tensor.shape) != piece.shape:
                 raise ValueError(f'{name} in {folder} must have the shape {piece.shape} that follows from '
@@ -316,7 +317,8 @@ def copy_tensors(model, rules, hf, files, theirs):
     unused = {name for name in unused if not re.search(FAMILIES[kind].unread, name)}
     if unused:
         more = f', and neither are {len(unused) - 1} more' if len(unused) > 1 else ''
-        raise ValueError(f'{min(unused)} in {folder} is not a tensor of this {kind}{more}')
+        raise ValueError(f'{min(unused)} in {folder} is not a tensor of this {kind}{more}: fetch config.json '
+                         'and the weights again, from one place')
 
 
 # ----------------------------------------------------------------------------------------------------------

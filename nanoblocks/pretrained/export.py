@@ -39,7 +39,7 @@ def save_folder(model, folder, dtype=None, max_shard_size='50GB'):
 def as_dtype(dtype):
     """A dtype that weights may have, from its name or itself."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in DTYPES:
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
         raise ValueError(f'dtype={dtype} must be one of {", ".join(map(name_of, DTYPES))}')
     return found
 

@@ -52,7 +52,7 @@ def load(path):
                 # rows that make their number a multiple of 64
                 tensor = tensor[:model.config.vocab_size]
             if tensor is None or tuple(tensor.shape) != piece.shape:
-                raise ValueError(f'{path} must hold {name} of the shape {piece.shape}')
+                raise ValueError(f'{path} must hold {name} of the shape {piece.shape}: fetch it again')
             piece.load(tensor)
     if weights:
         raise ValueError(f'{min(weights)} in {path} must be absent: only the first version of nanochat is '

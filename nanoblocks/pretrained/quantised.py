@@ -99,8 +99,8 @@ def dequantised(files, hf):
                          'matrices are stored the other way round: convert the model to bfloat16')
     for key, values in method.only.items():
         if settings.get(key, values[0]) not in values:
-            raise ValueError(f'{key}={settings[key]} of quantization_config in config.json must be one of '
-                             f'{", ".join(map(str, values))}: nothing else is read of {name}')
+            raise ValueError(f'{key}={settings[key]!r} of quantization_config in config.json must be one of '
+                             f'{", ".join(map(repr, values))}: nothing else is read of {name}')
     return Quantised(files, method, settings)
 
 
