@@ -475,7 +475,7 @@ BAD = {
     'activation of a recurrence': ('qwen3_5', setting(hidden_act='gelu'), 'hidden_act'),
     'windows in qwen3_next': ('qwen3_next', setting(layer_types=layers('rrsf')), 'layer_types'),
     'clipped olmoe': ('olmoe', setting(clip_qkv=8.0), 'clip_qkv'),
-    'biases of ernie': ('ernie4_5_moe', setting(use_bias=True), 'use_bias.*head has a bias'),
+    'biases of ernie': ('ernie4_5_moe', setting(use_bias=True), 'use_bias.*all linear layers but the experts'),
     'a floor under the sum of weights': ('ernie4_5_moe', setting(moe_norm_min=0.1), 'moe_norm_min'),
     'experts in no layer at all': ('ernie4_5_moe', setting(moe_layer_interval=0), 'config.json'),
     'groups that do not divide': ('dots1-null-window-groups', setting(n_group=4), 'n_group=4'),
