@@ -12,6 +12,7 @@ Measurements. Each topic prints a table; variants that are compared run interlea
     python bench.py cache config/llama_1b.py --tokens=2048,32768
     python bench.py rope --rope_theta=5e5
     python bench.py plot out/* --figure=curves.png
+    python bench.py recipes path/to/checkpoint
     python bench.py heads out/run               # and specialists, of a mixture of experts
 
 The first argument is the topic; config files and flags follow. `python bench.py --help` lists the topics,
@@ -57,6 +58,7 @@ from nanoblocks.experiments import (
     peers,
     placement,
     recall,
+    recipes,
     ring,
     scaling,
     specialists,
@@ -104,7 +106,7 @@ TOPICS = {
     'tricks': studies.tricks, 'scaling': scaling.scaling, 'architectures': architectures.architectures,
     'plot': curves.plot,
     'kernels': gpu.kernel_table, 'gpu': gpu.gpu,
-    'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring,
+    'limits': limits.limits, 'peers': peers.peers, 'ring': ring.ring, 'recipes': recipes.recipes,
     'heads': heads.heads, 'specialists': specialists.specialists, 'recall': recall.recall,
 }
 ROUNDS = {'limits': 3, 'peers': 3}  # of topics whose runs are long
@@ -142,7 +144,8 @@ def refuse_ignored(name, options):
     what = ', '.join(own + ['the model flags'] * ('flags' in reads)) or 'no flags'
     for key, text in split_arguments(options):
         if key is None and 'flags' not in reads:
-            raise ValueError(f'{text} must be left out: bench.py {name} takes no config file, only {what}')
+            raise ValueError(f'{text} must be left out: bench.py {name} takes no config file, and reads '
+                             f'{what}')
         known = key in plain_settings(globals()) or key in model or key in trains
         if known and key not in reads and not (key in model and 'flags' in reads):
             raise ValueError(f'{key}={text} must be left out: bench.py {name} reads {what}')

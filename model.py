@@ -774,7 +774,7 @@ class RopeScalingFlags:
     def rules(c):
         yield ('rope_factor', c.rope_scaling in ('none', *ROPE_BY_LENGTH) or c.rope_factor > 1,
                'be above 1 when rope_scaling is set')
-        yield 'rope_beta_fast', c.rope_beta_fast > c.rope_beta_slow, f'be above {c.rope_beta_slow}'
+        yield 'rope_beta_fast', c.rope_beta_fast >= c.rope_beta_slow, f'be at least {c.rope_beta_slow}'
         yield 'rope_high_freq', c.rope_high_freq > c.rope_low_freq, f'be above {c.rope_low_freq}'
         for name in ('rope_short', 'rope_long') if c.rope_scaling == 'longrope' else ():
             pairs = rope_width(c) // 2
@@ -827,8 +827,8 @@ class AttentionExtraFlags:
         yield 'value_embed', c.attn != 'diff' or not c.value_embed, 'be False when attn=diff'
         for name in ('n_head', 'n_kv_head') if c.attn == 'diff' else ():
             yield name, getattr(c, name) % 2 == 0, 'be even when attn=diff, which takes heads in pairs'
-        yield ('qk_norm', c.qk_norm != 'unit' or c.pos == 'rope',
-               f'be True, full, heads or False when pos={c.pos}, as unit norms only what rotates')
+        yield ('qk_norm', c.qk_norm not in ('unit', 'after') or c.pos == 'rope',
+               f'be True, full, heads, layer or False if pos={c.pos}, as {c.qk_norm} norms what has rotated')
 
 class WidthNorm(RMSNorm):
     """RMS norm over all heads together (OLMo 2). x (B,T,H,D)"""
@@ -853,13 +853,19 @@ QK_NORM = {
     True: lambda c, n: RMSNorm(c.head_dim, c),
     'full': lambda c, n: WidthNorm(n * c.head_dim, c),
     'heads': lambda c, n: HeadsNorm(n, c),
+    'layer': lambda c, n: LayerNorm(c.head_dim, c),     # with the bias that norm_bias gives it
     'unit': lambda c, n: nn.Identity(),  # after they rotate: unit_norm
+    'after': lambda c, n: nn.Identity(),  # after they rotate: norm_after
 }
 
 def unit_norm(attention, q, k, v, ctx, eps):
     """RMS norm without a weight, after the rotation (Llama 4)."""
     q, k = (F.rms_norm(x, x.shape[-1:], eps=eps) for x in (q, k))
     return q, k, v
+
+def norm_after(attention, q, k, v, ctx):
+    """RMS norm of each head with weights, after the rotation (Hunyuan)."""
+    return attention.q_norm_after(q), attention.k_norm_after(k), v
 
 def temperature(attention, q, k, v, ctx, scale, floor):
     """Queries grow by the log of their position, in steps of temp_floor tokens (Llama 4)."""
@@ -874,6 +880,9 @@ def attention_extras(attention, c):
     """The functions above that a layer applies, (attention, q, k, v, ctx) -> (q, k, v)."""
     if c.qk_norm == 'unit' and attention.rotary:
         yield partial(unit_norm, eps=c.norm_eps)
+    if c.qk_norm == 'after':
+        attention.q_norm_after, attention.k_norm_after = (RMSNorm(c.head_dim, c) for _ in 'qk')
+        yield norm_after
     if c.temp_scale is not None and not attention.rotary:
         yield partial(temperature, scale=c.temp_scale, floor=c.temp_floor)
     if c.value_embed:
@@ -3107,7 +3116,7 @@ class GPTConfig(NormFlags, RopeFlags, AttentionFlags, FFNFlags, BlockFlags, Rela
     # serial, parallel (GPT-NeoX), shared (one norm: Falcon), normed (BLOOM), attnres (Kimi), hyper, mhc
     residual: str = flag('serial', RESIDUAL)
     attn: str = flag('standard', ATTN, layer_pattern='awcnvhz')     # standard, mla (DeepSeek), diff, gau
-    # norm of queries and keys: True (per head), full (OLMo 2), heads (Cohere), unit (Llama 4)
+    # norm of q, k: True (per head), full (OLMo 2), heads (Cohere), layer (Persimmon), unit (Llama 4), after
     qk_norm: bool | str = flag(False, QK_NORM, layer_pattern='awcnvhz')
     ffn: str = flag('gelu', FFN, ffn_pattern='fe')  # activation; words with glu and clip are gated
     bias: bool = True               # biases of linear layers and layer norms; default of the *_bias flags
@@ -3316,18 +3325,18 @@ class GPT(nn.Module):
     # -- in nanoblocks/, imported on use
 
     @classmethod
-    def from_pretrained(cls, name: str, **overrides) -> 'GPT':
+    def from_pretrained(cls, name: str, dtype='float32', **overrides) -> 'GPT':
         """
-        The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint, in fp32.
+        The model of a folder or hub repository in Hugging Face format, or of a nanoGPT checkpoint.
         overrides: flags to change; weights that still fit are kept.
         """
         from nanoblocks import pretrained
-        return pretrained.from_pretrained(name, **overrides)
+        return pretrained.from_pretrained(name, dtype, **overrides)
 
-    def save_pretrained(self, folder: str):
-        """Write config.json and model.safetensors for transformers, if a published family fits the flags."""
+    def save_pretrained(self, folder: str, **options):
+        """Write a folder for transformers. Options: dtype=, max_shard_size= of nanoblocks.pretrained's."""
         from nanoblocks import pretrained
-        pretrained.save_pretrained(self, folder)
+        pretrained.save_pretrained(self, folder, **options)
 
     def generate(self, idx, max_new_tokens: int, *args, **options) -> torch.Tensor:
         """Continue idx (B,T) int64 -> (B,T+new) int64. Options: nanoblocks.decoding.decode.stream."""

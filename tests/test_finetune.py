@@ -40,6 +40,9 @@ def first_loss(model, T):
 
 def test_training_begins_with_the_weights_of_a_folder(tmp_path):
     model = published(tmp_path / 'hf')
+    config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+    mistral = {'model_type': 'mistral', 'architectures': ['MistralForCausalLM'], 'sliding_window': None}
+    (tmp_path / 'hf' / 'config.json').write_text(json.dumps(config | mistral))
     done = python('train.py', *settings(tmp_path, init_from=tmp_path / 'hf', block_size=32))
     assert done.code == 0, done
     run = losses(tmp_path / 'run')
@@ -48,6 +51,12 @@ def test_training_begins_with_the_weights_of_a_folder(tmp_path):
     # and continues as any run does
     done = python('train.py', *flags(init_from='resume', out_dir=tmp_path / 'run', max_iters=14))
     assert done.code == 0 and metrics(tmp_path / 'run')[-1]['step'] == 14, done
+    # what came of it is still of the same family, and has its tokenizer
+    GPT.from_pretrained(tmp_path / 'run').save_pretrained(tmp_path / 'out', dtype='bfloat16')
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert mistral.items() <= config.items() and config['dtype'] == 'bfloat16'
+    generation = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
+    assert generation['eos_token_id'] == config['eos_token_id'] == ByteTokenizer.eot
 
 
 def test_a_broken_tokenizer_is_answered_with_one_sentence(tmp_path):

@@ -27,9 +27,10 @@ CAPTURED = 200  # those of them that are compiled and saved as well
 # is scaled by the number of layers, or zero; the bias of gau by block_size. Direction and sign are kept.
 RESCALE = {'n_layer': 'c_proj.weight', 'zero_init': 'c_proj.weight', 'ssm_conv': 'conv1d.bias',
            'short_conv': 'conv1d.bias', 'block_size': 'mixer.distance'}
+# constants, of streams and of the embedding that later blocks read
+CONSTANT = ('.read', '.mix', 'read_bias', 'mix_bias', '.skip')
 # drawn by the number of a channel or state alone, as Mamba-1's decays are 1, 2, 3, ...
-HYPER = ('.read', '.mix', 'read_bias', 'mix_bias')
-BY_PLACE = ('A_log', 'A_imag', 'shift.mu', 'mixer.decay', 'decay.bias', 'mixer.bonus', *HYPER)
+BY_PLACE = ('A_log', 'A_imag', 'shift.mu', 'mixer.decay', 'decay.bias', 'mixer.bonus', *CONSTANT)
 
 
 def test_the_tests_have_values_for_every_field():
@@ -163,7 +164,7 @@ def test_no_two_tensors_are_drawn_alike():
     for flags in bases():
         seen = {}
         for name, p in build(flags).named_parameters():
-            if p.unique().numel() > 1 and not name.endswith(HYPER):
+            if p.unique().numel() > 1 and not name.endswith(CONSTANT):
                 # without the scale, which differs by kind
                 start = tuple((p.flatten()[:8] / p.flatten()[0]).tolist())
                 assert start not in seen, f'{name} is drawn like {seen[start]}'
@@ -237,6 +238,7 @@ ONE_EXPERT = {'ffn_pattern': 'e', 'n_expert': 4, 'n_expert_used': 1}
     ({'pos': 'learned', 'rope_theta': 100.0}, 'rope_theta', 'pos=rope'),
     ({'qk_norm': 'unit'}, 'qk_norm', 'pos=learned'),
     ({'qk_norm': 'unit', 'pos': 'none'}, 'qk_norm', 'pos=none'),
+    ({'qk_norm': 'after', 'pos': 'none'}, 'qk_norm', 'after norms what has rotated'),
     (W_ALONE | {'rope_theta': 500.0}, 'rope_theta', 'be 10000.0 .* rope_local_theta'),
     (W_ALONE | {'rope_scaling': 'linear', 'rope_factor': 2.0}, 'rope_scaling', 'be none .* rope_local_theta'),
     ({'layer_pattern': 'ra', 'norm_at': 'post', 'rnn_norm_at': 'pre'}, 'rnn_norm_at', 'be post'),

@@ -503,6 +503,20 @@ def test_attention_equals_its_definition(n_kv_head, qk_norm, bias, pos):
     assert_close(mixer(x, ctx), want, 1e-5, 'attention')
 
 
+def test_queries_and_keys_are_normed_after_they_rotate():
+    model = scaled(build(toy(qk_norm='after', n_kv_head=2, head_dim=6, bias=False, pos='rope')), 5)
+    mixer, x = model.h[0].mixer, randn(2, 5, 32)
+    norms = mixer.q_norm_after, mixer.k_norm_after
+    for norm in norms:
+        norm.weight.data = 1 + 0.5 * randn(6)   # other weights at the two coordinates of a pair
+    q, k, v = [r.reshape(2, 5, -1, 6) for r in (mixer.c_attn.weight @ x.mT).mT.split([24, 12, 12], dim=-1)]
+    q, k = [torch.stack([rms_norm(head, norm.weight, None, 1e-5) for head in x.reshape(-1, 6)]).view_as(x)
+            for x, norm in zip((turned(q), turned(k)), norms, strict=True)]
+    y = attend_by_loops(q, k, v, lambda b, t, s: s <= t).flatten(2)
+    ctx = Context(torch.arange(5), True, model.wpe.rope(torch.arange(5)))
+    assert_close(mixer(x, ctx), (mixer.c_proj.weight @ y.mT).mT, 1e-5, 'attention')
+
+
 def turned(x, theta=10000.0):
     """x (B,T,H,D) with coordinates j and j + D/2 of token t turned by the angle t theta^(-2j/D)."""
     y, half = x.clone(), x.shape[-1] // 2

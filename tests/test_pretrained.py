@@ -1,4 +1,6 @@
 """Published families: logits equal to `transformers`, in and out (checkpoints.py makes the checkpoints)."""
+import copy
+import json
 import re
 import textwrap
 from dataclasses import MISSING, fields
@@ -9,8 +11,11 @@ import torch
 from checkpoints import (
     BOTH,
     CASES,
+    CLASSIC,
+    DENSE,
     ENCODERS,
     HYBRIDS,
+    MIXTURES,
     NEW,
     RECURRENT,
     TOLERANCE,
@@ -93,10 +98,10 @@ def test_the_published_config_means_the_same(made, name):
 # Ours against the reference
 
 every_own_family = pytest.mark.parametrize('name', [
-    name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH)])
+    name for name, case in CASES.items() if case.model_type in (*ENCODERS, *BOTH, *CLASSIC, *DENSE)])
 # the exact families that export whatever their size
 EXPORTED = ('gpt2', 'llama', 'mistral', 'mixtral', 'qwen3', 'gemma2', 'deepseek_v3', 'mamba2', 'jamba',
-            *HYBRIDS, *ENCODERS, *BOTH)
+            *HYBRIDS, *ENCODERS, *BOTH, *CLASSIC, *DENSE, *MIXTURES)
 FLAGS = [field.name for field in fields(GPTConfig)]
 
 
@@ -123,7 +128,7 @@ def test_greedy_tokens_equal_transformers(made, ours, name):
     assert tokens.tolist() == made.tokens.tolist()
 
 
-@pytest.mark.parametrize('name', RECURRENT)
+@pytest.mark.parametrize('name', [*RECURRENT, *CLASSIC, *DENSE, *MIXTURES])
 @torch.no_grad()
 def test_a_row_behind_padding_equals_transformers(made, ours, name):
     made, pad = made(name), 5
@@ -167,7 +172,7 @@ def test_padding_of_a_source_is_seen_by_none(made, ours, name):
 
 @every_own_family
 @torch.no_grad()
-def test_encoders_export_as_their_own_family(made, ours, name, tmp_path, monkeypatch):
+def test_models_export_as_their_own_family(made, ours, name, tmp_path, monkeypatch):
     """Also where another family comes first: a RoBERTa may be a BERT."""
     made, model = made(name), ours(name)
     kind = made.case.model_type
@@ -200,6 +205,7 @@ def test_round_trip(made, ours, name, tmp_path):
     # tables that transformers works out where a file has none
     info['missing_keys'] = {key for key in info['missing_keys'] if not NOT_WEIGHTS.search(key)}
     assert not any(info.values()), f'{name}: {info}'
+    assert theirs.config.model_type == made.model.config.model_type, 'it must stay in its family'
     assert_logits(theirs, made, f'{name}, exported')
     again = load(tmp_path)
     assert again.config == model.config
@@ -236,6 +242,7 @@ OPTIONAL = """
     routed_scaling_factor rope_interleave decoder_sparse_step mlp_only_layers query_pre_attn_scalar
     attn_logit_softcapping final_logit_softcapping expert_layer_period mamba_expand mamba_conv_bias
     mamba_proj_bias expand conv_kernel use_conv_bias time_step_limit time_step_rank
+    do_layer_norm_before enable_bias window_size
     new_decoder_architecture multi_query parallel_attn alibi num_kv_heads num_ln_in_parallel_attn
     ffn_hidden_size apply_residual_connection_post_layernorm attn_config use_parallel_residual
     no_rope_layers no_rope_layer_interval moe_layers use_qk_norm attn_temperature_tuning floor_scale
@@ -246,10 +253,11 @@ OPTIONAL = """
     scale_decoder_outputs conv_L_cache conv_bias use_expert_bias mixer_rms_eps time_step_min
     position_embedding_type attention_in_multiplier attention_out_multiplier key_multiplier ssm_in_multiplier
     ssm_out_multiplier lm_head_multiplier ssm_multipliers mlp_multipliers mamba_rms_norm projectors_bias
+    clip_qkv attention_out_bias use_qkv_bias qk_layernorm
 """.split()
 
 
-LEARNED = re.compile('position_embeddings|embed_positions')
+LEARNED = re.compile(r'position_embeddings|embed_positions|\.wpe\.')
 
 
 @one_of_each
@@ -281,7 +289,8 @@ def test_absent_keys_mean_what_they_mean_in_transformers(name):
     else:
         assert ours['rope_theta'] == theta or 'rope_parameters' not in plain
     # null stands for these
-    worked_out = {'mlp_only_layers': None, 'rope_parameters': None, 'n_group': None, 'topk_group': None}
+    worked_out = {'mlp_only_layers': None, 'rope_parameters': None, 'n_group': None, 'topk_group': None,
+                  'attention_types': None}
     for key, value in ours.items():
         if key in plain and plain[key] != worked_out.get(key, ...):
             assert plain[key] == value, f'{key}: {value} here and {plain[key]} there'
@@ -307,6 +316,38 @@ def test_null_and_other_words_for_a_key_are_understood(made, ours, tmp_path):
         del config['rope_scaling']['rope_type']
     (tmp_path / 'phi3').mkdir()
     assert load(copy_of(made('phi3-long'), tmp_path / 'phi3', older)).config == ours('phi3-long').config
+
+    def null_is_no(config, tensors):
+        config['rope_parameters']['truncate'] = None
+    (tmp_path / 'yarn').mkdir()
+    folder = copy_of(made('llama-yarn'), tmp_path / 'yarn', null_is_no)
+    model = load(folder)
+    assert model.config.rope_truncate is False
+    with torch.no_grad():
+        want = load_reference(folder, CASES['llama-yarn'])(made('llama-yarn').idx).logits
+        assert_logits(model, SimpleNamespace(idx=made('llama-yarn').idx, logits=want), 'null truncate')
+
+
+@pytest.mark.parametrize('name', DENSE[:12])
+def test_what_no_other_family_can_be_is_exported_as_it_was(ours, name, tmp_path):
+    ours(name).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_type'] == CASES[name].model_type
+
+
+def test_letters_of_a_pattern_are_understood(made, tmp_path):
+    """EXAONE 4 as published: the last layer sees all, whatever its letter."""
+    def change(config, tensors):
+        config |= {'layer_types': None, 'sliding_window_pattern': 'LLLG'}
+    assert load(copy_of(made('exaone4'), tmp_path, change)).config.layer_pattern == 'wwwnn'
+
+
+@torch.no_grad()
+def test_norms_without_weights_are_exported_as_long_as_these_are_ones(ours, tmp_path):
+    model = copy.deepcopy(ours('olmo'))
+    model.h[1].ln_2.weight[3] = 1.1
+    with pytest.raises(ValueError, match=r'h\.1\.ln_2\.weight=trained must be all ones.* olmo') as error:
+        model.save_pretrained(tmp_path)
+    one_sentence(error.value)
 
 
 def test_adding_a_family_is_what_the_docstring_shows(tmp_path, monkeypatch):
@@ -391,7 +432,7 @@ def test_an_encoder_and_a_decoder_trained_here_export(family, flags, tmp_path):
     (dict(pos='rope', norm='rmsnorm', ffn='swiglu', bias=False, value_embed=True), 'value_embed'),
     (dict(embed_skip=True), 'embed_skip'),
     (dict(pos='sinusoidal'), 'pos'),
-    (dict(norm_at='post'), 'norm_at'),
+    (dict(norm_at='sandwich'), 'norm_at'),
     (dict(ffn='relu2'), 'ffn'),
     (dict(layer_pattern='am', ssm_head_dim=8), 'norm'),     # to be a bamba
 ])

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
 from configurator import configure  # noqa: E402
 from model import GPTConfig  # noqa: E402
-from nanoblocks.experiments import sweep, tables  # noqa: E402
+from nanoblocks.experiments import recipes, sweep, tables  # noqa: E402
 
 PATHS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'results' / 'README.md',
          *sorted((ROOT / 'results').glob('*/README.md'))]
@@ -121,8 +121,8 @@ def check(words):
         return
     if topics:
         assert args and args[0] in topics, f'{script} has no topic {args[:1]}'
-        # plot takes the folders of runs
-        args = [arg for arg in args[1:] if args[0] != 'plot' or arg.startswith('-')]
+        # these take folders
+        args = [arg for arg in args[1:] if args[0] not in ('plot', 'recipes') or arg.startswith('-')]
     # a script with topics takes the config files of train.py, and the model flags in them
     skip = configurator.settings_of(ROOT / 'train.py') if topics else ()
     model_args = configure(settings, GPTConfig if takes_model_flags else None, args, skip=skip)
@@ -257,6 +257,11 @@ def test_every_page_of_docs_is_in_the_map():
 def test_the_table_of_models_is_made_from_config():
     page = PAGES['docs/models.md']
     assert tables.with_table(page) == page, 'run python -m nanoblocks.experiments.tables'
+
+
+def test_the_table_of_recipes_is_made_from_the_families():
+    page = PAGES['docs/recipes.md']
+    assert tables.with_table(page, recipes.page()) == page, 'run python -m nanoblocks.experiments.tables'
 
 
 def rows(text, heading):

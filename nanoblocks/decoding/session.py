@@ -101,9 +101,9 @@ class Session:
         if init_from == 'resume':
             model, tokenizer, meta, source = load_run(out_dir, ckpt)
         else:
-            model, tokenizer, meta, source = *load_published(init_from), {}, init_from
+            model, tokenizer, meta, source = *load_published(init_from, dtype), {}, init_from
         source = f'model: {source}, {format_quantity(model.num_params())} parameters'
-        draft_model = load_draft(draft, ckpt, tokenizer) if draft else None
+        draft_model = load_draft(draft, ckpt, tokenizer, dtype) if draft else None
         objective = meta.get('objective', 'next' if model.config.causal else 'mask')
         for m in (model, draft_model):
             if m is not None:
@@ -448,9 +448,9 @@ def in_words(state, path):
     return f'{path}, step {state["step"]}{loss}'
 
 
-def load_published(name):
+def load_published(name, dtype):
     """The model and tokenizer of what GPT.from_pretrained(name) loads."""
-    model, tokenizer = GPT.from_pretrained(name), pretrained.tokenizer_of(name)
+    model, tokenizer = GPT.from_pretrained(name, dtype), pretrained.tokenizer_of(name)
     if tokenizer is None:
         raise ValueError(f'init_from={name} must hold tokenizer.json, to turn text into tokens: add the file '
                          'of the checkpoint that the weights are from')
@@ -465,7 +465,7 @@ def holds_run(name):
     return not published and (os.path.isdir(name) or '/' not in name and not name.startswith('gpt2'))
 
 
-def load_draft(out_dir, ckpt, tokenizer):
+def load_draft(out_dir, ckpt, tokenizer, dtype):
     """The model of a run or of another checkpoint, to draft for a model with this tokenizer."""
     if '/' in out_dir and not os.path.exists(out_dir):
         refuse_misspelt(out_dir, 'draft')
@@ -473,7 +473,7 @@ def load_draft(out_dir, ckpt, tokenizer):
         if not pretrained.same_tokenizer(out_dir, tokenizer.meta()):
             raise ValueError(f"draft={out_dir} has another tokenizer and must have the model's: take a "
                              'smaller model of the same family')
-        return GPT.from_pretrained(out_dir)
+        return GPT.from_pretrained(out_dir, dtype)
     model, its_tokenizer, *_ = load_run(out_dir, ckpt, 'draft')
     if vocabulary(its_tokenizer) != vocabulary(tokenizer):
         raise ValueError(f'draft={out_dir} has another vocabulary ({its_tokenizer.vocab_size} tokens) and '

@@ -1,7 +1,8 @@
 """
-The table of docs/models.md, made from config/: the flags that turn GPT-2, or Llama, into each of them.
+The table of docs/models.md, made from config/: the flags that turn GPT-2, or Llama, into each of them. And
+that of docs/recipes.md, made from the families of published checkpoints.
 
-    python -m nanoblocks.experiments.tables     # writes the table
+    python -m nanoblocks.experiments.tables     # writes the tables
 """
 import ast
 import re
@@ -10,6 +11,7 @@ from dataclasses import fields
 import torch
 
 from model import GPT, GPTConfig
+from nanoblocks.experiments import recipes
 from nanoblocks.experiments.arms import flags_of_config
 from nanoblocks.files import ROOT
 from nanoblocks.formats import format_quantity
@@ -58,12 +60,13 @@ def models_table():
                       *(line for _, line in sorted(map(row, names)))])
 
 
-def with_table(text):
-    """The text of docs/models.md with the table made anew."""
+def with_table(text, table=None):
+    """The text of docs/models.md, or of another page with a `table`, with the table made anew."""
     before, _, rest = text.partition(BEGIN)
-    return f'{before}{BEGIN}\n{models_table()}\n{END}{rest.partition(END)[2]}'
+    return f'{before}{BEGIN}\n{table or models_table()}\n{END}{rest.partition(END)[2]}'
 
 
 if __name__ == '__main__':
-    page = ROOT / 'docs' / 'models.md'
-    page.write_text(with_table(page.read_text(encoding='utf-8')), encoding='utf-8')
+    for name, table in (('models', models_table()), ('recipes', recipes.page())):
+        page = ROOT / 'docs' / f'{name}.md'
+        page.write_text(with_table(page.read_text(encoding='utf-8'), table), encoding='utf-8')

@@ -1,35 +1,37 @@
 """
-From a folder in Hugging Face format to a GPT, and back.
+From a folder in Hugging Face format to a GPT; export.py goes back.
 
 config.json becomes flags and flags become config.json; then each tensor of the model is matched with tensors
 of the file. What differs from family to family is in families/.
 """
-import json
 import math
 import os
 import re
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from configurator import nearest
 from model import GPT, GPTConfig, ssm_inner, with_fixed_norm
-from nanoblocks.pretrained import texts
-from nanoblocks.pretrained.families import FAMILIES, REFUSED
+from nanoblocks.pretrained.families import FAMILIES, REFUSED, state_space
 from nanoblocks.pretrained.families.family import DEFAULTS
 from nanoblocks.pretrained.files import TensorFiles, refuse_adapter
 from nanoblocks.pretrained.keys import shortest_pattern, without
 from nanoblocks.pretrained.layouts import by_expert, gate_up_by_expert, same
+from nanoblocks.pretrained.quantised import dequantised
 from nanoblocks.pretrained.values import check_values
+from nanoblocks.pretrained.wrapped import text_part, text_tensors
 from nanoblocks.tokenizer import read_json
 
 FIELDS = {f.name for f in fields(GPTConfig)}
 
 
-def load_folder(folder):
-    """The model of a folder, in fp32."""
+def load_folder(folder, dtype=torch.float32):
+    """The model of a folder, which remembers its family, with weights of this dtype."""
     hf = read_config(folder)
-    family, files = FAMILIES[hf['model_type']], TensorFiles(folder)
+    family, files = FAMILIES[hf['model_type']], text_tensors(dequantised(TensorFiles(folder), hf), hf)
     check_layers(hf, family, files)
     config = config_of(hf, family)
     check_size(config, files)
@@ -42,45 +44,30 @@ def load_folder(folder):
         config.tie = torch.equal(files.get(theirs[head]), files.get(theirs[embedding]))
         if config.tie:
             del theirs[head]
-    model = GPT(config, seed=None).eval()
+    model = undrawn(config, dtype).eval()
     copy_tensors(model, rules, hf, files, theirs)
     family.finish(model, hf)
+    model.family = hf['model_type']
     return model
 
 
-def save_folder(model, folder):
-    """Write config.json and model.safetensors as the family that the flags belong to, and the tokenizer."""
-    from safetensors.torch import save_file
-    kind, hf = family_for(model)
-    ours, tensors = tensors_of(model), {}
-    rules = rules_of(FAMILIES[kind], model.config, hf)
-    for name, names, layout in matches(rules, model.config, ours):
-        pieces = layout(ours[name].detach().float().cpu(), model.config)
-        for theirs, piece in zip(names, pieces, strict=True):
-            tensors[theirs] = piece.save(tensors.get(theirs))
-    if model.config.tie and FAMILIES[kind].head_stored:
-        embedding, head = (rules[name][0] + '.weight' for name in ('wte', 'lm_head'))
-        tensors[head] = tensors[embedding].clone()
-    if model.config.n_predict > 1:
-        print(f'n_predict={model.config.n_predict}: the blocks of multi-token prediction are not exported: '
-              'they serve training only')
-    os.makedirs(folder, exist_ok=True)
-    # the text side of a model that was loaded
-    hf |= texts.save(model.texts, folder) if hasattr(model, 'texts') else {}
-    save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
-    with open(os.path.join(folder, 'config.json'), 'w') as f:
-        json.dump(hf | {'dtype': 'float32'}, f, indent=1)
+def undrawn(config, dtype):
+    """A model to be filled, with weights of this dtype."""
+    model = GPT(config, seed=None)  # in fp32, but memory that nothing was written to is none
+    for p in model.parameters():
+        p.data = torch.empty_like(p, dtype=dtype)
+    return model.to(dtype)  # buffers
 
 
 # ----------------------------------------------------------------------------------------------------------
 # config.json -> flags
 
-UNSUPPORTED = ('quantization_config', 'is_encoder_decoder', 'vision_config', 'text_config')
+UNSUPPORTED = ('is_encoder_decoder', 'vision_config', 'text_config')
 # keys whose null means none, such as no window; the null of any other key stands for its default
 NULL_MEANS_NONE = ('sliding_window', 'q_lora_rank', 'attn_logit_softcapping', 'final_logit_softcapping',
-                   'rope_theta')
+                   'rope_theta', 'rotary_dim', 'scale_depth', 'dim_model_base', 'partial_rotary_factor')
 # flags whose key a file must have
-SIZES = ('vocab_size', 'n_embd', 'n_layer')
+SIZES = ('vocab_size', 'n_embd', 'n_layer', 'n_head', 'n_expert_used', 'n_shared')
 
 
 def read_config(folder):
@@ -91,6 +78,7 @@ def read_config(folder):
         raise FileNotFoundError(f'{folder} must hold config.json')
     hf = read_json(path)
     check_values(hf, path)
+    hf = text_part(state_space.with_model_type(hf, path), path)
     kind = hf.get('model_type')
     if kind in REFUSED:
         raise ValueError(f'model_type={kind} in {path} must be another family: {REFUSED[kind]}')
@@ -125,15 +113,35 @@ def check_layers(hf, family, files):
 
 def check_size(config, files):
     """ValueError for a model that is larger than its files, before memory is allocated for it."""
+    most = files.most_weights()
     try:
-        with torch.device('meta'):
+        if max(config.n_head, config.rnn_heads or 0) > most:    # lists of slopes and decays are not imagined
+            raise OverflowError
+        with Imagined(most):
             weights = sum(p.numel() for p in GPT(config, seed=None).parameters())
     except (RuntimeError, TypeError, OverflowError):  # sizes whose product is no 64-bit number
         weights = math.inf
-    if weights > files.bytes():
-        raise ValueError(f'config.json in {files.folder} must describe a model of at most {files.bytes()} '
-                         f'weights, one for each byte of its files, not {weights}: correct its sizes or '
+    if weights > most:
+        raise ValueError(f'config.json in {files.folder} must describe a model of at most {most} weights, '
+                         f'as many as its files can hold, not {weights}: correct its sizes or '
                          'fetch the files again')
+
+
+class Imagined(TorchFunctionMode):
+    """
+    Where it is active, weights and buffers of zeros take no memory, and OverflowError says that a width is
+    above `most`. On the device meta, arange would import sympy: 4 s.
+    """
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.arange and max(args) > self.most:
+            raise OverflowError
+        unreal = {'device': 'meta'} if func in (torch.empty, torch.zeros) else {}
+        return func(*args, **(kwargs or {}) | unreal)
 
 
 def config_of(hf, family):
@@ -291,8 +299,12 @@ def copy_tensors(model, rules, hf, files, theirs):
             if name not in theirs and re.search(FAMILIES[kind].zeros, name):
                 ours[mine].zero_()
                 continue
+            if re.search(FAMILIES[kind].ones, name):
+                ours[mine].fill_(1.0)
+                continue
             if name not in theirs:
-                raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs')
+                raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs: fetch '
+                                 'config.json and the weights again, from one place')
             tensor = files.get(theirs[name])
             if tuple(tensor.shape) != piece.shape:
                 raise ValueError(f'{name} in {folder} must have the shape {piece.shape} that follows from '
@@ -305,7 +317,8 @@ def copy_tensors(model, rules, hf, files, theirs):
     unused = {name for name in unused if not re.search(FAMILIES[kind].unread, name)}
     if unused:
         more = f', and neither are {len(unused) - 1} more' if len(unused) > 1 else ''
-        raise ValueError(f'{min(unused)} in {folder} is not a tensor of this {kind}{more}')
+        raise ValueError(f'{min(unused)} in {folder} is not a tensor of this {kind}{more}: fetch config.json '
+                         'and the weights again, from one place')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -318,31 +331,60 @@ NOT_STORED = ('dropout', 'aux_weight', 'bias_rate', 'z_weight', 'n_predict', 'pr
 
 def family_for(model):
     """
-    (model_type, config.json) of the family that the model's flags belong to: the first for which they read
-    again as they are and which has a rule for every tensor. ValueError names the flags in the way.
+    (model_type, config.json) of the family that the model came from, if it still fits, or else of the first
+    that fits: the flags read again as they are, and there is a rule for every tensor. ValueError names the
+    flags in the way.
     """
-    c, ours, others = model.config, tensors_of(model), []
-    for kind, family in FAMILIES.items():
-        differing = unlike(c, family)
-        if differing:
-            others.append((1, len(differing), kind, differing))
-            continue
-        hf = write_config(c, kind, family)
-        try:
-            differing = differences(c, config_of(complete(hf, family), family))
-        except ValueError:  # flags that this family cannot express
-            continue
-        # the blocks of multi-token prediction, further.*, stay here
-        covered = {name for name, _, _ in matches(rules_of(family, c, hf), c, ours)}
-        if not differing and all(name in covered or name.startswith('further.') for name in ours):
+    came_from, ours, misfits = getattr(model, 'family', None), tensors_of(model), []
+    for kind in sorted(FAMILIES, key=lambda kind: kind != came_from):
+        hf, misfit = fit(model.config, ours, kind)
+        if hf is not None:
+            if came_from in FAMILIES and kind != came_from:
+                why = rules_in_words(misfits[0].differing) or 'it cannot say all flags'
+                print(f'exported as {kind} and no longer as {came_from}, which was loaded: {why}')
             return kind, hf
-        others.append((0, len(differing), kind, differing))
+        misfits.append(misfit)
     # the nearest has an encoder or not, as this, and its mixers; then the same kinds of blocks, and the
     # fewest other flags
-    _, _, kind, differing = min(others, key=lambda other: (
-        'n_encoder' in other[3], 'layer_pattern' in other[3], *other[:2]))
-    rules = ', '.join(f'{flag}={mine} must be {theirs}' for flag, (mine, theirs) in sorted(differing.items()))
-    raise ValueError(f'{rules} to export as {kind}, the nearest published family')
+    closest = min((misfit for misfit in misfits if misfit.differing is not None), key=lambda misfit: (
+        'n_encoder' in misfit.differing, 'layer_pattern' in misfit.differing, misfit.of_blocks,
+        len(misfit.differing)))
+    raise ValueError(f'{rules_in_words(closest.differing)} to export as {closest.kind}, the nearest '
+                     'published family')
+
+
+class Misfit(NamedTuple):
+    """Why a model is none of a family."""
+    kind: str
+    of_blocks: bool         # whether the flags are some that all models of the family share
+    differing: dict | None  # {flag: (its value, the family's)}; None where no config.json has these flags
+
+
+def fit(c, ours, kind):
+    """(config.json of a model as one of this family, None), or (None, the Misfit)"""
+    family = FAMILIES[kind]
+    differing = unlike(c, family)
+    if differing:
+        return None, Misfit(kind, True, differing)
+    hf = write_config(c, kind, family)
+    try:
+        differing = differences(c, config_of(complete(hf, family), family))
+    except ValueError:  # flags that this family cannot express
+        return None, Misfit(kind, True, None)
+    rules = list(matches(rules_of(family, c, hf), c, ours))
+    trained = [name for name, names, _ in rules
+               if re.search(family.ones, names[0]) and not (ours[name] == 1).all()]
+    differing |= dict.fromkeys(trained[:1], ('trained', 'all ones'))
+    # the blocks of multi-token prediction, further.*, stay here
+    covered = {name for name, _, _ in rules}
+    if not differing and all(name in covered or name.startswith('further.') for name in ours):
+        return hf, None
+    return None, Misfit(kind, False, differing)
+
+
+def rules_in_words(differing):
+    return ', '.join(f'{flag}={mine} must be {theirs}'
+                     for flag, (mine, theirs) in sorted((differing or {}).items()))
 
 
 def write_config(c, kind, family):

@@ -66,8 +66,8 @@ class TensorFiles:
                                      'it again')
         return where
 
-    def bytes(self):
-        """The size of all files together."""
+    def most_weights(self):
+        """As many weights as the files can hold: one in a byte."""
         return sum(os.path.getsize(os.path.join(self.folder, file)) for file in set(self.where.values()))
 
     def open(self, name):

@@ -52,6 +52,10 @@ def whole_number(flag):
 # router_norm='fixed' is a True beside one expert per token
 ROUTER_NORM = Key(('router_norm',), lambda value, hf: value, lambda c: bool(c.router_norm))
 
+# a factor on the token embedding; one is none
+EMBED_SCALE = Key(('embed_scale',), lambda value, hf: value != 1 and float(value), lambda c: (
+    math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0))
+
 
 def width_of_head(hf):
     return hf.get('head_dim') or hf['hidden_size'] // hf['num_attention_heads']
@@ -121,9 +125,14 @@ def write_layer_types(c):
     return {'layer_types': [TYPE_OF_LETTER[mixer] for mixer, _ in c.plan()]}
 
 
+def write_window_types(c):
+    """layer_types beside a window, which transformers needs even where no layer has one."""
+    return write_layer_types(c) | ({} if c.window else {'sliding_window': 4096})
+
+
 def read_window(hf):
     """Where sliding_window is set, every layer has the window."""
-    return {'layer_pattern': 'w' if hf.get('sliding_window') else 'a'}
+    return {'layer_pattern': 'w' if hf.get('sliding_window') is not None else 'a'}
 
 
 def expert_layers(c):

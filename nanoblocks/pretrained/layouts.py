@@ -18,20 +18,25 @@ class Piece(NamedTuple):
     times: float | torch.Tensor | None = None   # or theirs times this, a number or one for each row
 
     def load(self, theirs):
-        """Copy their tensor into the views of ours."""
+        """Copy their tensor into the views of ours. What is computed is fp32, and rounded once."""
         for ours, part in self.parts:
-            ours.copy_(part(theirs).view(ours.shape))
+            value = part(theirs).view(ours.shape)
             if self.times is not None:
-                ours.mul_(self.times)
+                value = value.float() * self.times
             if self.plus:
-                ours.add_(self.plus)
+                value = value.float() + self.plus
+            ours.copy_(value)
 
     def save(self, theirs=None):
         """Their tensor, in fp32, made from the views of ours, or what other pieces made with these added."""
         theirs = torch.empty(self.shape) if theirs is None else theirs
         for ours, part in self.parts:
-            ours = ours - self.plus
-            part(theirs).view(ours.shape).copy_(ours if self.times is None else ours / self.times)
+            value = ours
+            if self.plus:
+                value = value.float() - self.plus
+            if self.times is not None:
+                value = value.float().cpu() / self.times
+            part(theirs).view(ours.shape).copy_(value)
         return theirs
 
 
@@ -61,6 +66,11 @@ def transposed(p, c):
 def rows(p, c):
     """A tensor for each row."""
     return [piece(row) for row in p]
+
+
+def one_row(p, c):
+    """A vector is stored as (1,n)."""
+    return [piece(p, (1, len(p)))]
 
 
 def halves(p, c):
@@ -133,11 +143,48 @@ def interleaved_pairs(p, dim=0):
     return p.unflatten(dim, (2, -1)).transpose(dim, dim + 1)
 
 
+def rotating_rows(heads, c, dim, of_heads):
+    """
+    The parts of a piece of queries or keys, whose coordinates D are dimension `dim` of `heads`: those that
+    rotate, with interleaved pairs, and those that do not. of_heads: their tensor -> what is like `heads`.
+    """
+    width = round(c.head_dim * c.rope_fraction)
+
+    def rotates(x):
+        return x.narrow(dim, 0, width)
+
+    def fixed(x):
+        return x.narrow(dim, width, c.head_dim - width)
+    return [(interleaved_pairs(rotates(heads), dim), lambda theirs: rotates(of_heads(theirs))),
+            (fixed(heads), lambda theirs: fixed(of_heads(theirs)))]
+
+
 def qkv_interleaved(p, c):
-    """Three tensors, queries and keys with interleaved pairs."""
+    """Three tensors, queries and keys with interleaved pairs in the first rows of a head, which rotate."""
+    def by_head(x):
+        return x.unflatten(0, (-1, c.head_dim))
     query, key, value = p.split(qkv_rows(c))
-    heads = [(x, x.unflatten(0, (-1, c.head_dim))) for x in (query, key)]
-    return [*(piece(interleaved_pairs(by_head, 1), x.shape) for x, by_head in heads), piece(value)]
+    return [*(Piece(tuple(x.shape), rotating_rows(by_head(x), c, 1, by_head)) for x in (query, key)),
+            piece(value)]
+
+
+def qvk_in_quarters(p, c):
+    """One tensor: a quarter of the queries, of the values and of the keys, then the next (CodeGen)."""
+    def quarters(x, n):
+        return x.unflatten(0, (4, n, -1, c.head_dim))
+    query, key, value = (quarters(x, 1)[:, 0] for x in p.split(qkv_rows(c)))    # (4,H/4,D)
+    theirs = [lambda theirs, n=n: quarters(theirs, 3)[:, n] for n in range(3)]
+    return [Piece(tuple(p.shape), [*rotating_rows(query, c, 2, theirs[0]), (value, theirs[1]),
+                                   *rotating_rows(key, c, 2, theirs[2])])]
+
+
+def qkv_turned(p, c):
+    """Three tensors; queries and keys rotate the other way: the halves of a head are exchanged (nanochat)."""
+    def half(x, n):
+        return x.unflatten(0, (-1, 2, c.head_dim // 2))[:, n]
+    query, key, value = p.split(qkv_rows(c))
+    return [*(Piece(tuple(x.shape), [(half(x, 1 - n), lambda theirs, n=n: half(theirs, n)) for n in (0, 1)])
+              for x in (query, key)), piece(value)]
 
 
 def norm_interleaved(p, c):

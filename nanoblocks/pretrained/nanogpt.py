@@ -1,10 +1,11 @@
-"""Checkpoints of one file, ckpt.pt: nanoGPT's, and ours."""
+"""Checkpoints of one file, ckpt.pt: nanoGPT's, and ours; nanochat's are in nanochat.py."""
 import os
 
 import torch
 
 from model import GPT, GPTConfig
 from nanoblocks.files import ROOT
+from nanoblocks.pretrained import nanochat
 from nanoblocks.pretrained.convert import NOT_WEIGHTS, tensors_of
 from nanoblocks.pretrained.texts import Texts
 from nanoblocks.tokenizer import from_meta, read_json
@@ -19,16 +20,23 @@ def checkpoint_file(name):
     if name.endswith('.pt'):
         return name
     inside, weights = os.path.join(name, 'ckpt.pt'), os.path.join(name, 'model.safetensors')
-    return inside if os.path.exists(inside) and not os.path.exists(weights) else None
+    if os.path.exists(weights):
+        return None
+    return inside if os.path.exists(inside) else nanochat.last_of(name)
 
 
 def load(path):
     """The model of a checkpoint."""
+    if nanochat.meta_of(path):
+        model = nanochat.load(path)
+        model.family, model.texts = 'nanochat', Texts()
+        return model
     state = checkpoint.load(path, needed=('model',))
     if 'model_args' not in state:
         model = checkpoint.build(checkpoint.load(path), path).eval()
     else:
         model = load_nanogpt(state, path)
+        model.family = 'gpt2'
     meta = meta_of(state)
     model.texts = Texts(meta=meta) if meta else Texts()
     return model
@@ -63,7 +71,9 @@ def load_nanogpt(state, path):
 
 
 def tokenizer_of(path):
-    """The tokenizer of a checkpoint; None where nothing says which it is."""
+    """The tokenizer of a checkpoint; None where nothing says which it is, as nanochat's is pickled code."""
+    if nanochat.meta_of(path):
+        return None
     meta = meta_of(checkpoint.load(path, needed=('model',)))
     return from_meta(meta) if meta else None
 

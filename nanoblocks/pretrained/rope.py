@@ -35,11 +35,13 @@ def read_rope(hf, parameters=None, partial=False):
     whether models of the family may rotate a part of each head only.
     """
     p = parameters or rope_parameters(hf)
-    flags = {'rope_theta': float(p.get('rope_theta') or hf['rope_theta'])}
-    share = p.get('partial_rotary_factor') or hf.get('partial_rotary_factor') or 1
+    theta = p.get('rope_theta')
+    flags = {'rope_theta': float(hf['rope_theta'] if theta is None else theta)}
+    share = p.get('partial_rotary_factor')
+    share = hf.get('partial_rotary_factor', 1) if share is None else share
     if partial and share != 1:
         width = int(width_of_head(hf) * share)
-        if width % 2:
+        if width % 2 or width < 2:
             raise ValueError(f'partial_rotary_factor={share} in config.json must rotate an even number of '
                              f'coordinates, not {width} of the {width_of_head(hf)} of a head')
         flags['rope_fraction'] = width / width_of_head(hf)
@@ -56,13 +58,17 @@ def read_rope(hf, parameters=None, partial=False):
 def read_scaling(hf, p, kind):
     """The flags of one rope_type other than the default."""
     original, longest = 'original_max_position_embeddings', 'max_position_embeddings'
-    trained = hf.get(original) or p.get(original)
+    trained = p.get(original) if hf.get(original) is None else hf[original]
+    if trained == 0:
+        raise ValueError(f'{original}=0 in config.json must be at least 1')
     if p.get('factor') is None and not (trained and kind in ('yarn', 'longrope')):
         # of these two the factor is how much longer the context has become
         more = f', or {original}' if kind in ('yarn', 'longrope') else ''
         raise ValueError(f'factor{more} must be set beside rope_type={kind} in config.json')
     trained = trained or hf[longest]
-    p = p | {'factor': p.get('factor') or hf[longest] / trained, original: trained}
+    factor = hf[longest] / trained if p.get('factor') is None else p['factor']
+    # null is no, absent is yes
+    p = p | {'factor': factor, original: trained, 'truncate': bool(p.get('truncate', True))}
     if kind == 'longrope':
         p['factor'] = max(p['factor'], 1.0)
     elif p['factor'] < 1:
@@ -98,3 +104,13 @@ def rope_parameters_of(c):
 
 def write_rope(c):
     return {'rope_parameters': rope_parameters_of(c)}
+
+
+def read_partial(hf):
+    """The flags of a family whose models may rotate a part of each head only."""
+    return read_rope(hf, partial=True)
+
+
+def write_partial(c):
+    """For families in which an absent part is not the whole head: the part is written in any case."""
+    return {'rope_parameters': rope_parameters_of(c) | {'partial_rotary_factor': c.rope_fraction}}

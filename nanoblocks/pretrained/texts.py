@@ -31,7 +31,11 @@ def of_folder(folder):
             with open(path, 'rb') as f:
                 files[name] = f.read()
     config = read_json(os.path.join(folder, 'config.json'))
-    return Texts(files, {key: config[key] for key in IDS if config.get(key) is not None})
+    # a model of images and text says it in either place
+    text = config.get('text_config')
+    known = [config, text if isinstance(text, dict) else {}]
+    return Texts(files, {key: table[key] for table in reversed(known) for key in IDS
+                         if table.get(key) is not None})
 
 
 def save(texts, folder):
@@ -57,7 +61,12 @@ def save(texts, folder):
     if tokenizer is not None:
         eot, *others = [*tokenizer.ends] or [None]
         found = {'bos_token_id': bos_of(tokenizer), 'eos_token_id': [eot, *others] if others else eot}
-    return found | texts.ids
+    found |= texts.ids
+    told = {key: value for key, value in found.items() if value is not None}
+    if told and 'generation_config.json' not in files:
+        with open(os.path.join(folder, 'generation_config.json'), 'w') as f:
+            json.dump(told, f, indent=1)
+    return found
 
 
 def bos_of(tokenizer):

@@ -228,12 +228,16 @@ def out_of_memory(error):
 
 
 def contents(model: GPT, **rest) -> dict:
-    """The dict that `save` writes and `build` reads. Its tensors are the model's own, or its shards."""
+    """
+    The dict that `save` writes and `build` reads. Its tensors are the model's own, or its shards. `family`
+    is the published one that the weights came from, where they did.
+    """
     named = model.state_dict(keep_vars=True)
     # tied weights are saved once
     detached = {id(tensor): tensor.detach() for tensor in named.values()}
     weights = {name: detached[id(tensor)] for name, tensor in named.items()}
-    return {'model': weights, 'config': asdict(model.config), **rest}
+    origin = {'family': model.family} if getattr(model, 'family', None) else {}
+    return {'model': weights, 'config': asdict(model.config), **origin, **rest}
 
 
 def averaged(weights: dict, average: dict | None) -> dict:
@@ -287,6 +291,7 @@ def build(state: dict, path: str, flags=()) -> GPT:
         raise ValueError(f'{path} has weights that do not fit its config ({min(misfits)} differs): '
                          'use another checkpoint')
     model.load_state_dict(theirs)
+    model.family = state.get('family')
     return model
 
 

@@ -3,7 +3,7 @@ The families of published checkpoints: what their config.json and their tensors 
 
 To add a family, write one entry in the file of its nearest relative, or in a new file that is listed below.
 An entry (family.py has its fields) works in both directions: what it reads, it also writes. This one, at the
-end of llama.py, would add Arcee's AFM, a Llama whose feed-forward has no gate:
+end of llama.py, would do for Arcee's AFM, a Llama whose feed-forward has no gate:
 
     FAMILIES['arcee'] = Family(
         architecture='ArceeForCausalLM',
@@ -14,7 +14,8 @@ end of llama.py, would add Arcee's AFM, a Llama whose feed-forward has no gate:
         read=read_rope, write=write_rope)
 
 Then add cases to tests/checkpoints.py: small random checkpoints made by `transformers`, with which our logits
-must agree. The facts here are taken from published checkpoints and from `transformers`.
+must agree; `python -m nanoblocks.experiments.tables` adds the row to docs/recipes.md. The facts here are
+taken from published checkpoints and from `transformers`.
 """
 from nanoblocks.pretrained.families import (
     bert,
@@ -24,12 +25,18 @@ from nanoblocks.pretrained.families import (
     experts,
     gemma,
     gpt,
+    gptj,
     hybrid,
+    interleaved,
     kimi,
     llama,
+    mixtures,
+    nanochat,
     no_rope,
+    olmo,
     qwen,
     recurrent,
+    relatives,
     rwkv,
     short_conv,
     state_space,
@@ -40,6 +47,8 @@ from nanoblocks.pretrained.families import (
 FAMILIES = (llama.FAMILIES | cohere.FAMILIES | gemma.FAMILIES | qwen.FAMILIES | experts.FAMILIES
             | no_rope.FAMILIES | deepseek.FAMILIES | gpt.FAMILIES | state_space.FAMILIES
             | recurrent.FAMILIES | kimi.FAMILIES | rwkv.FAMILIES | hybrid.FAMILIES
-            | short_conv.FAMILIES | zamba.FAMILIES | bert.FAMILIES | encdec.FAMILIES)
+            | short_conv.FAMILIES | zamba.FAMILIES | bert.FAMILIES | encdec.FAMILIES
+            | relatives.FAMILIES | interleaved.FAMILIES | olmo.FAMILIES
+            | mixtures.FAMILIES | gptj.FAMILIES | nanochat.FAMILIES)
 # {model_type: why it is none of them}
-REFUSED = encdec.REFUSED
+REFUSED = encdec.REFUSED | mixtures.REFUSED | relatives.REFUSED

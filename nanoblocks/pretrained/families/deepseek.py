@@ -1,20 +1,26 @@
-"""DeepSeek V2 and V3: latent attention, experts in groups after the first dense layers."""
+"""
+Latent attention: DeepSeek V2 and V3 and Kimi K2, with experts in groups after the first dense layers, and
+MiniCPM 3.
+"""
 import math
+from dataclasses import replace
 
-from nanoblocks.pretrained.families.family import Family
+from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_FLAGS, LLAMA_KEYS, LLAMA_TENSORS
-from nanoblocks.pretrained.keys import ROUTER_NORM, expert_layers, pattern_of, refuse, without
+from nanoblocks.pretrained.keys import EMBED_SCALE, ROUTER_NORM, expert_layers, pattern_of, refuse, without
 from nanoblocks.pretrained.layouts import by_expert, gate_up, gate_up_by_expert, mla_latent, mla_query, same
 from nanoblocks.pretrained.rope import mscale, read_rope, rope_parameters, rope_parameters_of
 
 FAMILIES = {}
 
 DEEPSEEK_FLAGS = LLAMA_FLAGS | {'attn': 'mla', 'latent_eps': 1e-6}
-DEEPSEEK_KEYS = without(LLAMA_KEYS, 'num_key_value_heads', 'head_dim') | ATTENTION_BIAS | {
+LATENT_KEYS = without(LLAMA_KEYS, 'num_key_value_heads', 'head_dim') | ATTENTION_BIAS | {
     'kv_lora_rank': 'kv_rank', 'q_lora_rank': 'q_rank', 'qk_nope_head_dim': 'head_dim',
-    'qk_rope_head_dim': 'rope_head_dim', 'v_head_dim': 'v_head_dim', 'n_routed_experts': 'n_expert',
-    'num_experts_per_tok': 'n_expert_used', 'moe_intermediate_size': 'expert_width',
-    'n_shared_experts': 'n_shared', 'routed_scaling_factor': 'router_scale'}
+    'qk_rope_head_dim': 'rope_head_dim', 'v_head_dim': 'v_head_dim'}
+DEEPSEEK_KEYS = LATENT_KEYS | {
+    'n_routed_experts': 'n_expert', 'num_experts_per_tok': 'n_expert_used',
+    'moe_intermediate_size': 'expert_width', 'n_shared_experts': 'n_shared',
+    'routed_scaling_factor': 'router_scale'}
 
 
 def deepseek_tensors(c, hf):
@@ -36,9 +42,14 @@ def deepseek_tensors(c, hf):
 
 
 def read_deepseek(hf):
+    pattern = pattern_of(hf, lambda i: 'f' if i < hf['first_k_dense_replace'] else 'e')
+    return read_latent_positions(hf) | {'ffn_pattern': pattern}
+
+
+def read_latent_positions(hf):
+    """The flags of rotary positions, with the scale of the scores that YaRN may change."""
     width = hf['qk_nope_head_dim'] + hf['qk_rope_head_dim']
     flags = read_rope(hf | {'head_dim': width})
-    flags['ffn_pattern'] = pattern_of(hf, lambda i: 'f' if i < hf['first_k_dense_replace'] else 'e')
     m_all = rope_parameters(hf).get('mscale_all_dim') or 0
     scaling = flags.get('rope_scaling')
     if scaling == 'yarn' and flags.get('rope_attention_factor') is None:
@@ -55,22 +66,28 @@ def read_deepseek(hf):
 def read_groups(hf, top):
     """Routing that is limited to the best groups, where the limit is below their number."""
     n, used = hf['n_group'], hf['topk_group']
+    if not 1 <= used <= n:
+        refuse(hf, 'topk_group', f'be from 1 to n_group={n}')
     return {'n_group': n, 'n_group_used': used, 'group_top': top} if used < n else {}
 
 
 def write_deepseek(c):
+    return write_latent_positions(c) | {
+        'first_k_dense_replace': min(expert_layers(c), default=c.n_layer), 'n_group': c.n_group,
+        'topk_group': c.n_group_used, 'n_shared_experts': c.n_shared or 1}
+
+
+def write_latent_positions(c):
     rope = rope_parameters_of(c)
     if c.rope_scaling == 'yarn' and c.attn_scale is None and c.rope_attention_factor is None:
         rope |= {'mscale': 1.0, 'mscale_all_dim': 1.0}
     elif c.rope_scaling == 'yarn':
         rope['attention_factor'] = c.rope_attention_factor or 1.0
     if c.rope_scaling != 'none' and c.attn_scale is not None and c.rope_factor > 1:
-        # the inverse of attn_scale in read_deepseek
+        # the inverse of attn_scale in read_latent_positions
         m = math.sqrt(c.attn_scale * math.sqrt(c.head_dim + c.rope_head_dim))
         rope['mscale_all_dim'] = (m - 1) / (0.1 * math.log(c.rope_factor))
-    return {'rope_parameters': rope, 'num_key_value_heads': c.n_head, 'head_dim': c.rope_head_dim,
-            'first_k_dense_replace': min(expert_layers(c), default=c.n_layer), 'n_group': c.n_group,
-            'topk_group': c.n_group_used, 'n_shared_experts': c.n_shared or 1}
+    return {'rope_parameters': rope, 'num_key_value_heads': c.n_head, 'head_dim': c.rope_head_dim}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -91,6 +108,11 @@ FAMILIES['deepseek_v3'] = Family(
               'routed_scaling_factor': 2.5, 'rope_interleave': True},
     tensors=deepseek_tensors,
     read=read_deepseek_v3, write=write_deepseek)
+
+
+# Kimi K2 is a V3 under another name, which transformers does not know; its YaRN has no ramp
+FAMILIES['kimi_k2'] = replace(
+    FAMILIES['deepseek_v3'], write=lambda c: write_deepseek(c) | {'model_type': 'deepseek_v3'})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -115,3 +137,38 @@ FAMILIES['deepseek_v2'] = Family(
               'n_shared_experts': 2, 'topk_method': 'greedy', 'routed_scaling_factor': 1.0},
     tensors=deepseek_tensors,
     read=read_deepseek_v2, write=write_deepseek_v2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# MiniCPM 3: no experts, and three multipliers
+
+
+def read_minicpm3(hf):
+    h, n = hf['hidden_size'], hf['num_hidden_layers']
+    depth = hf.get('scale_depth')
+    return read_latent_positions(hf) | {
+        'v_head_dim': hf.get('v_head_dim', h // hf['num_attention_heads']),
+        'residual_scale': 1.0 if depth is None else depth / math.sqrt(n),
+        'logit_scale': hf.get('dim_model_base', h) / h}
+
+
+def write_minicpm3(c):
+    # twelve digits, without the rounding of the root
+    depth = None if c.residual_scale == 1 else round(c.residual_scale * math.sqrt(c.n_layer), 12)
+    return write_latent_positions(c) | {
+        'scale_depth': depth, 'dim_model_base': max(1, round(c.logit_scale * c.n_embd))}
+
+
+def tensors_of_minicpm3(c, hf):
+    return deepseek_tensors(c, hf | {'rope_interleave': False})
+
+
+FAMILIES['minicpm3'] = Family(
+    architecture='MiniCPM3ForCausalLM',
+    flags=DEEPSEEK_FLAGS,
+    keys=LATENT_KEYS | {
+        'mlp_bias': 'ffn_bias', 'scale_emb': EMBED_SCALE},
+    defaults=TIED | {'rms_norm_eps': 1e-5, 'kv_lora_rank': 256, 'q_lora_rank': 768, 'qk_nope_head_dim': 64,
+                     'qk_rope_head_dim': 32, 'scale_emb': 12, 'scale_depth': 1.4, 'dim_model_base': 256},
+    tensors=tensors_of_minicpm3,
+    read=read_minicpm3, write=write_minicpm3)

@@ -44,6 +44,9 @@ class Family:
     # a regular expression for tensors that are zero where a file leaves them out
     zeros: str = '$^'
 
+    # a regular expression for tensors that no file has, as they are ones: norms without weights
+    ones: str = '$^'
+
     # whether a tied head is written too, as transformers ties it to nothing, whatever config.json says
     head_stored: bool = False
 

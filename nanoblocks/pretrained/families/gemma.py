@@ -1,15 +1,25 @@
-"""Gemma 2 and 3: norms before and after each branch, their weights stored minus one; many windowed layers."""
+"""
+Gemma: norms whose weights are stored minus one. Gemma 2 and 3 have norms before and after each branch and
+many windowed layers; the first Gemma and VaultGemma have them before alone.
+"""
 import math
 
 from nanoblocks.pretrained.families.family import TIED, Family
-from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_FLAGS, LLAMA_TENSORS, WINDOW_KEYS
+from nanoblocks.pretrained.families.llama import (
+    ATTENTION_BIAS,
+    LLAMA_FLAGS,
+    LLAMA_KEYS,
+    LLAMA_TENSORS,
+    WINDOW_KEYS,
+)
 from nanoblocks.pretrained.keys import (
     GATED_FFN,
     mixer_letters,
+    renamed,
     score_scale,
     shortest_pattern,
     without,
-    write_layer_types,
+    write_window_types,
 )
 from nanoblocks.pretrained.layouts import plus_one
 from nanoblocks.pretrained.rope import read_rope, rope_parameters_of, write_rope
@@ -50,8 +60,7 @@ def read_alternating(hf):
 
 
 def write_alternating(c):
-    # transformers needs a window even where no layer has one
-    return write_rope(c) | write_layer_types(c) | ({} if c.window else {'sliding_window': 4096})
+    return write_rope(c) | write_window_types(c)
 
 
 FAMILIES['gemma2'] = Family(
@@ -60,6 +69,33 @@ FAMILIES['gemma2'] = Family(
     keys=GEMMA_KEYS | {'attn_logit_softcapping': 'softcap'},
     aliases={'hidden_act': 'hidden_activation'},
     defaults=GEMMA_DEFAULTS | {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0},
+    tensors=GEMMA_TENSORS,
+    mixers='aw', read=read_alternating, write=write_alternating)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Gemma: full attention, no caps. The first files say gelu, and mean the tanh approximation
+
+FAMILIES['gemma'] = Family(
+    architecture='GemmaForCausalLM',
+    flags=LLAMA_FLAGS | {'embed_scale': True},
+    keys=LLAMA_KEYS | ATTENTION_BIAS | {
+        'hidden_act': renamed('ffn', {'gelu_pytorch_tanh': 'geglu', 'gelu': 'geglu', 'silu': 'swiglu'})},
+    defaults=TIED | {'head_dim': 256, 'hidden_act': 'gelu_pytorch_tanh'},
+    only={'use_bidirectional_attention': False},
+    tensors=GEMMA_TENSORS | {'h.{i}.ln_2': ('model.layers.{i}.post_attention_layernorm', plus_one)},
+    read=read_rope, write=write_rope)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# VaultGemma: Gemma 2 without norms after the branches
+
+FAMILIES['vaultgemma'] = Family(
+    architecture='VaultGemmaForCausalLM',
+    flags=LLAMA_FLAGS | {'embed_scale': True},
+    keys=FAMILIES['gemma2'].keys,
+    aliases=FAMILIES['gemma2'].aliases,
+    defaults=FAMILIES['gemma2'].defaults,
     tensors=GEMMA_TENSORS,
     mixers='aw', read=read_alternating, write=write_alternating)
 

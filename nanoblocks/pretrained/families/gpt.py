@@ -1,11 +1,15 @@
-"""GPT-2 and its relatives with LayerNorm and a plain feed-forward: GPT-NeoX, Falcon, BLOOM, MPT."""
+"""
+GPT-2 and its relatives with LayerNorm and a plain feed-forward: GPT-NeoX, Falcon, BLOOM, MPT, GPT-Neo, OPT,
+BigCode.
+"""
 import torch
 
+from nanoblocks.pretrained.families.encdec import positions
 from nanoblocks.pretrained.families.family import ALL_BIASES, LAYERNORM, TIED, Family
 from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_KEYS
-from nanoblocks.pretrained.keys import UNGATED_FFN, renamed, without
-from nanoblocks.pretrained.layouts import qkv_by_group, transposed
-from nanoblocks.pretrained.rope import read_rope, rope_parameters_of, write_rope
+from nanoblocks.pretrained.keys import UNGATED_FFN, Key, refuse, renamed, shortest_pattern, without
+from nanoblocks.pretrained.layouts import qkv, qkv_by_group, transposed
+from nanoblocks.pretrained.rope import read_partial, read_rope, write_partial, write_rope
 
 FAMILIES = {}
 
@@ -22,19 +26,23 @@ def scale_by_layer(model, hf):
                 p[:model.config.n_embd] /= layer
 
 
+GPT2_KEYS = {
+    'vocab_size': 'vocab_size', 'n_embd': 'n_embd', 'n_layer': 'n_layer', 'n_head': 'n_head',
+    'n_positions': 'block_size', 'n_inner': 'ffn_width', 'layer_norm_epsilon': 'norm_eps',
+    'activation_function': UNGATED_FFN, 'tie_word_embeddings': 'tie'}
+UNSCALED = {'scale_attn_weights': renamed('attn_scale', {True: None, False: 1.0})}
+GPT2_TENSORS = {
+    'wte': 'transformer.wte', 'wpe': 'transformer.wpe', 'ln_f': 'transformer.ln_f', 'lm_head': 'lm_head',
+    'h.{i}.ln_1': 'transformer.h.{i}.ln_1', 'h.{i}.ln_2': 'transformer.h.{i}.ln_2'}
+
 FAMILIES['gpt2'] = Family(
     architecture='GPT2LMHeadModel',
     flags=LAYERNORM | ALL_BIASES | {'pos': 'learned'},
-    keys={'vocab_size': 'vocab_size', 'n_embd': 'n_embd', 'n_layer': 'n_layer', 'n_head': 'n_head',
-          'n_positions': 'block_size', 'n_inner': 'ffn_width', 'layer_norm_epsilon': 'norm_eps',
-          'activation_function': UNGATED_FFN, 'tie_word_embeddings': 'tie',
-          'scale_attn_weights': renamed('attn_scale', {True: None, False: 1.0})},
+    keys=GPT2_KEYS | UNSCALED,
     aliases={'n_ctx': 'n_positions'},
     defaults=TIED | {'activation_function': 'gelu_new', 'scale_attn_weights': True},
     only={'add_cross_attention': False},
-    tensors={
-        'wte': 'transformer.wte', 'wpe': 'transformer.wpe', 'ln_f': 'transformer.ln_f', 'lm_head': 'lm_head',
-        'h.{i}.ln_1': 'transformer.h.{i}.ln_1', 'h.{i}.ln_2': 'transformer.h.{i}.ln_2',
+    tensors=GPT2_TENSORS | {
         'h.{i}.mixer.c_attn': ('transformer.h.{i}.attn.c_attn', transposed),
         'h.{i}.mixer.c_proj': ('transformer.h.{i}.attn.c_proj', transposed),
         'h.{i}.ffn.c_fc': ('transformer.h.{i}.mlp.c_fc', transposed),
@@ -46,13 +54,8 @@ FAMILIES['gpt2'] = Family(
 # GPT-NeoX: a part of each head rotates, both branches read the stream
 
 
-def read_neox(hf):
-    return read_rope(hf, partial=True)
-
-
 def write_neox(c):
-    share = {'partial_rotary_factor': c.rope_fraction}
-    return {'rope_parameters': rope_parameters_of(c) | share, 'rotary_pct': c.rope_fraction}
+    return write_partial(c) | {'rotary_pct': c.rope_fraction}
 
 
 FAMILIES['gpt_neox'] = Family(
@@ -72,7 +75,7 @@ FAMILIES['gpt_neox'] = Family(
         'h.{i}.mixer.c_proj': 'gpt_neox.layers.{i}.attention.dense',
         'h.{i}.ffn.c_fc': 'gpt_neox.layers.{i}.mlp.dense_h_to_4h',
         'h.{i}.ffn.c_proj': 'gpt_neox.layers.{i}.mlp.dense_4h_to_h'},
-    read=read_neox, write=write_neox)
+    read=read_partial, write=write_neox)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -170,3 +173,89 @@ FAMILIES['mpt'] = Family(
         'h.{i}.ffn.c_fc': 'transformer.blocks.{i}.ffn.up_proj',
         'h.{i}.ffn.c_proj': 'transformer.blocks.{i}.ffn.down_proj'},
     read=read_mpt, write=write_mpt)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# GPT-Neo: windows in every other layer, scores that are not scaled, no bias of queries, keys and values
+
+
+def read_gpt_neo(hf):
+    n, words = hf['num_layers'], []
+    for group in hf['attention_types']:
+        kinds, times = group if [type(part) for part in group] == [list, int] else ((), 0)
+        words += list(kinds) * min(times, n)
+    if len(words) != n or not set(words) <= {'global', 'local'}:
+        refuse(hf, 'attention_types', f'hold the words global and local with their number, for {n} layers')
+    return {'layer_pattern': shortest_pattern('aw'[word == 'local'] for word in words)}
+
+
+def write_gpt_neo(c):
+    return {'attention_types': [[[{'a': 'global', 'w': 'local'}[mixer] for mixer, _ in c.plan()], 1]]}
+
+
+FAMILIES['gpt_neo'] = Family(
+    architecture='GPTNeoForCausalLM',
+    flags=LAYERNORM | ALL_BIASES | {'pos': 'learned', 'qkv_bias': False, 'attn_scale': 1.0},
+    keys={'vocab_size': 'vocab_size', 'hidden_size': 'n_embd', 'num_layers': 'n_layer', 'num_heads': 'n_head',
+          'max_position_embeddings': 'block_size', 'intermediate_size': 'ffn_width', 'window_size': 'window',
+          'layer_norm_epsilon': 'norm_eps', 'activation_function': UNGATED_FFN,
+          'tie_word_embeddings': 'tie'},
+    aliases={'num_hidden_layers': 'num_layers', 'num_attention_heads': 'num_heads'},
+    defaults=TIED | {'activation_function': 'gelu_new', 'window_size': 256,
+                     'attention_types': [[['global', 'local'], 12]]},
+    tensors=GPT2_TENSORS | {
+        'h.{i}.mixer.c_attn': ('transformer.h.{i}.attn.attention.{q,k,v}_proj', qkv),
+        'h.{i}.mixer.c_proj': 'transformer.h.{i}.attn.attention.out_proj',
+        'h.{i}.ffn.c_fc': 'transformer.h.{i}.mlp.c_fc', 'h.{i}.ffn.c_proj': 'transformer.h.{i}.mlp.c_proj'},
+    mixers='aw', read=read_gpt_neo, write=write_gpt_neo)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# OPT: ReLU, a table of positions that begins with two rows that no token reads; 350M has post-norm
+
+
+def read_opt(hf):
+    """No flag; ValueError for an embedding narrower than the stream, which needs two projections."""
+    if hf.get('word_embed_proj_dim', hf['hidden_size']) != hf['hidden_size']:
+        refuse(hf, 'word_embed_proj_dim', f'be hidden_size={hf["hidden_size"]}: a tied head behind a '
+                                          'projection, as in OPT 350M, is not supported')
+    return {}
+
+
+FAMILIES['opt'] = Family(
+    architecture='OPTForCausalLM',
+    flags=LAYERNORM | {'pos': 'learned', 'norm_eps': 1e-5},
+    keys={'vocab_size': 'vocab_size', 'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
+          'num_attention_heads': 'n_head', 'max_position_embeddings': 'block_size', 'ffn_dim': 'ffn_width',
+          'activation_function': UNGATED_FFN, 'tie_word_embeddings': 'tie',
+          'do_layer_norm_before': renamed('norm_at', {True: 'pre', False: 'post'}),
+          'enable_bias': ('qkv_bias', 'proj_bias', 'ffn_bias')},
+    defaults=TIED | {'activation_function': 'relu', 'do_layer_norm_before': True, 'enable_bias': True},
+    only={'layer_norm_elementwise_affine': True, '_remove_final_layer_norm': False},
+    tensors={
+        'wte': 'model.decoder.embed_tokens', 'wpe': ('model.decoder.embed_positions', positions),
+        'ln_f': 'model.decoder.final_layer_norm', 'lm_head': 'lm_head',
+        **{f'h.{{i}}.ln_1{at}': 'model.decoder.layers.{i}.self_attn_layer_norm' for at in ('', '_sum')},
+        **{f'h.{{i}}.ln_2{at}': 'model.decoder.layers.{i}.final_layer_norm' for at in ('', '_sum')},
+        'h.{i}.mixer.c_attn': ('model.decoder.layers.{i}.self_attn.{q,k,v}_proj', qkv),
+        'h.{i}.mixer.c_proj': 'model.decoder.layers.{i}.self_attn.out_proj',
+        'h.{i}.ffn.c_fc': 'model.decoder.layers.{i}.fc1', 'h.{i}.ffn.c_proj': 'model.decoder.layers.{i}.fc2'},
+    read=read_opt)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# BigCode's GPT-2 (SantaCoder, StarCoder): one head of keys and values, or one for each head of queries
+
+MULTI_QUERY = Key(('n_kv_head',), lambda value, hf: 1 if value else hf['n_head'], lambda c: c.n_kv_head == 1)
+
+FAMILIES['gpt_bigcode'] = Family(
+    architecture='GPTBigCodeForCausalLM',
+    flags=LAYERNORM | ALL_BIASES | {'pos': 'learned'},
+    keys=GPT2_KEYS | UNSCALED | {'multi_query': MULTI_QUERY},
+    defaults=TIED | {'activation_function': 'gelu_pytorch_tanh', 'scale_attn_weights': True,
+                     'multi_query': True},
+    only={'add_cross_attention': False},
+    tensors=GPT2_TENSORS | {
+        'h.{i}.mixer.c_attn': ('transformer.h.{i}.attn.c_attn', qkv_by_group),
+        'h.{i}.mixer.c_proj': 'transformer.h.{i}.attn.c_proj',
+        'h.{i}.ffn.c_fc': 'transformer.h.{i}.mlp.c_fc', 'h.{i}.ffn.c_proj': 'transformer.h.{i}.mlp.c_proj'})

@@ -284,6 +284,10 @@ def write_granite_hybrid(c):
 
 
 MOE = 'model.layers.{i}.block_sparse_moe.'
+GRANITE_EXPERTS = {
+    'h.{e}.ffn.router': MOE + 'router.layer',
+    'h.{e}.ffn.c_fc.weight': MOE + 'input_linear.weight',
+    'h.{e}.ffn.c_proj.weight': MOE + 'output_linear.weight'}
 
 
 def granite_as_stored(rules, files, c):
@@ -303,10 +307,7 @@ FAMILIES['granitemoehybrid'] = Family(
     defaults=LLAMAS['granite'].defaults | MAMBA_DEFAULTS | {
         'num_local_experts': 8, 'num_experts_per_tok': 2, 'shared_intermediate_size': 1024},
     only={'hidden_act': 'silu'},
-    tensors=LLAMA_TENSORS | mixer_tensors('model.layers.{i}.mamba.') | {
-        'h.{e}.ffn.router': MOE + 'router.layer',
-        'h.{e}.ffn.c_fc.weight': MOE + 'input_linear.weight',
-        'h.{e}.ffn.c_proj.weight': MOE + 'output_linear.weight',
+    tensors=LLAMA_TENSORS | mixer_tensors('model.layers.{i}.mamba.') | GRANITE_EXPERTS | {
         'h.{e}.ffn.shared.c_fc': 'model.layers.{i}.shared_mlp.input_linear',
         'h.{e}.ffn.shared.c_proj': 'model.layers.{i}.shared_mlp.output_linear',
         'h.{f}.ffn.c_fc': 'model.layers.{i}.shared_mlp.input_linear',

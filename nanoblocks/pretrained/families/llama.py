@@ -2,10 +2,16 @@
 Llama, and the dense models that change a detail of it: Mistral, Phi 3, OLMo 2, StarCoder 2, Granite,
 DiffLlama. The tables LLAMA_* are what most other files here begin with.
 """
-import math
-
 from nanoblocks.pretrained.families.family import LAYERNORM, TIED, Family
-from nanoblocks.pretrained.keys import GATED_FFN, UNGATED_FFN, Key, read_window, score_scale, without
+from nanoblocks.pretrained.keys import (
+    EMBED_SCALE,
+    GATED_FFN,
+    UNGATED_FFN,
+    Key,
+    read_window,
+    score_scale,
+    without,
+)
 from nanoblocks.pretrained.layouts import gate_up, qkv, qkv_in_pairs, rows
 from nanoblocks.pretrained.rope import read_rope, rope_parameters, rope_type, write_rope
 
@@ -90,14 +96,16 @@ FAMILIES['phi3'] = Family(
 # ----------------------------------------------------------------------------------------------------------
 # OLMo 2: norms after the branches; queries and keys normed over all heads at once
 
+OUTPUT_NORMS = {
+    'h.{i}.ln_1_out': 'model.layers.{i}.post_attention_layernorm',
+    'h.{i}.ln_2_out': 'model.layers.{i}.post_feedforward_layernorm'}
+
 FAMILIES['olmo2'] = Family(
     architecture='Olmo2ForCausalLM',
     flags=LLAMA_FLAGS | {'norm_at': 'output', 'qk_norm': 'full'},
     keys=LLAMA_KEYS | ATTENTION_BIAS,
     defaults={'rms_norm_eps': 1e-5},
-    tensors=LLAMA_TENSORS | {
-        'h.{i}.ln_1_out': 'model.layers.{i}.post_attention_layernorm',
-        'h.{i}.ln_2_out': 'model.layers.{i}.post_feedforward_layernorm'},
+    tensors=LLAMA_TENSORS | OUTPUT_NORMS,
     read=read_rope, write=write_rope)
 
 
@@ -125,8 +133,7 @@ FAMILIES['granite'] = Family(
     keys=LLAMA_KEYS | BIAS_KEYS | {
         'residual_multiplier': 'residual_scale',
         'attention_multiplier': score_scale(float, float),
-        'embedding_multiplier': Key(('embed_scale',), lambda value, hf: float(value), lambda c: (
-            math.sqrt(c.n_embd) if c.embed_scale is True else c.embed_scale or 1.0)),
+        'embedding_multiplier': EMBED_SCALE,
         'logits_scaling': Key(('logit_scale',), lambda value, hf: 1 / value, lambda c: 1 / c.logit_scale)},
     defaults={'embedding_multiplier': 1.0, 'residual_multiplier': 1.0, 'attention_multiplier': 1.0,
               'logits_scaling': 1.0},

@@ -1,4 +1,4 @@
-"""Models of which some layers have no rotary positions (NoPE): SmolLM 3, Llama 4."""
+"""Models of which some layers have no rotary positions (NoPE): SmolLM 3, EXAONE 4, Llama 4."""
 from nanoblocks.pretrained.families.experts import EXPERT_KEYS
 from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.llama import (
@@ -7,6 +7,7 @@ from nanoblocks.pretrained.families.llama import (
     LLAMA_FLAGS,
     LLAMA_KEYS,
     LLAMA_TENSORS,
+    OUTPUT_NORMS,
     WINDOW_KEYS,
 )
 from nanoblocks.pretrained.keys import (
@@ -52,7 +53,7 @@ def write_rotating(c):
 
 def read_smollm3(hf):
     rotates = rotating_layers(hf)
-    use = hf['use_sliding_window'] and hf.get('sliding_window')
+    use = hf['use_sliding_window'] and hf.get('sliding_window') is not None
     letters = mixer_letters(hf, lambda i: 'w' if use and not rotates[i] else 'a')
     return read_rotating(hf, letters, rotates)
 
@@ -68,6 +69,42 @@ FAMILIES['smollm3'] = Family(
     defaults=TIED | {'rope_theta': 2e6, 'no_rope_layer_interval': 4, 'use_sliding_window': False},
     tensors=LLAMA_TENSORS,
     mixers='awnv', read=read_smollm3, write=write_smollm3)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# EXAONE 4: beside layers with windows, those without do not rotate; norms after the branches, as in OLMo 2
+
+
+def read_exaone4(hf):
+    window, every = hf.get('sliding_window'), hf['sliding_window_pattern']
+    if window is None:
+        return read_rotating(hf, 'a', [True])
+
+    if not every or isinstance(every, str) and set(every) - set('LG'):
+        refuse(hf, 'sliding_window_pattern', 'be a number of layers, or letters L and G')
+
+    def letter(i):
+        if isinstance(every, int):
+            return 'w' if (i + 1) % every else 'a'
+        # whatever its letter, the last layer sees all
+        return 'w' if every[i % len(every)] == 'L' and i + 1 < hf['num_hidden_layers'] else 'a'
+    letters = mixer_letters(hf, letter)
+    return read_rotating(hf, letters, [letter == 'w' for letter in letters])
+
+
+def write_exaone4(c):
+    # beside a window, layers without one do not rotate
+    window = 4096 if c.pos == 'none' else c.window
+    return write_rope(c) | write_layer_types(c) | {'sliding_window': window}
+
+
+FAMILIES['exaone4'] = Family(
+    architecture='Exaone4ForCausalLM',
+    flags=without(LLAMA_FLAGS, 'pos') | {'norm_at': 'output', 'qk_norm': True},
+    keys=WINDOW_KEYS,
+    defaults={'rms_norm_eps': 1e-5, 'sliding_window': 4096, 'sliding_window_pattern': 4},
+    tensors=LLAMA_TENSORS | OUTPUT_NORMS,
+    mixers='awn', read=read_exaone4, write=write_exaone4)
 
 
 # ----------------------------------------------------------------------------------------------------------

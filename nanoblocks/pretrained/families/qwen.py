@@ -22,7 +22,7 @@ QWEN_DEFAULTS = {'use_sliding_window': False, 'max_window_layers': 28, 'sliding_
 
 
 def read_qwen(hf):
-    use = hf['use_sliding_window'] and hf.get('sliding_window')
+    use = hf['use_sliding_window'] and hf.get('sliding_window') is not None
     letters = mixer_letters(hf, lambda i: 'w' if use and i >= hf['max_window_layers'] else 'a')
     return read_rope(hf) | {'layer_pattern': shortest_pattern(letters)}
 

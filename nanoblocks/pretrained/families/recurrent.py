@@ -293,7 +293,7 @@ def read_minimax(hf):
     factors = {flag: tuple(float(hf[f'{key}_{place}_factor']) for place in PLACES)
                for flag, key in FACTORS.items()}
     width = dict.fromkeys(('rnn_key_dim', 'rnn_value_dim'), width_of_head(hf))
-    letters = letters.replace('a', 'w') if hf.get('sliding_window') else letters
+    letters = letters.replace('a', 'w') if hf.get('sliding_window') is not None else letters
     return read_hybrid(hf, letters) | factors | width | {
         'rnn_heads': hf['num_attention_heads'], 'rnn_key_heads': hf['num_attention_heads']}
 

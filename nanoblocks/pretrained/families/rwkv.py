@@ -13,7 +13,7 @@ class Complement(Piece):
     """What is left of 1: they mix x m + x' (1 - m) of a token and the one before it, we x + mu (x' - x)."""
 
     def load(self, theirs):
-        super().load(1 - theirs)
+        super().load(1 - theirs.float())
 
     def save(self, *theirs):
         return 1 - super().save(*theirs)

@@ -1,10 +1,14 @@
-"""State spaces: Mamba, Falcon Mamba, Mamba-2, and Jamba, which mixes Mamba with attention and experts."""
+"""
+State spaces: Mamba, Falcon Mamba, Mamba-2, and Jamba, which mixes Mamba with attention and experts. Files of
+Mamba's authors, without model_type, are read as a mamba or mamba2.
+"""
 import math
 
 from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.llama import LLAMA_KEYS, LLAMA_TENSORS
 from nanoblocks.pretrained.keys import Key, pattern_of, refuse, whole_number
 from nanoblocks.pretrained.layouts import by_expert, conv, gate_up, gate_up_by_expert
+from nanoblocks.pretrained.values import check_values
 
 FAMILIES = {}
 
@@ -31,6 +35,12 @@ MAMBA_TENSORS = mixer_tensors('backbone.layers.{i}.mixer.') | {
     'wte': 'backbone.embeddings', 'ln_f': 'backbone.norm_f', 'lm_head': 'lm_head',
     'h.{i}.ln_1': 'backbone.layers.{i}.norm'}
 
+
+def embedding_as_stored(rules, files, c):
+    """The authors of Mamba call the embedding so."""
+    return rules | ({'wte': 'backbone.embedding'} if 'backbone.embedding.weight' in files.where else {})
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Mamba
 
@@ -42,6 +52,7 @@ FAMILIES['mamba'] = Family(
     defaults=TIED | MAMBA_DEFAULTS,
     only=SILU,
     tensors=MAMBA_TENSORS,
+    as_stored=embedding_as_stored,
     mixers='m', write=lambda c: SILU)
 
 # Falcon Mamba: norms without weights on the step size, B and C
@@ -61,7 +72,10 @@ FAMILIES['falcon_mamba'] = Family(
 
 def read_limits(hf):
     """The limits of the step size, where transformers writes infinity as {"__float__": "Infinity"}."""
-    low, high = (float(x['__float__'] if isinstance(x, dict) else x) for x in hf['time_step_limit'])
+    limits = hf['time_step_limit']
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
+        refuse(hf, 'time_step_limit', 'hold two numbers')
+    low, high = (float(x['__float__'] if isinstance(x, dict) else x) for x in limits)
     return {'ssm_dt_min': low, 'ssm_dt_max': None if math.isinf(high) else high}
 
 
@@ -102,7 +116,57 @@ FAMILIES['mamba2'] = Family(
                                'time_step_limit': (0.0, math.inf)},
     only=SILU,
     tensors=MAMBA_TENSORS,
+    as_stored=embedding_as_stored,
     mixers='m', read=read_mamba2, write=write_mamba2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Mamba and Mamba-2 in the files of their authors, whose config.json has no model_type
+
+SSM_CFG = {'d_state': 'state_size', 'd_conv': 'conv_kernel', 'expand': 'expand', 'bias': 'use_bias',
+           'conv_bias': 'use_conv_bias'}
+# {layer of ssm_cfg: (model_type, {key of ssm_cfg: key of that family}, values of keys that are left out)}
+AUTHORS = {
+    'Mamba1': ('mamba', SSM_CFG | {'dt_rank': 'time_step_rank'}, {}),
+    'Mamba2': ('mamba2', SSM_CFG | {'headdim': 'head_dim', 'ngroups': 'n_groups',
+                                    'dt_limit': 'time_step_limit'}, {'n_groups': 1})}
+# for drawing weights, and for the order of sums
+NOT_READ = {'layer', 'dt_min', 'dt_max', 'dt_init', 'dt_scale', 'dt_init_floor', 'A_init_range', 'chunk_size',
+            'use_fast_path', 'use_mem_eff_path'}
+# neither attention nor feed-forwards
+MAMBA_ALONE = {'rms_norm': True, 'd_intermediate': 0, 'attn_layer_idx': []}
+
+
+def with_model_type(hf, path):
+    """config.json of Mamba's authors in the words of a mamba or mamba2; any other as it is."""
+    if 'model_type' in hf or 'ssm_cfg' not in hf:
+        return hf
+    ssm = hf['ssm_cfg'] or {}
+    layer = ssm.get('layer', 'Mamba1') if isinstance(ssm, dict) else ssm
+    if not isinstance(layer, str) or layer not in AUTHORS:
+        raise ValueError(f'ssm_cfg={ssm} in {path} must have Mamba1 or Mamba2 as its layer: fetch it again')
+    kind, names, values = AUTHORS[layer]
+    for key, value in MAMBA_ALONE.items():
+        if hf.get(key) not in (value, None):
+            raise ValueError(f'{key}={hf[key]} in {path} must be {value}: nothing else is read where '
+                             'there is ssm_cfg')
+    for key in ssm.keys() - names.keys() - NOT_READ:
+        raise ValueError(f'{key}={ssm[key]} of ssm_cfg in {path} must be absent: it is not supported')
+    sizes = {'vocab_size': None, 'pad_vocab_size_multiple': 8, 'd_model': None, 'n_layer': None}
+    sizes = {key: hf.get(key, value) for key, value in sizes.items()}
+    made = {'model_type': kind, 'hidden_size': sizes['d_model'], 'num_hidden_layers': sizes['n_layer'],
+            'tie_word_embeddings': hf.get('tie_embeddings', True), **values,
+            **{names[key]: value for key, value in ssm.items() if key in names}}
+    check_values(sizes | made, path)
+    for key, value in sizes.items():
+        if not value:
+            raise ValueError(f'{key}={value} in {path} must be at least 1: fetch the file again')
+    # the embedding has rows that are no token's
+    made['vocab_size'] = -(-sizes['vocab_size'] // sizes['pad_vocab_size_multiple']) * \
+        sizes['pad_vocab_size_multiple']
+    if kind == 'mamba2':
+        made |= {'num_heads': int(made.get('expand', 2) * made['hidden_size'] / (made.get('head_dim') or 64))}
+    return made
 
 
 # ----------------------------------------------------------------------------------------------------------
