@@ -1,5 +1,6 @@
 """Reading beyond the trained length: each loss stands at its position, and all lengths read one text."""
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -116,7 +117,10 @@ def test_extrapolate_reads_what_it_trained_and_reads_it_once(tmp_path, monkeypat
         ('--out_dir=', '--device='))]
     monkeypatch.setattr(extrapolate, 'SIZE', ['config/llama_small.py', 'config/study.py', *toy])
     monkeypatch.setattr(extrapolate, 'VARY', '--vary=learned: pos=learned')
-    extrapolate.extrapolate(['--seeds=1'], '', 'cpu', tmp_path)
+    words = ['--seeds=1', f'--out_dir={tmp_path / "elsewhere"}']
+    extrapolate.extrapolate(words, '', 'cpu', tmp_path)
+    assert (tmp_path / 'elsewhere' / 'sweep.json').exists()
+    assert not (tmp_path / 'extrapolate' / 'runs').exists()
     page = (tmp_path / 'extrapolate' / 'README.md').read_text()
     assert page.startswith('# Beyond the trained length') and '| learned |' in page and '| cannot |' in page
     assert 'learned cannot read more than 16 tokens.' in page and '1 seed, 4 steps of 128 tokens' in page
@@ -128,5 +132,11 @@ def test_extrapolate_reads_what_it_trained_and_reads_it_once(tmp_path, monkeypat
     # the same command reads nothing again
     monkeypatch.setattr(extrapolate, 'by_place', lambda *args: pytest.fail('read again'))
     monkeypatch.setattr(extrapolate, 'sweep', lambda words: None)   # one process locks a folder once
-    extrapolate.extrapolate(['--seeds=1'], '', 'cpu', tmp_path)
+    extrapolate.extrapolate(words, '', 'cpu', tmp_path)
     assert (tmp_path / 'extrapolate' / 'README.md').read_text() == page
+    # without matplotlib there is the page, which names no figure
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(ModuleNotFoundError):
+        extrapolate.extrapolate(words, '', 'cpu', tmp_path)
+    figure = '\n![Beyond the trained length](extrapolate.png)\n'
+    assert figure in page and (tmp_path / 'extrapolate' / 'README.md').read_text() == page.replace(figure, '')

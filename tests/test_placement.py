@@ -90,7 +90,9 @@ def test_placement_goes_on_when_runs_diverge(tmp_path, monkeypatch):
     monkeypatch.setattr(placement, 'SMALL', toy)
     monkeypatch.setattr(placement, 'VARY', '--vary=post: norm_at=post')
     # without a norm behind it, a branch with such weights is infinite
-    placement.placement(['--seeds=1', '--learning_rate=1e30', '--grad_clip=0'], '1', 'cpu', tmp_path)
+    words = ['--seeds=1', '--learning_rate=1e30', '--grad_clip=0', f'--out_dir={tmp_path / "elsewhere"}']
+    placement.placement(words, '1', 'cpu', tmp_path)
+    assert (tmp_path / 'elsewhere' / '1_layers_with_warmup' / 'sweep.json').exists()
     page = (tmp_path / 'placement' / 'README.md').read_text()
     assert page.startswith('# Where norms stand') and 'nan' not in page
     line = '1 layers, without warmup, against pre (failed in 1 of 1 runs): post failed in 1 of 1 runs.'

@@ -61,6 +61,14 @@ def test_heads_without_groups_are_refused(flag, monkeypatch):
         plan_of('kvheads', monkeypatch, flag)
 
 
+@pytest.mark.parametrize('topic, flag', [
+    ('tricks', 'ffn=gelu'), ('tricks', 'group_lr=matrix=1e-3'), ('tricks', 'window=8'), ('ffns', 'ffn=gelu'),
+    ('ffns', 'ffn_width=64')])
+def test_a_reference_is_what_its_page_says(topic, flag, monkeypatch):
+    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py {topic} compares its values'):
+        plan_of(topic, monkeypatch, f'--{flag}')
+
+
 def test_each_trick_is_taken_out_alone(monkeypatch):
     plan = plan_of('tricks', monkeypatch)
     whole = plan['arms']['speedrun']

@@ -322,6 +322,13 @@ def test_the_ladder_is_the_same_at_all_sizes(monkeypatch):
         assert llama['dtype'] == 'float32'
 
 
+@pytest.mark.parametrize('flag', ['n_layer=3', 'n_embd=64', 'learning_rate=1e-3'])
+def test_what_the_sizes_set_is_not_given_beside_them(flag, monkeypatch):
+    monkeypatch.setattr(scaling, 'main', lambda words: pytest.fail('trained'))
+    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py scaling compares its values'):
+        scaling.scaling([f'--{flag}'], 'cpu')
+
+
 def trained(plan, lock=None):
     """In the place of training: curves whose difference grows by 0.1 with each layer."""
     for run in sweep.runs_of(plan):

@@ -18,13 +18,12 @@ from data.mixture import Sources
 from model import GPT, NORM_AT, GPTConfig
 from nanoblocks.experiments.arms import config_of
 from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
-from nanoblocks.experiments.pages import signed, size_of, write_page
+from nanoblocks.experiments.pages import signed, size_of, tell
 from nanoblocks.experiments.report import write_csv
 from nanoblocks.experiments.runs import read_lines, read_run, recorded
 from nanoblocks.experiments.statistics import effect
 from nanoblocks.experiments.studies import SIZE, trained_flags
 from nanoblocks.experiments.sweep import make_plan, runs_of, runs_on, sweep
-from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, sizes
 
 SMALL = ['--n_embd=64', '--n_head=2', '--block_size=64', '--max_iters=600', '--warmup_iters=200',
@@ -47,13 +46,9 @@ def placement(argv, layers, device, figures):
     unigram = unigram_loss(plan['arms'][plan['reference']])
     slopes = {depth: gradients(plan) for (depth, warmup), plan in cells.items() if warmup}
     tables, verdict = tables_of(found, slopes, unigram), verdict_of(found, unigram, size_of(plan))
-    for caption, (heads, rows) in tables.items():
-        print(f'\n{caption}')
-        print_table(heads, rows)
-    print(*verdict, sep='\n')
+    tell(folder, 'Where norms stand', argv, [about(plan, unigram)], verdict, tables, LIMITS)
     write_csv(folder / 'placement.csv', numbers(found, unigram), 'run')
     draw(found, slopes, unigram, folder)
-    write_page(folder, 'Where norms stand', argv, [about(plan, unigram)], verdict, tables, LIMITS)
 
 
 def words_of(argv, layers, device, folder):
@@ -69,7 +64,7 @@ def words_of(argv, layers, device, folder):
         for warmup in (False, True):
             name = name_of(depth, warmup).replace(',', '').replace(' ', '_')
             found[depth, warmup] = [*words, f'--n_layer={depth}', *['--warmup_iters=0'] * (not warmup),
-                                    f'--out_dir={folder / name}']
+                                    f'--out_dir={Path(given.get("out_dir", folder), name)}']
     return found
 
 
