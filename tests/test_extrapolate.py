@@ -97,7 +97,12 @@ def test_a_verdict_names_who_gains_who_loses_and_who_cannot():
     lines = extrapolate.verdict_of(found, [4, 8], 'size')
     assert 'lowers the loss of a (-0.497' in lines[0] and 'raises the loss of b (+1.003' in lines[0]
     assert 'is not resolved for c (' in lines[0] and lines[1] == 'd cannot read more than 4 tokens.'
-    assert 'is that of a;' in lines[2] and 'the next, c, is -0.530 ±' in lines[2] and 'resolved.' in lines[2]
+    assert 'is that of a;' in lines[2] and 'the next, c, is -0.530 ±' in lines[2]
+    assert 'Holm' not in lines[0] and ', not resolved' not in lines[2]
+    # nine more that say nothing
+    many = found | {f'c{n}': found['c'] for n in range(9)}
+    many['a'] = curves((3.0, 3.1, 3.2), (2.5, 2.7, 2.7))
+    assert 'a (-0.467 ± 0.143, not after Holm)' in extrapolate.verdict_of(many, [4, 8], 'size')[0]
     (_, rows), = extrapolate.tables_of(found, [4, 8]).values()
     assert rows[3] == ['d', '3.1000', 'cannot', '-', '-']
     assert rows[0][:4] == ['a', '3.1000', '2.6033', '2.6033'] and rows[0][4].startswith('-0.497 ± ')

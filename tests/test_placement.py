@@ -63,6 +63,13 @@ def test_a_verdict_counts_the_failed_and_compares_the_others():
     line = placement.verdict_of(found, 6.2, 'size')[0]
     assert line.startswith('4 layers, without warmup, against pre (loss 5.100): post failed in 2 of 3 runs; ')
     assert 'output -0.097 ± ' in line and line.endswith(', not resolved.') and 'nan' not in line
+    assert 'Holm' not in line
+    # differences of 0.1, 0.13 and 0.1: p = 0.008, which is nothing special among eight
+    cell = {'pre': of(5.0, 5.1, 5.2), **{name: of(5.1, 5.23, 5.3) if name == 'output' else of(5.1, 5.0, 5.2)
+                                         for name in ('post', 'output', 'sandwich')}}
+    line = placement.verdict_of({(depth, False): cell for depth in range(3)}, 6.2, 'size')[0]
+    assert 'output +0.110 ± 0.043, not after Holm;' in line
+    cell = found[4, False]
     tables = placement.tables_of(found, {4: dict.fromkeys(cell, [1.0, 2.0])}, 6.2)
     (_, losses), (_, warmups), (_, norms) = tables.values()
     assert losses[0][2].startswith('not finite') and losses[0][2].endswith('failed in 2 of 3 runs')

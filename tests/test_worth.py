@@ -294,7 +294,9 @@ def test_a_command_with_sizes_is_one_sweep_for_each(monkeypatch):
 @pytest.mark.parametrize('text, sentence', [
     ('n_embd=64', 'sizes=n_embd=64 must be two sizes or more'),
     ('n_embd=64, n_embed=32', 'sizes=n_embed is no setting .* did you mean n_embd'),
-    ('n_embd=64, n_embd', 'sizes=n_embd must be flag=value'), ('n_embd=64, seed=3', 'must not set seed'),
+    ('n_embd=64, 128', 'sizes=128 must be flag=value or name: flag=value.flag=value$'),
+    ('n_embd=64, seed=3', 'must not set seed'),
+    ('a: n_embd=64, a: n_embd=32, n_embd=96', 'a: n_embd=32 must have a name of its own'),
     ('n_embd=64, n_embd=65', 'must be divisible|must be a multiple|n_head'),
 ])
 def test_sizes_that_cannot_be_compared_are_refused(text, sentence, monkeypatch, tmp_path):

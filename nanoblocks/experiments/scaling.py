@@ -71,6 +71,8 @@ def commands_of(argv, text):
             if refused := chosen.keys() & {'seed', *NOT_IDENTIFYING}:
                 raise ValueError(f'sizes={part} must not set {min(refused)}: all sizes are trained on the '
                                  'same seeds, each in a folder of its own')
+            if name in sizes:
+                raise ValueError(f'sizes={part} must have a name of its own, and {name} is another size')
             # as written: --n_embd=64
             written = [f'--{piece}' for piece in part.rpartition(':')[2].strip().split('+')]
             sizes[name] = [*files, *flags, *written, f'--out_dir={os.path.join(folder, name)}']
