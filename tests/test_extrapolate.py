@@ -112,7 +112,7 @@ def test_a_verdict_names_who_gains_who_loses_and_who_cannot():
 def test_what_is_compared_is_not_given(flag, monkeypatch):
     for name in bench.plain_settings(vars(bench)):
         monkeypatch.setattr(bench, name, getattr(bench, name))  # main changes them
-    with pytest.raises(SystemExit, match='must be left out: bench.py extrapolate compares its values'):
+    with pytest.raises(SystemExit, match='must be left out: bench.py extrapolate sets it itself'):
         bench.main('extrapolate', [f'--{flag}'])
 
 

@@ -77,8 +77,8 @@ def test_a_verdict_counts_the_failed_and_compares_the_others():
 
 
 @pytest.mark.parametrize('options, words', [
-    (['--norm_at=post'], 'norm_at=post must be left out: bench.py placement compares its values'),
-    (['--n_layer=3'], 'n_layer=3 must be left out: bench.py placement compares its values'),
+    (['--norm_at=post'], 'norm_at=post must be left out: bench.py placement sets it itself'),
+    (['--n_layer=3'], 'n_layer=3 must be left out: bench.py placement sets it itself'),
     (['--warmup_iters=0'], 'warmup_iters=0 must be above 0: bench.py placement compares it with none'),
     (['--layers=x'], 'layers=x must be whole numbers above 0, separated by commas: --layers=4,12'),
 ])

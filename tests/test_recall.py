@@ -141,7 +141,7 @@ def test_sentences_are_corrected_for_how_many_they_are():
 
 @pytest.mark.parametrize('flag', ['layer_pattern=sm', 'dataset=pysource', 'block_size=9'])
 def test_what_recall_itself_sets_is_refused(flag):
-    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py recall compares its values'):
+    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py recall sets it itself'):
         recall.recall([f'--{flag}'], 'cpu', 'out')
 
 

@@ -76,7 +76,7 @@ def test_every_topic_takes_nothing_but_settings():
     ('rope', ['--pos=learned'], 'pos=learned must be rope: --pos=rope'),
     ('reach', ['--layer_pattern=wa'], 'must be w, a window in every layer: --layer_pattern=w'),
     ('reach', ['--block_size=32'], 'block_size=32 must be above 90, layers x (window - 1): --block_size=91'),
-    ('router', ['--balance=aux'], 'bench.py router compares its values'),
+    ('router', ['--balance=aux'], 'bench.py router sets it itself'),
     ('norms', ['--tokens=1,2'], 'tokens=1,2 must be one number here: --tokens=2048'),
     ('norms', ['--width=x'], 'must be whole numbers above 0, separated by commas: --width=256,512'),
     ('lengths', ['--limit_s=0'], 'limit_s=0.0 must be above 0'),

@@ -66,7 +66,7 @@ def test_heads_without_groups_are_refused(flag, monkeypatch):
     ('tricks', 'ffn=gelu'), ('tricks', 'group_lr=matrix=1e-3'), ('tricks', 'window=8'), ('ffns', 'ffn=gelu'),
     ('ffns', 'ffn_width=64')])
 def test_a_reference_is_what_its_page_says(topic, flag, monkeypatch):
-    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py {topic} compares its values'):
+    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py {topic} sets it itself'):
         plan_of(topic, monkeypatch, f'--{flag}')
 
 

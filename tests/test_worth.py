@@ -327,7 +327,7 @@ def test_the_ladder_is_the_same_at_all_sizes(monkeypatch):
 @pytest.mark.parametrize('flag', ['n_layer=3', 'n_embd=64', 'learning_rate=1e-3'])
 def test_what_the_sizes_set_is_not_given_beside_them(flag, monkeypatch):
     monkeypatch.setattr(scaling, 'main', lambda words: pytest.fail('trained'))
-    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py scaling compares its values'):
+    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py scaling sets it itself'):
         scaling.scaling([f'--{flag}'], 'cpu')
 
 

@@ -82,7 +82,7 @@ def recall(argv, device, figures):
 def trained(argv, device):
     """The plan of the sweep, of which every run is finished."""
     files, flags = files_and_flags(argv, without=('device', 'figures'))
-    refuse_varied('recall', flags, FIXED)
+    refuse_varied('recall', [*files, *flags], FIXED)
     vary = '; '.join(f'{arm}: {words}' for arms in FAMILIES.values() for arm, words in arms.items() if words)
     words = [*SIZE, *files, f'--vary={vary}', '--seeds=3', '--evals=4', '--objective=prefix',
              f'--block_size={4 * max(PAIRS) + 1}', *runs_on(device), '--out_dir=out/ablate/recall', *flags]

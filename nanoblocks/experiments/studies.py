@@ -106,7 +106,7 @@ def run_sweeps(names, argv, device, own=('device',)):
         start = [*([] if name == 'tricks' else SIZE), *FILES.get(name, []), *files]
         varied = SWEEPS[name](read_flags([*start, *flags])[0]) if callable(SWEEPS[name]) else SWEEPS[name]
         if name in ('ffns', 'tricks'):  # whose pages say what the reference is; that of kvheads is given
-            refuse_varied(name, flags, re.findall(r'[:+] ?(\w+)=', varied[0]))
+            refuse_varied(name, [*files, *flags], re.findall(r'[:+] ?(\w+)=', varied[0]))
         words = [*start, '--seeds=5', *varied, '--evals=6', *sweep.runs_on(device),
                  f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
         print(f'{name}: python ablate.py {shlex.join(words)}', flush=True)
@@ -304,15 +304,20 @@ def trained_flags(topic, argv, own, fixed):
     are left out; fixed: flags that the topic itself varies, which are refused.
     """
     files, flags = files_and_flags(argv, without=own)
-    return [*files, *flags], refuse_varied(topic, flags, fixed)
+    return [*files, *flags], refuse_varied(topic, [*files, *flags], fixed)
 
 
-def refuse_varied(topic, flags, names):
-    """[--key=value] -> {key: text}; ValueError for one of the names, which the topic itself varies."""
-    given = dict(split_arguments(flags))
+def refuse_varied(topic, words, names):
+    """
+    [config file or --key=value] -> {key: text} of the flags; ValueError for one of the names, which the topic
+    itself varies.
+    """
+    given, source = {key: text for key, text in split_arguments(words) if key}, read_flags(words)[2]
     for name in names:
+        if name in source and name not in given:
+            raise ValueError(f'{name} must be left out of {source[name]}: bench.py {topic} sets it itself')
         if name in given:
-            raise ValueError(f'{name}={given[name]} must be left out: bench.py {topic} compares its values')
+            raise ValueError(f'{name}={given[name]} must be left out: bench.py {topic} sets it itself')
     return given
 
 
