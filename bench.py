@@ -31,6 +31,7 @@ if __name__ == '__main__':
     console.answer_ctrl_c()
 
 import platform
+import shlex
 from dataclasses import fields
 from inspect import signature
 
@@ -94,7 +95,8 @@ figure = 'curves.png'               # plot: file for the figure
 
 # ----------------------------------------------------------------------------------------------------------
 # Topics. A topic is a function; its parameters are the settings it reads, and `flags` (the model's),
-# `argv` (everything after the topic) and `folders` (the arguments that are not flags).
+# `argv` (everything after the topic), `folders` (the arguments that are not flags) and `command` (the whole
+# line).
 
 TOPICS = {
     'step': speed.step, 'window': speed.window, 'optimizers': speed.optimizers, 'families': speed.families,
@@ -192,7 +194,9 @@ def main(name, argv):
         check_device(device)
         card = torch.cuda.get_device_name() if device.startswith('cuda') else device
         print(f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {card}')
-        run(TOPICS[name], plain_settings(globals()) | {'flags': flags, 'argv': options, 'folders': folders})
+        run(TOPICS[name], plain_settings(globals()) | {
+            'flags': flags, 'argv': options, 'folders': folders,
+            'command': shlex.join(['python', 'bench.py', name, *argv])})
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Reading beyond the trained length: each loss stands at its position, and all lengths read one text."""
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -96,7 +97,12 @@ def test_a_verdict_names_who_gains_who_loses_and_who_cannot():
     lines = extrapolate.verdict_of(found, [4, 8], 'size')
     assert 'lowers the loss of a (-0.497' in lines[0] and 'raises the loss of b (+1.003' in lines[0]
     assert 'is not resolved for c (' in lines[0] and lines[1] == 'd cannot read more than 4 tokens.'
-    assert 'is that of a;' in lines[2] and 'the next, c, is -0.530 ±' in lines[2] and 'resolved.' in lines[2]
+    assert 'is that of a;' in lines[2] and 'the next, c, is -0.530 ±' in lines[2]
+    assert 'Holm' not in lines[0] and ', not resolved' not in lines[2]
+    # nine more that say nothing
+    many = found | {f'c{n}': found['c'] for n in range(9)}
+    many['a'] = curves((3.0, 3.1, 3.2), (2.5, 2.7, 2.7))
+    assert 'a (-0.467 ± 0.143, not after Holm)' in extrapolate.verdict_of(many, [4, 8], 'size')[0]
     (_, rows), = extrapolate.tables_of(found, [4, 8]).values()
     assert rows[3] == ['d', '3.1000', 'cannot', '-', '-']
     assert rows[0][:4] == ['a', '3.1000', '2.6033', '2.6033'] and rows[0][4].startswith('-0.497 ± ')
@@ -106,7 +112,7 @@ def test_a_verdict_names_who_gains_who_loses_and_who_cannot():
 def test_what_is_compared_is_not_given(flag, monkeypatch):
     for name in bench.plain_settings(vars(bench)):
         monkeypatch.setattr(bench, name, getattr(bench, name))  # main changes them
-    with pytest.raises(SystemExit, match='must be left out: bench.py extrapolate compares its values'):
+    with pytest.raises(SystemExit, match='must be left out: bench.py extrapolate sets it itself'):
         bench.main('extrapolate', [f'--{flag}'])
 
 
@@ -116,7 +122,10 @@ def test_extrapolate_reads_what_it_trained_and_reads_it_once(tmp_path, monkeypat
         ('--out_dir=', '--device='))]
     monkeypatch.setattr(extrapolate, 'SIZE', ['config/llama_small.py', 'config/study.py', *toy])
     monkeypatch.setattr(extrapolate, 'VARY', '--vary=learned: pos=learned')
-    extrapolate.extrapolate(['--seeds=1'], '', 'cpu', tmp_path)
+    words = ['--seeds=1', f'--out_dir={tmp_path / "elsewhere"}']
+    extrapolate.extrapolate(words, '', 'cpu', tmp_path)
+    assert (tmp_path / 'elsewhere' / 'sweep.json').exists()
+    assert not (tmp_path / 'extrapolate' / 'runs').exists()
     page = (tmp_path / 'extrapolate' / 'README.md').read_text()
     assert page.startswith('# Beyond the trained length') and '| learned |' in page and '| cannot |' in page
     assert 'learned cannot read more than 16 tokens.' in page and '1 seed, 4 steps of 128 tokens' in page
@@ -128,5 +137,11 @@ def test_extrapolate_reads_what_it_trained_and_reads_it_once(tmp_path, monkeypat
     # the same command reads nothing again
     monkeypatch.setattr(extrapolate, 'by_place', lambda *args: pytest.fail('read again'))
     monkeypatch.setattr(extrapolate, 'sweep', lambda words: None)   # one process locks a folder once
-    extrapolate.extrapolate(['--seeds=1'], '', 'cpu', tmp_path)
+    extrapolate.extrapolate(words, '', 'cpu', tmp_path)
     assert (tmp_path / 'extrapolate' / 'README.md').read_text() == page
+    # without matplotlib there is the page, which names no figure
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(ModuleNotFoundError):
+        extrapolate.extrapolate(words, '', 'cpu', tmp_path)
+    figure = '\n![Beyond the trained length](extrapolate.png)\n'
+    assert figure in page and (tmp_path / 'extrapolate' / 'README.md').read_text() == page.replace(figure, '')

@@ -193,7 +193,9 @@ def test_a_folder_stands_alone(tmp_path):
 
 @pytest.mark.parametrize('topic, words, reason', [
     ('heads', ['out/nothing'], 'out/nothing/ckpt.pt does not exist: train a model into that out_dir first'),
-    ('heads', ['--attn=mla'], 'attn=mla must be left out: bench.py heads compares its values'),
+    ('heads', ['--attn=mla'], 'attn=mla must be left out: bench.py heads sets it itself'),
+    ('heads', ['--dataset=pysource'], 'dataset=pysource must be left out: bench.py heads sets it itself'),
+    ('heads', ['config/bert_small.py'], 'objective must be left out of config/bert_small.py: bench.py heads'),
     ('specialists', ['--rounds=2'], 'rounds=2 must be left out: bench.py specialists does not read it'),
     ('norms', ['out/run'], 'out/run')])
 def test_words_of_the_command_are_refused_in_a_sentence(topic, words, reason, monkeypatch):

@@ -63,6 +63,13 @@ def test_a_verdict_counts_the_failed_and_compares_the_others():
     line = placement.verdict_of(found, 6.2, 'size')[0]
     assert line.startswith('4 layers, without warmup, against pre (loss 5.100): post failed in 2 of 3 runs; ')
     assert 'output -0.097 ± ' in line and line.endswith(', not resolved.') and 'nan' not in line
+    assert 'Holm' not in line
+    # differences of 0.1, 0.13 and 0.1: p = 0.008, which is nothing special among eight
+    cell = {'pre': of(5.0, 5.1, 5.2), **{name: of(5.1, 5.23, 5.3) if name == 'output' else of(5.1, 5.0, 5.2)
+                                         for name in ('post', 'output', 'sandwich')}}
+    line = placement.verdict_of({(depth, False): cell for depth in range(3)}, 6.2, 'size')[0]
+    assert 'output +0.110 ± 0.043, not after Holm;' in line
+    cell = found[4, False]
     tables = placement.tables_of(found, {4: dict.fromkeys(cell, [1.0, 2.0])}, 6.2)
     (_, losses), (_, warmups), (_, norms) = tables.values()
     assert losses[0][2].startswith('not finite') and losses[0][2].endswith('failed in 2 of 3 runs')
@@ -70,8 +77,8 @@ def test_a_verdict_counts_the_failed_and_compares_the_others():
 
 
 @pytest.mark.parametrize('options, words', [
-    (['--norm_at=post'], 'norm_at=post must be left out: bench.py placement compares its values'),
-    (['--n_layer=3'], 'n_layer=3 must be left out: bench.py placement compares its values'),
+    (['--norm_at=post'], 'norm_at=post must be left out: bench.py placement sets it itself'),
+    (['--n_layer=3'], 'n_layer=3 must be left out: bench.py placement sets it itself'),
     (['--warmup_iters=0'], 'warmup_iters=0 must be above 0: bench.py placement compares it with none'),
     (['--layers=x'], 'layers=x must be whole numbers above 0, separated by commas: --layers=4,12'),
 ])
@@ -90,7 +97,9 @@ def test_placement_goes_on_when_runs_diverge(tmp_path, monkeypatch):
     monkeypatch.setattr(placement, 'SMALL', toy)
     monkeypatch.setattr(placement, 'VARY', '--vary=post: norm_at=post')
     # without a norm behind it, a branch with such weights is infinite
-    placement.placement(['--seeds=1', '--learning_rate=1e30', '--grad_clip=0'], '1', 'cpu', tmp_path)
+    words = ['--seeds=1', '--learning_rate=1e30', '--grad_clip=0', f'--out_dir={tmp_path / "elsewhere"}']
+    placement.placement(words, '1', 'cpu', tmp_path)
+    assert (tmp_path / 'elsewhere' / '1_layers_with_warmup' / 'sweep.json').exists()
     page = (tmp_path / 'placement' / 'README.md').read_text()
     assert page.startswith('# Where norms stand') and 'nan' not in page
     line = '1 layers, without warmup, against pre (failed in 1 of 1 runs): post failed in 1 of 1 runs.'

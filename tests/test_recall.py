@@ -89,12 +89,15 @@ def arm(size, *accuracies):
 def test_a_verdict_has_its_interval_and_says_what_is_not_resolved():
     found = {'a': arm(100, 0.5, 0.52, 0.54), 'b': arm(2000, 0.9, 0.93, 0.93), 'c': arm(8, 0.4, 0.9, 0.3)}
     # differences 0.40, 0.41, 0.39: mean 0.40, sd 0.01, half 4.303 * 0.01 / sqrt(3)
-    assert recall.verdict(found, 'b', 'a') == (
+    def verdict(found, *names, p=0.0):
+        return recall.verdict(found, *names, recall.against(found, *names), p)
+    assert verdict(found, 'b', 'a') == (
         'b against a, 2,000 bytes against 100, share of the values of 16 pairs: +0.400, 95 % interval +0.375 '
         'to +0.425 over 3 seeds: resolved')
-    assert recall.verdict(found, 'c', 'a').endswith(' over 3 seeds: not resolved')
+    assert verdict(found, 'b', 'a', p=0.06).endswith(' over 3 seeds: resolved, not after Holm')
+    assert verdict(found, 'c', 'a').endswith(' over 3 seeds: not resolved')
     one = {'a': arm(1, 0.5), 'b': arm(1, 0.75)}
-    assert recall.verdict(one, 'a', 'b').endswith('-0.250, one seed, no interval')
+    assert verdict(one, 'a', 'b').endswith('-0.250, one seed, no interval')
 
 
 def test_recall_trains_judges_and_writes_its_page(tmp_path, monkeypatch, capsys):
@@ -111,6 +114,7 @@ def test_recall_trains_judges_and_writes_its_page(tmp_path, monkeypatch, capsys)
     recall.recall(words, 'cpu', tmp_path)
     printed = capsys.readouterr().out
     page = (tmp_path / 'recall' / 'README.md').read_text()
+    assert f'\npython bench.py recall --out_dir={tmp_path / "runs"} --max_iters=4 ' in page
     for text in printed, page:
         for start in 'Mamba-2, N of 8 against attention', 'Mamba-2 + attention against Mamba-2, N of 4':
             assert any(line.lstrip('- ').startswith(start) for line in text.splitlines())
@@ -124,6 +128,21 @@ def test_recall_trains_judges_and_writes_its_page(tmp_path, monkeypatch, capsys)
     assert (tmp_path / 'recall' / 'recall.png').exists()
     meta = json.loads((tmp_path / 'runs' / 'data' / 'meta.json').read_text())
     assert meta['pairs'] == {'source': 8, 'target': 9, 'eot': 256, 'every': 2}
+
+
+def test_sentences_are_corrected_for_how_many_they_are():
+    arms = [arm for family in recall.FAMILIES.values() for arm in family]
+    found = {name: arm(8, 0.5, 0.5, 0.5) for name in arms} | {'attention': arm(8, 0.56, 0.58, 0.61)}
+    alone = recall.against(found, 'window of 32', 'attention')
+    assert alone.resolved and 0.01 < alone.p < 0.05
+    said = recall.verdicts(found)[0]
+    assert said.startswith('window of 32 against attention') and said.endswith(': resolved, not after Holm')
+
+
+@pytest.mark.parametrize('flag', ['layer_pattern=sm', 'dataset=pysource', 'block_size=9'])
+def test_what_recall_itself_sets_is_refused(flag):
+    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py recall sets it itself'):
+        recall.recall([f'--{flag}'], 'cpu', 'out')
 
 
 def test_recall_is_a_topic_that_refuses_what_it_does_not_read(monkeypatch):

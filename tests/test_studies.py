@@ -55,7 +55,7 @@ def test_help_shows_every_topic_in_a_line_of_its_own(capsys):
 
 
 def test_every_topic_takes_nothing_but_settings():
-    given = {'flags', 'argv', 'folders', *bench.plain_settings(vars(bench))}
+    given = {'flags', 'argv', 'folders', 'command', *bench.plain_settings(vars(bench))}
     for name, topic in bench.TOPICS.items():
         needed = {p.name for p in bench.signature(topic).parameters.values() if p.default is p.empty}
         assert needed <= given, name
@@ -76,7 +76,7 @@ def test_every_topic_takes_nothing_but_settings():
     ('rope', ['--pos=learned'], 'pos=learned must be rope: --pos=rope'),
     ('reach', ['--layer_pattern=wa'], 'must be w, a window in every layer: --layer_pattern=w'),
     ('reach', ['--block_size=32'], 'block_size=32 must be above 90, layers x (window - 1): --block_size=91'),
-    ('router', ['--balance=aux'], 'bench.py router compares its values'),
+    ('router', ['--balance=aux'], 'bench.py router sets it itself'),
     ('norms', ['--tokens=1,2'], 'tokens=1,2 must be one number here: --tokens=2048'),
     ('norms', ['--width=x'], 'must be whole numbers above 0, separated by commas: --width=256,512'),
     ('lengths', ['--limit_s=0'], 'limit_s=0.0 must be above 0'),
@@ -166,7 +166,7 @@ def test_progress_is_a_line_for_each_item(monkeypatch, capsys):
 @pytest.mark.parametrize('call', [
     lambda out: studies.norms(1, '8', '8,16', 'cpu', out),
     lambda out: bench.TOPICS['window'](1, '16,32', 'cpu'),
-    lambda out: throughput.throughput({'n_embd': 16, 'n_head': 2}, 'llama', '8', 9.0, 'cpu', out),
+    lambda out: throughput.throughput({'n_embd': 16, 'n_head': 2}, 'llama', '8', 9.0, 'cpu', out, ''),
 ])
 def test_topics_say_which_of_how_many_they_are_at(call, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(studies, 'can_compile', lambda device: False)
@@ -204,7 +204,7 @@ def test_every_axis_of_every_figure_has_a_label(figures_drawn, tmp_path, capsys,
     curve = {1: [(10, 2.0), (20, 1.5)]}
     figures.plot_curves({'a': curve, 'b': curve}, 'a', {'a': 'a', 'b': 'b'}, tmp_path / 'curves.png')
     small = {'n_embd': 16, 'n_head': 2, 'n_layer': 1}
-    throughput.throughput(small, 'llama,mistral', '8', 9.0, 'cpu', tmp_path)
+    throughput.throughput(small, 'llama,mistral', '8', 9.0, 'cpu', tmp_path, '')
     assert len(figures_drawn) == 10
     for fig in figures_drawn:
         for ax in (ax for ax in fig.axes if ax.get_label() != '<colorbar>'):

@@ -137,7 +137,8 @@ def test_a_model_is_faster_from_where_it_stays_faster():
 
 def test_whole_models_are_measured_and_told(tmp_path, capsys):
     throughput.throughput({'n_embd': 16, 'n_head': 2, 'n_layer': 2, 'vocab_size': 32}, 'llama,retnet', '8,16',
-                          9.0, 'cpu', tmp_path)
+                          9.0, 'cpu', tmp_path, 'python bench.py throughput --models=llama,retnet')
+    tmp_path = tmp_path / 'throughput'
     printed = capsys.readouterr().out
     for heading in ('prefill, tokens/s | 8 | 16', 'decoding, tokens/s | 8', 'training, tokens/s | 8',
                     'cache, bytes', 'peak of prefill, bytes', "decoding: tokens/s over llama's"):
@@ -150,6 +151,7 @@ def test_whole_models_are_measured_and_told(tmp_path, capsys):
     assert all(t > 0 for t in numbers['seconds']['training']['retnet']['16']['seconds'])
     page = (tmp_path / 'README.md').read_text()
     assert 'one text at a time, float32' in page and '- decoding: ' in page and '(throughput.png)' in page
+    assert '\npython bench.py throughput --models=llama,retnet\n' in page
     assert (tmp_path / 'throughput.png').exists()
 
 

@@ -1,4 +1,5 @@
 """The trained comparisons ffns, kvheads and tricks: what their arms are, and the pages that tell of them."""
+import math
 import re
 
 import pytest
@@ -6,7 +7,7 @@ import runs
 import torch
 
 from model import GPTConfig, kv_cache_bytes
-from nanoblocks.experiments import budget, comparisons, statistics, studies, sweep
+from nanoblocks.experiments import budget, comparisons, report, statistics, studies, sweep
 from nanoblocks.experiments.arms import config_of
 
 DATA = {'vocab_size': 256}
@@ -61,6 +62,14 @@ def test_heads_without_groups_are_refused(flag, monkeypatch):
         plan_of('kvheads', monkeypatch, flag)
 
 
+@pytest.mark.parametrize('topic, flag', [
+    ('tricks', 'ffn=gelu'), ('tricks', 'group_lr=matrix=1e-3'), ('tricks', 'window=8'), ('ffns', 'ffn=gelu'),
+    ('ffns', 'ffn_width=64')])
+def test_a_reference_is_what_its_page_says(topic, flag, monkeypatch):
+    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py {topic} sets it itself'):
+        plan_of(topic, monkeypatch, f'--{flag}')
+
+
 def test_each_trick_is_taken_out_alone(monkeypatch):
     plan = plan_of('tricks', monkeypatch)
     whole = plan['arms']['speedrun']
@@ -81,12 +90,13 @@ def test_each_trick_is_taken_out_alone(monkeypatch):
 
 
 def test_the_verdict_of_a_page_says_what_is_resolved():
-    effects = {name: statistics.effect(values) for name, values in {
-        'worse': [0.1, 0.11, 0.12], 'better': [-0.2, -0.21, -0.2], 'noise': [-0.1, 0.1, 0.02]}.items()}
-    said = comparisons.verdict('the stack', effects)
+    found = {name: report.Comparison({}, statistics.effect(values), p, None, None) for name, p, values in (
+        ('worse', 0.06, [0.1, 0.11, 0.12]), ('better', 0.01, [-0.2, -0.21, -0.2]),
+        ('noise', 1.0, [-0.1, 0.1, 0.02]), ('hot', math.nan, [0.1, math.nan, 0.2]))}
+    said = comparisons.verdict('the stack', found)
     assert re.fullmatch(r'Against the stack, over 3 seeds: lower: better -0\.203 \(-0\.218 to -0\.189\); '
-                        r'higher: worse \+0\.110 \(\+0\.085 to \+0\.135\); not resolved: noise \+0\.007 '
-                        r'\(-0\.243 to \+0\.257\)\.', said), said
+                        r'higher: worse \+0\.110 \(\+0\.085 to \+0\.135\), not after Holm; '
+                        r'not resolved: noise \+0\.007 \(-0\.243 to \+0\.257\); diverged: hot\.', said), said
 
 
 def toy(tmp_path, seeds):

@@ -294,7 +294,9 @@ def test_a_command_with_sizes_is_one_sweep_for_each(monkeypatch):
 @pytest.mark.parametrize('text, sentence', [
     ('n_embd=64', 'sizes=n_embd=64 must be two sizes or more'),
     ('n_embd=64, n_embed=32', 'sizes=n_embed is no setting .* did you mean n_embd'),
-    ('n_embd=64, n_embd', 'sizes=n_embd must be flag=value'), ('n_embd=64, seed=3', 'must not set seed'),
+    ('n_embd=64, 128', 'sizes=128 must be flag=value or name: flag=value.flag=value$'),
+    ('n_embd=64, seed=3', 'must not set seed'),
+    ('a: n_embd=64, a: n_embd=32, n_embd=96', 'a: n_embd=32 must have a name of its own'),
     ('n_embd=64, n_embd=65', 'must be divisible|must be a multiple|n_head'),
 ])
 def test_sizes_that_cannot_be_compared_are_refused(text, sentence, monkeypatch, tmp_path):
@@ -320,6 +322,13 @@ def test_the_ladder_is_the_same_at_all_sizes(monkeypatch):
         llama = plan['arms']['llama_small']
         assert llama['learning_rate'] * llama['n_embd'] == pytest.approx(0.512, rel=0.01)
         assert llama['dtype'] == 'float32'
+
+
+@pytest.mark.parametrize('flag', ['n_layer=3', 'n_embd=64', 'learning_rate=1e-3'])
+def test_what_the_sizes_set_is_not_given_beside_them(flag, monkeypatch):
+    monkeypatch.setattr(scaling, 'main', lambda words: pytest.fail('trained'))
+    with pytest.raises(ValueError, match=f'{flag} must be left out: bench.py scaling sets it itself'):
+        scaling.scaling([f'--{flag}'], 'cpu')
 
 
 def trained(plan, lock=None):

@@ -229,8 +229,9 @@ def variants(part, source='vary'):
     flag, equals, values = rest.partition('=')
     values = [value.strip() for value in values.split(',')]
     if not equals or not all(values) or colon and len(values) > 1:
-        raise ValueError(f'{source}={part} must be flag=value,value or name: flag=value; separate further '
-                         'flags with a semicolon')
+        remedy = ('flag=value,value or name: flag=value; separate further flags with a semicolon'
+                  if source == 'vary' else 'flag=value or name: flag=value+flag=value')
+        raise ValueError(f'{source}={part} must be {remedy}')
     for value in values:
         # a + begins another flag only where a name and = follow, so 1e+3 stays a number
         pieces = re.split(r'\+(?=[a-z_]\w*=)', f'{flag.strip()}={value}')

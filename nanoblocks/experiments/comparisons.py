@@ -2,13 +2,14 @@
 The pages of trained comparisons, results/<topic>/README.md: command, table, verdict and figures, which a
 topic makes from its runs. All numbers are in the report of the sweep, beside it.
 """
+import math
 import os
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 from nanoblocks.experiments import report, sweep
 from nanoblocks.experiments.arms import config_of, read_flags
+from nanoblocks.experiments.pages import command_of
 from nanoblocks.experiments.statistics import effect
 from nanoblocks.formats import counted, format_quantity
 
@@ -66,13 +67,12 @@ def write(topic, argv, words):
     plan = report.read_plan(folder)
     arms = {name: report.read_arm(plan, sweep.runs_of(plan), folder, name) for name in plan['arms']}
     found = {c.pair['with']: c for c in report.compared(plan, arms)}
-    effects = {name: c.effect for name, c in found.items()}
     further = [(*pair, effect_of(arms, *pair)) for pair in page.pairs if set(pair) <= arms.keys()]
-    said = [verdict(page.reference, effects), *(f'{second} against {first} {report.verdict(e)}.'
+    said = [verdict(page.reference, found), *(f'{second} against {first} {report.verdict(e)}.'
                                                 for first, second, e in further)]
     rows = report.measures(arms, {})
     text = [f'# {page.title}', '', page.about.strip(), '', '```',
-            shlex.join(['python', 'bench.py', topic, *argv]), '```', '', about(plan, arms), '',
+            command_of(topic, argv), '```', '', about(plan, arms), '',
             *table(page.reference, plan['reference'], rows, found), '', ABOUT_TABLE, '',
             *(f'- {line}' for line in said), '',
             *(f'![{name}]({name}.png)\n' for name in ('differences', 'curves', topic)
@@ -130,13 +130,20 @@ def table(called, reference, rows, found):
                          'training speed', 'cache'], lines)
 
 
-def verdict(reference, effects):
-    """A sentence that says which arms are resolved from the reference, and by how much. {arm: Effect}"""
-    kinds = {'lower': [], 'higher': [], 'not resolved': []}
-    for name, e in effects.items():
-        kind = 'not resolved' if not e.resolved else 'lower' if e.mean < 0 else 'higher'
-        kinds[kind].append(f'{name} {e.mean:+.3f}' + (f' ({e.mean - e.half:+.3f} to {e.mean + e.half:+.3f})'
-                                                      if e.n > 1 else ' (one seed)'))
-    seeds = max(e.n for e in effects.values())
+def verdict(reference, found):
+    """
+    A sentence that says which arms are resolved from the reference, by how much, and whether among all of
+    them. found: {arm: Comparison}
+    """
+    kinds = {'lower': [], 'higher': [], 'not resolved': [], 'diverged': []}
+    for name, c in found.items():
+        e = c.effect
+        kind = 'lower' if e.mean < 0 else 'higher'
+        if not e.resolved:
+            kind = 'diverged' if math.isnan(e.mean) else 'not resolved'
+        interval = f' ({e.mean - e.half:+.3f} to {e.mean + e.half:+.3f})' if e.n > 1 else ' (one seed)'
+        holm = ', not after Holm' * (e.resolved and not c.p < 0.05)
+        kinds[kind].append(name if kind == 'diverged' else f'{name} {e.mean:+.3f}{interval}{holm}')
+    seeds = max(c.effect.n for c in found.values())
     return (f'Against {reference}, over {counted(seeds, "seed")}: '
             + '; '.join(f'{kind}: {", ".join(names)}' for kind, names in kinds.items() if names) + '.')

@@ -20,11 +20,10 @@ from data.mixture import Sources
 from model import ROPE_SCALING
 from nanoblocks.experiments.arms import config_of
 from nanoblocks.experiments.figures import COLORS, LOSS, log2_axis, panels, save_and_say, title
-from nanoblocks.experiments.pages import signed, size_of, write_page
-from nanoblocks.experiments.statistics import effect
+from nanoblocks.experiments.pages import signed, size_of, tell
+from nanoblocks.experiments.statistics import effect, holm
 from nanoblocks.experiments.studies import SIZE, trained_flags
 from nanoblocks.experiments.sweep import make_plan, runs_of, runs_on, sweep
-from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, sizes
 from nanoblocks.training import checkpoint
 
@@ -42,23 +41,18 @@ def extrapolate(argv, tokens, device, figures):
     """Positions of every kind, trained at T and read up to 8 T: loss by position; 25 min. on two cores."""
     folder = Path(figures) / 'extrapolate'
     words, _ = trained_flags('extrapolate', argv, ('device', 'tokens', 'figures'), FIXED)
-    words = [*SIZE, VARY, '--seeds=3', '--evals=6', *runs_on(device), *words,
-             f'--out_dir={folder / "runs"}']
+    words = [*SIZE, VARY, '--seeds=3', '--evals=6', *runs_on(device), f'--out_dir={folder / "runs"}', *words]
     plan = make_plan(words)
     reference = plan['arms'][plan['reference']]
     T = config_of(reference).block_size
     lengths = lengths_of(tokens, T)
     text = text_of(reference, lengths[-1])     # refused here, not after minutes of training
     sweep(words)
-    found = read_all(plan, folder / 'runs', text, T, lengths, device)
+    found = read_all(plan, text, T, lengths, device)
     tables, verdict = tables_of(found, lengths), verdict_of(found, lengths, size_of(plan))
-    for caption, (heads, rows) in tables.items():
-        print(f'\n{caption}')
-        print_table(heads, rows)
-    print(*verdict, sep='\n')
+    tell(folder, 'Beyond the trained length', argv, [about(T, lengths, text)], verdict, tables, LIMITS)
     write_numbers(folder / 'extrapolate.csv', found, T, plan['seeds'])
     draw(found, lengths, folder)
-    write_page(folder, 'Beyond the trained length', argv, [about(T, lengths, text)], verdict, tables, LIMITS)
 
 
 def lengths_of(tokens, T):
@@ -107,14 +101,14 @@ def ways(arm, flags, T, length):
     return found
 
 
-def read_all(plan, folder, text, T, lengths, device):
+def read_all(plan, text, T, lengths, device):
     """
     {name: {length: [the losses by place of each seed's run]}}; at T, a scaled run is the run as it is.
     They are kept beside each run.
     """
     found = {}
     for run in each(runs_of(plan), lambda run: f'reading with {run["path"]}'):
-        arm, path = run['arm'].replace(plan['reference'], ROPE), folder / run['path'] / 'ckpt.pt'
+        arm, path = run['arm'].replace(plan['reference'], ROPE), Path(plan['folder'], run['path'], 'ckpt.pt')
         kept = path.with_name('by_place.json')
         known = json.loads(kept.read_text()) if kept.exists() else {}
         held = checkpoint.load(path)
@@ -189,13 +183,15 @@ def verdict_of(found, lengths, size):
     """Sentences: for whom more text helps or harms, who cannot, and who is best at the largest length."""
     T, longest = lengths[0], lengths[-1]
     able = {name: curves for name, curves in found.items() if longest in curves}
-    lines = []
+    changes = {name: change(curves, lengths, longest) for name, curves in able.items()}
+    p, lines = dict(zip(changes, holm([e.p for e in changes.values()]))), []
     for what, names in ('As trained', [name for name in able if ', ' not in name]), (
             'With the frequencies or the mask changed', [name for name in able if ', ' in name]):
         groups = {'lowers the loss of': [], 'raises the loss of': [], 'is not resolved for': []}
         for name in names:
-            e = change(able[name], lengths, longest)
-            groups[list(groups)[(e.mean > 0) if e.resolved else 2]].append(f'{name} ({signed(e)})')
+            e = changes[name]
+            words = f'{name} ({signed(e)}{", not after Holm" * (e.resolved and not p[name] < 0.05)})'
+            groups[list(groups)[(e.mean > 0) if e.resolved else 2]].append(words)
         said = [f'{word} {", ".join(of)}' for word, of in groups.items() if of]
         lines += [f'{what}, reading {longest} instead of {T} tokens {"; ".join(said)}.'] if said else []
     lines += [f'{name} cannot read more than {max(curves)} tokens.' for name, curves in found.items()
@@ -203,8 +199,10 @@ def verdict_of(found, lengths, size):
     best, second, *_ = sorted(able, key=lambda name: fmean(map(fmean, able[name][longest])))
     e = effect([fmean(a) - fmean(b) for a, b in zip(able[best][longest], able[second][longest])])
     lines.append(f'The lowest loss at {longest} tokens is that of {best}; its difference to the next, '
-                 f'{second}, is {signed(e)}: {"resolved" if e.resolved else "not resolved"}.')
-    return [*lines, f'({size}; intervals of 95 % over seeds.)']
+                 f'{second}, is {signed(e)}{", not resolved" * (not e.resolved)}. No interval holds that '
+                 'both were chosen by these very losses.')
+    return [*lines, f'({size}; intervals of 95 % over seeds; "not after Holm": resolved by itself, but not '
+            'among all that read on.)']
 
 
 def about(T, lengths, text):

@@ -50,6 +50,7 @@ MEASURES = {'previous': 'share on the\nprevious token', 'first': 'share on the\n
             'near': f'share on the\nnearest {NEAR} tokens', 'entropy': 'entropy\n(bits)',
             'induction': 'induction: share on the token\nafter the first occurrence'}
 DATA, LETTERS, COPIES = Path('out/heads'), 16, 50000    # of the task: its folder, letters of a row, rows
+FIXED = ('attn', 'dataset', 'objective', 'block_size')     # attn is compared, the others are of the task
 # Muon copies after some 300 steps, AdamW not within 1000
 TRAINED = ['config/llama_small.py', '--vary=DIFF: attn=diff', '--seeds=5', '--objective=prefix',
            f'--block_size={2 * LETTERS + 1}', '--batch_size=32', '--optimizer=muon', '--muon_lr=0.01',
@@ -64,7 +65,7 @@ def heads(folders, argv, figures, device):
         describe(run, *found, folder, figures)
     else:
         words = [*TRAINED, f'--dataset={letters_to_copy(DATA)}']
-        compare(train_arms('heads', words, ('attn',), argv, device), figures, device)
+        compare(train_arms('heads', words, FIXED, argv, device), figures, device)
 
 
 def letters_to_copy(folder):

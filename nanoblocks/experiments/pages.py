@@ -3,8 +3,10 @@ import shlex
 from pathlib import Path
 
 from nanoblocks.experiments.arms import config_of
+from nanoblocks.experiments.figures import have_matplotlib
 from nanoblocks.experiments.report import table
 from nanoblocks.experiments.sweep import machine
+from nanoblocks.experiments.timing import print_table
 from nanoblocks.formats import counted
 
 
@@ -22,15 +24,26 @@ def signed(e, digits=3):
     return f'{e.mean:+.{digits}f}' + (f' ± {e.half:.{digits}f}' if e.n > 1 else '')
 
 
-def write_page(folder, title, argv, about, verdict, tables, limits):
+def command_of(topic, argv):
+    """The command line of a topic of bench.py, for its page."""
+    return shlex.join(['python', 'bench.py', topic, *argv])
+
+
+def tell(folder, title, argv, about, verdict, tables, limits):
     """
-    Write README.md into `folder`, which is called after its topic, beside the figure of that name.
-    about, verdict, limits: lists of sentences; tables: {caption: (heads, rows)}.
+    Print the tables and the verdict, and write all into README.md of `folder`, which is called after its
+    topic, beside the figure of that name. about, verdict, limits: lists of sentences; tables: {caption:
+    (heads, rows)}.
     """
     folder = Path(folder)
-    command = shlex.join(['python', 'bench.py', folder.name, *argv])
-    lines = [f'# {title}', '', *about, '', '```', command, '```', '', f'Machine: {machine()}.', '',
-             *(f'- {line}' for line in verdict), '', f'![{title}]({folder.name}.png)']
+    folder.mkdir(parents=True, exist_ok=True)
+    for caption, (heads, rows) in tables.items():
+        print(f'\n{caption}')
+        print_table(heads, rows)
+    print(*verdict, sep='\n')
+    lines = [f'# {title}', '', *about, '', '```', command_of(folder.name, argv), '```', '',
+             f'Machine: {machine()}.', '', *(f'- {line}' for line in verdict),
+             *['', f'![{title}]({folder.name}.png)'] * have_matplotlib()]
     for caption, (heads, rows) in tables.items():
         lines += ['', f'## {caption}', '', *table(heads, rows)]
     lines += ['', '## What this does not show', '', *(f'- {line}' for line in limits), '']

@@ -18,13 +18,12 @@ from data.mixture import Sources
 from model import GPT, NORM_AT, GPTConfig
 from nanoblocks.experiments.arms import config_of
 from nanoblocks.experiments.figures import COLORS, panels, save_and_say, title
-from nanoblocks.experiments.pages import signed, size_of, write_page
+from nanoblocks.experiments.pages import signed, size_of, tell
 from nanoblocks.experiments.report import write_csv
 from nanoblocks.experiments.runs import read_lines, read_run, recorded
-from nanoblocks.experiments.statistics import effect
+from nanoblocks.experiments.statistics import effect, holm
 from nanoblocks.experiments.studies import SIZE, trained_flags
 from nanoblocks.experiments.sweep import make_plan, runs_of, runs_on, sweep
-from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, sizes
 
 SMALL = ['--n_embd=64', '--n_head=2', '--block_size=64', '--max_iters=600', '--warmup_iters=200',
@@ -47,13 +46,9 @@ def placement(argv, layers, device, figures):
     unigram = unigram_loss(plan['arms'][plan['reference']])
     slopes = {depth: gradients(plan) for (depth, warmup), plan in cells.items() if warmup}
     tables, verdict = tables_of(found, slopes, unigram), verdict_of(found, unigram, size_of(plan))
-    for caption, (heads, rows) in tables.items():
-        print(f'\n{caption}')
-        print_table(heads, rows)
-    print(*verdict, sep='\n')
+    tell(folder, 'Where norms stand', argv, [about(plan, unigram)], verdict, tables, LIMITS)
     write_csv(folder / 'placement.csv', numbers(found, unigram), 'run')
     draw(found, slopes, unigram, folder)
-    write_page(folder, 'Where norms stand', argv, [about(plan, unigram)], verdict, tables, LIMITS)
 
 
 def words_of(argv, layers, device, folder):
@@ -69,7 +64,7 @@ def words_of(argv, layers, device, folder):
         for warmup in (False, True):
             name = name_of(depth, warmup).replace(',', '').replace(' ', '_')
             found[depth, warmup] = [*words, f'--n_layer={depth}', *['--warmup_iters=0'] * (not warmup),
-                                    f'--out_dir={folder / name}']
+                                    f'--out_dir={Path(given.get("out_dir", folder), name)}']
     return found
 
 
@@ -142,11 +137,11 @@ def against(found, other):
     return effect([found[seed][0] - other[seed][0] for seed in found.keys() & other.keys()])
 
 
-def told(e):
-    """An Effect in words."""
+def told(e, p=0.0):
+    """An Effect in words. p: among all that are told, after Holm."""
     if math.isnan(e.mean):
         return 'not finite'
-    return signed(e) + (', not resolved' if not e.resolved else '')
+    return signed(e) + (', not resolved' if not e.resolved else ', not after Holm' * (not p < 0.05))
 
 
 def failures(runs, unigram):
@@ -184,13 +179,16 @@ def mean_loss(runs):
 
 def verdict_of(found, unigram, size):
     """A sentence for each depth and warmup."""
-    lines = []
+    effects = {(cell, name): against(runs[name], runs[PRE]) for cell, runs in found.items()
+               for name in runs if name != PRE and not failures(runs[name], unigram)}
+    p, lines = dict(zip(effects, holm([e.p for e in effects.values()]))), []
     for cell, runs in found.items():
-        said = [f'{name} ' + (failures(runs[name], unigram) or told(against(runs[name], runs[PRE])))
+        said = [f'{name} ' + (failures(runs[name], unigram) or told(effects[cell, name], p[cell, name]))
                 for name in runs if name != PRE]
         pre = failures(runs[PRE], unigram) or f'loss {mean_loss(runs[PRE])}'
         lines.append(f'{name_of(*cell)}, against pre ({pre}): {"; ".join(said)}.')
-    return [*lines, f'({size}; intervals of 95 % over seeds.)']
+    return [*lines, f'({size}; intervals of 95 % over seeds; "not after Holm": resolved by itself, but not '
+            'among all of these.)']
 
 
 def about(plan, unigram):

@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 
 from model import kv_cache_bytes
+from nanoblocks.experiments import report
 from nanoblocks.experiments.architectures import validation
 from nanoblocks.experiments.arms import files_and_flags
 from nanoblocks.experiments.figures import COLORS, log2_axis, panels, save_and_say, title
+from nanoblocks.experiments.pages import command_of
 from nanoblocks.experiments.runs import run_script
-from nanoblocks.experiments.statistics import effect
-from nanoblocks.experiments.studies import RETNET
+from nanoblocks.experiments.statistics import effect, holm
+from nanoblocks.experiments.studies import RETNET, refuse_varied
 from nanoblocks.experiments.sweep import make_plan, runs_of, runs_on, sweep
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.experiments.topics import each, in_short
@@ -48,6 +50,8 @@ FAMILIES = {
     'Mamba-2 + attention': {'Mamba-2 + attention': 'layer_pattern=ma+ssm_state=4'},
     'gated DeltaNet + attention': {'gated DeltaNet + attention': f'layer_pattern=ra+{KEYS_OF}4'},
 }
+FIXED = ('layer_pattern', 'pos', 'window', 'ssm_state', 'rnn_key_dim', 'rnn_value_dim', 'dataset',
+         'objective', 'block_size')
 HYBRIDS = {'Mamba-2 + attention': 'Mamba-2', 'gated DeltaNet + attention': 'gated DeltaNet'}
 
 PAIRS = {1: 4, 2: 3, 4: 2, 8: 2, 16: 2}     # how many rows have so many pairs; without the easy ones, states
@@ -71,13 +75,14 @@ def recall(argv, device, figures):
     print('\n'.join(['', *said]))
     with open(folder / 'recall.csv', 'w', newline='') as file:
         csv.writer(file, lineterminator='\n').writerows(lines_of_csv(found, plan['seeds']))
-    (folder / 'README.md').write_text(page(plan, figures, heads, rows, said))
+    (folder / 'README.md').write_text(page(plan, argv, heads, rows, said))
     draw(found, folder)
 
 
 def trained(argv, device):
     """The plan of the sweep, of which every run is finished."""
     files, flags = files_and_flags(argv, without=('device', 'figures'))
+    refuse_varied('recall', [*files, *flags], FIXED)
     vary = '; '.join(f'{arm}: {words}' for arms in FAMILIES.values() for arm, words in arms.items() if words)
     words = [*SIZE, *files, f'--vary={vary}', '--seeds=3', '--evals=4', '--objective=prefix',
              f'--block_size={4 * max(PAIRS) + 1}', *runs_on(device), '--out_dir=out/ablate/recall', *flags]
@@ -182,19 +187,23 @@ def verdicts(found):
     pairs = [(name, 'attention') for family, name in last.items() if family != 'attention']
     pairs += [(hybrid, next(iter(FAMILIES[state]))) for hybrid, state in HYBRIDS.items()]
     pairs += [(last[family], next(iter(arms))) for family, arms in FAMILIES.items() if len(arms) > 1]
-    return [verdict(found, *names) for names in pairs]
+    effects = [against(found, *names) for names in pairs]
+    return [verdict(found, *names, e, p) for names, e, p in zip(pairs, effects, holm([e.p for e in effects]))]
 
 
-def verdict(found, name, other):
-    """The paired difference of two arms in the rows with the most pairs, as a sentence."""
-    n = max(PAIRS)
-    one, two = (shares(found[arm], ('pairs', n)) for arm in (name, other))
-    e = effect([a - b for a, b in zip(one, two)])
+def against(found, name, other):
+    """The Effect of one arm against another: the share of the values in the rows with the most pairs."""
+    one, two = (shares(found[arm], ('pairs', max(PAIRS))) for arm in (name, other))
+    return effect([a - b for a, b in zip(one, two)])
+
+
+def verdict(found, name, other, e, p):
+    """The paired difference of two arms as a sentence. p: of all sentences, after Holm."""
     said = 'one seed, no interval' if e.n < 2 else (
         f'95 % interval {e.mean - e.half:+.3f} to {e.mean + e.half:+.3f} over {e.n} seeds: '
-        + ('resolved' if e.resolved else 'not resolved'))
+        + report.judged(e, p))
     size = f'{found[name]["bytes"]:,} bytes against {found[other]["bytes"]:,}'
-    return f'{name} against {other}, {size}, share of the values of {n} pairs: {e.mean:+.3f}, {said}'
+    return f'{name} against {other}, {size}, share of the values of {max(PAIRS)} pairs: {e.mean:+.3f}, {said}'
 
 
 def lines_of_csv(found, seeds):
@@ -214,7 +223,7 @@ PAGE = """# Recall
 {flags[block_size]} tokens; {machine}.
 
 ```
-python bench.py recall --figures={figures}
+{command}
 ```
 
 ![values named by pairs, by distance and by bytes](recall.png)
@@ -228,6 +237,8 @@ states in 32 bit, caches in 16. [All counts](recall.csv)
 
 {said}
 
+"Not after Holm" is what is resolved by itself, but not among all of these sentences.
+
 ## What this does not show
 
 All models have one width, as many steps and one learning rate: what a family does not learn here, it may
@@ -236,13 +247,14 @@ alone. The rows are random, and no text.
 """
 
 
-def page(plan, figures, heads, rows, said):
+def page(plan, argv, heads, rows, said):
     """A page in Markdown of what was found."""
-    table = [f'| {" | ".join(map(str, cells))} |' for cells in (heads, ['---'] * len(heads), *rows)]
     return PAGE.format(about=__doc__.strip(), arms=len(plan['arms']),
                        seeds=counted(len(plan['seeds']), 'seed'),
-                       flags=plan['arms'][plan['reference']], machine=plan['machine'], figures=figures,
-                       table='\n'.join(table), said='\n'.join(f'- {sentence}' for sentence in said))
+                       flags=plan['arms'][plan['reference']], machine=plan['machine'],
+                       command=command_of('recall', argv),
+                       table='\n'.join(report.table(heads, rows)),
+                       said='\n'.join(f'- {sentence}' for sentence in said))
 
 
 def draw(found, folder):

@@ -14,7 +14,7 @@ from nanoblocks.experiments import figures, report, sweep
 from nanoblocks.experiments.arms import NOT_IDENTIFYING, files_and_flags, read_flags, variants
 from nanoblocks.experiments.figures import BLUE, GREY, RED, panels, save
 from nanoblocks.experiments.statistics import Effect, effect, holm, slope
-from nanoblocks.experiments.studies import SIZE, SWEEPS
+from nanoblocks.experiments.studies import SIZE, SWEEPS, refuse_varied
 from nanoblocks.experiments.topics import each
 from nanoblocks.formats import counted, format_quantity
 
@@ -26,6 +26,7 @@ SIZES = ('2x64: n_layer=2+n_embd=64+learning_rate=8e-3, 4x128: n_layer=4+n_embd=
 def scaling(argv, device):
     """Does a block matter more in a larger model? GPT-2 to Llama at three sizes, 50 minutes on two cores."""
     files, flags = files_and_flags(argv, without=('device',))
+    refuse_varied('scaling', [*files, *flags], ('n_layer', 'n_embd', 'learning_rate'))  # as SIZES
     # one number type, which train.py would choose by the width
     words = [*SIZE, *files, *SWEEPS['ladder'], f'--sizes={SIZES}', '--seeds=3', '--evals=6',
              '--eval_tokens=32768', '--dtype=float32', *sweep.runs_on(device),
@@ -70,6 +71,8 @@ def commands_of(argv, text):
             if refused := chosen.keys() & {'seed', *NOT_IDENTIFYING}:
                 raise ValueError(f'sizes={part} must not set {min(refused)}: all sizes are trained on the '
                                  'same seeds, each in a folder of its own')
+            if name in sizes:
+                raise ValueError(f'sizes={part} must have a name of its own, and {name} is another size')
             # as written: --n_embd=64
             written = [f'--{piece}' for piece in part.rpartition(':')[2].strip().split('+')]
             sizes[name] = [*files, *flags, *written, f'--out_dir={os.path.join(folder, name)}']

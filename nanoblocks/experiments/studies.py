@@ -1,8 +1,9 @@
 """
-Questions of the literature that need no sweep, each answered with a table and a figure: topics of bench.py.
+Questions of the literature, each answered with a table and a figure: topics of bench.py.
 Every number is measured here, by the code of this repository; where a study trains, train.py does it.
 """
 import os
+import re
 import shlex
 import statistics
 from functools import partial
@@ -15,7 +16,15 @@ from configurator import split_arguments
 from model import NORMS, GPTConfig, dense
 from nanoblocks.experiments import comparisons, sweep
 from nanoblocks.experiments.arms import files_and_flags, read_flags
-from nanoblocks.experiments.figures import COLORS, log2_axis, log_axis, panels, save_and_say, title
+from nanoblocks.experiments.figures import (
+    COLORS,
+    have_matplotlib,
+    log2_axis,
+    log_axis,
+    panels,
+    save_and_say,
+    title,
+)
 from nanoblocks.experiments.memory import saved_bytes
 from nanoblocks.experiments.runs import read_lines, recorded, run_script
 from nanoblocks.experiments.timing import print_table, ratio, times
@@ -32,7 +41,6 @@ ALONE = 'pos=none+n_kv_head=None'
 MAMBA2 = 'ssm_state=64'
 RETNET = 'rnn_decay=retnet+rnn_erase=none+rnn_feature=none+rnn_unit=False+rnn_conv=0+rnn_rope=True'
 KDA = 'rnn_decay=key+rnn_decay_rank=32+rnn_gate=sigmoid+rnn_gate_rank=32'
-
 
 
 def ffn_arms(flags):
@@ -97,6 +105,8 @@ def run_sweeps(names, argv, device, own=('device',)):
     for name in names:
         start = [*([] if name == 'tricks' else SIZE), *FILES.get(name, []), *files]
         varied = SWEEPS[name](read_flags([*start, *flags])[0]) if callable(SWEEPS[name]) else SWEEPS[name]
+        if name in ('ffns', 'tricks'):  # whose pages say what the reference is; that of kvheads is given
+            refuse_varied(name, [*files, *flags], re.findall(r'[:+] ?(\w+)=', varied[0]))
         words = [*start, '--seeds=5', *varied, '--evals=6', *sweep.runs_on(device),
                  f'--out_dir=out/ablate/{name}', f'--results=results/{name}', *flags]
         print(f'{name}: python ablate.py {shlex.join(words)}', flush=True)
@@ -265,6 +275,12 @@ def ffn_costs(rounds, tokens, width, device, figures):
                 [[name, ffn.c_proj.in_features, f'{size[name]:,}', f'x {size[name] / size["GELU 4x"]:.2f}',
                   f'{median[name]:.2f}', str(ratio(found[name], found['GELU 4x'])), f'{kept[name]:.1f}']
                  for name, ffn in built.items()])
+    if have_matplotlib():   # a sweep follows, which needs none
+        draw_ffn_costs(size, median, kept, width, tokens, figures)
+
+
+def draw_ffn_costs(size, median, kept, width, tokens, figures):
+    """Bars for each kind: parameters, milliseconds and bytes that are kept."""
     fig, axes = panels(13, 3.8, columns=3)
     texts = {'size': 'parameters', 'time': 'forward and backward (ms)',
              'memory': 'bytes kept for backward / bytes of input'}
@@ -288,11 +304,21 @@ def trained_flags(topic, argv, own, fixed):
     are left out; fixed: flags that the topic itself varies, which are refused.
     """
     files, flags = files_and_flags(argv, without=own)
-    given = {name: text for name, text in split_arguments(flags) if name}
-    for name in fixed:
+    return [*files, *flags], refuse_varied(topic, [*files, *flags], fixed)
+
+
+def refuse_varied(topic, words, names):
+    """
+    [config file or --key=value] -> {key: text} of the flags; ValueError for one of the names, which the topic
+    itself varies.
+    """
+    given, source = {key: text for key, text in split_arguments(words) if key}, read_flags(words)[2]
+    for name in names:
+        if name in source and name not in given:
+            raise ValueError(f'{name} must be left out of {source[name]}: bench.py {topic} sets it itself')
         if name in given:
-            raise ValueError(f'{name}={given[name]} must be left out: bench.py {topic} compares its values')
-    return [*files, *flags], given
+            raise ValueError(f'{name}={given[name]} must be left out: bench.py {topic} sets it itself')
+    return given
 
 
 def train(out, name, *flags):

@@ -15,7 +15,15 @@ import torch
 
 from model import GPT, GPTConfig, TokenCache, kv_cache_bytes
 from nanoblocks.experiments.arms import flags_of_config
-from nanoblocks.experiments.figures import COLORS, log2_axis, log_axis, panels, save_and_say, title
+from nanoblocks.experiments.figures import (
+    COLORS,
+    have_matplotlib,
+    log2_axis,
+    log_axis,
+    panels,
+    save_and_say,
+    title,
+)
 from nanoblocks.experiments.limits import families, names_of, products_in
 from nanoblocks.experiments.memory import free_bytes, peak_bytes
 from nanoblocks.experiments.report import table
@@ -117,7 +125,7 @@ WINDOW = 1024       # of the models that have one
 NEW = 8             # tokens decoded in a round
 
 
-def throughput(flags, models, tokens, limit_s, device, figures):
+def throughput(flags, models, tokens, limit_s, device, figures, command):
     """Whole models at 1K to 128K tokens: prefill, decoding, training, memory; at most 30 minutes."""
     wanted = sizes('tokens', tokens, *LENGTHS)
     configs = {name: config_of(name, flags) for name in names_of(models or MODELS, families())}
@@ -133,8 +141,10 @@ def throughput(flags, models, tokens, limit_s, device, figures):
               for name, config in configs.items()}
     report = Report(wanted, built, found, caches, f'{dtype}, {limit_s:g} s for each model and measure')
     print('\n'.join([*report.tables(), *report.comparisons(), '', *report.verdicts()]))
-    report.write(figures)
-    draw(report, figures)
+    folder = Path(figures, 'throughput')
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write(folder, command)
+    draw(report, folder)
 
 
 def config_of(name, flags):
@@ -281,8 +291,8 @@ class Report(NamedTuple):
         return [verdict(measure, next(iter(self.models)), self.compared(measure))
                 for measure in self.found if len(self.models) > 1]
 
-    def write(self, folder):
-        """throughput.json, and a page as README.md"""
+    def write(self, folder, command):
+        """throughput.json, and a page as README.md, which names the command"""
         numbers = {'about': self.about, 'cache_bytes': self.caches, 'seconds': {
             measure: {name: {T: cost._asdict() for T, cost in row.items()} for name, row in rows.items()}
             for measure, rows in self.found.items()}}
@@ -290,10 +300,10 @@ class Report(NamedTuple):
         first = next(iter(self.models))
         Path(folder, 'README.md').write_text('\n'.join([
             '# Whole models over the length of a text', '', ABOUT.format(first=first), '', '```',
-            f'python bench.py throughput --figures={folder}', '```', '',
+            command, '```', '',
             f'{machine()}, {counted(torch.get_num_threads(), "thread")}; {self.tables()[0]}',
             *self.tables()[1:], *self.comparisons(), '', *(f'- {line}' for line in self.verdicts()), '',
-            '![tokens per second and cache over the length](throughput.png)', '',
+            *['![tokens per second and cache over the length](throughput.png)', ''] * have_matplotlib(),
             '## What this does not show', '', LIMITS, '']))
 
 
