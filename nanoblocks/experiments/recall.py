@@ -63,7 +63,7 @@ JUDGED = 2**18                              # tokens of validation by which a ru
 
 
 def recall(argv, device, figures):
-    """Values found again, by pairs, distance and bytes of state, of seven families: 30 minutes."""
+    """Values found again, by pairs, distance and bytes of state, of seven families: 45 minutes."""
     plan = trained(argv, device)
     found = judged(plan, device)
     folder = Path(figures) / 'recall'

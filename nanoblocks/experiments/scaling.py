@@ -24,7 +24,7 @@ SIZES = ('2x64: n_layer=2+n_embd=64+learning_rate=8e-3, 4x128: n_layer=4+n_embd=
 
 
 def scaling(argv, device):
-    """Does a block matter more in a larger model? GPT-2 to Llama at three sizes, 50 minutes on two cores."""
+    """Does a block matter more in a larger model? GPT-2 to Llama at three sizes: about 50 minutes."""
     files, flags = files_and_flags(argv, without=('device',))
     refuse_varied('scaling', [*files, *flags], ('n_layer', 'n_embd', 'learning_rate'))  # as SIZES
     # one number type, which train.py would choose by the width

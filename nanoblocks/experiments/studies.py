@@ -115,12 +115,12 @@ def run_sweeps(names, argv, device, own=('device',)):
 
 
 def kvheads(argv, device):
-    """MHA, GQA and MQA at equal parameters, and at equal parameters and cache: trained, 20 minutes."""
+    """MHA, GQA and MQA at equal parameters, and at equal parameters and cache: trained, about 20 minutes."""
     comparisons.write('kvheads', argv, run_sweeps(('kvheads',), argv, device))
 
 
 def tricks(argv, device):
-    """The speed-run's blocks, each taken out alone of the whole stack: trained, 40 minutes."""
+    """The speed-run's blocks, each taken out alone of the whole stack: trained, about 40 minutes."""
     comparisons.write('tricks', argv, run_sweeps(('tricks',), argv, device))
 
 
@@ -247,7 +247,7 @@ def norm_of(code, name, width, device):
 
 
 def ffns(argv, rounds, tokens, width, device, figures):
-    """GELU, ReLU^2 and SwiGLU at equal and at larger widths: their costs, then a sweep of 20 minutes."""
+    """GELU, ReLU^2 and SwiGLU at equal and at larger widths: their costs, then a sweep of about 20 min."""
     ffn_costs(rounds, tokens, width, device, figures)
     own = ('device', 'rounds', 'tokens', 'width', 'figures')
     comparisons.write('ffns', argv, run_sweeps(('ffns',), argv, device, own))
