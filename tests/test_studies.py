@@ -280,7 +280,7 @@ def test_norms_are_timed_in_every_way(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     codes = ['plain', 'PyTorch', 'model', 'compiled']
     rows = [line.split() for line in printed if line[:2].isdigit() and line.split()[1] in codes]
-    assert [row[:2] for row in rows] == [[width, code] for width in ('16', '32') for code in codes]
+    assert [row[:2] for row in rows] == [[width, code] for width in ('16', '32') for code in codes], printed
     # PyTorch keeps more of its RMSNorm than ours of it: x and what x was divided by
     kept = {tuple(row[:2]): (float(row[-2]), float(row[-1])) for row in rows}
     assert kept['32', 'PyTorch'][1] > 1.9 > 1.2 > kept['32', 'model'][1]
