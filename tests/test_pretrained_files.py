@@ -425,6 +425,8 @@ BAD = {
         config.pop('rope_parameters'), config.update(rope_scaling={'type': 'spiral', 'factor': 2.0})),
         'spiral|rope_scaling'),
     'bidirectional': ('gemma3', setting(use_bidirectional_attention=True), 'use_bidirectional_attention'),
+    'not causal': ('llama', setting(is_causal=False), 'is_causal'),
+    'whole numbers for weights': ('llama', tensor(UP, torch.zeros(51, 36, dtype=torch.int8)), 'int8'),
     'unknown router': ('deepseek_v2', setting(topk_method='noaux_tc'), 'topk_method'),
     'missing key': ('llama', lambda config, tensors: config.pop('hidden_size'), 'hidden_size'),
     'missing layers': ('mamba', lambda config, tensors: config.pop('num_hidden_layers'), 'num_hidden_layers'),

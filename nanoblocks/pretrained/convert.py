@@ -85,6 +85,9 @@ def read_config(folder):
     for key in UNSUPPORTED:
         if hf.get(key) and not (kind in FAMILIES and FAMILIES[kind].only.get(key)):
             raise ValueError(f'{key} in {path} must be absent: it is not supported for {kind}')
+    if hf.get('is_causal') is False and kind in FAMILIES and FAMILIES[kind].flags.get('causal', True):
+        raise ValueError(f'is_causal=False in {path} must be true or absent: a {kind} whose tokens see those '
+                         'behind them is not supported')
     if kind not in FAMILIES:
         known = nearest(str(kind), FAMILIES, remedy='docs/checkpoints.md lists them')
         raise ValueError(f'model_type={kind} in {path} must be a family that is read here: {known}')
@@ -306,6 +309,9 @@ def copy_tensors(model, rules, hf, files, theirs):
                 raise ValueError(f'{folder} must hold the tensor {name}, which {kind} needs: fetch '
                                  'config.json and the weights again, from one place')
             tensor = files.get(theirs[name])
+            if not tensor.is_floating_point():
+                raise ValueError(f'{name} in {folder} must be of floating point, not {tensor.dtype}: '
+                                 'quantised weights need their quantization_config in config.json')
             if tuple(tensor.shape) != piece.shape:
                 raise ValueError(f'{name} in {folder} must have the shape {piece.shape} that follows from '
                                  f'config.json, not {tuple(tensor.shape)}')
