@@ -407,4 +407,5 @@ def test_loading_holds_one_quantised_weight_at_a_time(tmp_path):
     assert done.returncode == 0, done.stderr
     more, count = int(done.stdout), sum(p.numel() for p in model.parameters())
     assert count > 20e6
-    assert more < 1.35 * 4 * count, f'{more / 4 / count:.2f} times the weights'
+    # pages of the file, half as large, may count too; with all weights held twice there would be two times
+    assert more < 1.7 * 4 * count, f'{more / 4 / count:.2f} times the weights'
