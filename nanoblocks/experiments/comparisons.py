@@ -87,7 +87,7 @@ def about(plan, arms):
     """Size, seeds, machine and time of the runs, in a paragraph."""
     flags = plan['arms'][plan['reference']]
     config = config_of(flags)
-    tokens = flags['batch_size'] * flags['gradient_accumulation_steps'] * config.block_size
+    tokens = report.step_tokens(flags, config)
     seconds = sum(run.seconds for arm in arms.values() for run in arm.runs.values())
     return (f'{counted(len(arms), "arm")}, {counted(len(plan["seeds"]), "seed")}; '
             f'{counted(flags["max_iters"], "step")} of {counted(tokens, "token")} of {flags["dataset"]}; '

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nanoblocks.experiments.arms import config_of
 from nanoblocks.experiments.figures import have_matplotlib
-from nanoblocks.experiments.report import table
+from nanoblocks.experiments.report import step_tokens, table
 from nanoblocks.experiments.sweep import machine
 from nanoblocks.experiments.timing import print_table
 from nanoblocks.formats import counted
@@ -14,7 +14,7 @@ def size_of(plan):
     """The size of a sweep's runs in a few words, for those in which all arms agree."""
     flags = plan['arms'][plan['reference']]
     config = config_of(flags)
-    tokens = flags['batch_size'] * flags['gradient_accumulation_steps'] * config.block_size
+    tokens = step_tokens(flags, config)
     return (f'{counted(len(plan["seeds"]), "seed")}, {counted(flags["max_iters"], "step")} of '
             f'{counted(tokens, "token")} of {flags["dataset"]}, {config.n_embd} wide')
 

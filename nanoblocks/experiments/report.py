@@ -102,14 +102,14 @@ def compared(plan, arms):
     found = []
     for pair, e, p in zip(plan['comparisons'], effects, holm([e.p for e in effects])):
         first, second = arms[pair['without']], arms[pair['with']]
-        saved = worths(first.runs, second.runs, step_tokens(first)) if e.n else None
+        saved = worths(first.runs, second.runs, step_tokens(first.flags, first.config)) if e.n else None
         found.append(Comparison(pair, e, p, *(saved or (None, None))))
     return found
 
 
-def step_tokens(arm):
+def step_tokens(flags, config):
     """The tokens of a training step."""
-    return arm.flags['batch_size'] * arm.flags['gradient_accumulation_steps'] * arm.config.block_size
+    return flags['batch_size'] * flags['gradient_accumulation_steps'] * config.block_size
 
 
 def loss_at(curve, step):
@@ -144,7 +144,7 @@ def measures_of(arm, measured):
     model, T, runs = arm.model(), arm.config.block_size, list(arm.runs.values())
     speed, losses = median(run.rate for run in runs), [run.loss for run in runs]
     steps = arm.flags['max_iters']
-    tokens = steps * step_tokens(arm)
+    tokens = steps * step_tokens(arm.flags, arm.config)
     return {'seeds': len(runs), 'loss': fmean(losses), 'sd': deviation(losses),
             'bpb': fmean(run.bpb for run in runs), 'steps': steps, 'tokens': tokens,
             'flops_per_token': model.flops_per_token(T), 'flops': tokens * model.flops_per_token(T),
@@ -328,7 +328,7 @@ the loss and of the runs' speed on this machine.
 def about(plan, arms, config):
     """What was trained on which data and machine, and the command."""
     flags = plan['arms'][plan['reference']]
-    tokens = step_tokens(arms[plan['reference']]._replace(config=config))
+    tokens = step_tokens(flags, config)
     at_once = f'{counted(plan["jobs"], "run")} at once'
     seeds = ', '.join(map(str, plan['seeds']))
     minutes = sum(run.seconds for arm in arms.values() for run in arm.runs.values()) / 60

@@ -114,9 +114,10 @@ def read_size(folder):
                          'sweep again')
     compared = {(c.pair['flag'], c.pair['how']): c for c in report.compared(plan, arms)}
     seconds = sum(run.seconds for arm in arms.values() for run in arm.runs.values())
+    steps, tokens = reference.flags['max_iters'], report.step_tokens(reference.flags, reference.config)
     return Size(without_embeddings(reference.model()), compared,
                 {key: report.paired_differences(arms, c.pair) for key, c in compared.items()}, plan,
-                reference.flags['max_iters'] * report.step_tokens(reference), seconds / 60)
+                steps * tokens, seconds / 60)
 
 
 def without_embeddings(model):

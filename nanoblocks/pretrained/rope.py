@@ -4,7 +4,7 @@ older files have them.
 """
 import math
 
-from nanoblocks.pretrained.keys import width_of_head
+from nanoblocks.pretrained.keys import width_of_head, write_window_types
 
 # what makes the context longer: {rope_type: {its parameter: flag}}
 LONGER = {'factor': 'rope_factor', 'original_max_position_embeddings': 'rope_context'}
@@ -104,6 +104,11 @@ def rope_parameters_of(c):
 
 def write_rope(c):
     return {'rope_parameters': rope_parameters_of(c)}
+
+
+def write_rope_and_windows(c):
+    """The same, and the layers that have a window."""
+    return write_rope(c) | write_window_types(c)
 
 
 def read_partial(hf):

@@ -2,9 +2,9 @@
 from nanoblocks.pretrained.families.family import TIED, Family
 from nanoblocks.pretrained.families.llama import ATTENTION_BIAS, LLAMA_KEYS, LLAMA_TENSORS
 from nanoblocks.pretrained.families.no_rope import read_rotating
-from nanoblocks.pretrained.keys import mixer_letters, renamed, without, write_window_types
+from nanoblocks.pretrained.keys import mixer_letters, renamed, without
 from nanoblocks.pretrained.layouts import norm_interleaved, qkv_interleaved
-from nanoblocks.pretrained.rope import read_rope, write_rope
+from nanoblocks.pretrained.rope import read_rope, write_rope, write_rope_and_windows
 
 FAMILIES = {}
 
@@ -34,10 +34,6 @@ def read_cohere2(hf):
     return read_rotating(hf, letters, [letter == 'w' for letter in letters])
 
 
-def write_cohere2(c):
-    return write_rope(c) | write_window_types(c)
-
-
 FAMILIES['cohere2'] = Family(
     architecture='Cohere2ForCausalLM',
     flags=COHERE_FLAGS,
@@ -46,4 +42,4 @@ FAMILIES['cohere2'] = Family(
     defaults=TIED | {'logit_scale': 0.0625, 'sliding_window': 4096, 'sliding_window_pattern': 4},
     tensors=LLAMA_TENSORS | {
         'h.{a}.mixer.c_attn': ('model.layers.{i}.self_attn.{q,k,v}_proj', qkv_interleaved)},
-    mixers='awn', read=read_cohere2, write=write_cohere2)
+    mixers='awn', read=read_cohere2, write=write_rope_and_windows)

@@ -1,6 +1,6 @@
 """Models with experts in every layer: Mixtral, gpt-oss."""
 from nanoblocks.pretrained.families.family import Family
-from nanoblocks.pretrained.families.gemma import read_alternating, write_alternating
+from nanoblocks.pretrained.families.gemma import read_alternating
 from nanoblocks.pretrained.families.llama import (
     ATTENTION_BIAS,
     LLAMA_FLAGS,
@@ -15,7 +15,7 @@ from nanoblocks.pretrained.layouts import (
     gate_up_by_expert,
     gate_up_interleaved,
 )
-from nanoblocks.pretrained.rope import write_rope
+from nanoblocks.pretrained.rope import write_rope, write_rope_and_windows
 
 FAMILIES = {}
 
@@ -61,4 +61,4 @@ FAMILIES['gpt_oss'] = Family(
         'h.{e}.ffn.c_fc.bias': ('model.layers.{i}.mlp.experts.gate_up_proj_bias', gate_up_interleaved),
         'h.{e}.ffn.c_proj.weight': ('model.layers.{i}.mlp.experts.down_proj', experts_transposed),
         'h.{e}.ffn.c_proj.bias': 'model.layers.{i}.mlp.experts.down_proj_bias'},
-    mixers='aw', read=read_alternating, write=write_alternating)
+    mixers='aw', read=read_alternating, write=write_rope_and_windows)

@@ -19,10 +19,9 @@ from nanoblocks.pretrained.keys import (
     score_scale,
     shortest_pattern,
     without,
-    write_window_types,
 )
 from nanoblocks.pretrained.layouts import plus_one
-from nanoblocks.pretrained.rope import read_rope, rope_parameters_of, write_rope
+from nanoblocks.pretrained.rope import read_rope, rope_parameters_of, write_rope, write_rope_and_windows
 
 FAMILIES = {}
 
@@ -59,10 +58,6 @@ def read_alternating(hf):
     return read_rope(hf) | {'layer_pattern': shortest_pattern(letters)}
 
 
-def write_alternating(c):
-    return write_rope(c) | write_window_types(c)
-
-
 FAMILIES['gemma2'] = Family(
     architecture='Gemma2ForCausalLM',
     flags=GEMMA_FLAGS,
@@ -70,7 +65,7 @@ FAMILIES['gemma2'] = Family(
     aliases={'hidden_act': 'hidden_activation'},
     defaults=GEMMA_DEFAULTS | {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0},
     tensors=GEMMA_TENSORS,
-    mixers='aw', read=read_alternating, write=write_alternating)
+    mixers='aw', read=read_alternating, write=write_rope_and_windows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -97,7 +92,7 @@ FAMILIES['vaultgemma'] = Family(
     aliases=FAMILIES['gemma2'].aliases,
     defaults=FAMILIES['gemma2'].defaults,
     tensors=GEMMA_TENSORS,
-    mixers='aw', read=read_alternating, write=write_alternating)
+    mixers='aw', read=read_alternating, write=write_rope_and_windows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -126,7 +121,7 @@ def write_two_bases(c):
 
 
 def write_gemma3(c):
-    return write_alternating(c) | write_two_bases(c)
+    return write_rope_and_windows(c) | write_two_bases(c)
 
 
 FAMILIES['gemma3_text'] = Family(

@@ -12,9 +12,16 @@ from nanoblocks.pretrained.families.llama import (
     WINDOW_KEYS,
 )
 from nanoblocks.pretrained.families.mixtures import NORMS_AFTER, read_alpha
-from nanoblocks.pretrained.keys import mixer_letters, renamed, shortest_pattern, without, write_window_types
+from nanoblocks.pretrained.keys import mixer_letters, renamed, shortest_pattern, without
 from nanoblocks.pretrained.layouts import plus_one, rows
-from nanoblocks.pretrained.rope import read_partial, read_rope, rope_parameters, write_partial, write_rope
+from nanoblocks.pretrained.rope import (
+    read_partial,
+    read_rope,
+    rope_parameters,
+    write_partial,
+    write_rope,
+    write_rope_and_windows,
+)
 
 FAMILIES = {}
 REFUSED = {'ministral3': 'its queries grow with their position in layers that rotate',
@@ -52,17 +59,13 @@ def read_ministral(hf):
     return read_rope(hf) | {'layer_pattern': shortest_pattern(letters)}
 
 
-def write_windows(c):
-    return write_rope(c) | write_window_types(c)
-
-
 FAMILIES['ministral'] = Family(
     architecture='MinistralForCausalLM',
     flags=LLAMA_FLAGS,
     keys=WINDOW_KEYS,
     defaults={'sliding_window': 4096},
     tensors=LLAMA_TENSORS,
-    mixers='aw', read=read_ministral, write=write_windows)
+    mixers='aw', read=read_ministral, write=write_rope_and_windows)
 
 # what a file without rope_parameters means
 CWM_ROPE = {'rope_type': 'llama3', 'rope_theta': 1e6, 'factor': 16.0, 'low_freq_factor': 1.0,
@@ -76,7 +79,7 @@ def read_cwm(hf):
 
 def write_cwm(c):
     # transformers needs a number, which the tokenizer's replaces
-    return write_windows(c) | {'bos_token_id': 128000}
+    return write_rope_and_windows(c) | {'bos_token_id': 128000}
 
 
 FAMILIES['cwm'] = Family(
